@@ -1,0 +1,25 @@
+"""Open-Sora Plan v1.5.0 in plain PyTorch. Names are loaded on first use, so that the import itself is
+fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+    from opensoraplan.models.wfvae import WFVAE
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
+
+__all__ = ["WFVAE", "OpenSoraPlanPipeline", "SparseUMMDiT"]
+
+_HOME = {
+    "OpenSoraPlanPipeline": "opensoraplan.pipeline",
+    "SparseUMMDiT": "opensoraplan.models.sparse_ummdit",
+    "WFVAE": "opensoraplan.models.wfvae",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,118 @@
+"""Flow matching as pure functions: schedules, shifts, noising, target, loss weights, guidance, the Euler
+step.
+
+Shared by training and sampling. Convention (original.md section 4): x_t = sigma * noise + (1 - sigma) * x0,
+the model predicts the velocity noise - x0, and its timestep is 1000 * sigma. No state, no model, no device
+choice.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TIMESTEP_SCALE = 1000.0
+Weighting = Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "uniform"]
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move sigmas in [0, 1] towards 1 for shift > 1: shift * s / (1 + (shift - 1) * s). Any shape."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def dynamic_shift(latent_height: int, latent_width: int) -> float:
+    """Shift for a frame of latent_height x latent_width cells: exp(mu), mu linear in the tokens of one frame
+    (cells / 4) from 0.5 at 256 to 1.15 at 4096, and beyond both, as the original does."""
+    tokens = latent_height * latent_width / 4
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+def sampling_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
+    """Sigmas [steps + 1] from 1 to 0: evenly spaced, then shifted."""
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    return shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
+
+
+def linear_quadratic_sigmas(num_inference_steps: int) -> Tensor:
+    """Sigmas [steps + 1] that fall slowly in a straight line over the first half of the steps, then on a
+    parabola to 0.
+
+    No shift applies. The slow half is what a uniform schedule of A = clamp(10 steps, 250, 1000) / 2 steps
+    would do.
+    """
+    n = num_inference_steps
+    if n < 2 or n % 2:
+        raise ValueError(
+            f"the linear-quadratic schedule needs an even number of steps, got {n}: use {max(2, n + 1)}"
+        )
+    half = n // 2
+    slow = min(max(10 * n, 250), 1000) / 2
+    a = (slow - half) / (slow * half**2)
+    b = (5 * half - 4 * slow) / (2 * slow * half)
+    c = (slow - half) / slow
+    linear = [i / (2 * slow) for i in range(half)]
+    quadratic = [a * i**2 + b * i + c for i in range(half, n)]
+    return 1 - torch.tensor([*linear, *quadratic, 1.0])
+
+
+def sigmas_from_normal(normal: Tensor) -> Tensor:
+    """Training sigmas of the `logit_normal` density from standard normal draws. Any shape."""
+    return torch.sigmoid(normal)
+
+
+def sigmas_from_uniform_mode(uniform: Tensor, mode_scale: float = 1.29) -> Tensor:
+    """Training sigmas of the `mode` density from uniform draws in [0, 1). Any shape."""
+    u = uniform
+    return 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+
+def loss_weight(sigma: Tensor, weighting: Weighting) -> Tensor:
+    """Weight of each sample's loss at its sigma. Any shape."""
+    if weighting == "sigma_sqrt":
+        return sigma**-2
+    if weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_t for clean latents and noise [B, C, T, H, W] at sigma [B]."""
+    s = sigma.view(-1, *[1] * (x0.ndim - 1))
+    return s * noise + (1 - s) * x0
+
+
+def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
+    """What the model is to predict: noise - x0."""
+    return noise - x0
+
+
+def velocity_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error in fp32 of [B, C, T, H, W], over the cells where mask [B, T, H, W] is not 0.
+    Scalar.
+    """
+    error = (prediction.float() - target.float()) ** 2
+    if mask is None:
+        return error.mean()
+    mask = mask.unsqueeze(1).to(error.dtype).expand_as(error)
+    return (error * mask).sum() / mask.sum()
+
+
+def guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance of two velocities [B, ...], with the rescale of arXiv 2305.08891.
+
+    g = uncond + scale * (cond - uncond); the result is rescale * g * std(cond) / std(g) + (1 - rescale) * g,
+    the standard deviations taken over everything but the batch.
+    """
+    guided = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return guided
+    over = tuple(range(1, cond.ndim))
+    matched = guided * (cond.std(over, keepdim=True) / guided.std(over, keepdim=True))
+    return rescale * matched + (1 - rescale) * guided
+
+
+def euler_step(sample: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor) -> Tensor:
+    """One step along the flow, in the sample's dtype: sample + (next_sigma - sigma) * velocity."""
+    return sample + (next_sigma - sigma) * velocity.to(sample.dtype)

@@ -1,0 +1,128 @@
+"""Caption cleaning, the same for training captions and for prompts. No tokenizer, no template: those are in `text.py`.
+
+The rules are those of DeepFloyd-IF and PixArt-alpha, applied twice in a row as Open-Sora Plan does. The model was trained
+on their output, so their odd corners are part of the contract and `tests/test_captions.py` holds them to diffusers' own.
+"""
+
+import html
+import re
+import warnings
+from urllib.parse import unquote_plus
+
+# An ordered list of (pattern, replacement): each acts on what the ones before it left.
+_Rules = tuple[tuple[re.Pattern[str], str], ...]
+
+
+def _rules(*pairs: tuple[str, str]) -> _Rules:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+
+
+_DOMAIN = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+
+# On lower-case text that may still be HTML.
+_LINKS = _rules(
+    ("<person>", "person"),
+    # "www:" too gets a pass of its own: taking the first links out can leave new ones.
+    (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
+    (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
+)
+
+# On the plain text of it, up to the point where entities are decoded.
+_HANDLES = _rules((r"@\w+\b", ""))
+_CHINESE = _rules(
+    # CJK strokes, phonetic extensions, enclosed letters, compatibility, extension A, hexagrams, unified ideographs
+    (r"[\u31c0-\u9fff]+", ""),
+)
+_SYMBOLS = _rules(
+    # One kind of dash and of each quote.
+    (
+        r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+",
+        "-",
+    ),
+    (r"[`´«»“”¨]", '"'),
+    (r"[\u2018\u2019]", "'"),
+    # What is left of entities after broken HTML.
+    (r"&quot;?", ""),
+    (r"&amp", ""),
+    # IP addresses, article numbers, a line break that was escaped, "#12", long numbers, file names.
+    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),
+    (r"\d:\d\d\s+$", ""),
+    (r"\\n", " "),
+    (r"#(?:\d{1,3}|\d{5,})\b", ""),
+    (r"\b\d{6,}\b", ""),
+    (rf"\S+\.(?:{_FILE_TYPES})", ""),
+    # Repeated quotes and full stops, signs that carry no meaning, a full stop that stands alone.
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+)
+_JOINERS = re.compile("[-_]")
+
+# On decoded text, where capitals can be back.
+_WORDS = _rules(
+    # Identifiers: jc6640, jc6640vc, 6640vc231.
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),
+    # The phrases of shops and stock sites.
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+    (r"(?:free\s)?download(?:\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (rf"\b(?:{_FILE_TYPES})(?:\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    # Identifiers that change between letters and digits more than once; sizes such as 1920x1080.
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[x\u0445×]\d+\.?\d*\b", ""),
+    # Spacing around punctuation.
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),
+    (r"\s+", " "),
+    # Quotes around the whole, then a single stray sign at either end, then a caption that is only ".something".
+    (r"^[\"']([\w\W]+)[\"']$", r"\1"),
+    (r"^['_,\-:;]", ""),
+    (r"['_,\-:+]$", ""),
+    (r"^\.\S+$", ""),
+)
+
+
+def clean_caption(text: str, *, keep_chinese: bool = False) -> str:
+    """Lower-case plain text without links, markup, handles, identifiers and stray signs, as the model was trained on.
+
+    `keep_chinese` leaves Chinese characters (U+31C0 to U+9FFF) in; they are removed otherwise.
+    """
+    return _clean_once(_clean_once(text, keep_chinese), keep_chinese)
+
+
+def _clean_once(text: str, keep_chinese: bool) -> str:
+    from ftfy import fix_text
+
+    text = unquote_plus(text).strip().lower()
+    text = _apply(_LINKS, text)
+    text = _plain_text(text)
+    text = _apply(_HANDLES, text)
+    if not keep_chinese:
+        text = _apply(_CHINESE, text)
+    text = _apply(_SYMBOLS, text)
+    # Joined words are words (this-is-my-cat), but one compound in a sentence stays one.
+    if len(_JOINERS.findall(text)) > 3:
+        text = _JOINERS.sub(" ", text)
+    text = html.unescape(html.unescape(fix_text(text)))
+    return _apply(_WORDS, text).strip()
+
+
+def _apply(rules: _Rules, text: str) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _plain_text(markup: str) -> str:
+    if "<" not in markup and "&" not in markup:
+        return markup  # the parser would return it as it is, slowly
+    from bs4 import BeautifulSoup
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "looks more like a file name than markup": yes, captions do
+        return BeautifulSoup(markup, features="html.parser").text

@@ -1,0 +1,657 @@
+"""SparseUMMDiT ("SUV"): the U-shaped sparse diffusion transformer of Open-Sora Plan v1.5.0, top to bottom.
+
+No parallelism, no file formats, no sampling. Shapes: B batch, C latent channels, T/H/W latent grid, S video
+tokens, L text tokens, D width, H heads (in [.., H, d]), d head width, n the Skiparse rate of a stage. Inside
+a stage the video stream is kept as [n, B, S/n, D]: n subsequences that attend only within themselves.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from opensoraplan.models import original
+from opensoraplan.models.strict import StrictConfigMixin
+
+logger = logging.getLogger(__name__)
+
+ROPE_THETA = 10000.0
+ROPE_SPLIT = (4, 6, 6)  # of 16: shares of a head's channels that turn with t, y and x
+
+
+# --- Skiparse layouts ---------------------------------------------------------------------------------------
+# A token index is i = a * n^2 + m * n + r. Single-skip attends within each r, ordered by (a, m); group-skip
+# within each m, ordered by (a, r). Swapping r and m is its own inverse, so going from one to the other is one
+# permutation.
+
+
+def to_single_skip(x: Tensor, n: int) -> Tensor:
+    """[B, S, ...] -> [n, B, S'/n, ...], S padded at its end with zeros to S', a multiple of n^2."""
+    padding = -x.shape[1] % n**2
+    if padding:
+        x = torch.cat([x, x.new_zeros(x.shape[0], padding, *x.shape[2:])], dim=1)
+    return x.unflatten(1, (-1, n)).movedim(2, 0).contiguous()
+
+
+def swap_skip(x: Tensor) -> Tensor:
+    """Single-skip to group-skip order and back: [n, B, S'/n, ...] -> the same shape."""
+    n = x.shape[0]
+    return x.unflatten(2, (-1, n)).transpose(0, 3).flatten(2, 3)
+
+
+def from_group_skip(x: Tensor, tokens: int) -> Tensor:
+    """[n, B, S'/n, ...] in group-skip order -> [B, S, ...], the padding dropped."""
+    n = x.shape[0]
+    return x.unflatten(2, (-1, n)).movedim(0, 2).flatten(1, 3)[:, :tokens]
+
+
+class Layout(NamedTuple):
+    """What attention needs to know of one order of the tokens."""
+
+    cos: Tensor  # [n, 1, S'/n, 1, d/2]
+    sin: Tensor
+    key_mask: Tensor | None  # [n * B, 1, 1, S'/n + L] bool, True = attend; None where nothing is masked
+
+
+def rotary_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1, S, 1, d/2] in fp32 of every token's position (t, y, x), counted from 0."""
+    angles = []
+    for axis, (size, width) in enumerate(zip(grid, rotary_widths(head_dim), strict=True)):
+        channel = torch.arange(0, width, 2, dtype=torch.float32, device=device)
+        position = torch.arange(size, dtype=torch.float32, device=device)
+        angle = torch.outer(position, ROPE_THETA ** (-channel / width))
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = size
+        angles.append(angle.view(shape).expand(*grid, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)[None, :, None]
+    return angle.cos(), angle.sin()
+
+
+def rotary_widths(head_dim: int) -> list[int]:
+    return [head_dim * share // sum(ROPE_SPLIT) for share in ROPE_SPLIT]
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [n, B, S/n, H, d] (fp32), by half-split rotation inside each of the three parts of a head."""
+    widths = rotary_widths(x.shape[-1])
+    halves = [width // 2 for width in widths]
+    turned = []
+    for part, c, s in zip(x.split(widths, -1), cos.split(halves, -1), sin.split(halves, -1), strict=True):
+        first, second = part.chunk(2, dim=-1)
+        turned += [first * c - second * s, second * c + first * s]
+    return torch.cat(turned, dim=-1)
+
+
+# --- Norms and embeddings: all of these compute and return fp32 ---------------------------------------------
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that returns fp32 whatever its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that returns fp32 whatever its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+
+
+class ConditionMLP(nn.Module):
+    """Linear -> SiLU -> Linear in the weights' dtype; returns fp32."""
+
+    def __init__(self, in_features: int, *, out_features: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features)
+        self.linear_2 = nn.Linear(out_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype)))).float()
+
+
+class ConditionEmbedding(nn.Module):
+    """The condition vector [B, E] in fp32, from timestep [B] (1000 * sigma) and the pooled CLIP vector [B,
+    P].
+    """
+
+    def __init__(self, embed_dim: int, *, pooled_dim: int) -> None:
+        super().__init__()
+        self.timestep_embedder = ConditionMLP(embed_dim, out_features=embed_dim)
+        self.text_embedder = ConditionMLP(pooled_dim, out_features=embed_dim)
+
+    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        width = self.timestep_embedder.linear_1.in_features
+        channel = torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
+        angle = torch.outer(timestep.float(), 10000.0 ** (-channel / (width // 2)))
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return self.timestep_embedder(sinusoid) + self.text_embedder(pooled)
+
+
+class AdaNormZero(nn.Module):
+    """Norms of both streams, modulated by the condition, and the gates of what follows (AdaLN-zero).
+
+    With `text_norm=False` there is no text norm and the text stream passes as it is; its gate still applies.
+    """
+
+    def __init__(
+        self, dim: int, *, embed_dim: int, norm_cls: str, eps: float, text_norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(embed_dim, 6 * dim)
+        self.norm = NORMS[norm_cls](dim, eps=eps)
+        self.norm_enc = NORMS[norm_cls](dim, eps=eps) if text_norm else None
+
+    def forward(self, video: Tensor, text: Tensor, cond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [B, 1, D] in fp32."""
+        vectors = self.linear(F.silu(cond).to(self.linear.weight.dtype)).float().unsqueeze(1)
+        shift, scale, gate, text_shift, text_scale, text_gate = vectors.chunk(6, dim=-1)
+        video = (self.norm(video) * (1 + scale) + shift).to(video.dtype)
+        if self.norm_enc is not None:
+            text = (self.norm_enc(text) * (1 + text_scale) + text_shift).to(text.dtype)
+        return video, text, gate, text_gate
+
+
+def add_gated(stream: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """stream + gate * update, computed in fp32, in the stream's dtype."""
+    return (stream.float() + gate * update.float()).to(stream.dtype)
+
+
+# --- Block --------------------------------------------------------------------------------------------------
+
+
+class JointAttnProcessor:
+    """Attention of video [n, B, s, D] and text [B, L, D] over both, within each of the n subsequences.
+
+    The text attends in every subsequence; its n outputs are averaged. Works with each backend of diffusers'
+    dispatcher that takes the key mask, or with any of them where nothing is masked.
+    """
+
+    _attention_backend = None
+
+    def __call__(
+        self, attn: "JointAttention", video: Tensor, text: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor | None]:
+        n, _, s, _ = video.shape
+        q, k, v = (
+            linear(video).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        q = apply_rotary(attn.norm_q(q), layout.cos, layout.sin).to(v.dtype)
+        k = apply_rotary(attn.norm_k(k), layout.cos, layout.sin).to(v.dtype)
+
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_q, text_k, text_v = (linear(text).unflatten(-1, (attn.heads, -1)) for linear in added)
+        text_q = attn.norm_added_q(text_q).to(v.dtype)
+        text_k = attn.norm_added_k(text_k).to(v.dtype)
+
+        def join(x: Tensor, text_x: Tensor) -> Tensor:  # -> [n * B, s + L, H, d]
+            return torch.cat([x, text_x.expand(n, *text_x.shape)], dim=2).flatten(0, 1)
+
+        out = dispatch_attention_fn(
+            join(q, text_q),
+            join(k, text_k),
+            join(v, text_v),
+            attn_mask=layout.key_mask,
+            backend=self._attention_backend,
+        )
+        out = out.flatten(2, 3).unflatten(0, (n, -1))  # [n, B, s + L, D]
+        video = attn.to_out[0](out[:, :, :s])
+        return video, None if attn.to_add_out is None else attn.to_add_out(out[:, :, s:].mean(0))
+
+
+class JointAttention(nn.Module, AttentionModuleMixin):
+    """Projections and q/k norms of both streams. `text_output=False`: the text is attended to but not
+    updated.
+    """
+
+    _default_processor_cls = JointAttnProcessor
+    _available_processors = [JointAttnProcessor]  # noqa: RUF012 (the name and type that diffusers reads)
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, *, heads: int, eps: float, text_output: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = (RMSNorm(dim // heads, eps=eps) for _ in range(2))
+        self.norm_added_q, self.norm_added_k = (RMSNorm(dim // heads, eps=eps) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_add_out = nn.Linear(dim, dim) if text_output else None
+        self.processor: Any = (
+            JointAttnProcessor()
+        )  # of any class that diffusers' `set_processor` may put here
+
+    def forward(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        return self.processor(self, video, text, layout)
+
+
+class GELUProjection(nn.Module):
+    """Linear without bias, then tanh-GELU (which torch computes in fp32 for every dtype)."""
+
+    def __init__(self, dim: int, *, inner_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """D -> 4 D -> D without biases. The list of three keeps the numbering of diffusers' and the original's
+    names.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GELUProjection(dim, inner_dim=4 * dim), nn.Identity(), nn.Linear(4 * dim, dim, bias=False)]
+        )
+        self.recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, use_reentrant=False)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class SkipLinear(nn.Module):
+    """Joins a stream [..., D] with what an earlier stage kept of it: Linear(concat) -> [..., D]."""
+
+    def __init__(self, dim: int, *, norm_cls: str | None, eps: float) -> None:
+        super().__init__()
+        self.norm = NORMS[norm_cls](2 * dim, eps=eps) if norm_cls else None
+        self.linear = nn.Linear(2 * dim, dim)
+        if self.norm is None:
+            with torch.no_grad():
+                self.linear.weight.copy_(torch.eye(dim, 2 * dim))
+                self.linear.bias.zero_()
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        joined = torch.cat([x, kept], dim=-1)
+        return self.linear(joined if self.norm is None else self.norm(joined).to(x.dtype))
+
+
+class SparseUMMDiTBlock(nn.Module):
+    """One block of both streams: (skip connection,) joint attention, feed-forward.
+
+    `double_ff=False`: both streams share one feed-forward, which the text enters as it is. `last=True`:
+    nothing reads the text afterwards, so its output projection, second norm and feed-forward do not exist.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        embed_dim: int,
+        norm_cls: str,
+        eps: float,
+        double_ff: bool,
+        last: bool,
+        skip: bool,
+        skip_norm: bool,
+    ) -> None:
+        super().__init__()
+        skip_norm_cls = norm_cls if skip_norm else None
+        self.skip = SkipLinear(dim, norm_cls=skip_norm_cls, eps=eps) if skip else None
+        self.skip_enc = SkipLinear(dim, norm_cls=skip_norm_cls, eps=eps) if skip else None
+        self.norm1 = AdaNormZero(dim, embed_dim=embed_dim, norm_cls=norm_cls, eps=eps)
+        self.attn1 = JointAttention(dim, heads=heads, eps=eps, text_output=not last)
+        self.norm2 = AdaNormZero(
+            dim, embed_dim=embed_dim, norm_cls=norm_cls, eps=eps, text_norm=double_ff and not last
+        )
+        self.ff = FeedForward(dim)
+        self.ff_enc = FeedForward(dim) if double_ff and not last else None
+        self.last = last
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        cond: Tensor,
+        layout: Layout,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video [n, B, s, D], text [B, L, D], cond [B, E] fp32 -> video, text. `kept`: an earlier stage's
+        two.
+        """
+        video, text = hidden_states, encoder_hidden_states
+        if self.skip is not None and self.skip_enc is not None:
+            assert kept is not None
+            video, text = self.skip(video, kept[0]), self.skip_enc(text, kept[1])
+        if video.dtype == torch.float16 and not self.training:
+            video, text = (torch.nan_to_num(x).clamp(-65504, 65504) for x in (video, text))
+
+        normed, normed_text, gate, text_gate = self.norm1(video, text, cond)
+        update, text_update = self.attn1(normed, normed_text, layout)
+        video = add_gated(video, gate, update)
+        if text_update is not None:
+            text = add_gated(text, text_gate, text_update)
+
+        normed, normed_text, gate, text_gate = self.norm2(video, text, cond)
+        video = add_gated(video, gate, self.ff(normed))
+        if not self.last:
+            text_ff = self.ff if self.ff_enc is None else self.ff_enc
+            text = add_gated(text, text_gate, text_ff(normed_text))
+        return video, text
+
+
+# --- Model --------------------------------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    """Latents [B, C, T, H, W] -> tokens [B, T * H/p * W/p, D]: a convolution on each frame."""
+
+    def __init__(self, in_channels: int, *, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        x = self.proj(x.transpose(1, 2).flatten(0, 1).to(self.proj.weight.dtype))  # [B * T, D, H/p, W/p]
+        return x.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
+
+
+class AdaNormOut(nn.Module):
+    """The last norm, shifted and scaled by the condition. Returns fp32."""
+
+    def __init__(self, dim: int, *, embed_dim: int, norm_cls: str, eps: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(embed_dim, 2 * dim)
+        self.norm = NORMS[norm_cls](dim, eps=eps)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        vectors = self.linear(F.silu(cond).to(self.linear.weight.dtype)).float().unsqueeze(1)
+        shift, scale = vectors.chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
+
+    Args:
+        num_attention_heads, attention_head_dim: their product is the width D. The head width is a multiple of
+        16,
+            and of 32 / gcd with the shares 4:6:6, so that each of the rotary parts is even.
+        in_channels, out_channels: latent channels. num_layers: blocks of each stage: an odd number of stages,
+        each with an even number of blocks. sparse_n: the Skiparse rate of each stage; None: dense. Weights do
+        not depend on it: see `set_sparsity`. double_ff: a feed-forward for each stream instead of one for
+        both. caption_channels, pooled_projection_dim: widths of the T5 states and of the CLIP vector.
+        timestep_embed_dim: width of the condition vector. patch_size: latent cells on a token's side.
+        norm_cls: "layer_norm" or "rms_norm". `norm_eps` is the eps of every norm, the q/k norms included.
+        skip_connection: stages after the middle take the outputs of those before it.
+        skip_connection_zero_init: their Linear starts as [identity | 0] and has no norm; False: a norm before
+        it.
+
+    Raises ValueError for values that make no model. Source: original.md section 1 (report and measured
+    original).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SparseUMMDiTBlock"]  # noqa: RUF012
+    _repeated_blocks = ["SparseUMMDiTBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_text_embed", "norm"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 24,
+        *,
+        attention_head_dim: int = 128,
+        in_channels: int = 32,
+        out_channels: int = 32,
+        num_layers: Sequence[int] = (2, 4, 6, 8, 6, 4, 2),
+        sparse_n: Sequence[int] | None = (1, 2, 4, 8, 4, 2, 1),
+        double_ff: bool = True,
+        caption_channels: int = 2048,
+        pooled_projection_dim: int = 1280,
+        timestep_embed_dim: int = 1024,
+        patch_size: int = 2,
+        norm_cls: str = "layer_norm",
+        norm_eps: float = 1e-6,
+        skip_connection: bool = True,
+        skip_connection_zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        check_architecture(attention_head_dim=attention_head_dim, num_layers=num_layers, norm_cls=norm_cls)
+        check_rates(sparse_n, stages=len(num_layers))
+        dim = num_attention_heads * attention_head_dim
+        norm = {"norm_cls": norm_cls, "eps": norm_eps}
+
+        self.patch_embed = PatchEmbed(in_channels, dim=dim, patch_size=patch_size)
+        self.time_text_embed = ConditionEmbedding(timestep_embed_dim, pooled_dim=pooled_projection_dim)
+        self.caption_projection = nn.Linear(caption_channels, dim)
+
+        first_of_stage = list(itertools.accumulate(num_layers, initial=0))
+        skip_blocks = set(first_of_stage[len(num_layers) // 2 + 1 : -1]) if skip_connection else set()
+        self.transformer_blocks = nn.ModuleList(
+            SparseUMMDiTBlock(
+                dim,
+                heads=num_attention_heads,
+                embed_dim=timestep_embed_dim,
+                double_ff=double_ff,
+                last=index == sum(num_layers) - 1,
+                skip=index in skip_blocks,
+                skip_norm=not skip_connection_zero_init,
+                **norm,
+            )
+            for index in range(sum(num_layers))
+        )
+
+        self.norm_final = NORMS[norm_cls](dim, eps=norm_eps)
+        self.norm_out = AdaNormOut(dim, embed_dim=timestep_embed_dim, **norm)
+        self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
+
+    @classmethod
+    def from_original(
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A model from the original's config keys and tensor names; tensors keep their dtype unless one is
+        given.
+
+        Reads one tensor at a time, so that a lazy mapping costs no more memory than the model. Raises
+        ValueError that names every unknown config key and every tensor that is missing, unexpected or
+        mis-shaped.
+        """
+        settings = original.denoiser_config(config)
+        with torch.device("meta"):
+            model = cls(**settings)
+        original.load(
+            model,
+            state_dict,
+            rename=partial(original.denoiser_name, num_layers=model.config["num_layers"]),
+            unread=original.denoiser_unread(model),
+            dtype=dtype,
+        )
+        return model
+
+    def set_sparsity(self, rates: Sequence[int] | None) -> None:
+        """Attend with these Skiparse rates, one a stage, from now on (None: dense). The weights stay as they
+        are.
+        """
+        check_rates(rates, stages=len(self.config["num_layers"]))
+        self.register_to_config(sparse_n=None if rates is None else list(rates))
+
+    def set_recompute(self, *, blocks: int = 0, feed_forwards: int = 0) -> None:
+        """Trade time for memory in training: drop the activations of the first `blocks` whole blocks, or
+        those of the feed-forwards of the first `feed_forwards` blocks, and compute them again in backward.
+        Both at once is a ValueError, as in the original. `enable_gradient_checkpointing()` is the same as all
+        blocks.
+        """
+        depth = len(self.transformer_blocks)
+        if blocks and feed_forwards:
+            raise ValueError(f"recompute blocks ({blocks}) or feed_forwards ({feed_forwards}), not both")
+        for name, count in (("blocks", blocks), ("feed_forwards", feed_forwards)):
+            if not 0 <= count <= depth:
+                raise ValueError(f"{name} must be between 0 and {depth}, got {count}")
+        for index, block in enumerate(cast(Iterable[SparseUMMDiTBlock], self.transformer_blocks)):
+            block.gradient_checkpointing = index < blocks
+            for ff in (block.ff, block.ff_enc):
+                if ff is not None:
+                    ff.recompute = index < feed_forwards
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity [B, C, T, H, W] of latents [B, C, T, H, W] at `timestep` [B] (1000 * sigma).
+
+        `encoder_hidden_states` [B, L, caption_channels] with `encoder_attention_mask` [B, L] (non-zero = real
+        token), `pooled_projections` [B, P]; `attention_mask` [B, T, H, W] (non-zero = valid cell; a token
+        counts if any of its cells does; what is predicted for padded cells means nothing). Leave a mask out
+        where nothing is masked: a mask of ones gives the same, after a look at its values. Raises ValueError
+        for latents that do not fit.
+        """
+        patch = self.config["patch_size"]
+        batch, _, frames, height, width = hidden_states.shape
+        if height % patch or width % patch:
+            raise ValueError(f"latent sides must be multiples of {patch}, got {height} x {width}")
+        grid = (frames, height // patch, width // patch)
+
+        text, text_mask = trim_text(encoder_hidden_states, encoder_attention_mask)
+        video_mask = None
+        if attention_mask is not None and not attention_mask.bool().all():
+            video_mask = F.max_pool2d(attention_mask.float(), patch).flatten(1) > 0  # [B, S]
+
+        cond = self.time_text_embed(timestep, pooled_projections)
+        video = self.patch_embed(hidden_states)
+        text = self.caption_projection(text.to(self.caption_projection.weight.dtype))
+        video = self._run_stages(video, text, cond, grid, video_mask, text_mask)
+
+        video = self.norm_out(self.norm_final(video).to(video.dtype), cond).to(video.dtype)
+        video = self.proj_out(video)
+        video = video.unflatten(-1, (patch, patch, -1)).unflatten(1, grid)  # [B, T, H/p, W/p, p, p, C]
+        sample = video.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run_stages(
+        self,
+        video: Tensor,
+        text: Tensor,
+        cond: Tensor,
+        grid: tuple[int, int, int],
+        video_mask: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> Tensor:
+        """Tokens [B, S, D] in natural order through the U and back to natural order."""
+        tokens = video.shape[1]
+        depths = self.config["num_layers"]
+        rates = self.config["sparse_n"] or [1] * len(depths)
+        tables = rotary_tables(grid, self.config["attention_head_dim"], video.device)
+        layouts = {n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2]) for n in set(rates)}
+
+        blocks = iter(self.transformer_blocks)
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for stage, (depth, n) in enumerate(zip(depths, rates, strict=True)):
+            video = to_single_skip(video, n)
+            kept = None
+            if stage > len(depths) // 2 and self.config["skip_connection"]:
+                kept_video, kept_text = outputs.pop()
+                kept = to_single_skip(kept_video, n), kept_text
+            for index, block in enumerate(itertools.islice(blocks, depth)):
+                if index:
+                    video = swap_skip(video)
+                inputs = (video, text, cond, layouts[n][index % 2], None if index else kept)
+                if block.gradient_checkpointing and torch.is_grad_enabled():
+                    video, text = checkpoint(block, *inputs, use_reentrant=False)
+                else:
+                    video, text = block(*inputs)
+            video = from_group_skip(video, tokens)
+            if stage < len(depths) // 2:
+                outputs.append((video, text))
+        return video
+
+
+def trim_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cut the text [B, L, E] to the longest real length of the batch; the mask [B, L] is None if nothing is
+    left of it.
+    """
+    if mask is None:
+        return text, None
+    mask = mask.bool()
+    length = max(int(mask.any(0).nonzero().max()) + 1, 1) if mask.any() else 1
+    text, mask = text[:, :length], mask[:, :length]
+    return text, None if mask.all() else mask
+
+
+def make_layouts(
+    n: int,
+    tables: tuple[Tensor, Tensor],
+    video_mask: Tensor | None,
+    text_mask: Tensor | None,
+    text_shape: Sequence[int],
+) -> tuple[Layout, Layout]:
+    """The single-skip and the group-skip layout of rate n: rotary tables, and key masks where anything is
+    masked.
+    """
+    cos, sin = (to_single_skip(table, n) for table in tables)
+    tokens, device = tables[0].shape[1], cos.device
+    single_mask = group_mask = None
+    if video_mask is not None or text_mask is not None or tokens % n**2:
+        batch, length = text_shape
+        if video_mask is None:
+            video_mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        if text_mask is None:
+            text_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+        text_keys = text_mask.expand(n, batch, length)
+        single = to_single_skip(video_mask, n)  # padding becomes False
+        single_mask, group_mask = (
+            torch.cat([video_keys, text_keys], dim=-1).flatten(0, 1)[:, None, None]
+            for video_keys in (single, swap_skip(single))
+        )
+    return Layout(cos, sin, single_mask), Layout(swap_skip(cos), swap_skip(sin), group_mask)
+
+
+def check_architecture(*, attention_head_dim: int, num_layers: Sequence[int], norm_cls: str) -> None:
+    """Raise ValueError for sizes that the architecture does not have."""
+    if attention_head_dim % 16:
+        below = max(attention_head_dim // 16 * 16, 16)
+        raise ValueError(
+            f"attention_head_dim must be a multiple of 16 (rotary parts 4:6:6 of 16, each even), got "
+            f"{attention_head_dim}: use {below} or {below + 16}"
+        )
+    if len(num_layers) % 2 == 0:
+        raise ValueError(
+            f"num_layers needs an odd number of stages, got {len(num_layers)}: {list(num_layers)}"
+        )
+    if any(depth < 2 or depth % 2 for depth in num_layers):
+        raise ValueError(f"each stage needs an even number of layers, at least 2, got {list(num_layers)}")
+    if norm_cls not in NORMS:
+        raise ValueError(f"norm_cls must be one of {sorted(NORMS)}, got {norm_cls!r}")
+
+
+def check_rates(rates: Sequence[int] | None, *, stages: int) -> None:
+    """Raise ValueError unless there is a positive Skiparse rate for each stage (or None: dense)."""
+    if rates is not None and (len(rates) != stages or any(n < 1 for n in rates)):
+        raise ValueError(f"sparse_n needs {stages} rates, each at least 1, got {list(rates)}")

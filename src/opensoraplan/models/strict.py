@@ -1,0 +1,48 @@
+"""Configs and weights that are taken whole or not at all: unknown keys, missing or mis-shaped tensors are
+errors.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+
+Shape = tuple[int, ...]
+
+
+class StrictConfigMixin(ConfigMixin):
+    """diffusers only warns of config keys that the constructor does not take; here they raise ValueError."""
+
+    config_name = "config.json"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:  # noqa: ANN401
+        given = [key for key in config_dict if not key.startswith("_") and key != "quantization_config"]
+        check_known_keys(given, cls._get_init_keys(cls) - {"self"}, where=f"the config of {cls.__name__}")
+        return super().extract_init_dict(config_dict, **kwargs)
+
+
+def check_known_keys(given: Iterable[str], known: Iterable[str], *, where: str) -> None:
+    """Raise ValueError naming each key of `given` that is not in `known`, with the nearest that is."""
+    known = list(known)
+    problems = []
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            problems.append(f"{key!r} (did you mean {near[0]!r}?)" if near else f"{key!r}")
+    if problems:
+        raise ValueError(f"unknown key in {where}: {', '.join(problems)}")
+
+
+def check_tensors(expected: Mapping[str, Shape], given: Mapping[str, Shape], *, what: str) -> None:
+    """Raise ValueError naming every tensor of `given` that is missing, unexpected or of another shape."""
+    lines = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in given]
+    lines += [f"unexpected {name} {list(shape)}" for name, shape in given.items() if name not in expected]
+    lines += [
+        f"{name} is {list(given[name])}, the config needs {list(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if lines:
+        raise ValueError(f"{len(lines)} tensors do not fit {what}:\n  " + "\n  ".join(lines))

@@ -1,0 +1,655 @@
+"""WF-VAE 8x8x8: the wavelet-flow causal video autoencoder of Open-Sora Plan v1.5.0 (arXiv 2411.17459), top to
+bottom.
+
+No training losses, no file formats. Shapes: B batch, C channels, T frames, H/W pixels, k + 1 latent frames
+for T = 8k + 1. Every layer takes a `Stream`, or None for a whole clip: what it has to remember from the chunk
+before. Module names are the original's own, so that its files need no renaming.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opensoraplan.models import original
+from opensoraplan.models.strict import StrictConfigMixin
+from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
+
+logger = logging.getLogger(__name__)
+
+COLOURS = 3
+HAAR_TAP = 0.3536  # the original's rounding of 1 / sqrt(8)
+# Sign of the second tap along (t, h, w), in the original's band order and with its names.
+HAAR_BANDS = {
+    "h": (1, 1, 1),
+    "g": (1, 1, -1),
+    "hh": (1, -1, 1),
+    "gh": (1, -1, -1),
+    "h_v": (-1, 1, 1),
+    "g_v": (-1, 1, -1),
+    "hh_v": (-1, -1, 1),
+    "gh_v": (-1, -1, -1),
+}
+COEFFICIENTS = COLOURS * len(HAAR_BANDS)
+
+# Per channel, so that (latent - shift) * scale is what the denoiser works on. From the release's config.
+RELEASE_SHIFT = (
+    -0.2129, 0.1226, 1.6328, 0.6211, -0.8750, 0.6172, -0.5703, 0.1348,
+    -0.2178, -0.9375, 0.3184, 0.3281, -0.0544, -0.1826, -0.2812, 0.4355,
+    0.1621, -0.2578, 0.7148, -0.7422, -0.2295, -0.2324, -1.4922, 0.6328,
+    1.1250, -0.2578, -2.1094, 1.0391, 1.1797, -1.2422, -0.2988, -0.9570,
+)  # fmt: skip
+RELEASE_SCALE = (
+    0.7031, 0.7109, 1.5391, 1.2969, 0.7109, 1.4141, 1.3828, 2.1719,
+    1.7266, 1.8281, 1.9141, 1.2031, 0.6875, 0.9609, 1.6484, 1.1875,
+    1.5312, 1.1328, 0.8828, 0.6836, 0.8828, 0.9219, 1.6953, 1.4453,
+    1.5312, 0.6836, 0.7656, 0.8242, 1.2344, 1.0312, 1.7266, 0.9492,
+)  # fmt: skip
+
+
+@dataclass
+class Stream:
+    """What one clip's layers keep from chunk to chunk. The first chunk is frame 0 alone.
+
+    `lookahead` counts the frames at the end of the tensor now on its way that the next chunk brings again:
+    time upsampling has to see one frame ahead, and what is kept must not include it.
+    """
+
+    first: bool = True
+    lookahead: int = 0
+    kept: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def keep(self, layer: nn.Module, x: Tensor, frames: int) -> None:
+        """Keep the last `frames` of x [B, C, T, H, W] that are not look-ahead."""
+        end = x.shape[2] - self.lookahead
+        self.kept[layer] = x[:, :, end - frames : end].clone()  # a slice would keep all of x alive
+
+
+# --- Haar transform -----------------------------------------------------------------------------------------
+
+
+def haar_filter(like: Tensor) -> Tensor:
+    """[24, 3, 2, 2, 2]: output channel band * 3 + c is that band of colour c. For both directions."""
+    taps = like.new_tensor([[_band_taps(signs)] for signs in HAAR_BANDS.values()])  # [8, 1, 2, 2, 2]
+    colours = torch.eye(COLOURS, dtype=like.dtype, device=like.device)
+    return (taps[:, None] * colours[None, :, :, None, None, None]).flatten(0, 1)
+
+
+def _band_taps(signs: tuple[int, int, int]) -> list[list[list[float]]]:
+    t, h, w = signs
+    return [[[HAAR_TAP * t**i * h**j * w**k for k in (0, 1)] for j in (0, 1)] for i in (0, 1)]
+
+
+def haar(x: Tensor, stream: Stream | None) -> Tensor:
+    """Colours [B, 3, T, H, W] -> coefficients [B, 24, (T + 1) / 2, H/2, W/2], the first frame counted
+    twice.
+    """
+    if stream is None or stream.first:
+        x = torch.cat([x[:, :, :1], x], dim=2)
+    return F.conv3d(x, haar_filter(x), stride=2)
+
+
+def inverse_haar(coefficients: Tensor, stream: Stream | None) -> Tensor:
+    """Coefficients [B, 24, t, h, w] -> colours [B, 3, 2t - 1, 2h, 2w]: the doubled first frame is dropped
+    again.
+    """
+    x = F.conv_transpose3d(coefficients, haar_filter(coefficients), stride=2)
+    return x[:, :, 1:] if stream is None or stream.first else x
+
+
+def add_to_low_band(coefficients: Tensor, low: Tensor) -> Tensor:
+    """Add colours [B, 3, t, h, w] to the low-pass band of coefficients [B, 24, t, h, w]."""
+    return torch.cat([coefficients[:, :COLOURS] + low, coefficients[:, COLOURS:]], dim=1)
+
+
+def fixed_tensors() -> dict[str, Tensor]:
+    """The Haar filters that the original's files carry, by their original names: 2 x 3 levels x 8 bands."""
+    taps = {band: torch.tensor([[_band_taps(signs)]]) for band, signs in HAAR_BANDS.items()}
+    forward = {
+        f"encoder.wavelet_transform_{level}.{band}_conv.conv.weight": value
+        for level in ("in", "l1", "l2")
+        for band, value in taps.items()
+    }
+    inverse = {
+        f"decoder.inverse_wavelet_transform_{level}.{band}": value
+        for level in ("out", "l1", "l2")
+        for band, value in taps.items()
+    }
+    return forward | inverse
+
+
+# --- Layers -------------------------------------------------------------------------------------------------
+
+
+class CausalConv3d(nn.Module):
+    """3-D convolution that sees no later frame: time is padded in front, with the first frame or what a
+    stream kept.
+
+    `padding` is spatial. In a stream it keeps the last kernel - stride frames of its input.
+    """
+
+    def __init__(
+        self, channels: int, *, out_channels: int, kernel: int = 3, stride: int = 1, padding: int = 1
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, out_channels, kernel, stride=stride, padding=(0, padding, padding))
+        self.before = kernel - 1
+        self.overlap = kernel - stride
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        if self.before:
+            front = None if stream is None else stream.kept.get(self)
+            if front is None:
+                front = x[:, :, :1].expand(-1, -1, self.before, -1, -1)
+            x = torch.cat([front, x], dim=2)
+            if stream is not None:
+                stream.keep(self, x, self.overlap)
+        return self.conv(x)
+
+
+class FrameConv2d(nn.Conv2d):
+    """The same 3x3 convolution on each frame of [B, C, T, H, W]."""
+
+    def __init__(self, channels: int, *, out_channels: int) -> None:
+        super().__init__(channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
+        frames = super().forward(x.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of [B, C, T, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), of causal 3-D convolutions or, with `conv=FrameConv2d`, of
+    2-D ones.
+    """
+
+    def __init__(
+        self, channels: int, *, out_channels: int | None = None, conv: Callable[..., nn.Module] = CausalConv3d
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        self.norm1 = ChannelNorm(channels)
+        self.conv1 = conv(channels, out_channels=out_channels)
+        self.norm2 = ChannelNorm(out_channels)
+        self.conv2 = conv(out_channels, out_channels=out_channels)
+        self.nin_shortcut = (
+            CausalConv3d(channels, out_channels=out_channels, kernel=1, padding=0)
+            if out_channels != channels
+            else None
+        )
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), stream)
+        h = self.conv2(F.silu(self.norm2(h)), stream)
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """Full attention within each frame, one head, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.q, self.k, self.v, self.proj_out = (
+            CausalConv3d(channels, out_channels=channels, kernel=1, padding=0) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
+        h = self.norm(x)
+        q, k, v = (
+            proj(h).permute(0, 2, 3, 4, 1).flatten(2, 3) for proj in (self.q, self.k, self.v)
+        )  # [B, T, HW, C]
+        out = F.scaled_dot_product_attention(q, k, v).unflatten(2, x.shape[3:])
+        return x + self.proj_out(out.movedim(-1, 1))
+
+
+class Downsample(nn.Module):
+    """Half the frames (T -> (T + 1) / 2), half the sides: one zero behind H and W, then a strided causal
+    convolution.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, out_channels=channels, stride=2, padding=0)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)), stream)
+
+
+class Upsample(nn.Module):
+    """Twice the frames (T -> 2T - 1), twice the sides: trilinear in fp32, then a causal convolution.
+
+    Frame 0 grows only in space; the rest is interpolated in time as a clip of its own. In a stream the frame
+    before the chunk is kept and put in front of it, and the two frames that it becomes are dropped again.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, out_channels=channels)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        if stream is None:
+            parts = [self._grow(x[:, :, :1], time=1)]
+            if x.shape[2] > 1:
+                parts.append(self._grow(x[:, :, 1:], time=2))
+            return self.conv(torch.cat(parts, dim=2))
+        if stream.first:
+            return self.conv(self._grow(x, time=1), stream)
+        before = stream.kept.get(self)
+        stream.keep(self, x, 1)
+        stream.lookahead *= 2
+        if before is None:
+            return self.conv(self._grow(x, time=2), stream)
+        return self.conv(self._grow(torch.cat([before, x], dim=2), time=2)[:, :, 2:], stream)
+
+    @staticmethod
+    def _grow(x: Tensor, *, time: int) -> Tensor:
+        return F.interpolate(x.float(), scale_factor=(time, 2, 2), mode="trilinear").to(x.dtype)
+
+
+def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor:
+    """x through layers that each take (x, stream)."""
+    for layer in layers:
+        x = layer(x, stream)
+    return x
+
+
+# --- Encoder and decoder ------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, T, H, W] -> moments [B, 2 * latent channels, (T - 1) / 8 + 1, H/8, W/8].
+
+    Three Haar levels, each of the low band of the one before; their coefficients flow in beside the main
+    path.
+    """
+
+    def __init__(self, base: int, *, latent_channels: int, num_resblocks: int, flow_channels: int) -> None:
+        super().__init__()
+        two, four = 2 * base, 4 * base
+        self.down1 = nn.Sequential(
+            FrameConv2d(COEFFICIENTS, out_channels=base),
+            *(ResnetBlock(base, conv=FrameConv2d) for _ in range(num_resblocks)),
+            Downsample(base),
+        )
+        self.down2 = nn.Sequential(
+            FrameConv2d(base + flow_channels, out_channels=two),
+            *(ResnetBlock(two) for _ in range(num_resblocks)),
+            Downsample(two),
+        )
+        self.connect_l1 = FrameConv2d(COEFFICIENTS, out_channels=flow_channels)
+        self.connect_l2 = FrameConv2d(COEFFICIENTS, out_channels=flow_channels)
+        self.mid = nn.Sequential(
+            ResnetBlock(two + flow_channels, out_channels=four), FrameAttention(four), ResnetBlock(four)
+        )
+        self.norm_out = ChannelNorm(four)
+        self.conv_out = CausalConv3d(four, out_channels=2 * latent_channels)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        level0 = haar(x, stream)
+        level1 = haar(level0[:, :COLOURS], stream)
+        level2 = haar(level1[:, :COLOURS], stream)
+        h = run(self.down1, level0, stream)
+        h = run(self.down2, torch.cat([h, self.connect_l1(level1)], dim=1), stream)
+        h = run(self.mid, torch.cat([h, self.connect_l2(level2)], dim=1), stream)
+        return self.conv_out(F.silu(self.norm_out(h)), stream)
+
+
+class Decoder(nn.Module):
+    """Latents [B, latent channels, t, h, w] -> pixels [B, 3, 8 (t - 1) + 1, 8h, 8w].
+
+    The last `flow_channels` of two of its stages leave the main path and become the coefficients of Haar
+    levels 2 and 1; each level's inverse is added to the low band of the one above.
+    """
+
+    def __init__(
+        self,
+        base: int,
+        *,
+        latent_channels: int,
+        num_resblocks: int,
+        flow_channels: int,
+        connect_resblocks: int,
+    ) -> None:
+        super().__init__()
+        two, four = 2 * base, 4 * base
+        self.flow_channels = flow_channels
+        self.conv_in = CausalConv3d(latent_channels, out_channels=four)
+        self.mid = nn.Sequential(
+            ResnetBlock(four), FrameAttention(four), ResnetBlock(four, out_channels=four + flow_channels)
+        )
+        self.up2 = nn.Sequential(
+            *(ResnetBlock(four) for _ in range(num_resblocks)),
+            Upsample(four),
+            ResnetBlock(four, out_channels=four + flow_channels),
+        )
+        self.up1 = nn.Sequential(
+            ResnetBlock(four, out_channels=two),
+            *(ResnetBlock(two) for _ in range(num_resblocks - 1)),
+            Upsample(two),
+            ResnetBlock(two),
+        )
+        self.layer = nn.Sequential(ResnetBlock(two, out_channels=base), ResnetBlock(base))
+        self.connect_l1, self.connect_l2 = (
+            nn.Sequential(
+                *(ResnetBlock(flow_channels) for _ in range(connect_resblocks)),
+                FrameConv2d(flow_channels, out_channels=COEFFICIENTS),
+            )
+            for _ in range(2)
+        )
+        self.norm_out = ChannelNorm(base)
+        self.conv_out = FrameConv2d(base, out_channels=COEFFICIENTS)
+
+    def forward(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        h, flow = self._part(run(self.mid, self.conv_in(z, stream), stream))
+        low = inverse_haar(run(self.connect_l2, flow, stream), stream)
+        h, flow = self._part(run(self.up2, h, stream))
+        low = inverse_haar(add_to_low_band(run(self.connect_l1, flow, stream), low), stream)
+        h = run(self.layer, run(self.up1, h, stream), stream)
+        coefficients = self.conv_out(F.silu(self.norm_out(h)))
+        return inverse_haar(add_to_low_band(coefficients, low), stream)
+
+    def _part(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return h[:, : -self.flow_channels], h[:, -self.flow_channels :]
+
+
+# --- Chunks and tiles ---------------------------------------------------------------------------------------
+
+
+def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]:
+    """A clip in pieces [B, 3, t, H, W] of any length -> frame 0, then `step` frames at a time, then what is
+    left (None: the whole clip). Raises ValueError before the last chunk if the clip is not 8k + 1 frames
+    long.
+    """
+    waiting: list[Tensor] = []
+    frames = 0
+    size = 1 if step else None
+    for piece in pieces:
+        frames += piece.shape[2]
+        waiting.append(piece)
+        while size and sum(w.shape[2] for w in waiting) >= size:
+            ready = torch.cat(waiting, dim=2)
+            yield ready[:, :, :size]
+            waiting, size = [ready[:, :, size:]], step
+    check_frames(frames)
+    if any(w.shape[2] for w in waiting):
+        yield torch.cat(waiting, dim=2)
+
+
+def latent_chunks(frames: int, step: int | None) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, look-ahead) of the chunks in which latent frames are decoded: frame 0, then `step` at a
+    time and one more to look ahead at, except at the end. None: the whole clip.
+    """
+    if step is None:
+        yield 0, frames, 0
+        return
+    yield 0, 1, 0
+    start = 1
+    while frames - start > step + 1:
+        yield start, start + step + 1, 1
+        start += step
+    if start < frames:
+        yield start, frames, 0
+
+
+@dataclass
+class Tile:
+    """A window of H and W, with its own stream."""
+
+    rows: slice
+    columns: slice
+    stream: Stream | None
+
+
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover `size` with at least `overlap` between neighbours; the last one ends at
+    `size`.
+    """
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def blend(
+    outputs: list[Tensor], tiles: list[Tile], size: tuple[int, int], overlap: int, zoom: float
+) -> Tensor:
+    """Join the outputs of tiles into [.., H * zoom, W * zoom], weighted by ramps over `overlap` (before
+    zoom).
+    """
+    height, width = (int(side * zoom) for side in size)
+    total = outputs[0].new_zeros(*outputs[0].shape[:-2], height, width)
+    weight = outputs[0].new_zeros(height, width)
+    for output, tile in zip(outputs, tiles, strict=True):
+        top, left = int(tile.rows.start * zoom), int(tile.columns.start * zoom)
+        rows = edge_ramp(output.shape[-2], top, height, int(overlap * zoom), output)
+        columns = edge_ramp(output.shape[-1], left, width, int(overlap * zoom), output)
+        window = (..., slice(top, top + len(rows)), slice(left, left + len(columns)))
+        share = rows[:, None] * columns
+        total[window] += output * share
+        weight[window] += share
+    return total / weight
+
+
+def edge_ramp(length: int, start: int, size: int, overlap: int, like: Tensor) -> Tensor:
+    """Weights [length] of a tile at `start` of `size`: 1, falling towards each edge that has a neighbour."""
+    ramp = torch.linspace(0, 1, overlap + 2, dtype=like.dtype, device=like.device)[1:-1]
+    weights = like.new_ones(length)
+    if start > 0:
+        weights[:overlap] *= ramp
+    if start + length < size:
+        weights[-overlap:] *= ramp.flip(0)
+    return weights
+
+
+# --- Model --------------------------------------------------------------------------------------------------
+
+
+class WFVAE(ModelMixin, StrictConfigMixin):
+    """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release: 227,035,624 learned
+    values.
+
+    Args:
+        base_channels: width of the first stage; the others have 2 and 4 times that. latent_channels: channels
+        of the latents. encoder_num_resblocks, decoder_num_resblocks: resnets of each stage.
+        encoder_energy_flow_hidden_size, decoder_energy_flow_hidden_size: channels of the wavelet flow beside
+        the
+            main path.
+        connect_res_layer_num: resnets of the decoder's flow.
+        shift, scale: per latent channel; the denoiser works on (latents - shift) * scale. None: 0 and 1.
+
+    Streaming (exact, in time) is on after construction; tiling (inexact, in space) is off. Source:
+    original.md section 2, arXiv 2411.17459.
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["ResnetBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["norm"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        base_channels: int = 160,
+        *,
+        latent_channels: int = 32,
+        encoder_num_resblocks: int = 2,
+        decoder_num_resblocks: int = 2,
+        encoder_energy_flow_hidden_size: int = 128,
+        decoder_energy_flow_hidden_size: int = 128,
+        connect_res_layer_num: int = 1,
+        shift: Sequence[float] | None = RELEASE_SHIFT,
+        scale: Sequence[float] | None = RELEASE_SCALE,
+    ) -> None:
+        super().__init__()
+        for name, values in (("shift", shift), ("scale", scale)):
+            if values is not None and len(values) != latent_channels:
+                raise ValueError(f"{name} has {len(values)} values for {latent_channels} latent channels")
+        self.encoder = Encoder(
+            base_channels,
+            latent_channels=latent_channels,
+            num_resblocks=encoder_num_resblocks,
+            flow_channels=encoder_energy_flow_hidden_size,
+        )
+        self.decoder = Decoder(
+            base_channels,
+            latent_channels=latent_channels,
+            num_resblocks=decoder_num_resblocks,
+            flow_channels=decoder_energy_flow_hidden_size,
+            connect_resblocks=connect_res_layer_num,
+        )
+        self.enable_streaming()
+        self.disable_tiling()
+
+    @classmethod
+    def from_original(
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A model from the original's config keys and tensor names; tensors keep their dtype unless one is
+        given.
+
+        The fixed Haar filters, if there, are checked and dropped. Raises ValueError that names every unknown
+        config key and every tensor that is missing, unexpected or mis-shaped.
+        """
+        settings = original.vae_config(config)
+        with torch.device("meta"):
+            model = cls(**settings)
+        original.load(model, state_dict, fixed=fixed_tensors(), dtype=dtype)
+        return model
+
+    def enable_streaming(self, *, latent_frames: int = 4) -> None:
+        """Encode and decode in chunks of `latent_frames` latent frames (8 times as many frames): the same
+        result up to rounding, in memory that does not grow with the clip.
+        """
+        if latent_frames < 1:
+            raise ValueError(f"latent_frames must be at least 1, got {latent_frames}")
+        self.streaming_latent_frames: int | None = latent_frames
+
+    def disable_streaming(self) -> None:
+        """Encode and decode each clip whole."""
+        self.streaming_latent_frames = None
+
+    def enable_tiling(self, *, tile_size: int = 256, tile_overlap: int = 64) -> None:
+        """Encode and decode in overlapping square tiles, in pixels, blended linearly. Saves memory on large
+        frames and is NOT exact: attention and convolutions see no further than their tile.
+        """
+        for name, value in (("tile_size", tile_size), ("tile_overlap", tile_overlap)):
+            if value % SPATIAL_STRIDE or value < SPATIAL_STRIDE:
+                nearest = max(SPATIAL_STRIDE, round(value / SPATIAL_STRIDE) * SPATIAL_STRIDE)
+                raise ValueError(f"{name} must be a multiple of {SPATIAL_STRIDE}, got {value}: use {nearest}")
+        if tile_overlap > tile_size // 2:
+            raise ValueError(
+                f"tile_overlap must be at most half of tile_size {tile_size}, got {tile_overlap}"
+            )
+        self.tiling: tuple[int, int] | None = tile_size, tile_overlap
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole frames."""
+        self.tiling = None
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """(latents - shift) * scale per channel of [B, C, T, H, W]: what the denoiser works on."""
+        shift, scale = self._shift_and_scale(latents)
+        return (latents - shift) * scale
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize_latents`: what `decode` takes."""
+        shift, scale = self._shift_and_scale(latents)
+        return latents / scale + shift
+
+    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self.config["latent_channels"]
+        shift = like.new_tensor(self.config["shift"] or [0.0] * channels)
+        scale = like.new_tensor(self.config["scale"] or [1.0] * channels)
+        return shift.view(-1, 1, 1, 1), scale.view(-1, 1, 1, 1)
+
+    def encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Posterior of pixels [B, 3, T, H, W] in [-1, 1]: `.latent_dist` with moments
+        [B, 2 C, (T - 1) / 8 + 1, H/8, W/8]. ValueError unless T = 8k + 1 and sides are multiples of 8."""
+        check_frames(x.shape[2])
+        posterior = DiagonalGaussianDistribution(torch.cat(list(self.iter_encode([x])), dim=2))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Pixels [B, 3, 8 (t - 1) + 1, 8h, 8w], about [-1, 1], of latents [B, C, t, h, w] (not
+        normalised).
+        """
+        sample = torch.cat(list(self.iter_decode(z)), dim=2)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def iter_encode(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Moments [B, 2 C, t, H/8, W/8] chunk by chunk, of a clip that comes in pieces [B, 3, t, H, W] of any
+        length.
+
+        Raises ValueError for sides that are not multiples of 8 and, at the end, for a clip that is not 8k + 1
+        long.
+        """
+        step = self.streaming_latent_frames
+        tiles: list[Tile] = []
+        for chunk in frame_chunks(pieces, step and TEMPORAL_STRIDE * step):
+            if not tiles:
+                check_sides(*chunk.shape[3:], multiple=SPATIAL_STRIDE)
+                tiles = self._tiles(*chunk.shape[3:], unit=1)
+            yield self._run_tiles(self.encoder, chunk, tiles, zoom=1 / SPATIAL_STRIDE)
+
+    def iter_decode(self, z: Tensor) -> Iterator[Tensor]:
+        """Pixels [B, 3, t, 8h, 8w] chunk by chunk, so that a long clip never is in memory whole. Joined in
+        time they are what `decode` gives; without streaming there is one chunk.
+        """
+        channels = self.config["latent_channels"]
+        if z.ndim != 5 or z.shape[1] != channels:
+            raise ValueError(f"this VAE decodes latents [B, {channels}, T, H, W], got {list(z.shape)}")
+        tiles = self._tiles(*z.shape[3:], unit=SPATIAL_STRIDE)
+        for start, stop, ahead in latent_chunks(z.shape[2], self.streaming_latent_frames):
+            chunk = z[:, :, start:stop]
+            pixels = self._run_tiles(self.decoder, chunk, tiles, zoom=SPATIAL_STRIDE, lookahead=ahead)
+            yield pixels[:, :, : pixels.shape[2] - TEMPORAL_STRIDE * ahead]
+
+    def _tiles(self, height: int, width: int, *, unit: int) -> list[Tile]:
+        """The tiles of a frame whose sides are given in `unit` pixels: one if tiling is off or the frame
+        small.
+        """
+        tile, overlap = (
+            (max(height, width), 0) if self.tiling is None else (side // unit for side in self.tiling)
+        )
+        streaming = self.streaming_latent_frames is not None
+        return [
+            Tile(slice(top, top + tile), slice(left, left + tile), Stream() if streaming else None)
+            for top in tile_starts(height, tile, overlap)
+            for left in tile_starts(width, tile, overlap)
+        ]
+
+    def _run_tiles(
+        self, coder: nn.Module, x: Tensor, tiles: list[Tile], *, zoom: float, lookahead: int = 0
+    ) -> Tensor:
+        outputs = []
+        for tile in tiles:
+            if tile.stream is not None:
+                tile.stream.lookahead = lookahead
+            outputs.append(coder(x[..., tile.rows, tile.columns], tile.stream))
+            if tile.stream is not None:
+                tile.stream.first = False
+        if len(outputs) == 1:
+            return outputs[0]
+        assert self.tiling is not None
+        overlap = self.tiling[1] if zoom < 1 else self.tiling[1] // SPATIAL_STRIDE
+        return blend(outputs, tiles, (x.shape[3], x.shape[4]), overlap, zoom)
