@@ -21,11 +21,17 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def dynamic_shift(latent_height: int, latent_width: int) -> float:
-    """Shift for a frame of latent_height x latent_width cells: exp(mu), mu linear in the tokens of one frame
-    (cells / 4) from 0.5 at 256 to 1.15 at 4096, and beyond both, as the original does."""
+def dynamic_mu(latent_height: int, latent_width: int) -> float:
+    """Log of the dynamic shift for frames of latent_height x latent_width cells: linear in the tokens of a
+    frame (cells / 4), 0.5 at 256 and 1.15 at 4096, and on the same line outside, as in the original.
+    """
     tokens = latent_height * latent_width / 4
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+
+
+def dynamic_shift(latent_height: int, latent_width: int) -> float:
+    """Shift for frames of latent_height x latent_width cells: exp(mu)."""
+    return math.exp(dynamic_mu(latent_height, latent_width))
 
 
 def sampling_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:

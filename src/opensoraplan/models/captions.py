@@ -1,7 +1,7 @@
-"""Caption cleaning, the same for training captions and for prompts. No tokenizer, no template: those are in `text.py`.
+"""Caption cleaning, the same for training captions and for prompts. Templates and tokenizers are in text.py.
 
-The rules are those of DeepFloyd-IF and PixArt-alpha, applied twice in a row as Open-Sora Plan does. The model was trained
-on their output, so their odd corners are part of the contract and `tests/test_captions.py` holds them to diffusers' own.
+The rules are those of DeepFloyd-IF and PixArt-alpha, applied twice in a row as Open-Sora Plan does. The model
+was trained on their output, so their odd corners count too: the tests hold them to diffusers' own.
 """
 
 import html
@@ -18,6 +18,10 @@ def _rules(*pairs: tuple[str, str]) -> _Rules:
 
 
 _DOMAIN = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_DASHES = (
+    r"\-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
+    r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
+)
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
 # On lower-case text that may still be HTML.
@@ -31,16 +35,13 @@ _LINKS = _rules(
 # On the plain text of it, up to the point where entities are decoded.
 _HANDLES = _rules((r"@\w+\b", ""))
 _CHINESE = _rules(
-    # CJK strokes, phonetic extensions, enclosed letters, compatibility, extension A, hexagrams, unified ideographs
+    # CJK strokes, phonetic extensions, enclosed letters, compatibility forms, hexagrams and all ideographs.
     (r"[\u31c0-\u9fff]+", ""),
 )
 _SYMBOLS = _rules(
     # One kind of dash and of each quote.
-    (
-        r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+",
-        "-",
-    ),
-    (r"[`´«»“”¨]", '"'),
+    (rf"[{_DASHES}]+", "-"),
+    (r"[`\u00b4«»“”¨]", '"'),
     (r"[\u2018\u2019]", "'"),
     # What is left of entities after broken HTML.
     (r"&quot;?", ""),
@@ -74,12 +75,12 @@ _WORDS = _rules(
     (r"\bpage\s+\d+\b", ""),
     # Identifiers that change between letters and digits more than once; sizes such as 1920x1080.
     (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-    (r"\b\d+\.?\d*[x\u0445×]\d+\.?\d*\b", ""),
+    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),
     # Spacing around punctuation.
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
-    # Quotes around the whole, then a single stray sign at either end, then a caption that is only ".something".
+    # Quotes around the whole, then one stray sign at either end, then a caption that is only ".something".
     (r"^[\"']([\w\W]+)[\"']$", r"\1"),
     (r"^['_,\-:;]", ""),
     (r"['_,\-:+]$", ""),
@@ -88,9 +89,9 @@ _WORDS = _rules(
 
 
 def clean_caption(text: str, *, keep_chinese: bool = False) -> str:
-    """Lower-case plain text without links, markup, handles, identifiers and stray signs, as the model was trained on.
+    """Lower-case plain text without links, markup, handles, identifiers and stray signs, as in training.
 
-    `keep_chinese` leaves Chinese characters (U+31C0 to U+9FFF) in; they are removed otherwise.
+    `keep_chinese` leaves Chinese characters (U+31C0 to U+9FFF) in; otherwise they are removed.
     """
     return _clean_once(_clean_once(text, keep_chinese), keep_chinese)
 

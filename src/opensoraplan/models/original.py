@@ -7,9 +7,10 @@ ours inside the block that uses them.
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -137,80 +138,83 @@ def denoiser_name(name: str, *, num_layers: list[int]) -> str:
     return name
 
 
-def denoiser_unread(model: nn.Module) -> dict[str, Tensor]:
-    """Original name -> value to write, of what tensor-parallel checkpoints hold for the last block and
-    nothing reads: a text output projection, a text feed-forward and a second text norm. On the device and in
-    the dtype of the model.
+def denoiser_unread(shapes: Mapping[str, Shape], *, num_layers: list[int]) -> dict[str, Shape]:
+    """The original's names and shapes of what tensor-parallel checkpoints hold for the last block and nothing
+    reads: a text output projection, a text feed-forward and a second text norm. `shapes`: our model's
+    tensors.
     """
-    blocks = list(model.transformer_blocks)  # type: ignore[arg-type]
-    last, before = len(blocks) - 1, blocks[-2].state_dict()
-    prefixes = ("attn1.to_add_out.", "ff_enc.", "norm2.norm_enc.")
-    num_layers: Any = model.config["num_layers"]  # type: ignore[index]
+    last = sum(num_layers) - 1
+    before = f"{NESTED}.{last - 1}."
     return {
-        denoiser_name(f"{NESTED}.{last}.{name}", num_layers=num_layers): torch.zeros_like(value)
-        for name, value in before.items()
-        if name.startswith(prefixes)
+        denoiser_name(f"{NESTED}.{last}.{name.removeprefix(before)}", num_layers=num_layers): shape
+        for name, shape in shapes.items()
+        if name.startswith(
+            tuple(before + part for part in ("attn1.to_add_out.", "ff_enc.", "norm2.norm_enc."))
+        )
     }
 
 
-def load(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    *,
-    rename: Callable[[str], str] = str,
-    unread: Iterable[str] = (),
-    fixed: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Fill a model built on the meta device from the original's tensors, one at a time.
+@dataclass(frozen=True)
+class Format:
+    """How the original writes a model of ours.
 
-    `rename` gives the original's name of one of ours. `unread` are names that may be there and are dropped,
-    `fixed` constants that must have these values and are dropped; each costs one line in the log. Raises
-    ValueError that names every missing, unexpected or mis-shaped tensor and every constant of another value.
+    `rename` gives the original's name of one of our tensors. `fixed` are constants that its files carry
+    besides, `unread` shapes of tensors that they may carry and that nothing reads; both by the original's
+    names.
     """
-    ours = {rename(name): (name, tuple(value.shape)) for name, value in model.state_dict().items()}
-    given = tensor_shapes(state_dict)
-    dropped = drop_known(state_dict, unread=unread, fixed=fixed or {})
-    check_tensors(
-        {name: shape for name, (_, shape) in ours.items()},
-        {name: shape for name, shape in given.items() if name not in dropped},
-        what=type(model).__name__,
+
+    rename: Callable[[str], str] = str
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
+    unread: Mapping[str, Shape] = field(default_factory=dict)
+
+
+class OriginalModel(Protocol):
+    """A model of ours that says how the original writes it."""
+
+    def original_format(self) -> Format: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
+def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Our name -> the original's of every tensor of `model`, once `tensors` are known to be exactly those.
+
+    Of `tensors`, by the original's names, those that nothing reads and the fixed constants may be there or
+    not; they are left out with one line each in the log. Raises ValueError that names every missing,
+    unexpected or mis-shaped tensor and every constant of another value. A lazy mapping that has `shapes` is
+    not read, but for its constants.
+    """
+    form = model.original_format()
+    shapes = getattr(tensors, "shapes", None)
+    given = (
+        dict(shapes) if shapes is not None else {name: tuple(value.shape) for name, value in tensors.items()}
     )
-    for theirs, (name, _) in ours.items():
-        parent, _, leaf = name.rpartition(".")
-        value = state_dict[theirs]
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(value if dtype is None else value.to(dtype)))
-
-
-def drop_known(
-    state_dict: Mapping[str, Tensor], *, unread: Iterable[str], fixed: Mapping[str, Tensor]
-) -> set[str]:
-    """Names in `state_dict` that no model needs; ValueError for a fixed tensor that is not what it must
-    be.
-    """
-    constants = [name for name in fixed if name in state_dict]
+    constants = [name for name in form.fixed if name in given]
     wrong = [
-        name
-        for name in constants
-        if not torch.equal(state_dict[name], fixed[name].to(state_dict[name].dtype))
+        name for name in constants if not torch.equal(tensors[name], form.fixed[name].to(tensors[name].dtype))
     ]
     if wrong:
         raise ValueError(
             f"these fixed tensors do not have the values that they must have: {', '.join(wrong)}"
         )
-    extras = [name for name in unread if name in state_dict]
-    if extras:
-        logger.info("dropped %d tensors that nothing reads: %s", len(extras), ", ".join(extras))
+    unread = [name for name in form.unread if name in given]
+
+    names = {ours: form.rename(ours) for ours in model.state_dict()}
+    check_tensors(
+        {names[ours]: tuple(value.shape) for ours, value in model.state_dict().items()},
+        {name: shape for name, shape in given.items() if name not in {*constants, *unread}},
+        what=type(model).__name__,
+    )
+    if unread:
+        logger.info("dropped %d tensors that nothing reads: %s", len(unread), ", ".join(unread))
     if constants:
         logger.info("dropped %d fixed Haar filters, their values checked", len(constants))
-    return {*extras, *constants}
+    return names
 
 
-def tensor_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Shapes of a mapping's tensors; a lazy mapping answers from its `shapes`, without reading any tensor."""
-    shapes = getattr(state_dict, "shapes", None)
-    return (
-        dict(shapes)
-        if shapes is not None
-        else {name: tuple(value.shape) for name, value in state_dict.items()}
-    )
+def load(model: OriginalModel, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
+    """Fill a model built on the meta device, one tensor at a time; see `match` for what is checked first."""
+    for ours, theirs in match(model, tensors).items():
+        parent, _, leaf = ours.rpartition(".")
+        value = tensors[theirs]
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(value if dtype is None else value.to(dtype)))

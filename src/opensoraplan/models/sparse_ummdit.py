@@ -481,14 +481,17 @@ class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, 
         settings = original.denoiser_config(config)
         with torch.device("meta"):
             model = cls(**settings)
-        original.load(
-            model,
-            state_dict,
-            rename=partial(original.denoiser_name, num_layers=model.config["num_layers"]),
-            unread=original.denoiser_unread(model),
-            dtype=dtype,
-        )
+        original.load(model, state_dict, dtype=dtype)
         return model
+
+    def original_format(self) -> original.Format:
+        """How the original names these tensors."""
+        num_layers = list(self.config["num_layers"])
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        return original.Format(
+            rename=partial(original.denoiser_name, num_layers=num_layers),
+            unread=original.denoiser_unread(shapes, num_layers=num_layers),
+        )
 
     def set_sparsity(self, rates: Sequence[int] | None) -> None:
         """Attend with these Skiparse rates, one a stage, from now on (None: dense). The weights stay as they

@@ -531,8 +531,12 @@ class WFVAE(ModelMixin, StrictConfigMixin):
         settings = original.vae_config(config)
         with torch.device("meta"):
             model = cls(**settings)
-        original.load(model, state_dict, fixed=fixed_tensors(), dtype=dtype)
+        original.load(model, state_dict, dtype=dtype)
         return model
+
+    def original_format(self) -> original.Format:
+        """How the original names these tensors: as we do, and its files carry the Haar filters besides."""
+        return original.Format(fixed=fixed_tensors())
 
     def enable_streaming(self, *, latent_frames: int = 4) -> None:
         """Encode and decode in chunks of `latent_frames` latent frames (8 times as many frames): the same

@@ -1,0 +1,406 @@
+"""Text conditioning: prompt settings, the T5 and CLIP encoders, and the embeddings that the denoiser takes.
+
+The only file that knows transformers; it is imported inside the functions, because that takes seconds.
+Caption cleaning itself is in captions.py. Behaviour: the inference of Open-Sora Plan v1.5.0.
+B prompts, L text tokens, D width of T5 (2048 in the release), P width of CLIP's projection (1280).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensoraplan.models.captions import clean_caption
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE = "high quality, {}"
+DEFAULT_NEGATIVE_PROMPT = (
+    "Worst quality, Normal quality, Low quality, Low res, Blurry, Jpeg artifacts, Grainy, watermark, banner, "
+    "Cropped, Out of frame, Out of focus, Bad anatomy, Bad proportions, Deformed, Disconnected limbs, "
+    "Disfigured, username, error, sketch, duplicate, ugly, monochrome, horror, geometry, mutation, "
+    "disgusting, overexposed, underexposed."
+)
+
+Kind = Literal["t5", "clip"]
+
+_MODEL_TYPES = {"t5": ("t5",), "clip": ("clip", "clip_text_model")}
+_ROLES = {"t5": "text_encoder (a T5 encoder)", "clip": "text_encoder_2 (a CLIP text tower with projection)"}
+# The tensors of the part that is used. The T5 decoder and the CLIP vision tower are left in the file.
+_USED_TENSORS = {"t5": ("shared.", "encoder."), "clip": ("text_model.", "text_projection.")}
+# In the order in which transformers looks for them.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What happens to a prompt before it is encoded. The defaults are the original's.
+
+    `template` holds `{}` once, where the prompt goes; None switches it off. `negative_prompt` comes before
+    the user's own; "" switches it off. `clean` passes both through `clean_caption`, as the training
+    captions were; off, the text is used as it is. `keep_chinese` leaves Chinese characters in when
+    cleaning. A template without exactly one `{}` is a ValueError.
+    """
+
+    template: str | None = DEFAULT_TEMPLATE
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    clean: bool = True
+    keep_chinese: bool = False
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError(
+                f"the prompt template must hold {{}} once, where the prompt goes; it is in {self.template!r} "
+                f"{self.template.count('{}')} times: use {DEFAULT_TEMPLATE!r}, say, or None for no template"
+            )
+
+    def positive(self, prompt: str) -> str:
+        """The text to encode for `prompt`: put into the template, then cleaned. Its braces are plain text."""
+        return self._cleaned(prompt if self.template is None else self.template.replace("{}", prompt))
+
+    def negative(self, user_negative: str | None) -> str:
+        """The text to encode to guide away from: the default, a space and the user's own, then cleaned."""
+        return self._cleaned(" ".join(part for part in (self.negative_prompt, user_negative) if part))
+
+    def _cleaned(self, text: str) -> str:
+        return clean_caption(text, keep_chinese=self.keep_chinese) if self.clean else text
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """Encoded prompts, all tensors on one device. Every method returns new embeddings.
+
+    `sequence` [B, L, D] T5 states, `mask` [B, L] bool with True for a real token, `pooled` [B, P] CLIP's text
+    embedding. Shapes that do not belong together are a ValueError.
+    """
+
+    sequence: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    def __post_init__(self) -> None:
+        sequence, mask, pooled = (tuple(t.shape) for t in (self.sequence, self.mask, self.pooled))
+        if len(sequence) != 3:
+            raise ValueError(f"sequence must be [batch, tokens, width], got {sequence}")
+        if self.mask.dtype != torch.bool or mask != sequence[:2]:
+            raise ValueError(f"mask must be torch.bool {sequence[:2]}, got {self.mask.dtype} {mask}")
+        if len(pooled) != 2 or pooled[0] != sequence[0]:
+            raise ValueError(
+                f"pooled must be [{sequence[0]}, width], as the sequence is {sequence}, got {pooled}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        return self.sequence.shape[0]
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """`mask`, or None where every token is real, so that attention needs none. Waits for the device."""
+        return None if bool(self.mask.all()) else self.mask
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptEmbeds:
+        """On `device`, with the states (not the mask) in `dtype`; None leaves either as it is."""
+        return PromptEmbeds(
+            self.sequence.to(device=device, dtype=dtype),
+            self.mask.to(device=device),
+            self.pooled.to(device=device, dtype=dtype),
+        )
+
+    def repeat(self, n: int) -> PromptEmbeds:
+        """Each prompt `n` times in a row: a, b becomes a, a, b, b for n = 2."""
+        if n < 1:
+            raise ValueError(f"prompts can be repeated 1 time or more, got {n}")
+        return PromptEmbeds(*(t.repeat_interleave(n, dim=0) for t in (self.sequence, self.mask, self.pooled)))
+
+    def select(self, rows: slice | Sequence[int]) -> PromptEmbeds:
+        """The prompts at `rows`, in that order. L stays as it is: see `trimmed`."""
+        index = rows if isinstance(rows, slice) else list(rows)
+        return PromptEmbeds(self.sequence[index], self.mask[index], self.pooled[index])
+
+    def trimmed(self) -> PromptEmbeds:
+        """Without the columns at the end in which no prompt has a token. L: the longest real length."""
+        real = self.mask.any(dim=0).nonzero()  # [columns, 1]
+        length = int(real[-1]) + 1 if len(real) else 0
+        return PromptEmbeds(self.sequence[:, :length], self.mask[:, :length], self.pooled)
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """The prompts of all `parts` in one batch. Shorter sequences get masked zeros at their end."""
+        if not parts:
+            raise ValueError("cat needs at least one PromptEmbeds, got none")
+        widths = [(p.sequence.shape[2], p.pooled.shape[1]) for p in parts]
+        if len(set(widths)) > 1:
+            raise ValueError(f"only equal widths (sequence, pooled) can be joined, got {widths}")
+        longest = max(p.sequence.shape[1] for p in parts)
+        missing = [longest - p.sequence.shape[1] for p in parts]
+        return PromptEmbeds(
+            torch.cat([F.pad(p.sequence, (0, 0, 0, n)) for p, n in zip(parts, missing, strict=True)]),
+            torch.cat([F.pad(p.mask, (0, n)) for p, n in zip(parts, missing, strict=True)]),
+            torch.cat([p.pooled for p in parts]),
+        )
+
+
+@torch.no_grad()
+def encode_prompts(
+    texts: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: T5EncoderModel,
+    tokenizer_2: PreTrainedTokenizerBase,
+    text_encoder_2: CLIPTextModelWithProjection,
+    max_length: int = 512,
+    device: torch.device | str | None = None,
+) -> PromptEmbeds:
+    """Encode B texts as they are (`PromptSettings` comes before). "" is legal: the end token alone.
+
+    T5 reads at most `max_length` tokens, CLIP as many as it has positions (77); a warning says what is not
+    read. The original pads every T5 sequence to 512 and masks the padding. Here each text runs by itself at
+    its real length: the same up to rounding, and a batch is bit-equal to single runs. L is the longest real
+    length. CLIP is padded to 77 and gets no mask, as in the original.
+
+    The states have the encoders' dtypes and are on T5's device. Token ids go to the encoders' own devices,
+    or to `device` where an offloading hook keeps the weights elsewhere. A tokenizer of another model is a
+    ValueError.
+    """
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"texts must be a list of one prompt or more, got {texts!r}")
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    positions = text_encoder_2.config.max_position_embeddings
+    parts = []
+    for text in texts:
+        ids = _token_ids(text, tokenizer, text_encoder, name="T5", max_length=max_length)
+        rows = torch.tensor([ids], device=device or text_encoder.device)
+        sequence = text_encoder(input_ids=rows).last_hidden_state  # [1, L, D]
+
+        ids = _token_ids(text, tokenizer_2, text_encoder_2, name="CLIP", max_length=positions, pad=True)
+        _check_pooling(ids, tokenizer_2, text_encoder_2)
+        rows = torch.tensor([ids], device=device or text_encoder_2.device)
+        pooled = text_encoder_2(input_ids=rows).text_embeds  # [1, P]
+
+        mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
+        parts.append(PromptEmbeds(sequence, mask, pooled.to(sequence.device)))
+    return PromptEmbeds.cat(parts)
+
+
+def _token_ids(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: T5EncoderModel | CLIPTextModelWithProjection,
+    *,
+    name: str,
+    max_length: int,
+    pad: bool = False,
+) -> list[int]:
+    padding = "max_length" if pad else False
+    ids = tokenizer(text, truncation=True, max_length=max_length, padding=padding).input_ids
+    whole = tokenizer(text, verbose=False).input_ids
+    if len(whole) > max_length:
+        unread = whole[max_length - 1 : -1]  # the last of what is read, and of the whole, is the end token
+        words = str(tokenizer.decode(unread, skip_special_tokens=True)).split()
+        start = " ".join(words[:8]) + (" ..." if len(words) > 8 else "")
+        logger.warning(
+            "%s reads %d tokens; the last %d tokens of a prompt are not read: %s",
+            name,
+            max_length,
+            len(unread),
+            start,
+        )
+    # Out of range, a lookup on an accelerator fails without saying where.
+    if max(ids) >= encoder.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {max(ids)}, but {name} knows {encoder.config.vocab_size} tokens: "
+            "is it the tokenizer of another model?"
+        )
+    return ids
+
+
+def _check_pooling(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, encoder: CLIPTextModelWithProjection
+) -> None:
+    """Refuse a tower that would not pool at the end token.
+
+    transformers takes the first token with the config's `eos_token_id`, or with the highest id where an
+    older config says 2. Where there is no such token it takes the first one, the same for every prompt,
+    without a word.
+    """
+    eos = encoder.config.eos_token_id
+    pooled_at = max(ids) if eos == 2 else eos
+    if pooled_at != tokenizer.eos_token_id:
+        raise ValueError(
+            f"CLIP would pool at token {pooled_at}, but the tokenizer ends a text with "
+            f"{tokenizer.eos_token_id}: is it the tokenizer of another model?"
+        )
+
+
+@overload
+def load_text_encoder(
+    folder: Path | str, *, kind: Literal["t5"], dtype: torch.dtype, device: torch.device | str
+) -> T5EncoderModel: ...
+@overload
+def load_text_encoder(
+    folder: Path | str, *, kind: Literal["clip"], dtype: torch.dtype, device: torch.device | str
+) -> CLIPTextModelWithProjection: ...
+def load_text_encoder(
+    folder: Path | str, *, kind: Kind, dtype: torch.dtype, device: torch.device | str
+) -> T5EncoderModel | CLIPTextModelWithProjection:
+    """Load one encoder from a local folder, frozen and in evaluation mode. Nothing is downloaded.
+
+    `folder` holds `config.json` and weights (safetensors or `pytorch_model.bin`, whole or in shards): a
+    released repository as it is, with the T5 decoder or the CLIP vision tower, or what transformers saved.
+    Raises FileNotFoundError for what is not there, and ValueError for another kind of model, unreadable
+    files, and weights that do not fill the encoder exactly, naming each tensor.
+    """
+    if kind not in _MODEL_TYPES:
+        raise ValueError(f"kind must be one of {list(_MODEL_TYPES)}, got {kind!r}")
+    folder = _existing_folder(folder)
+    model_type = _model_type(folder, kind)
+    _check_weight_files(folder)
+
+    from safetensors import SafetensorError
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    if kind == "t5":
+        cls, config = T5EncoderModel, T5Config.from_pretrained(folder, local_files_only=True)
+    elif model_type == "clip":
+        cls, whole = CLIPTextModelWithProjection, CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config = whole.get_text_config()
+        # In a whole CLIP the top level says how wide the projection is. The text part often keeps a default.
+        config.update({"projection_dim": whole.projection_dim})
+    else:
+        cls = CLIPTextModelWithProjection
+        config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+
+    try:
+        with _without_load_report():
+            loaded = cls.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"cannot read the weights in {folder}: {_first_line(error)}") from error
+    model, info = cast(tuple[Any, dict], loaded)
+    _check_complete(folder, kind, info)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a local folder. Nothing is downloaded, no code in it is run.
+
+    `folder` holds `tokenizer.json`, `spiece.model` (T5) or `vocab.json` and `merges.txt` (CLIP), and
+    `tokenizer_config.json` or `config.json`, which say whose it is. Raises FileNotFoundError for what is
+    not there, and ValueError for files that cannot be read.
+    """
+    folder = _existing_folder(folder)
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        wanted = ", or ".join(" and ".join(names) for names in _TOKENIZER_FILES)
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected {wanted}")
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+        raise FileNotFoundError(f"no tokenizer_config.json or config.json beside the tokenizer in {folder}")
+
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise ValueError(f"cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+
+
+def _existing_folder(folder: Path | str) -> Path:
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give the folder that it is in, {folder.parent}")
+    return folder
+
+
+def _model_type(folder: Path, kind: Kind) -> str:
+    """The `model_type` of the folder's config, if it is one that `kind` can have."""
+    found = str(_read_json(folder / "config.json").get("model_type"))
+    if found in _MODEL_TYPES[kind]:
+        return found
+    other = next((role for k, role in _ROLES.items() if found in _MODEL_TYPES[k]), None)
+    hint = f" but for {other}: were the two swapped?" if other else ""
+    raise ValueError(f"{folder} holds a model of type {found!r}, not one for {_ROLES[kind]}{hint}")
+
+
+def _check_weight_files(folder: Path) -> None:
+    first = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        raise FileNotFoundError(f"no weights in {folder}: expected one of {', '.join(_WEIGHTS)}")
+    if first.endswith(".index.json"):
+        shards = _read_json(folder / first).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{folder / first} has no weight_map, which says where each tensor is")
+        absent = sorted({name for name in shards.values() if not (folder / name).is_file()})
+        if absent:
+            raise FileNotFoundError(f"{folder / first} names files that are not there: {', '.join(absent)}")
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _check_complete(folder: Path, kind: Kind, info: dict) -> None:
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [
+        f"{name} has shape {tuple(found)}, expected {tuple(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    problems += [
+        f"{name} has no place in the model"
+        for name in sorted(info["unexpected_keys"])
+        if name.startswith(_USED_TENSORS[kind])
+    ]
+    if problems:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep the library from listing every tensor of the decoder or the vision tower as a possible mistake."""
+    from transformers.utils import logging as library
+
+    level = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)

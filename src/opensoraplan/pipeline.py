@@ -1,0 +1,459 @@
+"""OpenSoraPlanPipeline: prompt -> embeddings -> denoising loop -> frames. No maths of its own, no files but
+diffusers'.
+
+Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent grid.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from opensoraplan import flow
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.text import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptEmbeds, PromptSettings
+from opensoraplan.models.text import encode_prompts as encode_texts
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.shapes import latent_shape
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class NonFiniteLatentsError(FloatingPointError):
+    """The latents became NaN or infinite. `step` counts from 1; `last_good` [B, C, T, H, W] is what was
+    before it.
+    """
+
+    def __init__(self, step: int, *, steps: int, last_good: Tensor) -> None:
+        super().__init__(
+            f"the latents are not finite after step {step} of {steps}: try dtype bf16 or fp32, "
+            "or less guidance"
+        )
+        self.step = step
+        self.last_good = last_good
+
+
+@dataclass
+class VideoOutput:
+    """`frames`: B videos, as lists of images, an array [B, frames, height, width, 3] in [0, 1], a tensor
+    [B, frames, 3, height, width] in [0, 1], or normalised latents [B, C, T, H, W].
+    """
+
+    frames: list[list[Image.Image]] | np.ndarray | Tensor
+
+
+class Sampler(Protocol):
+    """A schedule and its update rule. `timesteps` are 1000 * sigma, one for each call of `step`."""
+
+    timesteps: Tensor
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor: ...
+
+
+class EulerSampler:
+    """Euler's method over `flow`'s sigmas [steps + 1]."""
+
+    def __init__(self, sigmas: Tensor) -> None:
+        self.sigmas = sigmas
+        self.timesteps = sigmas[:-1] * flow.TIMESTEP_SCALE
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        return flow.euler_step(latents, velocity, self.sigmas[index], self.sigmas[index + 1])
+
+
+class SchedulerSampler:
+    """A flow-matching scheduler of diffusers, after its `set_timesteps`."""
+
+    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401 (no shared interface)
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        return self.scheduler.step(velocity, self.timesteps[index], latents, return_dict=False)[0]
+
+
+class OpenSoraPlanPipeline(DiffusionPipeline):
+    """Text to video with Open-Sora Plan v1.5.0.
+
+    Any of the text encoders and tokenizers may be None if `prompt_embeds` are given to every call. The
+    scheduler's `shift` and `use_dynamic_shifting` are the defaults of each call; a
+    FlowMatchEulerDiscreteScheduler is only read for these (sampling is `flow`'s own), any other flow-matching
+    scheduler of diffusers is used as it is. The last five arguments are the prompt settings of
+    `PromptSettings`, saved with the pipeline.
+
+    Raises ValueError for parts that do not fit each other.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "velocity"]  # noqa: RUF012
+
+    transformer: SparseUMMDiT
+    vae: WFVAE
+
+    def __init__(
+        self,
+        transformer: SparseUMMDiT,
+        vae: WFVAE,
+        text_encoder: Any,  # noqa: ANN401 (transformers is imported in models/text.py only)
+        tokenizer: Any,  # noqa: ANN401
+        text_encoder_2: Any,  # noqa: ANN401
+        tokenizer_2: Any,  # noqa: ANN401
+        scheduler: Any,  # noqa: ANN401
+        prompt_template: str | None = DEFAULT_TEMPLATE,
+        default_negative_prompt: str = DEFAULT_NEGATIVE_PROMPT,
+        clean_prompts: bool = True,
+        keep_chinese: bool = False,
+        max_text_tokens: int = 512,
+    ) -> None:
+        super().__init__()
+        check_parts(transformer, vae, text_encoder, text_encoder_2)
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            scheduler=scheduler,
+        )
+        self.register_to_config(
+            prompt_template=prompt_template,
+            default_negative_prompt=default_negative_prompt,
+            clean_prompts=clean_prompts,
+            keep_chinese=keep_chinese,
+            max_text_tokens=max_text_tokens,
+        )
+
+    @property
+    def prompt_settings(self) -> PromptSettings:
+        """What is done to a prompt before it is encoded. Change it by `register_to_config` or in the
+        constructor.
+        """
+        return PromptSettings(
+            template=self.config["prompt_template"],
+            negative_prompt=self.config["default_negative_prompt"],
+            clean=self.config["clean_prompts"],
+            keep_chinese=self.config["keep_chinese"],
+        )
+
+    def encode_prompts(self, prompts: Sequence[str], *, negative: bool = False) -> PromptEmbeds:
+        """Embeddings of prompts, wrapped and cleaned by the prompt settings (`negative`: as negative
+        prompts).
+        """
+        settings = self.prompt_settings
+        texts = [settings.negative(p) if negative else settings.positive(p) for p in prompts]
+        if self.text_encoder is None or self.text_encoder_2 is None:
+            raise ValueError("this pipeline has no text encoders: give prompt_embeds")
+        return encode_texts(
+            texts,
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            tokenizer_2=self.tokenizer_2,
+            text_encoder_2=self.text_encoder_2,
+            max_length=self.config["max_text_tokens"],
+            device=self._execution_device,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int = 576,
+        width: int = 1024,
+        num_frames: int = 121,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 8.0,
+        guidance_rescale: float = 0.7,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        batched_guidance: bool = False,
+        shift: float | None = None,
+        use_dynamic_shifting: bool | None = None,
+        use_linear_quadratic_schedule: bool = False,
+        num_videos_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt_embeds: PromptEmbeds | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> VideoOutput | tuple:
+        """Make B = prompts x `num_videos_per_prompt` videos (images for one frame).
+
+        Args:
+            prompt: one or several; or `prompt_embeds`, ready (B or one a prompt).
+            negative_prompt: added to the settings' default; one for all, or one a prompt. Or
+                `negative_prompt_embeds`.
+            height, width: pixels, multiples of 16. `num_frames`: 8k + 1. guidance_scale: 1 or less runs
+            without guidance, at half the cost. guidance_rescale: share of the guided velocity that gets the
+            conditional one's standard deviation. guidance_interval: the part of the steps, as fractions
+            (start, end) of their number, that is guided. batched_guidance: both branches in one batch instead
+            of one after the other: more memory. shift, use_dynamic_shifting: of the schedule, instead of the
+            scheduler's; use_linear_quadratic_schedule:
+                that schedule, which has no shift. Only for the default scheduler.
+            seed: of the first video, the others count on from it; or one for each of the B. `generator`: one,
+            or one
+                for each of the B, instead. Noise is drawn on the CPU unless a generator is elsewhere, so that
+                one seed gives one video on every device.
+            latents: noise [B, C, T, H, W] to start from, instead of drawing it; its shape overrides the
+            sizes. output_type: "pil", "np", "pt" or "latent" (normalised latents; `decode` makes frames of
+            them). callback_on_step_end: called with (pipeline, step, timestep, tensors); what it returns in
+            "latents"
+                replaces them. Set `pipeline._interrupt` to stop.
+
+        Raises ValueError for bad arguments before any work, NonFiniteLatentsError if the latents become NaN.
+        """
+        grid = latent_shape(num_frames, height, width) if latents is None else self._latent_grid(latents)
+        self._check_call(
+            prompt,
+            prompt_embeds,
+            guidance_interval,
+            output_type,
+            num_videos_per_prompt,
+            callback_on_step_end_tensor_inputs,
+        )
+        sampler = self._sampler(
+            num_inference_steps,
+            grid,
+            shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting,
+            linear_quadratic=use_linear_quadratic_schedule,
+        )
+        guided = range_of_steps(guidance_interval, len(sampler.timesteps)) if guidance_scale > 1 else range(0)
+
+        # 1. Text
+        device, dtype = self._execution_device, self.transformer.dtype
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        positive = prompt_embeds if prompt_embeds is not None else self.encode_prompts(prompts)
+        positive = positive.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+        negative = None
+        if guided:
+            if negative_prompt_embeds is None:
+                texts = spread(negative_prompt, positive.batch_size // num_videos_per_prompt)
+                negative_prompt_embeds = self.encode_prompts(texts, negative=True)
+            negative = negative_prompt_embeds.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+
+        # 2. Noise
+        batch = positive.batch_size
+        if latents is None:
+            shape = (self.transformer.config["in_channels"], *grid)
+            latents = torch.stack([draw(shape, g) for g in generators(batch, seed, generator)])
+        elif latents.shape[0] != batch:
+            raise ValueError(f"latents are for {latents.shape[0]} videos, the prompts ask for {batch}")
+        latents = latents.to(device, torch.float32)
+
+        # 3. Denoise
+        self._interrupt = False
+        with self.progress_bar(total=len(sampler.timesteps)) as progress:  # type: ignore[call-issue]
+            for index, timestep in enumerate(sampler.timesteps):
+                branches = negative if index in guided else None
+                velocity = self._velocity(latents, timestep, positive, branches, batched=batched_guidance)
+                if branches is not None:
+                    uncond, cond = velocity.chunk(2)
+                    velocity = flow.guide(uncond, cond, guidance_scale, guidance_rescale)
+                stepped = sampler.step(velocity, index, latents)
+                if not torch.isfinite(stepped).all():
+                    raise NonFiniteLatentsError(index + 1, steps=len(sampler.timesteps), last_good=latents)
+                latents = stepped
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "velocity": velocity}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, index, timestep, tensors).get("latents", latents)
+                progress.update()
+                if self._interrupt:
+                    break
+
+        # 4. Decode
+        frames = latents if output_type == "latent" else self._to_output(latents, output_type)
+        self.maybe_free_model_hooks()
+        return VideoOutput(frames=frames) if return_dict else (frames,)
+
+    @torch.no_grad()
+    def iter_decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames [B, 3, t, height, width] in [0, 1] (fp32, on the CPU) of normalised latents [B, C, T, H, W],
+        chunk by chunk: a long video never is in memory whole.
+        """
+        latents = self.vae.denormalize_latents(latents.to(self._execution_device, torch.float32))
+        for pixels in self.vae.iter_decode(latents.to(self.vae.dtype)):
+            yield (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _to_output(
+        self, latents: Tensor, output_type: OutputType
+    ) -> list[list[Image.Image]] | np.ndarray | Tensor:
+        frames = torch.cat(list(self.iter_decode(latents)), dim=2).transpose(1, 2)  # [B, T, 3, H, W]
+        if output_type == "pt":
+            return frames
+        frames = frames.movedim(2, -1).numpy()
+        if output_type == "np":
+            return frames
+        return [[Image.fromarray(frame) for frame in video] for video in to_uint8(frames)]
+
+    def _velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positive: PromptEmbeds,
+        negative: PromptEmbeds | None,
+        *,
+        batched: bool,
+    ) -> Tensor:
+        """The conditional velocity [B, ...] in fp32; with `negative` [2B, ...]: the unconditional one before
+        it.
+        """
+        if negative is None:
+            branches = [positive]
+        elif batched:
+            branches = [PromptEmbeds.cat([negative, positive])]
+        else:
+            branches = [negative, positive]
+        outputs = []
+        for embeds in branches:
+            batch = embeds.batch_size
+            hidden = latents.to(self.transformer.dtype)
+            velocity = self.transformer(
+                hidden_states=torch.cat([hidden] * (batch // len(hidden))),
+                timestep=timestep.to(latents.device).expand(batch),
+                encoder_hidden_states=embeds.sequence,
+                pooled_projections=embeds.pooled,
+                encoder_attention_mask=embeds.key_mask,
+                return_dict=False,
+            )[0]
+            outputs.append(velocity.float())
+        return torch.cat(outputs)
+
+    def _sampler(
+        self,
+        steps: int,
+        grid: tuple[int, int, int],
+        *,
+        shift: float | None,
+        use_dynamic_shifting: bool | None,
+        linear_quadratic: bool,
+    ) -> Sampler:
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            if linear_quadratic or shift is not None or use_dynamic_shifting is not None:
+                name = type(self.scheduler).__name__
+                raise ValueError(f"shift and schedule of a {name} are set in its own config, not in the call")
+            dynamic = self.scheduler.config.get("use_dynamic_shifting", False)
+            mu = {"mu": flow.dynamic_mu(*grid[1:])} if dynamic else {}
+            self.scheduler.set_timesteps(steps, device="cpu", **mu)
+            return SchedulerSampler(self.scheduler)
+        if linear_quadratic:
+            return EulerSampler(flow.linear_quadratic_sigmas(steps))
+        if use_dynamic_shifting is None:
+            use_dynamic_shifting = shift is None and self.scheduler.config["use_dynamic_shifting"]
+        if use_dynamic_shifting:
+            shift = flow.dynamic_shift(*grid[1:])
+        default = float(self.scheduler.config["shift"])
+        return EulerSampler(flow.sampling_sigmas(steps, default if shift is None else shift))
+
+    def _latent_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        channels, patch = self.transformer.config["in_channels"], self.transformer.config["patch_size"]
+        if (
+            latents.ndim != 5
+            or latents.shape[1] != channels
+            or any(side % patch for side in latents.shape[3:])
+        ):
+            raise ValueError(
+                f"latents must be [B, {channels}, T, H, W] with H and W multiples of {patch}, "
+                f"got {list(latents.shape)}"
+            )
+        frames, height, width = latents.shape[2:]
+        return frames, height, width
+
+    def _check_call(
+        self,
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: PromptEmbeds | None,
+        guidance_interval: tuple[float, float],
+        output_type: str,
+        num_videos_per_prompt: int,
+        callback_inputs: Sequence[str],
+    ) -> None:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        if prompt is not None and not prompt and not isinstance(prompt, str):
+            raise ValueError("the list of prompts is empty")
+        start, end = guidance_interval
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= start <= end <= 1, got {guidance_interval}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callbacks can have {known}; not {', '.join(sorted(unknown))}")
+
+
+def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:  # noqa: ANN401
+    """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass, is not
+    checked.
+    """
+    widths = [
+        ("in_channels", "the VAE's latents have", vae and vae.config["latent_channels"]),
+        ("caption_channels", "the T5 encoder gives", text_encoder and text_encoder.config.d_model),
+        ("pooled_projection_dim", "CLIP gives", text_encoder_2 and text_encoder_2.config.projection_dim),
+    ]
+    for key, gives, width in widths:
+        if transformer is not None and width and width != transformer.config[key]:
+            wanted = transformer.config[key]
+            raise ValueError(f"the denoiser was made for {wanted} channels ({key}), but {gives} {width}")
+
+
+def range_of_steps(interval: tuple[float, float], steps: int) -> range:
+    """The steps, counted from 0, that begin in the fractions [start, end) of a run."""
+    start, end = interval
+    return range(round(start * steps), round(end * steps))
+
+
+def spread(value: str | Sequence[str] | None, count: int) -> list[str]:
+    """One string for each of `count` prompts, from one for all or one for each."""
+    values = [value or ""] * count if value is None or isinstance(value, str) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{len(values)} negative prompts for {count} prompts: give one, or one for each")
+    return values
+
+
+def generators(
+    batch: int, seed: int | Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None
+) -> list[torch.Generator]:
+    """A source of noise for each of `batch` videos: new ones on the CPU by seed, or those given."""
+    if seed is not None and generator is not None:
+        raise ValueError("give either seed or generator")
+    if isinstance(generator, torch.Generator):
+        return [generator] * batch
+    if generator is not None:
+        chosen = generator
+    else:
+        first = random.SystemRandom().randrange(2**31) if seed is None else seed
+        seeds = [first + i for i in range(batch)] if isinstance(first, int) else list(first)
+        chosen = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    if len(chosen) != batch:
+        raise ValueError(f"{len(chosen)} seeds or generators for {batch} videos: give one, or one for each")
+    return chosen
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal noise in fp32 from the generator's own device."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).cpu()
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """[0, 1] -> 0 .. 255, rounded."""
+    return (frames * 255).round().astype(np.uint8)

@@ -1,0 +1,181 @@
+"""A real video through the VAE and back: how much is lost (PSNR, SSIM), and both side by side in an mp4.
+
+The job behind `osp reconstruct`; reading, writing and the model itself are in data/video.py and
+models/wfvae.py.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from opensoraplan.data.video import VideoInfo, VideoWriter, count_frames, fit, iter_frames, probe, to_uint8
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides, nearest_frames
+
+logger = logging.getLogger(__name__)
+
+# SSIM looks through a Gaussian window of 11 pixels; 16 is the first multiple of 8 in which one fits.
+_SMALLEST_SIDE = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What came back: `psnr` in dB and mean `ssim` over `frames` x `height` x `width`; `path` is the mp4."""
+
+    psnr: float
+    ssim: float
+    frames: int
+    height: int
+    width: int
+    path: Path
+
+
+class Fidelity:
+    """PSNR and SSIM between two videos that come in chunks; memory does not grow with their length."""
+
+    def __init__(self) -> None:
+        self._squares = 0
+        self._values = 0
+        self._ssim = 0.0
+        self._frames = 0
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Add frames and what became of them, both uint8 [t, H, W, 3] with sides of at least 16."""
+        for old, new in zip(before, after, strict=True):
+            difference = old.int() - new.int()
+            self._squares += int(difference.square().sum())
+            self._values += difference.numel()
+            ssim = structural_similarity_index_measure(_unit(new), _unit(old), data_range=1.0)
+            assert isinstance(ssim, Tensor)
+            self._ssim += float(ssim)
+            self._frames += 1
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal to noise ratio in dB, from the mean squared error over all pixels; inf for no error."""
+        if not self._squares:
+            return math.inf
+        return 10 * math.log10(255**2 * self._values / self._squares)
+
+    @property
+    def ssim(self) -> float:
+        """Mean structural similarity of the frames (Gaussian window, sigma 1.5, 11 wide); 1 for no error."""
+        return self._ssim / self._frames
+
+
+def _unit(frame: Tensor) -> Tensor:
+    """A picture, uint8 [H, W, 3], as float [1, 3, H, W] in [0, 1]."""
+    return frame.permute(2, 0, 1)[None].float() / 255
+
+
+@torch.no_grad()
+def reconstruct(
+    path: str | Path,
+    *,
+    vae: WFVAE,
+    out: str | Path,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    fps: float | Fraction | None = None,
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """Encode the first frames of the video at `path` to the mode of their latents, decode them, compare.
+
+    `vae` decides on device and dtype. `frames` must be 8k + 1; None takes as many as there are. `height` and
+    `width` must be multiples of 8, at least 16; None takes the source's, or goes with the other one, rounded
+    down; the picture is cut to their aspect. `fps` resamples the source. `out` is the mp4, source left and
+    result right, numbered if it exists; its folder is made. Both metrics compare 8-bit pixels. The source is
+    read twice, so that memory grows with the latents only. `progress(step, done, total)` gets "encode" or
+    "decode" and numbers of frames.
+
+    Raises FileNotFoundError, and ValueError for a file without readable video, too few frames, sizes that
+    cannot be, and a result that is not finite.
+    """
+    if frames is not None:
+        check_frames(frames)
+    info = probe(path)
+    height, width = _size(info, height=height, width=width)
+    frames = _length(path, frames=frames, fps=fps)
+
+    def source(pictures: Iterator[Tensor], count: int) -> Tensor:
+        """The next `count` pictures at most, [3, t, H, W] in [-1, 1]."""
+        return fit(torch.stack(list(islice(pictures, count))), height=height, width=width)
+
+    def moments() -> Iterator[Tensor]:
+        pictures = iter_frames(path, count=frames, fps=fps)
+        pieces = (source(pictures, TEMPORAL_STRIDE) for _ in range(0, frames, TEMPORAL_STRIDE))
+        counted = _counted(pieces, "encode", frames, progress)
+        return vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fidelity = Fidelity()
+    title = f"{Path(path).name}: source, WF-VAE"
+    with VideoWriter(out, fps=info.fps if fps is None else fps, title=title) as writer:
+        latents = torch.cat(list(moments()), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
+        pictures = iter_frames(path, count=frames, fps=fps)
+        pieces = (decoded[0] for decoded in vae.iter_decode(latents))
+        for piece in _counted(pieces, "decode", frames, progress):
+            if not piece.isfinite().all():
+                raise ValueError(f"{path}: the VAE's result is not finite in {vae.dtype}; use float32")
+            before = to_uint8(source(pictures, piece.shape[1]))
+            after = to_uint8(piece).cpu()
+            fidelity.update(before, after)
+            writer.write(torch.cat([before, after], dim=2))
+    result = Reconstruction(fidelity.psnr, fidelity.ssim, frames, height, width, writer.path)
+    logger.info(
+        "%s: %d frames of %d x %d, PSNR %.2f dB, SSIM %.4f -> %s",
+        *(path, frames, height, width, result.psnr, result.ssim, result.path),
+    )
+    return result
+
+
+def _size(info: VideoInfo, *, height: int | None, width: int | None) -> tuple[int, int]:
+    """The sides to work at, those given or from the source; ValueError if they cannot be."""
+    if height is None:
+        height = _down(info.height if width is None else width * info.height // info.width)
+        width = _down(info.width) if width is None else width
+    elif width is None:
+        width = _down(height * info.width // info.height)
+    check_sides(height, width, multiple=SPATIAL_STRIDE)
+    if min(height, width) < _SMALLEST_SIDE:
+        raise ValueError(f"SSIM needs sides of at least {_SMALLEST_SIDE}, got {height} x {width}")
+    return height, width
+
+
+def _down(side: int) -> int:
+    return side // SPATIAL_STRIDE * SPATIAL_STRIDE
+
+
+def _length(path: str | Path, *, frames: int | None, fps: float | Fraction | None) -> int:
+    """The frames to take, 8k + 1; ValueError if the video has fewer than asked for."""
+    there = count_frames(path, fps=fps, limit=frames)
+    below, _ = nearest_frames(there)
+    if frames is None:
+        if below < there:
+            logger.info("%s: the last %d of %d frames are left out", path, there - below, there)
+        return below
+    if there < frames:
+        raise ValueError(f"{path} has {there} frames, asked for {frames}: use {below} or fewer")
+    return frames
+
+
+def _counted(pieces: Iterable[Tensor], step: str, total: int, progress: Progress | None) -> Iterator[Tensor]:
+    """Pass on pieces [3, t, H, W], telling `progress` of each one that is done."""
+    done = 0
+    for piece in pieces:
+        yield piece
+        done += piece.shape[1]
+        if progress is not None:
+            progress(step, done, total)
