@@ -1,0 +1,191 @@
+"""A whole pipeline from the files in which its parts exist: in memory, or as a diffusers folder, and back."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from opensoraplan.convert.checkpoints import Checkpoint, open_checkpoint
+from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
+from opensoraplan.convert.infer import infer_denoiser_config, infer_vae_config, kind_of
+from opensoraplan.models import original
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.text import load_text_encoder, load_tokenizer
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.pipeline import OpenSoraPlanPipeline, check_parts
+
+logger = logging.getLogger(__name__)
+
+RELEASE_SCHEDULER = {"shift": 7.0, "use_dynamic_shifting": False}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a pipeline's parts are. `transformer`, `vae`: checkpoints of any dialect; the rest: local
+    folders.
+
+    The configs are our constructors' arguments; None: told from the tensors' shapes. `ema`: which weights of
+    the denoiser, as in `load_checkpoint`; the VAE's are its EMA weights where there are some.
+    """
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    text_encoder_2: Path
+    tokenizer: Path
+    tokenizer_2: Path
+    transformer_config: dict[str, Any] | None = None
+    vae_config: dict[str, Any] | None = None
+    ema: bool | None = None
+
+    def check_exist(self) -> None:
+        """Raise FileNotFoundError that names every part whose path does not exist."""
+        paths = {f.name: getattr(self, f.name) for f in fields(self)}
+        missing = [
+            f"{name}: {path}" for name, path in paths.items() if isinstance(path, Path) and not path.exists()
+        ]
+        if missing:
+            raise FileNotFoundError(f"these paths do not exist: {'; '.join(missing)}")
+
+
+def empty_denoiser(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> SparseUMMDiT:
+    """A denoiser on the meta device that fits the checkpoint. Raises ValueError if its Skiparse rates are not
+    known.
+    """
+    if kind_of(checkpoint.shapes) != "denoiser":
+        raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
+    config = config or _own_config(checkpoint) or infer_denoiser_config(checkpoint.shapes)
+    if "sparse_n" not in config:
+        raise ValueError(
+            f"the Skiparse rates of stages {config['num_layers']} are in no tensor: give --config, or --sparse-n with "
+            f"{len(config['num_layers'])} rates (all 1: dense)"
+        )
+    with torch.device("meta"):
+        return SparseUMMDiT(**config)
+
+
+def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE:
+    """A VAE on the meta device that fits the checkpoint."""
+    if kind_of(checkpoint.shapes) != "vae":
+        raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
+    with torch.device("meta"):
+        return WFVAE(**(config or _own_config(checkpoint) or infer_vae_config(checkpoint.shapes)))
+
+
+def _own_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    config = checkpoint.info.config
+    return config and {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def load_pipeline(
+    sources: Sources,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae_dtype: torch.dtype | None = None,
+    scheduler: Mapping[str, Any] = RELEASE_SCHEDULER,
+    max_text_tokens: int = 512,
+) -> OpenSoraPlanPipeline:
+    """A pipeline straight from the original's files. The VAE has `vae_dtype` (None: `dtype`).
+
+    Raises what `check_exist` and the loading of each part raise; denoiser and VAE are checked before any
+    weight is read.
+    """
+    sources.check_exist()
+    transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
+    vae_file = open_checkpoint(sources.vae)
+    transformer = empty_denoiser(transformer_file, sources.transformer_config)
+    vae = empty_vae(vae_file, sources.vae_config)
+    check_parts(transformer, vae, None, None)
+    original.load(vae, vae_file, dtype=vae_dtype or dtype)
+    text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
+    text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
+    check_parts(transformer, vae, text_encoder, text_encoder_2)
+    original.load(transformer, transformer_file, dtype=dtype)
+    return OpenSoraPlanPipeline(
+        transformer=transformer.eval().to(device),
+        vae=vae.eval().to(device),
+        text_encoder=text_encoder,
+        tokenizer=load_tokenizer(sources.tokenizer),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=load_tokenizer(sources.tokenizer_2),
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        max_text_tokens=max_text_tokens,
+    )
+
+
+def save_diffusers(
+    sources: Sources,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    scheduler: Mapping[str, Any] = RELEASE_SCHEDULER,
+    max_text_tokens: int = 512,
+) -> None:
+    """Write a pipeline from the original's files as a diffusers folder, with no more than a shard of the
+    denoiser in memory. `dtype`: None keeps that of each tensor, and fp32 for the text encoders.
+
+    Raises what `load_pipeline` raises, and ValueError if `out` exists. Nothing is left behind of a failed
+    attempt.
+    """
+    sources.check_exist()
+    transformer_file, vae_file = (
+        open_checkpoint(sources.transformer, ema=sources.ema),
+        open_checkpoint(sources.vae),
+    )
+    transformer = empty_denoiser(transformer_file, sources.transformer_config)
+    vae = empty_vae(vae_file, sources.vae_config)
+    check_parts(transformer, vae, None, None)
+    original.match(transformer, transformer_file)
+    original.match(vae, vae_file)
+    text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
+    with new_folder(out) as folder:
+        pipeline = OpenSoraPlanPipeline(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=load_text_encoder(sources.text_encoder, kind="t5", dtype=text_dtype, device=cpu),
+            tokenizer=load_tokenizer(sources.tokenizer),
+            text_encoder_2=load_text_encoder(
+                sources.text_encoder_2, kind="clip", dtype=text_dtype, device=cpu
+            ),
+            tokenizer_2=load_tokenizer(sources.tokenizer_2),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            max_text_tokens=max_text_tokens,
+        )
+        for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
+            pipeline.components[name].save_pretrained(folder / name)
+        write_component(transformer, transformer_file, folder / "transformer", dtype=dtype)
+        write_component(vae, vae_file, folder / "vae", dtype=dtype)
+        pipeline.save_config(folder)
+    logger.info("wrote %s", out)
+
+
+def export_denoiser(model: Path, out: Path, *, tensor_parallel: int) -> None:
+    """Write the denoiser of a diffusers folder (or of any checkpoint of one) as Megatron shards.
+
+    Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
+    """
+    checkpoint = open_checkpoint(_component(model, "transformer"))
+    with new_folder(out) as folder:
+        write_megatron(empty_denoiser(checkpoint, None), checkpoint, folder, tensor_parallel=tensor_parallel)
+    logger.info("wrote %s", out)
+
+
+def export_release(model: Path, out: Path) -> None:
+    """Write denoiser and VAE of a diffusers folder as the release's two pickles. Raises ValueError if `out`
+    exists.
+    """
+    transformer_file = open_checkpoint(_component(model, "transformer"))
+    vae_file = open_checkpoint(_component(model, "vae"))
+    with new_folder(out) as folder:
+        write_release(empty_denoiser(transformer_file, None), transformer_file, folder)
+        write_release(empty_vae(vae_file, None), vae_file, folder)
+    logger.info("wrote %s", out)
+
+
+def _component(model: Path, name: str) -> Path:
+    return model / name if (model / "model_index.json").exists() else model

@@ -1,0 +1,147 @@
+"""Writing checkpoints: diffusers component folders, Megatron shards, the release's pickles. Reading is in
+checkpoints.py.
+
+Nothing that exists is overwritten: a folder is written under another name beside it and renamed when it is
+whole.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from opensoraplan.convert import keys
+from opensoraplan.convert.checkpoints import SHARD_FILE, TRACKER
+from opensoraplan.models import original
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.wfvae import WFVAE
+
+WEIGHTS = "diffusion_pytorch_model"
+RELEASE_DENOISER = "model_ema.pt"
+RELEASE_VAE = "wfvae_888_dim32.ckpt"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends without an error and is removed otherwise.
+
+    Raises ValueError if there is something at `path` already, or no way to write there.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: give another folder")
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_component(
+    model: SparseUMMDiT | WFVAE,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "2GB",
+) -> None:
+    """Write a model as a diffusers component: config.json and sharded safetensors.
+
+    `model` only gives config and names, and may be on the meta device; `tensors` have the original's names
+    and are read one at a time, so that no more than a shard is in memory. `dtype`: None keeps each tensor's
+    own. Raises ValueError that names every tensor that does not fit, before anything is written.
+    """
+    names = original.match(model, tensors)
+    dtypes = {ours: dtype or _dtype(tensors, theirs) for ours, theirs in names.items()}
+    meta = {
+        ours: torch.empty(value.shape, dtype=dtypes[ours], device="meta")
+        for ours, value in model.state_dict().items()
+    }
+    pattern = WEIGHTS + "{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(meta, filename_pattern=pattern, max_shard_size=max_shard_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(names), desc=f"writing {folder.name}", unit="tensor") as progress:
+        for file, members in plan.filename_to_tensors.items():
+            shard = {}
+            for ours in members:
+                shard[ours] = tensors[names[ours]].to(dtypes[ours]).contiguous()
+                progress.update()
+            save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2), encoding="utf-8"
+        )
+    model.save_config(folder)
+
+
+def write_megatron(
+    model: SparseUMMDiT, tensors: Mapping[str, Tensor], folder: Path, *, tensor_parallel: int
+) -> None:
+    """Write a denoiser as Megatron shards, one for each of `tensor_parallel` ranks, under `folder`/release.
+
+    `model` may be on the meta device, `tensors` have the original's names. With more than one rank the last
+    block gets the tensors that Megatron wants there and nothing reads (zeros). Raises ValueError if the heads
+    cannot be shared out evenly, and for tensors that do not fit.
+    """
+    heads = model.config["num_attention_heads"]
+    if tensor_parallel < 1 or heads % tensor_parallel:
+        valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"tensor parallel size must divide the {heads} heads ({valid}), got {tensor_parallel}"
+        )
+    names = list(original.match(model, tensors).values())
+    unread = model.original_format().unread if tensor_parallel > 1 else {}
+    fill = _dtype(tensors, names[0])
+    for rank in tqdm(range(tensor_parallel), desc="writing Megatron shards", unit="shard"):
+        shard = {name: _part(name, tensors[name], rank, tensor_parallel) for name in names}
+        shard |= {
+            name: _part(name, torch.zeros(shape, dtype=fill), rank, tensor_parallel)
+            for name, shape in unread.items()
+        }
+        path = folder / "release" / f"mp_rank_{rank:02d}" / SHARD_FILE
+        path.parent.mkdir(parents=True)
+        arguments = argparse.Namespace(
+            tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=1
+        )
+        torch.save({"model": shard, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}, path)
+    (folder / TRACKER).write_text("release", encoding="utf-8")
+
+
+def write_release(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write a model as the release does: one pickle of a flat dict, the VAE's with its fixed Haar filters.
+
+    Returns the file's path. Raises ValueError for tensors that do not fit.
+    """
+    flat = {name: tensors[name] for name in original.match(model, tensors).values()}
+    dtype = next(iter(flat.values())).dtype
+    flat |= {name: value.to(dtype) for name, value in model.original_format().fixed.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (RELEASE_DENOISER if isinstance(model, SparseUMMDiT) else RELEASE_VAE)
+    torch.save(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
+    return path
+
+
+def _part(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    dim = keys.split_dimension(name)
+    return tensor if dim is None else tensor.chunk(ranks, dim)[rank].clone()
+
+
+def _dtype(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
+    stored = getattr(tensors, "stored", None)
+    return stored[name].dtype if stored is not None else tensors[name].dtype

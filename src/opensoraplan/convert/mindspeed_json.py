@@ -1,0 +1,147 @@
+"""The guide's inference JSON, comments and all, translated to ours. Every key is used, or named as having no
+meaning here; an unknown key is an error. The architecture keys are in models/original.py.
+"""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from opensoraplan.models import original
+from opensoraplan.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# A string with its escapes, or a comment to the end of the line.
+STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|#[^\n]*')
+
+MEANINGLESS = {
+    "pipeline_config.use_attention_mask": "text is cut to its real length, and masked only where a batch needs it",
+    "micro_batch_size": "videos are made one at a time",
+    "low_cpu_mem_usage": "weights are always read one tensor at a time",
+}
+
+
+class LocalFolder(Settings):
+    """A text encoder or tokenizer."""
+
+    from_pretrained: Path
+    hub_backend: Literal["hf"] = "hf"
+    model_id: Literal["T5", "CLIPWithProjection"] | None = None
+    autotokenizer_name: Literal["AutoTokenizer"] = "AutoTokenizer"
+    low_cpu_mem_usage: bool = False
+
+
+class Diffusion(Settings):
+    model_id: Literal["OpenSoraPlan"] = "OpenSoraPlan"
+    num_inference_steps: int = 50
+    guidance_scale: float = 8.0
+    guidance_rescale: float = 0.7
+    use_linear_quadratic_schedule: bool = False
+    use_dynamic_shifting: bool = False
+    shift: float = 7.0
+
+
+class PipelineConfig(Settings):
+    input_size: tuple[int, int, int]
+    use_attention_mask: bool = True
+    version: Literal["v1.5"] = "v1.5"
+    model_type: Literal["t2v"] = "t2v"
+
+
+class InferenceFile(Settings):
+    """`inference_t2v_model1_5.json` of the guide, key by key."""
+
+    ae: dict[str, Any]
+    text_encoder: LocalFolder
+    text_encoder_2: LocalFolder
+    tokenizer: LocalFolder
+    tokenizer_2: LocalFolder
+    predictor: dict[str, Any]
+    diffusion: Diffusion
+    pipeline_config: PipelineConfig
+    micro_batch_size: int = 1
+    frame_interval: Literal[1] = 1
+    model_max_length: int = 512
+    save_path: Path
+    fps: float = 24
+    prompt: Path
+    device: str = "npu"
+    weight_dtype: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What an inference file says. `sources`: paths by component, `generate`: settings of the run by our
+    names, `transformer_config`, `vae_config`: our constructors' arguments.
+    """
+
+    sources: dict[str, Path]
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any]
+    streaming: bool
+    vae_dtype: str | None
+    max_text_tokens: int
+    scheduler: dict[str, Any]
+    generate: dict[str, Any]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that may have `#` comments, as the guide's have. Raises ValueError with the line of a
+    mistake.
+    """
+    text = path.read_text(encoding="utf-8")
+    bare = STRING_OR_COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else "", text)
+    try:
+        content = json.loads(bare)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}")
+    return content
+
+
+def read_inference(path: Path) -> Inference:
+    """Translate an inference file. Raises ValueError for unknown keys, and for values that v1.5.0 does not
+    have.
+    """
+    file = InferenceFile.read(read_json(path), where=str(path))
+    for key, reason in MEANINGLESS.items():
+        logger.info("%s: %s has no meaning here: %s", path.name, key, reason)
+    frames, height, width = file.pipeline_config.input_size
+    folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    weights = {"transformer": file.predictor, "vae": file.ae}
+    for name, section in weights.items():
+        if not section.get("from_pretrained"):
+            raise ValueError(
+                f"{path}: the section of the {name} needs from_pretrained, the path of its weights"
+            )
+    return Inference(
+        sources={name: Path(section["from_pretrained"]) for name, section in weights.items()}
+        | {name: getattr(file, name).from_pretrained for name in folders},
+        transformer_config=original.denoiser_config(file.predictor),
+        vae_config=original.vae_config(file.ae),
+        streaming=file.ae.get("use_tiling", True),
+        vae_dtype=file.ae.get("dtype"),
+        max_text_tokens=file.model_max_length,
+        scheduler={
+            "shift": file.diffusion.shift,
+            "use_dynamic_shifting": file.diffusion.use_dynamic_shifting,
+        },
+        generate={
+            "prompt": str(file.prompt),
+            "out": file.save_path,
+            "fps": file.fps,
+            "device": file.device,
+            "dtype": file.weight_dtype,
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "steps": file.diffusion.num_inference_steps,
+            "guidance": file.diffusion.guidance_scale,
+            "guidance_rescale": file.diffusion.guidance_rescale,
+            "linear_quadratic": file.diffusion.use_linear_quadratic_schedule,
+        },
+    )
