@@ -1,6 +1,6 @@
-"""Tiny text encoders with random weights, written to disk in the layouts of google/t5-v1_1-xl and laion/CLIP-ViT-bigG-14.
+"""Tiny text encoders with random weights, in the layouts of google/t5-v1_1-xl and laion/CLIP-ViT-bigG-14.
 
-For the tests and the demo, offline: vocabularies are built here. Not a way to get meaningful text embeddings.
+For the tests and the demo, offline: vocabularies are built here. Their embeddings carry no meaning.
 """
 
 import io
@@ -12,7 +12,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 
-# Text that the word pieces are learned from. What they are does not matter: every ASCII character is a piece as well.
+# Word pieces are learned from these; every printable ASCII character becomes one besides.
 _SENTENCES = (
     "a red ball rolls over green grass in the morning light, high quality",
     "a drone view of waves crashing against the cliffs along the beach",
@@ -28,15 +28,11 @@ def write_text_encoders(
 ) -> tuple[Path, Path]:
     """Write `folder`/t5 and `folder`/clip and return both paths.
 
-    The first holds a whole T5 v1.1 (encoder and decoder, `pytorch_model.bin`, `spiece.model`) of width `caption_channels`,
-    a multiple of 4. The second holds a whole CLIP (text and vision tower, sharded safetensors, `vocab.json` and
-    `merges.txt`) whose text and image embeddings have `pooled_projection_dim` values. One seed gives one set of weights,
-    and the caller's random state is left as it was.
+    The first holds a whole T5 v1.1 (encoder and decoder, `pytorch_model.bin`, `spiece.model`) of width
+    `caption_channels`. The second holds a whole CLIP (text and vision tower, sharded safetensors,
+    `vocab.json` and `merges.txt`) whose text embedding has `pooled_projection_dim` values. One seed gives
+    one set of weights, and the caller's random state is left as it was.
     """
-    if caption_channels < 4 or caption_channels % 4:
-        nearest = max(4, round(caption_channels / 4) * 4)
-        raise ValueError(f"caption_channels must be a multiple of 4, got {caption_channels}: use {nearest}")
-    folder = Path(folder)
     t5, clip = folder / "t5", folder / "clip"
     for path in (t5, clip):
         path.mkdir(parents=True, exist_ok=True)
@@ -51,33 +47,40 @@ def _write_t5(folder: Path, *, width: int) -> None:
     pieces = _sentence_pieces()
     (folder / "spiece.model").write_bytes(pieces)
     sentinels = [f"<extra_id_{i}>" for i in range(100)]
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "extra_ids": len(sentinels),
-            "additional_special_tokens": sentinels,
-        },
-    )
+    tokenizer = {
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": len(sentinels),
+        "additional_special_tokens": sentinels,
+    }
+    _write_json(folder / "tokenizer_config.json", tokenizer)
     learned = sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
-    config = T5Config(
-        vocab_size=learned + len(sentinels) + 28,  # the released model has 28 rows more than its tokenizer
-        d_model=width,
-        d_kv=width // 4,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config)
-    model.generation_config = None
-    config.architectures = ["T5ForConditionalGeneration"]
-    config.save_pretrained(folder)
-    torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "pytorch_model.bin")
+    config = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "vocab_size": learned + len(sentinels) + 28,  # the release, too, has 28 rows more than its tokenizer
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 32,
+        "dropout_rate": 0.1,
+        "layer_norm_epsilon": 1e-6,
+        "initializer_factor": 1.0,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "use_cache": True,
+    }
+    _write_json(folder / "config.json", config)
+    model = T5ForConditionalGeneration(T5Config.from_dict(config))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
 def _sentence_pieces() -> bytes:
@@ -104,19 +107,18 @@ def _write_clip(folder: Path, *, projection_dim: int) -> None:
     vocab, merges = _byte_pairs()
     _write_json(folder / "vocab.json", vocab)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "bos_token": _START,
-            "eos_token": _END,
-            "unk_token": _END,
-            "pad_token": _END,
-            "model_max_length": 77,
-        },
-    )
-    # `eos_token_id` names the true end token. Under the 2 of older configs transformers pools at the highest id instead, which
-    # is the same token. The released config has the projection width on its top level only, so it is absent below it here too.
+    tokenizer = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": _START,
+        "eos_token": _END,
+        "unk_token": _END,
+        "pad_token": _END,
+        "model_max_length": 77,
+    }
+    _write_json(folder / "tokenizer_config.json", tokenizer)
+    # `eos_token_id` names the true end token, where transformers pools. (Under the 2 of older configs it
+    # pools at the highest id, the same token here.) The text part keeps 512 as the width of its projection,
+    # a default that the top level overrules, as in configs that were converted from open_clip.
     text = {
         "vocab_size": len(vocab),
         "hidden_size": 32,
@@ -139,13 +141,13 @@ def _write_clip(folder: Path, *, projection_dim: int) -> None:
         "hidden_act": "gelu",
     }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim))
-    # The library starts embeddings so small that an untrained tower gives nearly the same vector for every prompt.
+    # As the library initialises them, an untrained tower gives nearly the same vector for every prompt.
     torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight)
     model.save_pretrained(folder, max_shard_size="40KB")
 
 
 def _byte_pairs() -> tuple[dict[str, int], list[str]]:
-    """CLIP's vocabulary order (bytes, bytes that end a word, merged pieces, start, end) and the merges, first first."""
+    """The vocabulary in CLIP's order (bytes, bytes at a word's end, merged, start, end), and the merges."""
     alphabet = sorted(ByteLevel.alphabet())
     merges: dict[str, None] = {}
     for word in sorted({word.strip(",") for sentence in _SENTENCES for word in sentence.split()}):
@@ -154,7 +156,8 @@ def _byte_pairs() -> tuple[dict[str, int], list[str]]:
         for letter in letters[1:]:
             merges.setdefault(f"{piece} {letter}")
             piece += letter
-    pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *(merge.replace(" ", "") for merge in merges), _START, _END]
+    merged = (merge.replace(" ", "") for merge in merges)
+    pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *merged, _START, _END]
     return {piece: index for index, piece in enumerate(pieces)}, list(merges)
 
 

@@ -401,6 +401,13 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             raise ValueError(f"callbacks can have {known}; not {', '.join(sorted(unknown))}")
 
 
+def make_scheduler(
+    *, shift: float = 7.0, use_dynamic_shifting: bool = False
+) -> FlowMatchEulerDiscreteScheduler:
+    """The default scheduler, which holds the defaults of a call's `shift` and `use_dynamic_shifting`."""
+    return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=use_dynamic_shifting)
+
+
 def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:  # noqa: ANN401
     """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass, is not
     checked.

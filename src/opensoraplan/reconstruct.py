@@ -129,8 +129,8 @@ def reconstruct(
         for piece in _counted(pieces, "decode", frames, progress):
             if not piece.isfinite().all():
                 raise ValueError(f"{path}: the VAE's result is not finite in {vae.dtype}; use float32")
-            before = to_uint8(source(pictures, piece.shape[1]))
-            after = to_uint8(piece).cpu()
+            before = to_uint8(source(pictures, piece.shape[1])).to(piece.device)
+            after = to_uint8(piece)
             fidelity.update(before, after)
             writer.write(torch.cat([before, after], dim=2))
     result = Reconstruction(fidelity.psnr, fidelity.ssim, frames, height, width, writer.path)

@@ -1,13 +1,13 @@
 """A whole pipeline from the files in which its parts exist: in memory, or as a diffusers folder, and back."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from opensoraplan.convert.checkpoints import Checkpoint, open_checkpoint
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
@@ -16,11 +16,9 @@ from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import load_text_encoder, load_tokenizer
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.pipeline import OpenSoraPlanPipeline, check_parts
+from opensoraplan.pipeline import OpenSoraPlanPipeline, check_parts, make_scheduler
 
 logger = logging.getLogger(__name__)
-
-RELEASE_SCHEDULER = {"shift": 7.0, "use_dynamic_shifting": False}
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,9 @@ class Sources:
     """Where a pipeline's parts are. `transformer`, `vae`: checkpoints of any dialect; the rest: local
     folders.
 
-    The configs are our constructors' arguments; None: told from the tensors' shapes. `ema`: which weights of
-    the denoiser, as in `load_checkpoint`; the VAE's are its EMA weights where there are some.
+    The configs are our constructors' arguments; None: told from the tensors' shapes. `sparse_n`: Skiparse
+    rates instead of the config's. `ema`: which weights of the denoiser, as in `load_checkpoint`; the VAE's
+    are its EMA weights where there are some.
     """
 
     transformer: Path
@@ -40,6 +39,7 @@ class Sources:
     tokenizer_2: Path
     transformer_config: dict[str, Any] | None = None
     vae_config: dict[str, Any] | None = None
+    sparse_n: Sequence[int] | None = None
     ema: bool | None = None
 
     def check_exist(self) -> None:
@@ -52,17 +52,22 @@ class Sources:
             raise FileNotFoundError(f"these paths do not exist: {'; '.join(missing)}")
 
 
-def empty_denoiser(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> SparseUMMDiT:
+def empty_denoiser(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, rates: Sequence[int] | None = None
+) -> SparseUMMDiT:
     """A denoiser on the meta device that fits the checkpoint. Raises ValueError if its Skiparse rates are not
     known.
     """
     if kind_of(checkpoint.shapes) != "denoiser":
         raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
-    config = config or _own_config(checkpoint) or infer_denoiser_config(checkpoint.shapes)
+    config = dict(config or _own_config(checkpoint) or infer_denoiser_config(checkpoint.shapes))
+    if rates is not None:
+        config["sparse_n"] = list(rates)
     if "sparse_n" not in config:
         raise ValueError(
-            f"the Skiparse rates of stages {config['num_layers']} are in no tensor: give --config, or --sparse-n with "
-            f"{len(config['num_layers'])} rates (all 1: dense)"
+            f"the Skiparse rates of stages {config['num_layers']} are in no tensor: "
+            "give --config, or --sparse-n "
+            f"with {len(config['num_layers'])} rates (all 1: dense)"
         )
     with torch.device("meta"):
         return SparseUMMDiT(**config)
@@ -87,7 +92,7 @@ def load_pipeline(
     dtype: torch.dtype,
     device: torch.device,
     vae_dtype: torch.dtype | None = None,
-    scheduler: Mapping[str, Any] = RELEASE_SCHEDULER,
+    scheduler: Mapping[str, Any] = MappingProxyType({}),
     max_text_tokens: int = 512,
 ) -> OpenSoraPlanPipeline:
     """A pipeline straight from the original's files. The VAE has `vae_dtype` (None: `dtype`).
@@ -98,7 +103,7 @@ def load_pipeline(
     sources.check_exist()
     transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
     vae_file = open_checkpoint(sources.vae)
-    transformer = empty_denoiser(transformer_file, sources.transformer_config)
+    transformer = empty_denoiser(transformer_file, sources.transformer_config, rates=sources.sparse_n)
     vae = empty_vae(vae_file, sources.vae_config)
     check_parts(transformer, vae, None, None)
     original.load(vae, vae_file, dtype=vae_dtype or dtype)
@@ -107,13 +112,13 @@ def load_pipeline(
     check_parts(transformer, vae, text_encoder, text_encoder_2)
     original.load(transformer, transformer_file, dtype=dtype)
     return OpenSoraPlanPipeline(
-        transformer=transformer.eval().to(device),
-        vae=vae.eval().to(device),
+        transformer=transformer.eval().to(device),  # type: ignore[arg-type]
+        vae=vae.eval().to(device),  # type: ignore[arg-type]
         text_encoder=text_encoder,
         tokenizer=load_tokenizer(sources.tokenizer),
         text_encoder_2=text_encoder_2,
         tokenizer_2=load_tokenizer(sources.tokenizer_2),
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        scheduler=make_scheduler(**scheduler),
         max_text_tokens=max_text_tokens,
     )
 
@@ -123,7 +128,7 @@ def save_diffusers(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    scheduler: Mapping[str, Any] = RELEASE_SCHEDULER,
+    scheduler: Mapping[str, Any] = MappingProxyType({}),
     max_text_tokens: int = 512,
 ) -> None:
     """Write a pipeline from the original's files as a diffusers folder, with no more than a shard of the
@@ -137,11 +142,13 @@ def save_diffusers(
         open_checkpoint(sources.transformer, ema=sources.ema),
         open_checkpoint(sources.vae),
     )
-    transformer = empty_denoiser(transformer_file, sources.transformer_config)
+    transformer = empty_denoiser(transformer_file, sources.transformer_config, rates=sources.sparse_n)
     vae = empty_vae(vae_file, sources.vae_config)
     check_parts(transformer, vae, None, None)
-    original.match(transformer, transformer_file)
-    original.match(vae, vae_file)
+    transformer_names, vae_names = (
+        original.match(transformer, transformer_file),
+        original.match(vae, vae_file),
+    )
     text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
     with new_folder(out) as folder:
         pipeline = OpenSoraPlanPipeline(
@@ -153,15 +160,23 @@ def save_diffusers(
                 sources.text_encoder_2, kind="clip", dtype=text_dtype, device=cpu
             ),
             tokenizer_2=load_tokenizer(sources.tokenizer_2),
-            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            scheduler=make_scheduler(**scheduler),
             max_text_tokens=max_text_tokens,
         )
         for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
             pipeline.components[name].save_pretrained(folder / name)
-        write_component(transformer, transformer_file, folder / "transformer", dtype=dtype)
-        write_component(vae, vae_file, folder / "vae", dtype=dtype)
+        write_component(transformer, transformer_names, transformer_file, folder / "transformer", dtype=dtype)
+        write_component(vae, vae_names, vae_file, folder / "vae", dtype=dtype)
         pipeline.save_config(folder)
     logger.info("wrote %s", out)
+
+
+def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:
+    """A VAE from a checkpoint of any dialect, or from a diffusers folder that has one."""
+    checkpoint = open_checkpoint(_component(path, "vae"))
+    vae = empty_vae(checkpoint, None)
+    original.load(vae, checkpoint, dtype=dtype)
+    return vae.eval().to(device)  # type: ignore[arg-type]
 
 
 def export_denoiser(model: Path, out: Path, *, tensor_parallel: int) -> None:

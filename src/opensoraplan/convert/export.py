@@ -54,6 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def write_component(
     model: SparseUMMDiT | WFVAE,
+    names: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     folder: Path,
     *,
@@ -62,11 +63,10 @@ def write_component(
 ) -> None:
     """Write a model as a diffusers component: config.json and sharded safetensors.
 
-    `model` only gives config and names, and may be on the meta device; `tensors` have the original's names
-    and are read one at a time, so that no more than a shard is in memory. `dtype`: None keeps each tensor's
-    own. Raises ValueError that names every tensor that does not fit, before anything is written.
+    `model` only gives config and names, and may be on the meta device; `names` is what `original.match` made
+    of it and `tensors`, which are read one at a time, so that no more than a shard is in memory. `dtype`:
+    None keeps each tensor's own.
     """
-    names = original.match(model, tensors)
     dtypes = {ours: dtype or _dtype(tensors, theirs) for ours, theirs in names.items()}
     meta = {
         ours: torch.empty(value.shape, dtype=dtypes[ours], device="meta")

@@ -5,6 +5,7 @@ meaning here; an unknown key is an error. The architecture keys are in models/or
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,15 @@ logger = logging.getLogger(__name__)
 # A string with its escapes, or a comment to the end of the line.
 STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|#[^\n]*')
 
+# Keys that are read and change nothing, by section ("" is the top), with the reason.
 MEANINGLESS = {
-    "pipeline_config.use_attention_mask": "text is cut to its real length, and masked only where a batch needs it",
-    "micro_batch_size": "videos are made one at a time",
-    "low_cpu_mem_usage": "weights are always read one tensor at a time",
+    (
+        "pipeline_config",
+        "use_attention_mask",
+    ): "text is cut to its real length, masked where a batch needs it",
+    ("", "micro_batch_size"): "videos are made one at a time",
+    ("ae", "dtype"): "the whole pipeline computes in weight_dtype",
+    ("text_encoder", "low_cpu_mem_usage"): "weights are always read one tensor at a time",
 }
 
 
@@ -82,7 +88,6 @@ class Inference:
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any]
     streaming: bool
-    vae_dtype: str | None
     max_text_tokens: int
     scheduler: dict[str, Any]
     generate: dict[str, Any]
@@ -103,13 +108,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_inference(path: Path) -> Inference:
-    """Translate an inference file. Raises ValueError for unknown keys, and for values that v1.5.0 does not
-    have.
+def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
+    """Translate an inference file. `changes`: values to take instead of its own, as "section.key=value".
+
+    Raises ValueError for unknown keys, and for values that v1.5.0 does not have.
     """
-    file = InferenceFile.read(read_json(path), where=str(path))
-    for key, reason in MEANINGLESS.items():
-        logger.info("%s: %s has no meaning here: %s", path.name, key, reason)
+    content = read_json(path)
+    for change in changes:
+        _apply(change, content)
+    file = InferenceFile.read(content, where=str(path))
+    for (section, key), reason in MEANINGLESS.items():
+        if key in (content[section] if section else content):
+            logger.info("%s: %s has no meaning here: %s", path.name, key, reason)
     frames, height, width = file.pipeline_config.input_size
     folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     weights = {"transformer": file.predictor, "vae": file.ae}
@@ -124,7 +134,6 @@ def read_inference(path: Path) -> Inference:
         transformer_config=original.denoiser_config(file.predictor),
         vae_config=original.vae_config(file.ae),
         streaming=file.ae.get("use_tiling", True),
-        vae_dtype=file.ae.get("dtype"),
         max_text_tokens=file.model_max_length,
         scheduler={
             "shift": file.diffusion.shift,
@@ -145,3 +154,19 @@ def read_inference(path: Path) -> Inference:
             "linear_quadratic": file.diffusion.use_linear_quadratic_schedule,
         },
     )
+
+
+def _apply(change: str, content: dict[str, Any]) -> None:
+    """Put one "section.key=value" into `content`; the value is JSON, or else text."""
+    name, equals, text = change.partition("=")
+    *sections, key = name.split(".")
+    if not equals or not key:
+        raise ValueError(f"a change is written section.key=value, got {change!r}")
+    for section in sections:
+        if not isinstance(content.get(section), dict):
+            raise ValueError(f"{change!r}: there is no section {section!r}")
+        content = content[section]
+    try:
+        content[key] = json.loads(text)
+    except json.JSONDecodeError:
+        content[key] = text

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import InputContainer, OutputContainer
-from av.stream import Disposition
+from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -70,10 +70,10 @@ class _Shot:
 def frame_rate(fps: float | Fraction) -> Fraction:
     """`fps` as an exact rate. A float that is meant as n * 1000/1001 (23.976, 29.97, ...) becomes just that.
 
-    Raises ValueError unless it is above 0 and at most 1000 frames a second.
+    Raises ValueError unless it is from 0.001 to 1000 frames a second.
     """
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps must be above 0 and at most 1000, got {fps}")
+    if not 0.001 <= fps <= 1000:
+        raise ValueError(f"fps must be in 0.001 .. 1000, got {fps}")
     if isinstance(fps, Fraction):
         return fps.limit_denominator(100_000)
     for whole in _NTSC_RATES:
@@ -345,13 +345,17 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise ValueError(f"{path} ({size} bytes) is not a video, or is cut off: {error.strerror}") from error
     with container:
         stream = container.streams.best("video")
-        # The cover picture of a song is a video stream, too.
-        if stream is None or stream.disposition & Disposition.attached_pic:
-            found = ", ".join(stream.type for stream in container.streams) or "no streams"
-            raise ValueError(f"{path} ({container.format.name}) has no video; found: {found}")
+        if stream is None or _is_cover(stream):
+            found = ", ".join("cover" if _is_cover(other) else other.type for other in container.streams)
+            raise ValueError(f"{path} ({container.format.name}) has no video; found: {found or 'nothing'}")
         if cast(VideoCodecContext | None, stream.codec_context) is None:
-            raise ValueError(f"{path} has video of a codec that this FFmpeg cannot decode")
+            raise ValueError(f"{path} has video of a codec unknown to this FFmpeg, or is cut off")
         yield container, cast(VideoStream, stream)
+
+
+def _is_cover(stream: Stream) -> bool:
+    """Whether this is the cover picture of a song, which is a video stream, too."""
+    return bool(stream.disposition & Disposition.attached_pic)
 
 
 def _codec(stream: VideoStream) -> str:

@@ -420,8 +420,8 @@ class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, 
     @register_to_config
     def __init__(
         self,
-        num_attention_heads: int = 24,
         *,
+        num_attention_heads: int = 24,
         attention_head_dim: int = 128,
         in_channels: int = 32,
         out_channels: int = 32,

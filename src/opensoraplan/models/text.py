@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,10 @@ DEFAULT_NEGATIVE_PROMPT = (
 Kind = Literal["t5", "clip"]
 
 _MODEL_TYPES = {"t5": ("t5",), "clip": ("clip", "clip_text_model")}
-_ROLES = {"t5": "text_encoder (a T5 encoder)", "clip": "text_encoder_2 (a CLIP text tower with projection)"}
+_ROLES = {
+    "t5": ("text_encoder", "a T5 encoder"),
+    "clip": ("text_encoder_2", "a CLIP text tower with projection"),
+}
 # The tensors of the part that is used. The T5 decoder and the CLIP vision tower are left in the file.
 _USED_TENSORS = {"t5": ("shared.", "encoder."), "clip": ("text_model.", "text_projection.")}
 # In the order in which transformers looks for them.
@@ -276,7 +280,24 @@ def load_text_encoder(
     model_type = _model_type(folder, kind)
     _check_weight_files(folder)
 
-    from safetensors import SafetensorError
+    try:
+        with _without_load_report():
+            model, info = _load(folder, kind, model_type, dtype)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the weights in {folder} are not plain tensors: no checkpoint, or a pickle with code in it, "
+            "which is never run"
+        ) from error
+    except Exception as error:  # transformers, torch and safetensors have no common error for a damaged file
+        raise ValueError(
+            f"cannot load the model in {folder}, its files may be damaged or incomplete: {_short(error)}"
+        ) from error
+    _check_complete(folder, kind, info)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _load(folder: Path, kind: Kind, model_type: str, dtype: torch.dtype) -> tuple[Any, dict]:
+    """The model, and the library's account of what it found in the files."""
     from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     if kind == "t5":
@@ -289,23 +310,16 @@ def load_text_encoder(
     else:
         cls = CLIPTextModelWithProjection
         config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
-
-    try:
-        with _without_load_report():
-            loaded = cls.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                weights_only=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"cannot read the weights in {folder}: {_first_line(error)}") from error
-    model, info = cast(tuple[Any, dict], loaded)
-    _check_complete(folder, kind, info)
-    return model.requires_grad_(False).eval().to(device)
+    loaded = cls.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        weights_only=True,
+        ignore_mismatched_sizes=True,  # they are reported by name, with the missing ones
+        output_loading_info=True,
+    )
+    return cast(tuple[Any, dict], loaded)
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -327,7 +341,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise ValueError(f"cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+        raise ValueError(f"cannot read the tokenizer in {folder}: {_short(error)}") from error
 
 
 def _existing_folder(folder: Path | str) -> Path:
@@ -344,9 +358,10 @@ def _model_type(folder: Path, kind: Kind) -> str:
     found = str(_read_json(folder / "config.json").get("model_type"))
     if found in _MODEL_TYPES[kind]:
         return found
-    other = next((role for k, role in _ROLES.items() if found in _MODEL_TYPES[k]), None)
-    hint = f" but for {other}: were the two swapped?" if other else ""
-    raise ValueError(f"{folder} holds a model of type {found!r}, not one for {_ROLES[kind]}{hint}")
+    component, wanted = _ROLES[kind]
+    other = next((_ROLES[k][0] for k in _ROLES if found in _MODEL_TYPES[k]), None)
+    hint = f" This is one for {other}: were the two folders swapped?" if other else ""
+    raise ValueError(f"{component} must be {wanted}, but {folder} holds a model of type {found!r}.{hint}")
 
 
 def _check_weight_files(folder: Path) -> None:
@@ -386,11 +401,14 @@ def _check_complete(folder: Path, kind: Kind, info: dict) -> None:
         if name.startswith(_USED_TENSORS[kind])
     ]
     if problems:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+        listed = "; ".join(problems)
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json ({len(problems)} wrong): {listed}"
+        )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 @contextmanager

@@ -487,8 +487,8 @@ class WFVAE(ModelMixin, StrictConfigMixin):
     @register_to_config
     def __init__(
         self,
-        base_channels: int = 160,
         *,
+        base_channels: int = 160,
         latent_channels: int = 32,
         encoder_num_resblocks: int = 2,
         decoder_num_resblocks: int = 2,

@@ -1,0 +1,411 @@
+"""The command `osp`: its verbs and their options. Heavy imports are inside the verbs, so that --help is
+quick.
+
+A user's mistake ends in one line on stderr and exit code 2; a traceback is a bug of ours.
+"""
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+if TYPE_CHECKING:
+    from opensoraplan.convert.assemble import Sources
+    from opensoraplan.convert.mindspeed_json import Inference
+
+logger = logging.getLogger("opensoraplan")
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
+def optional(metavar: str, hint: str = "") -> Any:  # noqa: ANN401 (a marker for Annotated)
+    """How --help shows an option that may be left out: without None, and with `hint` for what happens
+    then.
+    """
+    return arg(metavar=metavar, help_behavior_hint=hint)
+
+
+OptionalPath = Annotated[Path | None, optional("PATH")]
+OptionalDevice = Annotated[
+    str | None, optional("NAME", "(default: the first accelerator there is, else cpu)")
+]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Each instead of what --config says."""
+
+    transformer: OptionalPath = None
+    """Denoiser: a release pickle, a folder of Megatron shards, or a diffusers component."""
+    vae: OptionalPath = None
+    """VAE: the release's .ckpt or a diffusers component."""
+    text_encoder: OptionalPath = None
+    """Folder of T5 v1.1-XL."""
+    text_encoder_2: OptionalPath = None
+    """Folder of CLIP ViT-bigG-14."""
+    tokenizer: OptionalPath = None
+    """Folder of T5's tokenizer, if it is not the text encoder's."""
+    tokenizer_2: OptionalPath = None
+    """Folder of CLIP's tokenizer, if it is not the text encoder's."""
+    ema: Annotated[bool | None, optional("True|False", "(default: EMA where there is one)")] = None
+    """Which weights to take of a checkpoint that has both."""
+    sparse_n: Annotated[tuple[int, ...] | None, optional("N ...")] = None
+    """Skiparse rates, one a stage, where neither --config nor the release's shape tells them."""
+    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    """Other values in --config, for example predictor.num_heads=4."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make videos (or, with one frame, pictures) from prompts.
+
+    The model is a folder that `osp convert` wrote (--model), or the original's files by --config or one by
+    one. A .txt (a prompt a line), .jsonl or .csv file (column prompt; others set options) gives many prompts,
+    and the same command again continues where it was stopped. Nothing that exists is overwritten.
+    """
+
+    prompt: Annotated[Positional[str], optional("PROMPT")] = ""
+    """A prompt, or a file of prompts."""
+    model: OptionalPath = None
+    """A diffusers folder, as `osp convert` writes it."""
+    config: OptionalPath = None
+    """The guide's inference JSON; options given here go before its values."""
+    parts: OmitArgPrefixes[Parts] = Parts()
+    out: Path = Path("samples")
+    """A folder, or the .mp4 or .png file of a single video."""
+    frames: int = 121
+    """8k + 1; 1 makes a picture."""
+    height: int = 576
+    """Pixels, a multiple of 16."""
+    width: int = 1024
+    """Pixels, a multiple of 16."""
+    fps: float = 24
+    """Frames a second of the mp4."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance: float = 8.0
+    """Strength of the prompt; 1 is none, at half the cost."""
+    guidance_rescale: float = 0.7
+    """More of it makes less saturated pictures, 0 to 1."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only this part of the steps."""
+    batched_guidance: bool = False
+    """Compute with and without the prompt in one batch: more memory."""
+    shift: Annotated[float | None, optional("FLOAT", "(default: the model's, 7)")] = None
+    """Of the schedule; more spends more steps on noise."""
+    dynamic_shift: Annotated[bool | None, optional("True|False", "(default: the model's, False)")] = None
+    """Tell the shift from the size of the picture instead."""
+    linear_quadratic: bool = False
+    """Use the linear-quadratic schedule, which has no shift."""
+    negative_prompt: str = ""
+    """What to avoid, added to the default negative prompt."""
+    seed: int = 0
+    """Of the first video; the others count on from it."""
+    videos_per_prompt: int = 1
+    """Each with its own seed."""
+    device: OptionalDevice = None
+    """cpu, cuda, cuda:1, npu, ..."""
+    dtype: Dtype = "bf16"
+    """Precision to compute in."""
+    prompt_template: Annotated[str | None, optional("TEXT", "(default: the model's, 'high quality, {}')")] = (
+        None
+    )
+    """What is put around a prompt; {} is where it goes, and alone is nothing."""
+    default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the model's)")] = None
+    """Instead of the model's long one; '' is none."""
+    clean_prompts: bool = True
+    """Clean prompts as the training captions were."""
+    tiling: bool = False
+    """Decode in blended tiles: less memory for large frames, not exact."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn the original's files into a diffusers folder, or such a folder back into the original's.
+
+    To diffusers: --transformer, --vae, --text-encoder and --text-encoder-2, or --config. Back: --model FOLDER
+    and --to megatron (with --tp) or --to release. Every tensor is accounted for, or nothing is written.
+    """
+
+    out: Path
+    """The folder to write; it must be new or empty."""
+    to: Literal["diffusers", "megatron", "release"] = "diffusers"
+    """What to write."""
+    model: OptionalPath = None
+    """A diffusers folder, to convert back."""
+    config: OptionalPath = None
+    """The guide's inference JSON, for paths and architecture."""
+    parts: OmitArgPrefixes[Parts] = Parts()
+    tp: int = 1
+    """Tensor-parallel size of the Megatron shards."""
+    dtype: Annotated[
+        Dtype | None, optional("bf16|fp16|fp32", "(default: each tensor's; text encoders fp32)")
+    ] = None
+    """Precision to write."""
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Send a real video through the VAE and back; print PSNR and SSIM, write both side by side."""
+
+    video: Positional[Path]
+    """Any file that ffmpeg reads."""
+    vae: Path
+    """The release's .ckpt, a diffusers component, or a folder that `osp convert` wrote."""
+    out: Annotated[Path | None, optional("PATH", "(default: NAME_reconstruction.mp4)")] = None
+    """The mp4 to write: the video left, its reconstruction right."""
+    frames: Annotated[int | None, optional("INT", "(default: as many as there are)")] = None
+    """8k + 1."""
+    height: Annotated[int | None, optional("INT", "(default: the video's, rounded down)")] = None
+    """Pixels, a multiple of 8."""
+    width: Annotated[int | None, optional("INT", "(default: the video's, rounded down)")] = None
+    """Pixels, a multiple of 8."""
+    fps: Annotated[float | None, optional("FLOAT", "(default: the video's)")] = None
+    """Resample to this rate first."""
+    device: OptionalDevice = None
+    """cpu, cuda, cuda:1, npu, ..."""
+    dtype: Dtype = "fp32"
+    """Precision to compute in."""
+    tiling: bool = False
+    """Work in blended tiles: less memory for large frames, not exact."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a checkpoint is: dialect, precision, parameters, EMA, tensor-parallel size, the config it
+    matches.
+    """
+
+    path: Positional[Path]
+    """A file, a folder of shards, or a diffusers component."""
+
+
+# Options of `Generate` that are fields of a request; the rest say what makes it.
+REQUEST_OPTIONS = (
+    "negative_prompt", "frames", "height", "width", "fps", "steps", "guidance", "guidance_rescale",
+    "guidance_interval", "batched_guidance", "shift", "dynamic_shift", "linear_quadratic", "seed",
+)  # fmt: skip
+
+
+def generate(options: Generate, inference: "Inference | None") -> None:
+    """`osp generate`: everything that can be wrong is checked before the model is loaded."""
+    from opensoraplan import generate as job
+
+    if not options.prompt:
+        raise ValueError('give a prompt or a file of prompts: osp generate "a cat on a beach" --model FOLDER')
+    settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
+    requests = job.read_requests(options.prompt, settings, copies=options.videos_per_prompt)
+    paths = job.check_targets(requests, options.out)
+    if (options.model is None) == (inference is None and options.parts == Parts()):
+        raise ValueError(
+            "give either --model FOLDER, or the original's files by --config or --transformer, ..."
+        )
+    if options.model is not None and not (options.model / "model_index.json").is_file():
+        raise ValueError(
+            f"{options.model} is not a folder that `osp convert` wrote: it has no model_index.json"
+        )
+
+    from opensoraplan.convert import assemble
+    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.models.text import PromptSettings
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
+
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    prompts: dict[str, Any] = {} if options.clean_prompts else {"clean_prompts": False}
+    if options.prompt_template is not None:
+        prompts["prompt_template"] = PromptSettings(template=options.prompt_template).template
+    if options.default_negative_prompt is not None:
+        prompts["default_negative_prompt"] = options.default_negative_prompt
+
+    if options.model is not None:
+        origin = options.model
+        logger.info("loading %s in %s on %s", origin, dtype, device)
+        pipeline = OpenSoraPlanPipeline.from_pretrained(origin, dtype=dtype, local_files_only=True).to(device)
+    else:
+        sources = find_sources(options.parts, inference)
+        origin = sources.transformer
+        logger.info("loading %s in %s on %s", origin, dtype, device)
+        pipeline = assemble.load_pipeline(
+            sources,
+            dtype=dtype,
+            device=device,
+            scheduler=inference.scheduler if inference else {},
+            max_text_tokens=inference.max_text_tokens if inference else 512,
+        )
+    pipeline.register_to_config(**prompts)
+    if inference is not None and not inference.streaming:
+        pipeline.vae.disable_streaming()
+    if options.tiling:
+        pipeline.vae.enable_tiling()
+    job.run(pipeline, requests, paths, model=str(origin), resume=len(requests) > 1)
+
+
+def convert(options: Convert, inference: "Inference | None") -> None:
+    """`osp convert`."""
+    if options.to == "diffusers":
+        if options.model is not None:
+            raise ValueError(
+                f"{options.model} is a diffusers folder already: give --to megatron or --to release"
+            )
+        sources = find_sources(options.parts, inference)
+
+        from opensoraplan.convert.assemble import save_diffusers
+        from opensoraplan.device import DTYPES
+
+        save_diffusers(
+            sources,
+            options.out,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            scheduler=inference.scheduler if inference else {},
+            max_text_tokens=inference.max_text_tokens if inference else 512,
+        )
+        return
+    if options.model is None:
+        raise ValueError(f"--to {options.to} needs --model, a diffusers folder")
+    if options.dtype is not None:
+        raise ValueError("--dtype goes with --to diffusers; the way back keeps every tensor as it is")
+    check_exists(options.model)
+
+    from opensoraplan.convert.assemble import export_denoiser, export_release
+
+    if options.to == "megatron":
+        export_denoiser(options.model, options.out, tensor_parallel=options.tp)
+    else:
+        export_release(options.model, options.out)
+
+
+def reconstruct(options: Reconstruct) -> None:
+    """`osp reconstruct`."""
+    check_exists(options.video)
+    check_exists(options.vae)
+
+    from tqdm import tqdm
+
+    from opensoraplan import reconstruct as job
+    from opensoraplan.convert.assemble import load_vae
+    from opensoraplan.device import resolve_device, resolve_dtype
+
+    device = resolve_device(options.device)
+    vae = load_vae(options.vae, dtype=resolve_dtype(options.dtype, device), device=device)
+    if options.tiling:
+        vae.enable_tiling()
+    bars: dict[str, tqdm] = {}
+
+    def show(step: str, done: int, total: int) -> None:
+        if step not in bars:
+            bars[step] = tqdm(total=total, desc=step, unit="frame")
+        bars[step].update(done - bars[step].n)
+
+    job.reconstruct(
+        options.video,
+        vae=vae,
+        out=options.out or Path(f"{options.video.stem}_reconstruction.mp4"),
+        frames=options.frames,
+        height=options.height,
+        width=options.width,
+        fps=options.fps,
+        progress=show,
+    )
+
+
+def inspect(options: Inspect) -> None:
+    """`osp inspect`."""
+    check_exists(options.path)
+
+    from opensoraplan.convert.describe import describe
+
+    sys.stdout.write(describe(options.path) + "\n")
+
+
+def main() -> None:
+    """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    try:
+        inference = read_config(sys.argv[1:])
+        defaults = Generate(**inference.generate) if inference else Generate()
+        verbs = (
+            Annotated[Generate, subcommand("generate", default=defaults, prefix_name=False)]
+            | Annotated[Convert, subcommand("convert", prefix_name=False)]
+            | Annotated[Reconstruct, subcommand("reconstruct", prefix_name=False)]
+            | Annotated[Inspect, subcommand("inspect", prefix_name=False)]
+        )  # type: ignore[operator]
+        options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
+        match options:
+            case Generate():
+                generate(options, inference)
+            case Convert():
+                convert(options, inference)
+            case Reconstruct():
+                reconstruct(options)
+            case Inspect():
+                inspect(options)
+    except KeyboardInterrupt:
+        sys.stderr.write("osp: stopped\n")
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.stderr.write(f"osp: error: {error}\n")
+        sys.exit(2)
+
+
+def read_config(arguments: list[str]) -> "Inference | None":
+    """The config that --config names, read before all else: its values become the defaults of the other
+    options.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    finder.add_argument("--set", nargs="*", default=[])
+    found, _ = finder.parse_known_args(arguments)
+    if found.config is None:
+        if found.set:
+            raise ValueError("--set changes values of --config, which is not given")
+        return None
+    if not found.config.is_file():
+        raise FileNotFoundError(f"the config {found.config} does not exist")
+
+    from opensoraplan.convert.mindspeed_json import read_inference
+
+    return read_inference(found.config, changes=found.set)
+
+
+def find_sources(parts: Parts, inference: "Inference | None") -> "Sources":
+    """The files of a model: those given one by one, before those of the config. ValueError for what nobody
+    gives, FileNotFoundError for what is not there.
+    """
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    paths = dict(inference.sources) if inference else {}
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        given = getattr(parts, encoder)
+        if given is not None:
+            paths[tokenizer] = given
+    paths |= {name: path for name in names if (path := getattr(parts, name)) is not None}
+    missing = [f"--{name.replace('_', '-')}" for name in names if name not in paths]
+    if missing:
+        raise ValueError(f"these parts of the model are not given: {', '.join(missing)}")
+
+    from opensoraplan.convert.assemble import Sources
+
+    sources = Sources(
+        **paths,
+        transformer_config=inference.transformer_config if inference else None,
+        vae_config=inference.vae_config if inference else None,
+        sparse_n=parts.sparse_n,
+        ema=parts.ema,
+    )
+    sources.check_exist()
+    return sources
+
+
+def check_exists(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+
+
+if __name__ == "__main__":
+    main()

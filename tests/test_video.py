@@ -1,0 +1,556 @@
+"""data/video.py on tiny clips that the tests write themselves: time stamps, colours, turns, damage, names."""
+
+import logging
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from av.stream import Disposition
+
+from opensoraplan.data.video import (
+    VideoWriter,
+    _move_without_link,
+    count_frames,
+    fit,
+    frame_rate,
+    iter_frames,
+    probe,
+    publish,
+    read_frames,
+    temporary_path,
+    to_uint8,
+)
+
+STEP = 20
+
+
+def grey_frames(count: int, *, height: int = 32, width: int = 48) -> list[np.ndarray]:
+    """Flat frames whose level tells their number: `numbers` reads it back."""
+    return [np.full((height, width, 3), 10 + STEP * i, np.uint8) for i in range(count)]
+
+
+def numbers(frames: torch.Tensor) -> list[int]:
+    """The numbers of `grey_frames`, which any codec keeps."""
+    return [round((float(frame.float().mean()) - 10) / STEP) for frame in frames]
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """A picture that no turn or flip maps to itself."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x // width, 255 * y // height, 60 + 90 * (x > y)], axis=-1).astype(np.uint8)
+
+
+def write_clip(
+    path: Path,
+    frames: Sequence[np.ndarray | av.VideoFrame],
+    *,
+    codec: str = "mpeg4",
+    pix_fmt: str = "yuv420p",
+    rate: Fraction = Fraction(25),
+    stamps: Sequence[int] | None = None,
+    time_base: Fraction | None = None,
+    **movflags: str,
+) -> Path:
+    """Encode frames with the time stamps given, or one after the other."""
+    with av.open(str(path), "w", options=movflags) as container:
+        stream = container.add_stream(codec, rate=rate)
+        assert isinstance(stream, av.VideoStream)
+        first = frames[0]
+        stream.height, stream.width = (
+            first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+        )
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.time_base = time_base or 1 / rate
+        for index, content in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(content) if isinstance(content, np.ndarray) else content
+            frame.pts = stamps[index] if stamps else index
+            frame.time_base = time_base or 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def cut(path: Path, *, share: float) -> Path:
+    """Keep the first part of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def test_frames_come_in_order_and_by_number(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", grey_frames(10))
+    frames = read_frames(clip)
+    assert frames.shape == (10, 32, 48, 3)
+    assert frames.dtype == torch.uint8
+    assert numbers(frames) == list(range(10))
+    assert numbers(read_frames(clip, start=3, count=4)) == [3, 4, 5, 6]
+    assert numbers(read_frames(clip, start=8)) == [8, 9]
+    assert numbers(torch.stack(list(iter_frames(clip, count=1)))) == [0]
+    assert count_frames(clip) == 10
+    assert count_frames(clip, limit=4) == 4
+
+
+def test_frames_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", grey_frames(5))
+    with pytest.raises(ValueError, match=r"clip.mp4 has 5 frames, asked for frames 2 to 6"):
+        read_frames(clip, start=2, count=5)
+    with pytest.raises(ValueError, match=r"has 5 frames, asked for frame 5 on"):
+        read_frames(clip, start=5)
+    with pytest.raises(ValueError, match=r"has 10 frames at 50 a second, asked for frames 0 to 10"):
+        read_frames(clip, count=11, fps=50)
+    with pytest.raises(ValueError, match="start -1"):
+        iter_frames(clip, start=-1)
+    with pytest.raises(ValueError, match="count 0"):
+        iter_frames(clip, count=0)
+
+
+def test_variable_rate_and_late_start_are_resampled_by_time_stamps(tmp_path: Path) -> None:
+    # Shown from 0, 40, 50, 200 and 300 ms on, after a start at 5 s.
+    stamps = [5000, 5040, 5050, 5200, 5300]
+    for name in ("clip.mkv", "clip.mp4"):
+        clip = write_clip(
+            tmp_path / name, grey_frames(5), rate=Fraction(20), stamps=stamps, time_base=Fraction(1, 1000)
+        )
+        assert numbers(read_frames(clip)) == [0, 1, 2, 3, 4]
+        assert numbers(read_frames(clip, fps=20, count=7)) == [0, 2, 2, 2, 3, 3, 4]
+        assert numbers(read_frames(clip, fps=20, start=3, count=3)) == [2, 3, 3]
+        assert numbers(read_frames(clip, fps=10, count=4)) == [0, 2, 3, 4]
+        assert numbers(read_frames(clip, fps=100, count=6)) == [0, 0, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(24000, 1001), Fraction(25)])
+def test_own_rate_keeps_every_frame_once(tmp_path: Path, suffix: str, rate: Fraction) -> None:
+    # Matroska's time stamps are rounded to milliseconds, which must neither repeat nor skip frames.
+    codec = "libx264" if suffix == "mkv" else "mpeg4"
+    clip = write_clip(tmp_path / f"clip.{suffix}", grey_frames(12), codec=codec, rate=rate)
+    assert numbers(read_frames(clip, fps=float(rate))) == list(range(12))
+    assert numbers(read_frames(clip, fps=rate / 2)) == list(range(0, 12, 2))
+
+
+def test_raw_stream_without_time_stamps(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.h264", grey_frames(9), codec="libx264", rate=Fraction(24000, 1001))
+    assert numbers(read_frames(clip)) == list(range(9))
+    info = probe(clip)
+    assert (info.frames, info.codec) == (9, "h264")
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    av.VideoFrame.from_ndarray(picture(31, 47)).save(path)
+    assert torch.equal(read_frames(path), torch.from_numpy(picture(31, 47))[None])
+    assert (probe(path).frames, count_frames(path, fps=8)) == (1, 1)
+
+
+def test_odd_sizes_come_back_exactly(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mkv", [picture(81, 121)] * 2, codec="ffv1", pix_fmt="bgr0")
+    assert torch.equal(read_frames(clip), torch.from_numpy(np.stack([picture(81, 121)] * 2)))
+    assert read_frames(write_clip(tmp_path / "clip.mp4", [picture(81, 121)])).shape == (1, 81, 121, 3)
+
+
+MATRICES = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # turns to the right
+FLIPPED = {angle: (-a, b, -c, d) for angle, (a, b, c, d) in MATRICES.items()}  # then mirrored left to right
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("angle", MATRICES)
+def test_display_matrix_turns_and_mirrors(tmp_path: Path, angle: int, mirrored: bool) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", [picture(32, 48)] * 2)
+    stored = read_frames(clip)
+    matrix = (FLIPPED if mirrored else MATRICES)[angle]
+    set_display_matrix(clip, matrix)
+    upright = torch.rot90(stored, k=-angle // 90, dims=(1, 2))
+    upright = upright.flip(2) if mirrored else upright
+    assert torch.equal(read_frames(clip), upright)
+    assert (probe(clip).height, probe(clip).width) == upright.shape[1:3]
+
+
+def test_slanted_display_is_refused(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", grey_frames(2))
+    set_display_matrix(clip, (math.sqrt(0.5), math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(0.5)))
+    with pytest.raises(ValueError, match="turned by -45 degrees; only multiples of 90"):
+        read_frames(clip)
+
+
+def set_display_matrix(clip: Path, matrix: tuple[float, float, float, float]) -> None:
+    """Write a, b, c, d of (x, y) -> (a x + c y, b x + d y) into the track header (ISO/IEC 14496-12)."""
+    data = bytearray(clip.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (round(value * 65536) for value in matrix)
+    struct.pack_into(">9i", data, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    clip.write_bytes(data)
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le"])
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "red", "blue"),
+    [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (9, 0.2627, 0.0593)],
+    ids=["709", "601", "2020"],
+)
+def test_colours_are_right(
+    tmp_path: Path, pix_fmt: str, full_range: bool, matrix: int, red: float, blue: float
+) -> None:
+    colours = [(200, 40, 90), (16, 235, 128), (255, 255, 255), (0, 0, 0), (30, 60, 250)]
+    depth = 10 if pix_fmt.endswith("10le") else 8
+    frames = [
+        flat_yuv(colour, pix_fmt=pix_fmt, depth=depth, full_range=full_range, red=red, blue=blue)
+        for colour in colours
+    ]
+    for frame in frames:
+        frame.colorspace, frame.color_range = matrix, 2 if full_range else 1
+    clip = tmp_path / "clip.mkv"
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = 16, 32, pix_fmt
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full_range else 1
+        for frame in frames:
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    read = read_frames(clip)[:, 8, 16]
+    assert (read.int() - torch.tensor(colours)).abs().max() <= (2 if depth == 8 else 1)
+
+
+def flat_yuv(
+    colour: tuple[int, int, int], *, pix_fmt: str, depth: int, full_range: bool, red: float, blue: float
+) -> av.VideoFrame:
+    """A frame of 16 x 32 in one colour, with the luma weights of red and blue (ITU-T H.273)."""
+    r, g, b = (value / 255 for value in colour)
+    luma = red * r + (1 - red - blue) * g + blue * b
+    chroma = ((b - luma) / (2 * (1 - blue)), (r - luma) / (2 * (1 - red)))
+    top = 2**depth - 1
+    unit = 2 ** (depth - 8)
+    levels = (
+        [luma * top, *(c * top + 128 * unit for c in chroma)]
+        if full_range
+        else [(16 + 219 * luma) * unit, *((128 + 224 * c) * unit for c in chroma)]
+    )
+    frame = av.VideoFrame(32, 16, pix_fmt)
+    for plane, level in zip(frame.planes, levels, strict=True):
+        dtype = np.uint8 if depth == 8 else np.uint16
+        values = np.full(plane.buffer_size // np.dtype(dtype).itemsize, min(round(level), top), dtype)
+        plane.update(values.tobytes())
+    return frame
+
+
+def test_a_size_that_changes_is_an_error(tmp_path: Path) -> None:
+    small = write_clip(tmp_path / "small.h264", grey_frames(3), codec="libx264")
+    large = write_clip(tmp_path / "large.h264", grey_frames(3, height=64), codec="libx264")
+    both = tmp_path / "both.h264"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    with pytest.raises(ValueError, match="changes its size from 32 x 48 to 64 x 48 at frame 3"):
+        read_frames(both)
+
+
+def test_probe(tmp_path: Path) -> None:
+    info = probe(write_clip(tmp_path / "clip.mp4", grey_frames(10), rate=Fraction(30000, 1001)))
+    assert (info.frames, info.fps, info.height, info.width, info.codec) == (
+        10,
+        Fraction(30000, 1001),
+        32,
+        48,
+        "mpeg4",
+    )
+    assert info.duration == pytest.approx(10 * 1001 / 30000, abs=1e-4)
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.mp4"
+    for read in (probe, read_frames, count_frames):
+        with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
+            read(missing)
+    text = tmp_path / "text.mp4"
+    text.write_text("no video at all")
+    with pytest.raises(ValueError, match=r"text\.mp4 \(15 bytes\) is not a video"):
+        probe(text)
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"empty\.mp4 \(0 bytes\) is not a video"):
+        probe(empty)
+    with pytest.raises(IsADirectoryError):
+        probe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "cover", "found"),
+    [("sound.wav", "pcm_s16le", False, r"audio$"), ("song.mp3", "libmp3lame", True, "audio, cover$")],
+)
+def test_sound_is_no_video_even_with_a_cover(
+    tmp_path: Path, name: str, codec: str, cover: bool, found: str
+) -> None:
+    with av.open(str(tmp_path / name), "w") as container:
+        sound = container.add_stream(codec, rate=8000, layout="mono")
+        assert isinstance(sound, av.AudioStream)
+        packets = []
+        if cover:
+            image = container.add_stream("png", rate=25)
+            assert isinstance(image, av.VideoStream)
+            image.height, image.width, image.pix_fmt = 16, 16, "rgb24"
+            image.disposition = Disposition.attached_pic
+            packets = image.encode(av.VideoFrame.from_ndarray(picture(16, 16))) + image.encode(None)
+        container.mux(packets)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 576), np.int16), format="s16p", layout="mono")
+        samples.sample_rate = 8000
+        container.mux(sound.encode(samples) + sound.encode(None))
+    with pytest.raises(ValueError, match=rf"{name} .* has no video; found: {found}"):
+        probe(tmp_path / name)
+
+
+def test_a_clip_cut_off_before_its_index(tmp_path: Path) -> None:
+    clip = cut(write_clip(tmp_path / "clip.mp4", grey_frames(10)), share=0.6)
+    with pytest.raises(ValueError, match=r"clip\.mp4 .* is cut off"):
+        read_frames(clip)
+
+
+def test_a_clip_cut_off_in_its_frames_gives_those_before(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
+    clip = cut(
+        write_clip(tmp_path / "clip.mp4", list(noise), codec="libx264", movflags="+faststart"), share=0.7
+    )
+    assert probe(clip).frames == 40
+    frames = iter_frames(clip)
+    good = [next(frames) for _ in range(20)]
+    with pytest.raises(ValueError, match=r"clip\.mp4 is damaged or cut off after \d+ frames") as caught:
+        good.extend(frames)
+    assert f"after {len(good)} frames" in str(caught.value)
+    assert 20 < len(good) < 35
+    assert torch.equal(read_frames(clip, count=len(good)), torch.stack(good))
+
+
+def test_a_short_matroska_file_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
+    clip = write_clip(tmp_path / "clip.mkv", list(noise))
+    with caplog.at_level(logging.WARNING):
+        assert count_frames(clip) == 40
+        assert not caplog.messages
+        assert 10 < count_frames(cut(clip, share=0.5)) < 30
+    assert "of 1.60 s; is it cut off?" in caplog.text
+
+
+# --- Pixels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "rows", "columns"),
+    [
+        ((30, 80), (16, 32), slice(0, 30), slice(10, 70)),  # too wide
+        ((90, 40), (16, 32), slice(35, 55), slice(0, 40)),  # too high
+        ((20, 40), (32, 64), slice(0, 20), slice(0, 40)),  # enlarged
+    ],
+)
+def test_fit_is_the_crop_and_resize_of_the_original(
+    source: tuple[int, int], target: tuple[int, int], rows: slice, columns: slice
+) -> None:
+    frames = torch.randint(
+        0, 256, (3, *source, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    fitted = fit(frames, height=target[0], width=target[1])
+    pixels = frames.permute(0, 3, 1, 2)[:, :, rows, columns] / 255
+    pixels = F.interpolate(pixels, target, mode="bicubic", antialias=True, align_corners=True)
+    expected = (pixels.permute(1, 0, 2, 3) * 2 - 1).clamp(-1, 1)
+    assert fitted.shape == (3, 3, *target)
+    torch.testing.assert_close(fitted, expected, atol=1e-6, rtol=0)
+
+
+def test_fit_keeps_pixels_of_the_right_size() -> None:
+    frames = torch.from_numpy(np.stack([picture(16, 24), picture(16, 24)[::-1]]))
+    assert torch.equal(to_uint8(fit(frames, height=16, width=24)), frames)
+
+
+def test_fit_keeps_to_its_range() -> None:
+    checks = torch.zeros(1, 20, 20, 3, dtype=torch.uint8)
+    checks[:, :10] = 255
+    fitted = fit(checks, height=48, width=48)
+    assert (fitted.min(), fitted.max()) == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "height"),
+    [
+        (torch.zeros(2, 8, 8, 3), 8),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 8),
+        (torch.zeros(1, 8, 8, 3).byte(), 0),
+    ],
+)
+def test_fit_refuses(frames: torch.Tensor, height: int) -> None:
+    with pytest.raises(ValueError, match=r"must be uint8 \[T, H, W, 3\], got|must be positive, got 0 x 8"):
+        fit(frames, height=height, width=8)
+
+
+def test_to_uint8_rounds_and_clamps() -> None:
+    levels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.999, 1.0, 3.0])
+    video = levels[None, :, None, None].expand(3, 7, 2, 4)
+    frames = to_uint8(video)
+    assert frames.shape == (7, 2, 4, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 0, 64, 128, 255, 255, 255]
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fps", "exact"),
+    [
+        (24, Fraction(24)),
+        (8.0, Fraction(8)),
+        (12.5, Fraction(25, 2)),
+        (14.9, Fraction(149, 10)),
+        (23.976, Fraction(24000, 1001)),
+        (23.98, Fraction(24000, 1001)),
+        (29.97, Fraction(30000, 1001)),
+        (59.94, Fraction(60000, 1001)),
+        (119.88, Fraction(120000, 1001)),
+        (Fraction(2997, 100), Fraction(2997, 100)),
+    ],
+)
+def test_frame_rate(fps: float | Fraction, exact: Fraction) -> None:
+    assert frame_rate(fps) == exact
+
+
+@pytest.mark.parametrize("fps", [0, -1, 1e-6, 1001, math.inf, math.nan])
+def test_frame_rate_refuses(fps: float) -> None:
+    with pytest.raises(ValueError, match="fps must be in"):
+        frame_rate(fps)
+
+
+def write(path: Path, frames: torch.Tensor, *, fps: float | Fraction = 24) -> Path:
+    with VideoWriter(path, fps=fps) as writer:
+        writer.write(frames)
+    return writer.path
+
+
+def test_written_chunks_are_one_clip(tmp_path: Path) -> None:
+    frames = torch.from_numpy(np.stack(grey_frames(11)))
+    comment = '{"prompt": "ein Bär, 一只熊",\n"seed": 7, "filler": "' + "x" * 5000 + '"}'
+    with VideoWriter(tmp_path / "clip.mp4", fps=23.976, title="Bär", comment=comment) as writer:
+        for chunk in (frames[:1], frames[1:9], frames[9:9], frames[9:]):
+            writer.write(chunk)
+        assert not (tmp_path / "clip.mp4").exists()
+    assert writer.path == tmp_path / "clip.mp4"
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    assert numbers(read_frames(writer.path)) == list(range(11))
+    with av.open(str(writer.path)) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        assert (codec.name, codec.pix_fmt, codec.height, codec.width) == ("h264", "yuv420p", 32, 48)
+        assert (stream.average_rate, stream.frames) == (Fraction(24000, 1001), 11)
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
+        assert (container.metadata["title"], container.metadata["comment"]) == ("Bär", comment)
+        assert stream.time_base == Fraction(1, 24000)
+        assert stream.duration == 11 * 1001
+        assert [frame.pts for frame in container.decode(stream)] == [1001 * i for i in range(11)]
+    data = writer.path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+@pytest.mark.parametrize("fps", [8, 12.5, 29.97, Fraction(60000, 1001)])
+def test_one_frame_is_a_clip(tmp_path: Path, fps: float | Fraction) -> None:
+    path = write(tmp_path / "one.mp4", torch.full((1, 32, 48, 3), 130, dtype=torch.uint8), fps=fps)
+    info = probe(path)
+    assert (info.frames, info.fps, count_frames(path)) == (1, frame_rate(fps), 1)
+    assert numbers(read_frames(path)) == [6]
+
+
+def test_colours_survive_writing(tmp_path: Path) -> None:
+    colours = torch.tensor([[200, 40, 90], [16, 235, 128], [255, 255, 255], [0, 0, 0], [30, 60, 250]])
+    frames = colours.byte()[:, None, None].expand(5, 32, 48, 3)
+    with VideoWriter(tmp_path / "clip.mp4", fps=24, crf=1) as writer:
+        writer.write(frames)
+    assert (read_frames(writer.path)[:, 16, 24].int() - colours).abs().max() <= 3
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
+    frames = torch.from_numpy(np.stack(grey_frames(3)))
+    (tmp_path / "clip_2.mp4").write_text("mine")
+    paths = [write(tmp_path / "clip.mp4", frames[i : i + 1]) for i in range(3)]
+    assert [path.name for path in paths] == ["clip.mp4", "clip_1.mp4", "clip_3.mp4"]
+    assert [numbers(read_frames(path)) for path in paths] == [[0], [1], [2]]
+    assert (tmp_path / "clip_2.mp4").read_text() == "mine"
+
+
+def test_nothing_is_left_of_a_clip_that_failed(tmp_path: Path) -> None:
+    frames = torch.from_numpy(np.stack(grey_frames(3)))
+
+    def write_chunks(chunks: Iterable[torch.Tensor]) -> None:
+        with VideoWriter(tmp_path / "clip.mp4", fps=24) as writer:
+            for chunk in chunks:
+                writer.write(chunk)
+
+    def stopped() -> Iterator[torch.Tensor]:
+        yield frames
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_chunks(stopped())
+    with pytest.raises(ValueError, match="frames of 32 x 24 after 32 x 48"):
+        write_chunks([frames, frames[:, :, :24]])
+    with pytest.raises(ValueError, match="no frames were written"):
+        write_chunks([])
+    with pytest.raises(ValueError, match="no frames were written"):
+        write_chunks([frames[:0]])
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="height x width 81 x 121: use 80 x 120 or 82 x 122"):
+        write(tmp_path / "clip.mp4", torch.zeros(1, 81, 121, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"must be uint8 \[T, H, W, 3\]"):
+        write(tmp_path / "clip.mp4", torch.zeros(1, 32, 48, 3))
+    with pytest.raises(ValueError, match=r"crf must be in 1 \.\. 51, got 0"):
+        VideoWriter(tmp_path / "clip.mp4", fps=24, crf=0)
+    with pytest.raises(ValueError, match=r"clip\.avi: use .*clip\.mp4"):
+        VideoWriter(tmp_path / "clip.avi", fps=24)
+    with (
+        pytest.raises(FileNotFoundError, match="missing"),
+        VideoWriter(tmp_path / "missing" / "clip.mp4", fps=24),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    path = write(tmp_path / "clip.mp4", torch.zeros(1, 32, 48, 3, dtype=torch.uint8))
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+
+
+def test_publishing_at_once_never_overwrites(tmp_path: Path) -> None:
+    def publish_one(text: str) -> Path:
+        temporary = temporary_path(tmp_path / "file.json")
+        temporary.write_text(text)
+        return publish(temporary, tmp_path / "file.json")
+
+    texts = [str(i) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(publish_one, texts))
+    assert [path.read_text() for path in paths] == texts
+    assert {path.name for path in paths} == {"file.json", *(f"file_{i}.json" for i in range(1, 24))}
+    assert len(os.listdir(tmp_path)) == 24
+
+
+def test_moving_without_hard_links(tmp_path: Path) -> None:
+    temporary, target = tmp_path / "temporary", tmp_path / "target"
+    temporary.write_text("new")
+    _move_without_link(temporary, target)
+    assert (target.read_text(), temporary.exists()) == ("new", False)
+    temporary.write_text("newer")
+    with pytest.raises(FileExistsError):
+        _move_without_link(temporary, target)
+    assert (target.read_text(), temporary.read_text()) == ("new", "newer")
+    with pytest.raises(FileNotFoundError):
+        _move_without_link(tmp_path / "missing", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
