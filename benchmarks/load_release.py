@@ -1,0 +1,109 @@
+"""The release-size denoiser on a small machine: write random bf16 weights, load them, take two sampling
+steps.
+
+    python benchmarks/load_release.py [FOLDER]
+
+Prints seconds and the peak resident memory of each stage; each runs in a process of its own. FOLDER (17 GB
+are written to it, and removed) is a temporary one by default. For scale, not for quality: the weights are
+random.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensoraplan.convert.export import write_component
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+
+FRAMES, SIDE, STEPS, TEXT_TOKENS = 9, 128, 2, 64
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """Tensors of given shapes, made when they are taken: N(0, 0.02) for matrices, 1 for norms, 0 for
+    biases.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        if len(shape) > 1:
+            return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def write(folder: Path) -> None:
+    """A diffusers component folder of the release's size, shard by shard."""
+    with torch.device("meta"):
+        model = SparseUMMDiT()
+    names = {name: name for name in model.state_dict()}
+    weights = RandomWeights({name: tuple(value.shape) for name, value in model.state_dict().items()})
+    write_component(model, names, weights, folder, dtype=torch.bfloat16)
+
+
+def sample(folder: Path) -> None:
+    """Load it and take two guided steps; the VAE is a small one, which is not asked to decode."""
+    start = time.perf_counter()
+    transformer = SparseUMMDiT.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    print(f"loaded in {time.perf_counter() - start:.0f} s, peak so far {peak():.2f} GiB")
+    vae = WFVAE(base_channels=8, encoder_energy_flow_hidden_size=8, decoder_energy_flow_hidden_size=8)
+    pipeline = OpenSoraPlanPipeline(transformer, vae, None, None, None, None, make_scheduler())
+    embeds = PromptEmbeds(
+        torch.randn(1, TEXT_TOKENS, 2048), torch.ones(1, TEXT_TOKENS, dtype=torch.bool), torch.randn(1, 1280)
+    )
+    start = time.perf_counter()
+    latents = pipeline(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=embeds,
+        num_frames=FRAMES,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=STEPS,
+        seed=0,
+        output_type="latent",
+    ).frames
+    seconds = (time.perf_counter() - start) / STEPS
+    print(f"{FRAMES} x {SIDE} x {SIDE}: {seconds:.1f} s a guided step, latents {list(latents.shape)}")
+
+
+def peak() -> float:
+    """Peak resident memory of this process, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--stage", choices=["write", "sample"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        {"write": write, "sample": sample}[options.stage](options.folder)
+        print(f"{options.stage}: peak {peak():.2f} GiB of resident memory")
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for stage in ("write", "sample"):
+            subprocess.run([sys.executable, __file__, folder, "--stage", stage], check=True)
+
+
+if __name__ == "__main__":
+    main()

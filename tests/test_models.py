@@ -1,0 +1,128 @@
+"""What both models promise: round trips, strict configs, bf16, compile equal to eager, nothing on the
+side.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.wfvae import WFVAE
+
+DENOISER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": [2, 2, 2],
+    "sparse_n": [1, 2, 1],
+    "caption_channels": 24,
+    "pooled_projection_dim": 20,
+    "timestep_embed_dim": 32,
+}
+VAE = {
+    "base_channels": 8,
+    "latent_channels": 4,
+    "encoder_energy_flow_hidden_size": 8,
+    "decoder_energy_flow_hidden_size": 8,
+    "shift": None,
+    "scale": [2.0] * 4,
+}
+KINDS = {"denoiser": (SparseUMMDiT, DENOISER), "vae": (WFVAE, VAE)}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[type[ModelMixin], dict]:
+    torch.manual_seed(0)
+    return KINDS[request.param]
+
+
+def build(kind: tuple[type[ModelMixin], dict]) -> ModelMixin:
+    model_class, config = kind
+    return model_class(**config).eval()
+
+
+@torch.no_grad()
+def run(model: ModelMixin) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(model.dtype)
+
+    if isinstance(model, WFVAE):
+        latents = model.encode(noise(1, 3, 9, 32, 32)).latent_dist.mode()
+        return model.decode(latents).sample
+    timestep = torch.tensor([700.0, 30.0])
+    return model(noise(2, 4, 3, 6, 10), timestep, noise(2, 7, 24), noise(2, 20)).sample
+
+
+def test_save_and_load_are_bit_equal(kind: tuple[type[ModelMixin], dict], tmp_path: Path) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    for name in ("whole", "sharded"):
+        loaded = kind[0].from_pretrained(tmp_path / name)
+        assert not loaded.training
+        assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
+            k: v for k, v in model.config.items() if k[0] != "_"
+        }
+        weights, again = model.state_dict(), loaded.state_dict()
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[key], again[key]) for key in weights)
+        assert torch.equal(run(loaded), run(model))
+
+
+def test_from_config_gives_the_same_architecture(kind: tuple[type[ModelMixin], dict]) -> None:
+    model = build(kind)
+    again = kind[0].from_config(model.config)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in again.state_dict().items()}
+
+
+def test_unknown_config_keys_are_errors(kind: tuple[type[ModelMixin], dict]) -> None:
+    model_class, config = kind
+    wrong, right = (
+        ("norm_epz", "norm_eps") if model_class is SparseUMMDiT else ("latent_channel", "latent_channels")
+    )
+    with pytest.raises(ValueError, match=f"'{wrong}' .did you mean '{right}'"):
+        model_class.from_config({**config, wrong: 1})
+    with pytest.raises(TypeError, match="surprise"):
+        model_class(**config, surprise=1)
+
+
+def test_bf16_is_near_fp32(kind: tuple[type[ModelMixin], dict]) -> None:
+    model = build(kind)
+    whole = run(model)
+    half = run(model.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert ((half.float() - whole).norm() / whole.norm()) < 0.03
+
+
+def test_blocks_compile_without_a_graph_break() -> None:
+    torch.manual_seed(0)
+    model = build(KINDS["denoiser"])
+    eager = run(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(model), eager, rtol=1e-4, atol=1e-5)
+
+
+def test_building_a_model_changes_nothing_around_it(kind: tuple[type[ModelMixin], dict]) -> None:
+    gelu, default = torch.nn.GELU.forward, torch.get_default_dtype()
+    build(kind)
+    assert torch.nn.GELU.forward is gelu
+    assert torch.get_default_dtype() == default
+
+
+def test_set_attention_backend_reaches_every_block() -> None:
+    model = build(KINDS["denoiser"])
+    eager = run(model)
+    model.set_attention_backend("_native_math")
+    assert {str(p._attention_backend) for p in model.attn_processors.values()} == {
+        "AttentionBackendName._NATIVE_MATH"
+    }
+    assert len(model.attn_processors) == sum(DENOISER["num_layers"])
+    torch.testing.assert_close(run(model), eager)
