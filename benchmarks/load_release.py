@@ -29,19 +29,21 @@ from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 FRAMES, SIDE, STEPS, TEXT_TOKENS = 9, 128, 2, 64
 
 
+def fill(tensor: Tensor, name: str) -> Tensor:
+    """Random values for a parameter of that name: N(0, 0.02) for matrices, 1 for norms, 0 for biases."""
+    if tensor.ndim > 1:
+        return tensor.normal_(0, 0.02)
+    return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+
+
 class RandomWeights(Mapping[str, Tensor]):
-    """Tensors of given shapes, made when they are taken: N(0, 0.02) for matrices, 1 for norms, 0 for
-    biases.
-    """
+    """Tensors of given shapes, made when they are taken."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        if len(shape) > 1:
-            return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
-        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.bfloat16)
+        return fill(torch.empty(self.shapes[name], dtype=torch.bfloat16), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -102,6 +102,17 @@ def test_bf16_is_near_fp32(kind: tuple[type[ModelMixin], dict]) -> None:
     assert ((half.float() - whole).norm() / whole.norm()) < 0.03
 
 
+def test_layerwise_casting_stores_low_and_computes_high(kind: tuple[type[ModelMixin], dict]) -> None:
+    model = build(kind)
+    whole = run(model)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    stored = {module.weight.dtype for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    assert torch.bfloat16 in stored or kind[0] is WFVAE
+    cast = run(model)
+    assert cast.dtype == torch.float32
+    assert 0 < ((cast - whole).norm() / whole.norm()) < 0.03
+
+
 def test_blocks_compile_without_a_graph_break() -> None:
     torch.manual_seed(0)
     model = build(KINDS["denoiser"])

@@ -5,24 +5,51 @@ What the tensors mean (dialects, shards, names) is in checkpoints.py.
 """
 
 import argparse
+import io
 import json
-import pickle
+import pickletools
+import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from zipfile import ZIP_STORED, ZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch._utils import _rebuild_tensor_v2
+from torch.serialization import safe_globals
 
-# Objects of the training frameworks that a checkpoint's `args` may hold. They are not needed, and not
-# imported.
-FRAMEWORKS = ("megatron.", "mindspeed.", "mindspeed_mm.", "transformer_engine.")
+# What a checkpoint may hold beside its weights, and what we neither need nor import nor run: objects of the
+# training frameworks (by how their names start), and plain values of the standard library and numpy.
+FRAMEWORKS = ("megatron.", "mindspeed.", "mindspeed_mm.", "transformer_engine.", "torch_npu.")
+PLAIN_VALUES = {
+    "_io.BytesIO",  # Transformer Engine's `_extra_state`
+    "datetime.datetime",
+    "datetime.timedelta",
+    "numpy.core.multiarray._reconstruct",  # arrays: the state of numpy's random numbers
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "signal.Signals",
+    "types.SimpleNamespace",
+}
+# How torch_npu saves every tensor that was on an Ascend card.
+NPU_TENSOR = "torch_npu.utils.storage._rebuild_npu_tensor"
+
+# Where torch says in the text of an error which name it refused.
+REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+LOCAL_HEADER_SIZE = 30  # of a zip record, before its name
+LEGACY_PICKLES = 5  # magic number, version, system, content, keys of the storages; then the values
 
 
 @dataclass(frozen=True)
@@ -58,8 +85,11 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-class _Ignored:
-    """Stands in for an object of a training framework; keeps nothing of it."""
+# --- Pickles ------------------------------------------------------------------------------------------------
+
+
+class Ignored:
+    """Stands in for an object that is not needed; keeps nothing of it."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -68,50 +98,115 @@ class _Ignored:
         pass
 
 
+def _rebuild_npu_tensor(storage: Any, *arguments: Any) -> Tensor:  # noqa: ANN401 (as torch_npu pickled it)
+    """What torch_npu's function of that name does, on the CPU: the last argument is a layout on the card."""
+    return _rebuild_tensor_v2(storage, *arguments[:5])
+
+
 def read_pickle(path: Path) -> Any:  # noqa: ANN401 (whatever was pickled)
     """What `torch.save` put into `path`, with a `Stored` for every tensor, and no code of the file's run.
 
-    Raises ValueError for a file that is no checkpoint, is truncated, or holds anything but plain data.
+    Objects that are not needed (`FRAMEWORKS`, `PLAIN_VALUES`) become `Ignored`. Raises ValueError for a file
+    that is no checkpoint, is truncated, or holds anything else that is not plain data.
     """
-    allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, (np.ndarray, "numpy.ndarray")]
-    reconstruct = np.empty(0).__reduce__()[0]
-    allowed += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    allowed += [type(np.dtype(name)) for name in ("uint32", "uint8", "int64", "float64")]
-    allowed += [(_Ignored, "_io.BytesIO")]  # Transformer Engine's `_extra_state`
+    with open(path, "rb") as file:  # an OSError from here on is the content's fault
+        start = file.read(64)
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is only a Git LFS pointer to the checkpoint: fetch it with `git lfs pull`")
+    with _only_value_errors(path):
+        names, records = _scan(path, zipped=start.startswith(b"PK\x03\x04"))
+        ignored = [name for name in names if name.startswith(FRAMEWORKS) or name in PLAIN_VALUES]
+        stand_ins = {name: Ignored for name in ignored} | {NPU_TENSOR: _rebuild_npu_tensor}
+        with safe_globals([argparse.Namespace, *((value, name) for name, value in stand_ins.items())]):
+            content = None if records is None else _read_in_place(path, records)
+            return _read_whole(path) if content is None else content
+
+
+@contextmanager
+def _only_value_errors(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or foreign file makes the readers raise into a ValueError that names it."""
     try:
-        with safe_globals(allowed):
-            unsafe = get_unsafe_globals_in_checkpoint(path) if _is_zip(path) else []
-        foreign = [name for name in unsafe if not name.startswith(FRAMEWORKS)]
-        if foreign:
+        yield
+    except Exception as error:
+        if match := REFUSED.search(str(error)):
             raise ValueError(
-                f"{path} holds code or objects that could run code ({', '.join(sorted(foreign))}): refused. "
+                f"{path} holds code or objects that could run code ({match[1]}): refused. "
                 "A checkpoint needs tensors and plain data only"
-            )
-        with safe_globals(allowed + [(_Ignored, name) for name in unsafe]):
-            return _read_zip(path) if _is_zip(path) else _read_legacy(path)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            ) from None
+        # torch's own text advises to load with weights_only=False, which is what nobody should do.
+        last = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        reason = next((line.strip() for line in last.splitlines() if line.strip()), type(error).__name__)
+        if reason.startswith("Weights only load failed"):
+            reason = type(error).__name__
+        if reason.startswith("Unsupported operand"):
+            reason += ", which no pickle of torch.save has unless it is told another protocol than its own"
         raise ValueError(
-            f"{path} is not a readable checkpoint (truncated, or not one at all): {reason}"
+            f"{path} is not a readable checkpoint (truncated, or not one at all): {reason.split('. ')[0]}"
         ) from error
 
 
-def _is_zip(path: Path) -> bool:
+def _scan(path: Path, *, zipped: bool) -> tuple[set[str], set[int] | None]:
+    """The names of all classes and functions that a file wants, and the bytes at which its records begin, if
+    they are stored as they are.
+    """
+    names: set[str] = set()
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        if not zipped:
+            with suppress(Exception):  # of a damaged file; what is wrong with it, torch.load will say
+                for _ in range(LEGACY_PICKLES):
+                    names |= _globals(file)
+            return names, None
+        with ZipFile(file) as archive:
+            records = archive.infolist()
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    names |= _globals(io.BytesIO(archive.read(record)))
+        if any(record.compress_type != ZIP_STORED for record in records):
+            return names, None
+        return names, {_data_offset(file, record.header_offset) for record in records}
 
 
-def _read_zip(path: Path) -> Any:  # noqa: ANN401
+def _data_offset(file: IO[bytes], header: int) -> int:
+    """Where the data of the zip record begins whose local header is at byte `header`."""
+    file.seek(header + LOCAL_HEADER_SIZE - 4)
+    name, extra = struct.unpack("<HH", file.read(4))
+    return header + LOCAL_HEADER_SIZE + name + extra
+
+
+def _globals(file: IO[bytes]) -> set[str]:
+    """The names in the pickle at the file's position, which ends behind it."""
+    return {
+        str(argument).replace(" ", ".", 1)
+        for opcode, argument, _ in pickletools.genops(file)
+        if opcode.name == "GLOBAL"
+    }
+
+
+def _read_in_place(path: Path, records: set[int]) -> Any:  # noqa: ANN401
+    """The content with tensors that know where they are; None if that is not where torch puts them (it tells
+    the places from its own way to write, and does not look), as after repacking.
+    """
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    return _replace_tensors(content, lambda tensor: _stored_in_zip(path, tensor))
+    starts: set[int] = set()
+
+    def find(tensor: Tensor) -> Stored:
+        start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+        if tensor.numel():
+            starts.add(start)
+        return _stored_in_zip(path, tensor, start)
+
+    content = _replace_tensors(content, find)
+    return content if starts <= records else None
 
 
-def _read_legacy(path: Path) -> Any:  # noqa: ANN401
-    """A file from before torch 1.6, which can only be read whole."""
+def _read_whole(path: Path) -> Any:  # noqa: ANN401
+    """A file from before torch 1.6, or a repacked one: all of it is in memory while it is in use."""
     content = torch.load(path, map_location="cpu", weights_only=True)
-    return _replace_tensors(content, lambda t: Stored(tuple(t.shape), t.dtype, lambda: t.detach()))
+    return _replace_tensors(content, _stored_in_memory)
 
 
 def _replace_tensors(value: Any, replace: Callable[[Tensor], Stored]) -> Any:  # noqa: ANN401
@@ -122,8 +217,17 @@ def _replace_tensors(value: Any, replace: Callable[[Tensor], Stored]) -> Any:  #
     return value
 
 
-def _stored_in_zip(path: Path, fake: Tensor) -> Stored:
-    start: int = fake.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+def _stored_in_memory(tensor: Tensor) -> Stored:
+    # A copy each time: tensors that share a storage in the file must not do so in a model.
+    return Stored(
+        tuple(tensor.shape),
+        tensor.dtype,
+        lambda: tensor.detach().clone(memory_format=torch.contiguous_format),
+    )
+
+
+def _stored_in_zip(path: Path, fake: Tensor, start: int) -> Stored:
+    """A tensor whose storage begins at byte `start` of the file."""
     shape, stride, dtype = tuple(fake.shape), fake.stride(), fake.dtype
     span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if fake.numel() else 0
     offset = start + int(fake.storage_offset()) * dtype.itemsize
@@ -138,21 +242,32 @@ def read_span(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tensor
     """`count` values of `dtype` from byte `offset` of a file, [count]. Not memory-mapped: mapped pages would
     count as memory of the process for as long as the file is open.
     """
+    end = offset + count * dtype.itemsize
+    if path.stat().st_size < end:
+        raise ValueError(f"{path} is truncated: it ends before byte {end}")
     buffer = bytearray(count * dtype.itemsize)
     with open(path, "rb") as file:
         file.seek(offset)
         if file.readinto(buffer) != len(buffer):
-            raise ValueError(f"{path} is truncated: it ends before byte {offset + len(buffer)}")
+            raise ValueError(f"{path} is truncated: it ends before byte {end}")
     return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
+
+# --- Safetensors --------------------------------------------------------------------------------------------
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -167,25 +282,53 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {
-                name: Stored(
-                    tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()], partial(read, name)
-                )
-                for name, part in slices.items()
-            }
+            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a readable safetensors file (truncated, or not one): {error}"
         ) from error
+    if strange := sorted({kind for _, kind in kinds.values()} - set(SAFETENSORS_DTYPES)):
+        raise ValueError(f"{path} has tensors of a kind that no model has: {', '.join(strange)}")
+    return {
+        name: Stored(shape, SAFETENSORS_DTYPES[kind], partial(read, name))
+        for name, (shape, kind) in kinds.items()
+    }
 
 
 def read_sharded_safetensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a diffusers component folder: one safetensors file, or shards with an index."""
+    """The tensors of a diffusers component folder: one safetensors file, or shards with an index.
+
+    Raises ValueError if the index and the shards do not agree, or if it is not clear which file counts.
+    """
     files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(names - {file.name for file in files}):
-            raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
     if not files:
         raise ValueError(f"there are no safetensors files in {folder}")
-    return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+    if len(indices) > 1 or (not indices and len(files) > 1):
+        names = ", ".join(path.name for path in [*indices, *files])
+        raise ValueError(f"{folder} has more than one set of weights ({names}): leave one there")
+    if not indices:
+        return read_safetensors(files[0])
+
+    index = indices[0]
+    weights = read_json_object(index).get("weight_map")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{index} is no index of shards: it has no weight_map")
+    named = sorted(set(weights.values()))
+    if missing := [name for name in named if not (folder / name).is_file()]:
+        raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
+    stored = {name: tensor for file in named for name, tensor in read_safetensors(folder / file).items()}
+    if absent := sorted(set(weights) - set(stored)):
+        raise ValueError(f"{index} names tensors that are in no shard: {', '.join(absent)}")
+    return stored
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises ValueError that names the file if it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}")
+    return content

@@ -118,7 +118,7 @@ NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 
 class ConditionMLP(nn.Module):
-    """Linear -> SiLU -> Linear in the weights' dtype; returns fp32."""
+    """Linear -> SiLU -> Linear in the input's dtype; returns fp32."""
 
     def __init__(self, in_features: int, *, out_features: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class ConditionMLP(nn.Module):
         self.linear_2 = nn.Linear(out_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype)))).float()
+        return self.linear_2(F.silu(self.linear_1(x))).float()
 
 
 class ConditionEmbedding(nn.Module):
@@ -144,7 +144,7 @@ class ConditionEmbedding(nn.Module):
         channel = torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
         angle = torch.outer(timestep.float(), 10000.0 ** (-channel / (width // 2)))
         sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.timestep_embedder(sinusoid) + self.text_embedder(pooled)
+        return self.timestep_embedder(sinusoid.to(pooled.dtype)) + self.text_embedder(pooled)
 
 
 class AdaNormZero(nn.Module):
@@ -163,7 +163,7 @@ class AdaNormZero(nn.Module):
 
     def forward(self, video: Tensor, text: Tensor, cond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [B, 1, D] in fp32."""
-        vectors = self.linear(F.silu(cond).to(self.linear.weight.dtype)).float().unsqueeze(1)
+        vectors = self.linear(F.silu(cond).to(video.dtype)).float().unsqueeze(1)
         shift, scale, gate, text_shift, text_scale, text_gate = vectors.chunk(6, dim=-1)
         video = (self.norm(video) * (1 + scale) + shift).to(video.dtype)
         if self.norm_enc is not None:
@@ -373,7 +373,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[0]
-        x = self.proj(x.transpose(1, 2).flatten(0, 1).to(self.proj.weight.dtype))  # [B * T, D, H/p, W/p]
+        x = self.proj(x.transpose(1, 2).flatten(0, 1))  # [B * T, D, H/p, W/p]
         return x.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
@@ -386,7 +386,7 @@ class AdaNormOut(nn.Module):
         self.norm = NORMS[norm_cls](dim, eps=eps)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        vectors = self.linear(F.silu(cond).to(self.linear.weight.dtype)).float().unsqueeze(1)
+        vectors = self.linear(F.silu(cond).to(x.dtype)).float().unsqueeze(1)
         shift, scale = vectors.chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 
@@ -415,7 +415,7 @@ class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SparseUMMDiTBlock"]  # noqa: RUF012
     _repeated_blocks = ["SparseUMMDiTBlock"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_text_embed", "norm"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_text_embed"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -533,8 +533,9 @@ class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, 
         `encoder_hidden_states` [B, L, caption_channels] with `encoder_attention_mask` [B, L] (non-zero = real
         token), `pooled_projections` [B, P]; `attention_mask` [B, T, H, W] (non-zero = valid cell; a token
         counts if any of its cells does; what is predicted for padded cells means nothing). Leave a mask out
-        where nothing is masked: a mask of ones gives the same, after a look at its values. Raises ValueError
-        for latents that do not fit.
+        where nothing is masked: a mask of ones gives the same, after a look at its values. Latents,
+        text and pooled vector are in one dtype, in which the model computes outside of its fp32 islands.
+        Raises ValueError for latents that do not fit.
         """
         patch = self.config["patch_size"]
         batch, _, frames, height, width = hidden_states.shape
@@ -549,7 +550,7 @@ class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, 
 
         cond = self.time_text_embed(timestep, pooled_projections)
         video = self.patch_embed(hidden_states)
-        text = self.caption_projection(text.to(self.caption_projection.weight.dtype))
+        text = self.caption_projection(text)
         video = self._run_stages(video, text, cond, grid, video_mask, text_mask)
 
         video = self.norm_out(self.norm_final(video).to(video.dtype), cond).to(video.dtype)

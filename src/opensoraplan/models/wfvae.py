@@ -482,7 +482,6 @@ class WFVAE(ModelMixin, StrictConfigMixin):
 
     _supports_gradient_checkpointing = False
     _no_split_modules = ["ResnetBlock"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["norm"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
