@@ -5,7 +5,9 @@ A user's mistake ends in one line on stderr and exit code 2; a traceback is a bu
 """
 
 import argparse
+import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("opensoraplan")
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def optional(metavar: str, hint: str = "") -> Any:  # noqa: ANN401 (a marker for Annotated)
@@ -57,7 +60,7 @@ class Parts:
     sparse_n: Annotated[tuple[int, ...] | None, optional("N ...")] = None
     """Skiparse rates, one a stage, where neither --config nor the release's shape tells them."""
     set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
-    """Other values in --config, for example predictor.num_heads=4."""
+    """Other values in --config, for example predictor.num_heads=4. After the prompt."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Inspect:
     """
 
     path: Positional[Path]
-    """A file, a folder of shards, or a diffusers component."""
+    """A file, a folder of shards, a diffusers component, or a folder that `osp convert` wrote."""
 
 
 # Options of `Generate` that are fields of a request; the rest say what makes it.
@@ -196,19 +199,26 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     """`osp generate`: everything that can be wrong is checked before the model is loaded."""
     from opensoraplan import generate as job
 
-    if not options.prompt:
+    if not options.prompt.strip():
         raise ValueError('give a prompt or a file of prompts: osp generate "a cat on a beach" --model FOLDER')
     settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
     requests = job.read_requests(options.prompt, settings, copies=options.videos_per_prompt)
-    paths = job.check_targets(requests, options.out)
-    if (options.model is None) == (inference is None and options.parts == Parts()):
+    given = inference is not None or options.parts != Parts()
+    if options.model is not None and given:
         raise ValueError(
-            "give either --model FOLDER, or the original's files by --config or --transformer, ..."
+            f"{options.model} has all the parts of a model: leave out --config, --transformer, ..."
         )
-    if options.model is not None and not (options.model / "model_index.json").is_file():
+    if options.model is None and not given:
         raise ValueError(
-            f"{options.model} is not a folder that `osp convert` wrote: it has no model_index.json"
+            "which model? Give --model FOLDER, or the original's files by --config or --transformer, ..."
         )
+    if options.model is not None:
+        check_model(options.model)
+        paths = {name: options.model / name for name in PARTS}
+        check_parts(paths)
+    else:
+        paths = find_paths(options.parts, inference)
+    targets = job.check_targets(requests, options.out)
 
     from opensoraplan.convert import assemble
     from opensoraplan.device import resolve_device, resolve_dtype
@@ -223,27 +233,31 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     if options.default_negative_prompt is not None:
         prompts["default_negative_prompt"] = options.default_negative_prompt
 
+    origin = options.model or paths["transformer"]
+    logger.info("loading %s, %s on %s", origin, str(dtype).removeprefix("torch."), device)
+    pipeline = assemble.load_pipeline(
+        make_sources(paths, options.parts, inference),
+        dtype=dtype,
+        device=device,
+        scheduler=inference.scheduler if inference else {},
+        max_text_tokens=inference.max_text_tokens if inference else 512,
+    )
+    model: str | dict[str, Any] = {name: str(path) for name, path in paths.items()}
     if options.model is not None:
-        origin = options.model
-        logger.info("loading %s in %s on %s", origin, dtype, device)
-        pipeline = OpenSoraPlanPipeline.from_pretrained(origin, dtype=dtype, local_files_only=True).to(device)
-    else:
-        sources = find_sources(options.parts, inference)
-        origin = sources.transformer
-        logger.info("loading %s in %s on %s", origin, dtype, device)
-        pipeline = assemble.load_pipeline(
-            sources,
-            dtype=dtype,
-            device=device,
-            scheduler=inference.scheduler if inference else {},
-            max_text_tokens=inference.max_text_tokens if inference else 512,
-        )
+        # For its scheduler and settings. Its weights are not left to diffusers, which lets some be missing.
+        loaded = {name: pipeline.components[name] for name in PARTS}
+        pipeline = OpenSoraPlanPipeline.from_pretrained(options.model, **loaded, local_files_only=True)
+        model = str(options.model)
+    elif options.parts.ema is not None:
+        model["ema"] = options.parts.ema
     pipeline.register_to_config(**prompts)
     if inference is not None and not inference.streaming:
         pipeline.vae.disable_streaming()
     if options.tiling:
         pipeline.vae.enable_tiling()
-    job.run(pipeline, requests, paths, model=str(origin), resume=len(requests) > 1)
+    pipeline.set_progress_bar_config(desc="denoising", unit="step")
+    resume = job.is_prompt_file(options.prompt) or len(requests) > 1
+    job.run(pipeline, requests, targets, model=model, resume=resume)
 
 
 def convert(options: Convert, inference: "Inference | None") -> None:
@@ -253,7 +267,9 @@ def convert(options: Convert, inference: "Inference | None") -> None:
             raise ValueError(
                 f"{options.model} is a diffusers folder already: give --to megatron or --to release"
             )
-        sources = find_sources(options.parts, inference)
+        if options.tp != 1:
+            raise ValueError(f"--tp {options.tp} goes with --to megatron")
+        sources = make_sources(find_paths(options.parts, inference), options.parts, inference)
 
         from opensoraplan.convert.assemble import save_diffusers
         from opensoraplan.device import DTYPES
@@ -268,8 +284,16 @@ def convert(options: Convert, inference: "Inference | None") -> None:
         return
     if options.model is None:
         raise ValueError(f"--to {options.to} needs --model, a diffusers folder")
+    if inference is not None or options.parts != Parts():
+        raise ValueError(
+            f"--to {options.to} writes what is in --model: leave out --config, --transformer, ..."
+        )
     if options.dtype is not None:
         raise ValueError("--dtype goes with --to diffusers; the way back keeps every tensor as it is")
+    if options.to == "release" and options.tp != 1:
+        raise ValueError(f"--tp {options.tp} goes with --to megatron; the release is in one piece")
+    if options.to == "release":
+        check_model(options.model)
     check_exists(options.model)
 
     from opensoraplan.convert.assemble import export_denoiser, export_release
@@ -317,16 +341,20 @@ def reconstruct(options: Reconstruct) -> None:
 def inspect(options: Inspect) -> None:
     """`osp inspect`."""
     check_exists(options.path)
+    whole = (options.path / "model_index.json").is_file()
+    paths = [options.path / part for part in ("transformer", "vae")] if whole else [options.path]
 
     from opensoraplan.convert.describe import describe
 
-    sys.stdout.write(describe(options.path) + "\n")
+    sys.stdout.write("\n\n".join(describe(path) for path in paths) + "\n")
 
 
 def main() -> None:
     """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
+    # transformers reads this when it is imported. Its bars would break into ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         inference = read_config(sys.argv[1:])
         defaults = Generate(**inference.generate) if inference else Generate()
@@ -349,7 +377,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("osp: stopped\n")
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         sys.stderr.write(f"osp: error: {error}\n")
         sys.exit(2)
 
@@ -360,7 +388,7 @@ def read_config(arguments: list[str]) -> "Inference | None":
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
-    finder.add_argument("--set", nargs="*", default=[])
+    finder.add_argument("--set", nargs="*", action="extend", default=[])
     found, _ = finder.parse_known_args(arguments)
     if found.config is None:
         if found.set:
@@ -368,38 +396,67 @@ def read_config(arguments: list[str]) -> "Inference | None":
         return None
     if not found.config.is_file():
         raise FileNotFoundError(f"the config {found.config} does not exist")
+    for change in found.set:
+        if "=" not in change:
+            raise ValueError(f"--set takes KEY=VALUE, got {change!r} (a prompt comes before --set)")
 
     from opensoraplan.convert.mindspeed_json import read_inference
 
     return read_inference(found.config, changes=found.set)
 
 
-def find_sources(parts: Parts, inference: "Inference | None") -> "Sources":
-    """The files of a model: those given one by one, before those of the config. ValueError for what nobody
-    gives, FileNotFoundError for what is not there.
+def find_paths(parts: Parts, inference: "Inference | None") -> dict[str, Path]:
+    """The files of a model's parts: those given one by one, before those of the config. ValueError for what
+    nobody gives, FileNotFoundError for what is not there.
     """
-    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     paths = dict(inference.sources) if inference else {}
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         given = getattr(parts, encoder)
         if given is not None:
             paths[tokenizer] = given
-    paths |= {name: path for name in names if (path := getattr(parts, name)) is not None}
-    missing = [f"--{name.replace('_', '-')}" for name in names if name not in paths]
+    paths |= {name: path for name in PARTS if (path := getattr(parts, name)) is not None}
+    missing = [f"--{name.replace('_', '-')}" for name in PARTS if name not in paths]
     if missing:
         raise ValueError(f"these parts of the model are not given: {', '.join(missing)}")
+    check_parts(paths)
+    return paths
 
+
+def check_parts(paths: dict[str, Path]) -> None:
+    absent = [f"{name} {path}" for name, path in paths.items() if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"these parts of the model do not exist: {', '.join(absent)}")
+
+
+def make_sources(paths: dict[str, Path], parts: Parts, inference: "Inference | None") -> "Sources":
     from opensoraplan.convert.assemble import Sources
 
-    sources = Sources(
+    return Sources(
         **paths,
         transformer_config=inference.transformer_config if inference else None,
         vae_config=inference.vae_config if inference else None,
         sparse_n=parts.sparse_n,
         ema=parts.ema,
     )
-    sources.check_exist()
-    return sources
+
+
+def check_model(path: Path) -> None:
+    """FileNotFoundError or ValueError unless this is a folder that `osp convert` wrote."""
+    check_exists(path)
+    index = path / "model_index.json"
+    if not index.is_file():
+        hint = "it has no model_index.json"
+        if path.is_file():
+            hint = "it is a file; turn the original's files into one with `osp convert`"
+        elif (path.parent / index.name).is_file():
+            hint = f"it is a part of one, {path.parent}"
+        raise ValueError(f"{path} is not a folder that `osp convert` wrote: {hint}")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is damaged: it does not say which pipeline it is of") from None
+    if kind != "OpenSoraPlanPipeline":
+        raise ValueError(f"{path} is a {kind}, not an OpenSoraPlanPipeline")
 
 
 def check_exists(path: Path) -> None:

@@ -1,11 +1,13 @@
 """Device and dtype names from a user: checked, with what to use instead, before any heavy work."""
 
+import difflib
 import logging
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+ACCELERATORS = ("cuda", "npu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -14,26 +16,22 @@ def resolve_device(name: str | None) -> torch.device:
 
     "npu" imports torch_npu. Raises ValueError if there is no such device on this machine.
     """
-    if name in (None, "auto"):
-        return next(
-            (torch.device(kind) for kind in ("cuda", "npu") if _is_available(kind)), torch.device("cpu")
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is not one of cpu, cuda, npu (or cuda:1 and so on)") from None
-    if device.type in ("cuda", "npu") and not _is_available(device.type):
-        extra = " (torch_npu is not installed or finds no card)" if device.type == "npu" else ""
+    if name is None or name == "auto":
+        return torch.device(next((kind for kind in ACCELERATORS if _is_available(kind)), "cpu"))
+    kind, _, index = name.partition(":")
+    if kind not in (*ACCELERATORS, "cpu") or (":" in name and not index.isdecimal()):
         raise ValueError(
-            f"there is no {device.type} device on this machine{extra}: use --device {available()}"
+            f"device {name!r} is not one of cpu, cuda, npu (or cuda:1 and so on): use --device {available()}"
         )
-    if device.type not in ("cpu", "cuda", "npu"):
-        raise ValueError(f"device {name!r} is not one of cpu, cuda, npu")
-    if device.index is not None and device.type != "cpu":
-        count = getattr(torch, device.type).device_count()
-        if device.index >= count:
-            raise ValueError(f"device {name!r}: there are {count}, the last is {device.type}:{count - 1}")
-    return device
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not _is_available(kind):
+        extra = " (torch_npu is not installed, or finds no card)" if kind == "npu" else ""
+        raise ValueError(f"there is no {kind} device on this machine{extra}: use --device {available()}")
+    count = getattr(torch, kind).device_count()
+    if index and int(index) >= count:
+        raise ValueError(f"device {name!r}: there are {count}, the last is {kind}:{count - 1}")
+    return torch.device(name)
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -43,7 +41,9 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """
     name = name or "bf16"
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+        near = difflib.get_close_matches(name, DTYPES, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}{hint}")
     if name == "fp16" and device.type == "cpu":
         logger.warning("fp16 is hundreds of times slower than bf16 on a CPU: computing in bf16")
         return torch.bfloat16
@@ -52,13 +52,13 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def available() -> str:
     """The devices of this machine, for messages: "cpu", "cuda or cpu", ..."""
-    return " or ".join([kind for kind in ("cuda", "npu") if _is_available(kind)] + ["cpu"])
+    return " or ".join([*(kind for kind in ACCELERATORS if _is_available(kind)), "cpu"])
 
 
 def _is_available(kind: str) -> bool:
     if kind == "npu":
         try:
             import torch_npu  # noqa: F401  # type: ignore[import-not-found]  (its import registers torch.npu)
-        except ImportError:
+        except (ImportError, OSError):  # OSError: it is installed, Ascend's libraries are not
             return False
     return getattr(torch, kind).is_available()

@@ -4,6 +4,9 @@ diffusers'.
 Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent grid.
 """
 
+import inspect
+import math
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +29,22 @@ from opensoraplan.shapes import latent_shape
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+LARGEST_SEED = 2**63 - 1
+
+# Options of the default scheduler that would change its steps, at the values that do not.
+UNREAD_OPTIONS = {
+    "stochastic_sampling": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+
 
 class NonFiniteLatentsError(FloatingPointError):
-    """The latents became NaN or infinite. `step` counts from 1; `last_good` [B, C, T, H, W] is what was
-    before it.
+    """The latents became NaN or infinite. `step` counts from 1; `last_good` [B, C, T, H, W] are those before
+    it.
     """
 
     def __init__(self, step: int, *, steps: int, last_good: Tensor) -> None:
@@ -70,24 +85,29 @@ class EulerSampler:
 
 
 class SchedulerSampler:
-    """A flow-matching scheduler of diffusers, after its `set_timesteps`."""
+    """A flow-matching scheduler of diffusers, after its `set_timesteps`. `sources`: a generator for each
+    video, for schedulers that draw noise at every step.
+    """
 
-    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401 (no shared interface)
+    def __init__(self, scheduler: Any, sources: list[torch.Generator]) -> None:  # noqa: ANN401 (no shared interface)
         self.scheduler = scheduler
         self.timesteps = scheduler.timesteps
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        self.options = {"generator": sources} if draws else {}
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
-        return self.scheduler.step(velocity, self.timesteps[index], latents, return_dict=False)[0]
+        timestep = self.timesteps[index]
+        return self.scheduler.step(velocity, timestep, latents, **self.options, return_dict=False)[0]
 
 
 class OpenSoraPlanPipeline(DiffusionPipeline):
     """Text to video with Open-Sora Plan v1.5.0.
 
-    Any of the text encoders and tokenizers may be None if `prompt_embeds` are given to every call. The
-    scheduler's `shift` and `use_dynamic_shifting` are the defaults of each call; a
-    FlowMatchEulerDiscreteScheduler is only read for these (sampling is `flow`'s own), any other flow-matching
-    scheduler of diffusers is used as it is. The last five arguments are the prompt settings of
-    `PromptSettings`, saved with the pipeline.
+    Text encoders and tokenizers may be None if `prompt_embeds` are given to every call. The default scheduler
+    is a FlowMatchEulerDiscreteScheduler, which is only read for `shift` and `use_dynamic_shifting`, the
+    defaults of each call: its sigmas are `flow`'s, as in the original. Any other flow-matching scheduler of
+    diffusers is used as it is. The last five arguments are those of `PromptSettings` and the length of a
+    prompt in T5 tokens; they are saved with the pipeline.
 
     Raises ValueError for parts that do not fit each other.
     """
@@ -192,68 +212,83 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> VideoOutput | tuple:
-        """Make B = prompts x `num_videos_per_prompt` videos (images for one frame).
+        """Make B = prompts x `num_videos_per_prompt` videos, or images with one frame.
 
         Args:
-            prompt: one or several; or `prompt_embeds`, ready (B or one a prompt).
-            negative_prompt: added to the settings' default; one for all, or one a prompt. Or
-                `negative_prompt_embeds`.
-            height, width: pixels, multiples of 16. `num_frames`: 8k + 1. guidance_scale: 1 or less runs
-            without guidance, at half the cost. guidance_rescale: share of the guided velocity that gets the
-            conditional one's standard deviation. guidance_interval: the part of the steps, as fractions
-            (start, end) of their number, that is guided. batched_guidance: both branches in one batch instead
-            of one after the other: more memory. shift, use_dynamic_shifting: of the schedule, instead of the
-            scheduler's; use_linear_quadratic_schedule:
-                that schedule, which has no shift. Only for the default scheduler.
-            seed: of the first video, the others count on from it; or one for each of the B. `generator`: one,
-            or one
-                for each of the B, instead. Noise is drawn on the CPU unless a generator is elsewhere, so that
-                one seed gives one video on every device.
-            latents: noise [B, C, T, H, W] to start from, instead of drawing it; its shape overrides the
-            sizes. output_type: "pil", "np", "pt" or "latent" (normalised latents; `decode` makes frames of
-            them). callback_on_step_end: called with (pipeline, step, timestep, tensors); what it returns in
-            "latents"
-                replaces them. Set `pipeline._interrupt` to stop.
+            prompt: one or several. Or `prompt_embeds`, encoded before.
+            negative_prompt: added to the settings' default one; one for all, or one for each prompt. Or
+                `negative_prompt_embeds`, likewise.
+            height, width: pixels, multiples of 16.
+            num_frames: 8k + 1.
+            num_inference_steps: denoising steps.
+            guidance_scale: strength of the prompt; 1 or less is without guidance, at half the cost.
+            guidance_rescale: share, 0 to 1, of the guided velocity that is given the conditional one's
+                standard deviation.
+            guidance_interval: the part of the steps that is guided, as fractions (start, end) of their
+                number.
+            batched_guidance: both branches in one batch instead of one after the other: more memory.
+            shift, use_dynamic_shifting: of the schedule, instead of the scheduler's. Only for the default
+                scheduler, as is the next.
+            use_linear_quadratic_schedule: that schedule, which has no shift.
+            num_videos_per_prompt: videos of the first prompt come first.
+            seed: of the first video, the others count on from it; or one for each of the B. None: a random
+                one.
+            generator: instead of a seed, one for all or one for each of the B. One seed gives one video on
+                every device, since seeds draw on the CPU; a generator draws on its own device.
+            latents: noise [B, C, T, H, W] to start from, which also says the size of the video.
+            output_type: "pil", "np", "pt" or "latent", see `VideoOutput`; `iter_decode` makes frames of the
+                last.
+            callback_on_step_end: called with (pipeline, step, timestep, tensors) after each step, `step`
+                counting from 0. "latents" in the dict it returns replace them; setting
+                `pipeline._interrupt = True` makes this step the last.
+            callback_on_step_end_tensor_inputs: which of "latents" and "velocity" (after guidance) it gets.
+            return_dict: False returns the tuple (frames,) instead.
 
-        Raises ValueError for bad arguments before any work, NonFiniteLatentsError if the latents become NaN.
+        Raises ValueError for bad arguments before any model runs, NonFiniteLatentsError if the latents become
+        NaN or infinite, FloatingPointError if the decoded frames do.
         """
         grid = latent_shape(num_frames, height, width) if latents is None else self._latent_grid(latents)
-        self._check_call(
-            prompt,
-            prompt_embeds,
-            guidance_interval,
-            output_type,
-            num_videos_per_prompt,
-            callback_on_step_end_tensor_inputs,
-        )
+        check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callbacks can have {known}; not {', '.join(sorted(unknown))}")
+        prompts = self._prompts(prompt, prompt_embeds)
+        negatives = self._negative_prompts(negative_prompt, negative_prompt_embeds, count=len(prompts))
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
+        batch = len(prompts) * num_videos_per_prompt
+        if latents is not None and latents.shape[0] != batch:
+            raise ValueError(f"latents are for {latents.shape[0]} videos, the prompts ask for {batch}")
+        sources = generators(batch, seed, generator)
         sampler = self._sampler(
             num_inference_steps,
             grid,
             shift=shift,
             use_dynamic_shifting=use_dynamic_shifting,
             linear_quadratic=use_linear_quadratic_schedule,
+            sources=sources,
         )
         guided = range_of_steps(guidance_interval, len(sampler.timesteps)) if guidance_scale > 1 else range(0)
 
         # 1. Text
         device, dtype = self._execution_device, self.transformer.dtype
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         positive = prompt_embeds if prompt_embeds is not None else self.encode_prompts(prompts)
         positive = positive.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
         negative = None
         if guided:
-            if negative_prompt_embeds is None:
-                texts = spread(negative_prompt, positive.batch_size // num_videos_per_prompt)
-                negative_prompt_embeds = self.encode_prompts(texts, negative=True)
-            negative = negative_prompt_embeds.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+            if negative_prompt_embeds is not None:
+                negative = negative_prompt_embeds.repeat(len(prompts) // negative_prompt_embeds.batch_size)
+            else:
+                negative = self.encode_prompts(negatives, negative=True)
+            negative = negative.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
 
         # 2. Noise
-        batch = positive.batch_size
         if latents is None:
             shape = (self.transformer.config["in_channels"], *grid)
-            latents = torch.stack([draw(shape, g) for g in generators(batch, seed, generator)])
-        elif latents.shape[0] != batch:
-            raise ValueError(f"latents are for {latents.shape[0]} videos, the prompts ask for {batch}")
+            latents = torch.stack([draw(shape, source) for source in sources])
         latents = latents.to(device, torch.float32)
 
         # 3. Denoise
@@ -272,7 +307,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "velocity": velocity}
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, index, timestep, tensors).get("latents", latents)
+                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
+                    latents = changed.get("latents", latents).to(latents)
                 progress.update()
                 if self._interrupt:
                     break
@@ -285,10 +321,18 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     @torch.no_grad()
     def iter_decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames [B, 3, t, height, width] in [0, 1] (fp32, on the CPU) of normalised latents [B, C, T, H, W],
-        chunk by chunk: a long video never is in memory whole.
+        chunk by chunk: a long video never is in memory whole. Raises FloatingPointError if they are NaN.
         """
+        # Offloading moves a model when its `forward` is called, which is not so here.
+        hook = getattr(self.vae, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.vae)
         latents = self.vae.denormalize_latents(latents.to(self._execution_device, torch.float32))
         for pixels in self.vae.iter_decode(latents.to(self.vae.dtype)):
+            if not torch.isfinite(pixels).all():
+                raise FloatingPointError(
+                    f"the decoded frames are not finite in {self.vae.dtype}: try dtype bf16 or fp32"
+                )
             yield (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 
     def _to_output(
@@ -343,23 +387,42 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         shift: float | None,
         use_dynamic_shifting: bool | None,
         linear_quadratic: bool,
+        sources: list[torch.Generator],
     ) -> Sampler:
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        if steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        config = self.scheduler.config
+        # A subclass, which may step differently, is used as it is.
+        if type(self.scheduler) is not FlowMatchEulerDiscreteScheduler:
             if linear_quadratic or shift is not None or use_dynamic_shifting is not None:
                 name = type(self.scheduler).__name__
                 raise ValueError(f"shift and schedule of a {name} are set in its own config, not in the call")
-            dynamic = self.scheduler.config.get("use_dynamic_shifting", False)
-            mu = {"mu": flow.dynamic_mu(*grid[1:])} if dynamic else {}
+            check_flow_scheduler(self.scheduler)
+            mu = {"mu": flow.dynamic_mu(*grid[1:])} if config.get("use_dynamic_shifting") else {}
             self.scheduler.set_timesteps(steps, device="cpu", **mu)
-            return SchedulerSampler(self.scheduler)
+            return SchedulerSampler(self.scheduler, sources)
+
+        unread = [f"{key}={config[key]!r}" for key, value in UNREAD_OPTIONS.items() if config[key] != value]
+        if unread:
+            raise ValueError(
+                "of the default scheduler, only shift and use_dynamic_shifting are read: "
+                f"leave out {', '.join(unread)}"
+            )
         if linear_quadratic:
+            if shift is not None or use_dynamic_shifting:
+                raise ValueError("the linear-quadratic schedule has no shift: leave shift out")
             return EulerSampler(flow.linear_quadratic_sigmas(steps))
+        if shift is not None and use_dynamic_shifting:
+            raise ValueError(f"the dynamic shift takes the place of shift {shift}: give one of them")
         if use_dynamic_shifting is None:
-            use_dynamic_shifting = shift is None and self.scheduler.config["use_dynamic_shifting"]
+            use_dynamic_shifting = shift is None and config["use_dynamic_shifting"]
         if use_dynamic_shifting:
             shift = flow.dynamic_shift(*grid[1:])
-        default = float(self.scheduler.config["shift"])
-        return EulerSampler(flow.sampling_sigmas(steps, default if shift is None else shift))
+        elif shift is None:
+            shift = float(config["shift"])
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift must be greater than 0, got {shift}")
+        return EulerSampler(flow.sampling_sigmas(steps, shift))
 
     def _latent_grid(self, latents: Tensor) -> tuple[int, int, int]:
         channels, patch = self.transformer.config["in_channels"], self.transformer.config["patch_size"]
@@ -375,30 +438,46 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         frames, height, width = latents.shape[2:]
         return frames, height, width
 
-    def _check_call(
-        self,
-        prompt: str | Sequence[str] | None,
-        prompt_embeds: PromptEmbeds | None,
-        guidance_interval: tuple[float, float],
-        output_type: str,
-        num_videos_per_prompt: int,
-        callback_inputs: Sequence[str],
-    ) -> None:
-        if (prompt is None) == (prompt_embeds is None):
+    def _prompts(self, prompt: str | Sequence[str] | None, embeds: PromptEmbeds | None) -> list[str]:
+        """The prompts, one string each (empty ones for `embeds`)."""
+        if (prompt is None) == (embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        if prompt is not None and not prompt and not isinstance(prompt, str):
+        if embeds is not None:
+            self._check_embeds(embeds, "prompt_embeds")
+            return [""] * embeds.batch_size
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not prompts:
             raise ValueError("the list of prompts is empty")
-        start, end = guidance_interval
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"guidance_interval must be 0 <= start <= end <= 1, got {guidance_interval}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callbacks can have {known}; not {', '.join(sorted(unknown))}")
+        check_texts(prompts, name="prompt")
+        return prompts
+
+    def _negative_prompts(
+        self, prompt: str | Sequence[str] | None, embeds: PromptEmbeds | None, *, count: int
+    ) -> list[str]:
+        """One negative prompt for each of `count` prompts (empty ones for `embeds`)."""
+        if prompt is not None and embeds is not None:
+            raise ValueError("give either negative_prompt or negative_prompt_embeds")
+        if embeds is not None:
+            self._check_embeds(embeds, "negative_prompt_embeds")
+            if embeds.batch_size not in (1, count):
+                raise ValueError(
+                    f"{embeds.batch_size} negative_prompt_embeds for {count} prompts: "
+                    "give one, or one for each"
+                )
+            return [""] * count
+        negatives = spread(prompt, count)
+        check_texts(negatives, name="negative_prompt")
+        return negatives
+
+    def _check_embeds(self, embeds: PromptEmbeds, name: str) -> None:
+        config = self.transformer.config
+        wanted = config["caption_channels"], config["pooled_projection_dim"]
+        got = embeds.sequence.shape[2], embeds.pooled.shape[1]
+        if got != wanted:
+            raise ValueError(
+                f"{name} have {got[0]} (T5) and {got[1]} (CLIP) channels, "
+                f"the denoiser was made for {wanted[0]} and {wanted[1]}"
+            )
 
 
 def make_scheduler(
@@ -412,8 +491,10 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: A
     """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass, is not
     checked.
     """
+    latent_channels = vae and vae.config["latent_channels"]
     widths = [
-        ("in_channels", "the VAE's latents have", vae and vae.config["latent_channels"]),
+        ("in_channels", "the VAE's latents have", latent_channels),
+        ("out_channels", "the VAE's latents have", latent_channels),
         ("caption_channels", "the T5 encoder gives", text_encoder and text_encoder.config.d_model),
         ("pooled_projection_dim", "CLIP gives", text_encoder_2 and text_encoder_2.config.projection_dim),
     ]
@@ -423,8 +504,39 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: A
             raise ValueError(f"the denoiser was made for {wanted} channels ({key}), but {gives} {width}")
 
 
+def check_flow_scheduler(scheduler: Any) -> None:  # noqa: ANN401
+    """Raise ValueError for a scheduler of diffusers that does not step along a predicted flow."""
+    name, config = type(scheduler).__name__, scheduler.config
+    prediction = config.get("prediction_type", "flow_prediction")
+    if prediction != "flow_prediction":
+        raise ValueError(
+            f"the {name} takes a prediction of type {prediction!r}, but this model predicts the flow: "
+            "give it prediction_type='flow_prediction' and use_flow_sigmas=True, where it has them"
+        )
+    if not config.get("use_flow_sigmas", True):
+        raise ValueError(f"the {name} needs use_flow_sigmas=True for this model")
+
+
+def check_guidance(scale: float, rescale: float, interval: tuple[float, float]) -> None:
+    """Raise ValueError for settings of guidance that cannot be."""
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"guidance_scale must be at least 0 (1 or less: no guidance), got {scale}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must be from 0 to 1, got {rescale}")
+    start, end = interval
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"guidance_interval must be 0 <= start <= end <= 1, got {interval}")
+
+
+def check_texts(texts: Sequence[str], *, name: str) -> None:
+    """Raise ValueError unless all are strings."""
+    strange = [text for text in texts if not isinstance(text, str)]
+    if strange:
+        raise ValueError(f"{name} must be a string or several, got {strange[0]!r}")
+
+
 def range_of_steps(interval: tuple[float, float], steps: int) -> range:
-    """The steps, counted from 0, that begin in the fractions [start, end) of a run."""
+    """The steps, counted from 0, between these fractions of a run, rounded to whole steps."""
     start, end = interval
     return range(round(start * steps), round(end * steps))
 
@@ -445,15 +557,24 @@ def generators(
         raise ValueError("give either seed or generator")
     if isinstance(generator, torch.Generator):
         return [generator] * batch
-    if generator is not None:
-        chosen = generator
-    else:
-        first = random.SystemRandom().randrange(2**31) if seed is None else seed
-        seeds = [first + i for i in range(batch)] if isinstance(first, int) else list(first)
-        chosen = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-    if len(chosen) != batch:
-        raise ValueError(f"{len(chosen)} seeds or generators for {batch} videos: give one, or one for each")
-    return chosen
+    if generator is None:
+        return [torch.Generator("cpu").manual_seed(s) for s in spread_seeds(batch, seed)]
+    if len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one for each")
+    return list(generator)
+
+
+def spread_seeds(batch: int, seed: int | Sequence[int] | None) -> list[int]:
+    """A seed for each of `batch` videos, counting on from the first or as given. None: a random first."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    seeds = seed if isinstance(seed, Sequence) else [seed + i for i in range(batch)]
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} videos: give one, or one for each")
+    for value in seeds:
+        if not 0 <= value <= LARGEST_SEED:
+            raise ValueError(f"a seed must be from 0 to {LARGEST_SEED}, got {value}")
+    return [operator.index(value) for value in seeds]
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from opensoraplan.convert.checkpoints import Checkpoint, open_checkpoint
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
-from opensoraplan.convert.infer import infer_denoiser_config, infer_vae_config, kind_of
+from opensoraplan.convert.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, naming
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import load_text_encoder, load_tokenizer
@@ -55,35 +55,48 @@ class Sources:
 def empty_denoiser(
     checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, rates: Sequence[int] | None = None
 ) -> SparseUMMDiT:
-    """A denoiser on the meta device that fits the checkpoint. Raises ValueError if its Skiparse rates are not
-    known.
+    """A denoiser on the meta device that fits the checkpoint, with Skiparse `rates` (None: the config's).
+
+    `config`: our constructor's arguments; None: what the checkpoint tells. Raises ValueError if it is of a
+    VAE, or if its Skiparse rates are not known.
     """
-    if kind_of(checkpoint.shapes) != "denoiser":
-        raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
-    config = dict(config or _own_config(checkpoint) or infer_denoiser_config(checkpoint.shapes))
-    if rates is not None:
-        config["sparse_n"] = list(rates)
-    if "sparse_n" not in config:
-        raise ValueError(
-            f"the Skiparse rates of stages {config['num_layers']} are in no tensor: "
-            "give --config, or --sparse-n "
-            f"with {len(config['num_layers'])} rates (all 1: dense)"
-        )
-    with torch.device("meta"):
-        return SparseUMMDiT(**config)
+    with naming(checkpoint.path):
+        if kind_of(checkpoint.shapes) != "denoiser":
+            raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
+        arguments = dict(config_of(checkpoint) if config is None else config)
+        if rates is not None:
+            arguments["sparse_n"] = list(rates)
+        stages = list(arguments.get("num_layers", RELEASE_LAYERS))
+        if "sparse_n" not in arguments and stages != RELEASE_LAYERS:
+            raise ValueError(
+                f"the Skiparse rates of stages {stages} are in no tensor: "
+                f"give --config, or --sparse-n with {len(stages)} rates (all 1: dense)"
+            )
+        return cast(SparseUMMDiT, empty_model(checkpoint, arguments))
 
 
 def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE:
-    """A VAE on the meta device that fits the checkpoint."""
-    if kind_of(checkpoint.shapes) != "vae":
-        raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
-    with torch.device("meta"):
-        return WFVAE(**(config or _own_config(checkpoint) or infer_vae_config(checkpoint.shapes)))
+    """A VAE on the meta device that fits the checkpoint; `config` and errors as in `empty_denoiser`."""
+    with naming(checkpoint.path):
+        if kind_of(checkpoint.shapes) != "vae":
+            raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
+        return cast(WFVAE, empty_model(checkpoint, config))
 
 
-def _own_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    config = checkpoint.info.config
-    return config and {key: value for key, value in config.items() if not key.startswith("_")}
+def _open_models(sources: Sources) -> tuple[SparseUMMDiT, Checkpoint, WFVAE, Checkpoint]:
+    """Denoiser and VAE on the meta device, each with its open checkpoint, once both fit each other."""
+    sources.check_exist()
+    transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
+    vae_file = open_checkpoint(sources.vae)
+    transformer = empty_denoiser(transformer_file, sources.transformer_config, rates=sources.sparse_n)
+    vae = empty_vae(vae_file, sources.vae_config)
+    check_parts(transformer, vae, None, None)
+    if sources.vae_config is None and vae_file.info.config is None and vae.config["shift"] is None:
+        logger.warning(
+            "%s: the shift and scale of its latents are in no tensor and nobody gives them: left out",
+            vae_file.path,
+        )
+    return transformer, transformer_file, vae, vae_file
 
 
 def load_pipeline(
@@ -98,14 +111,9 @@ def load_pipeline(
     """A pipeline straight from the original's files. The VAE has `vae_dtype` (None: `dtype`).
 
     Raises what `check_exist` and the loading of each part raise; denoiser and VAE are checked before any
-    weight is read.
+    of their weights is read.
     """
-    sources.check_exist()
-    transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
-    vae_file = open_checkpoint(sources.vae)
-    transformer = empty_denoiser(transformer_file, sources.transformer_config, rates=sources.sparse_n)
-    vae = empty_vae(vae_file, sources.vae_config)
-    check_parts(transformer, vae, None, None)
+    transformer, transformer_file, vae, vae_file = _open_models(sources)
     original.load(vae, vae_file, dtype=vae_dtype or dtype)
     text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
     text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
@@ -137,18 +145,9 @@ def save_diffusers(
     Raises what `load_pipeline` raises, and ValueError if `out` exists. Nothing is left behind of a failed
     attempt.
     """
-    sources.check_exist()
-    transformer_file, vae_file = (
-        open_checkpoint(sources.transformer, ema=sources.ema),
-        open_checkpoint(sources.vae),
-    )
-    transformer = empty_denoiser(transformer_file, sources.transformer_config, rates=sources.sparse_n)
-    vae = empty_vae(vae_file, sources.vae_config)
-    check_parts(transformer, vae, None, None)
-    transformer_names, vae_names = (
-        original.match(transformer, transformer_file),
-        original.match(vae, vae_file),
-    )
+    transformer, transformer_file, vae, vae_file = _open_models(sources)
+    transformer_names = original.match(transformer, transformer_file)
+    vae_names = original.match(vae, vae_file)
     text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
     with new_folder(out) as folder:
         pipeline = OpenSoraPlanPipeline(
@@ -185,20 +184,24 @@ def export_denoiser(model: Path, out: Path, *, tensor_parallel: int) -> None:
     Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
     """
     checkpoint = open_checkpoint(_component(model, "transformer"))
+    denoiser = empty_model(checkpoint)
+    if not isinstance(denoiser, SparseUMMDiT):
+        raise ValueError(f"{checkpoint.path} has the weights of a VAE: Megatron shards are of a denoiser")
     with new_folder(out) as folder:
-        write_megatron(empty_denoiser(checkpoint, None), checkpoint, folder, tensor_parallel=tensor_parallel)
+        write_megatron(denoiser, checkpoint, folder, tensor_parallel=tensor_parallel)
     logger.info("wrote %s", out)
 
 
 def export_release(model: Path, out: Path) -> None:
     """Write denoiser and VAE of a diffusers folder as the release's two pickles. Raises ValueError if `out`
-    exists.
+    exists, or if `model` is no such folder.
     """
-    transformer_file = open_checkpoint(_component(model, "transformer"))
-    vae_file = open_checkpoint(_component(model, "vae"))
+    if not (model / "model_index.json").is_file():
+        raise ValueError(f"{model} is no diffusers folder with denoiser and VAE: it has no model_index.json")
+    checkpoints = [open_checkpoint(_component(model, name)) for name in ("transformer", "vae")]
     with new_folder(out) as folder:
-        write_release(empty_denoiser(transformer_file, None), transformer_file, folder)
-        write_release(empty_vae(vae_file, None), vae_file, folder)
+        for checkpoint in checkpoints:
+            write_release(empty_model(checkpoint), checkpoint, folder)
     logger.info("wrote %s", out)
 
 

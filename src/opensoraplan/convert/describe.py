@@ -3,50 +3,48 @@
 import math
 from pathlib import Path
 
-import torch
-
 from opensoraplan.convert.checkpoints import open_checkpoint
-from opensoraplan.convert.infer import infer_denoiser_config, infer_vae_config, kind_of
+from opensoraplan.convert.infer import config_of, empty_model
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.wfvae import WFVAE
 
-RELEASE_SIZES = {"denoiser": 8_504_661_120, "vae": 227_035_624}
+RELEASE_SIZES = {8_504_661_120, 227_035_624}
 
 
 def describe(path: Path) -> str:
     """Several lines of text about the checkpoint at `path`: dialect, precision, parameters, EMA, parallel
-    sizes, the config that it matches, and which tensors do not fit that. Raises what `open_checkpoint`
-    raises.
+    sizes, the config that it matches, and which tensors do not fit that. Raises ValueError for what is no
+    checkpoint, or one of another model, and what else `open_checkpoint` raises.
     """
     checkpoint = open_checkpoint(path)
-    info, shapes = checkpoint.info, checkpoint.shapes
-    kind = kind_of(shapes)
-    config = infer_denoiser_config(shapes) if kind == "denoiser" else infer_vae_config(shapes)
-    with torch.device("meta"):
-        model = SparseUMMDiT(**{"sparse_n": None, **config}) if kind == "denoiser" else WFVAE(**config)
+    info, config, model = checkpoint.info, config_of(checkpoint), empty_model(checkpoint)
+    form = model.original_format()
+    learned = {n: shape for n, shape in checkpoint.shapes.items() if n not in {*form.fixed, *form.unread}}
+    others = len(checkpoint) - len(learned)
     try:
         original.match(model, checkpoint)
-        fits = "complete"
+        fits = "complete" + (f", and {others} that are not needed" if others else "")
     except ValueError as error:
         fits = str(error)
 
-    parameters = sum(math.prod(value.shape) for value in model.state_dict().values())
-    release = " (the release's size)" if parameters == RELEASE_SIZES[kind] else ""
+    parameters = sum(math.prod(shape) for shape in learned.values())
+    release = " (the release's size)" if parameters in RELEASE_SIZES else ""
     lines = {
-        "what": f"{type(model).__name__}, {kind}",
+        "what": f"{type(model).__name__}, {'denoiser' if isinstance(model, SparseUMMDiT) else 'VAE'}",
         "dialect": info.dialect + (", MindSpeed-MM's names" if info.names == "mindspeed-mm" else ""),
         "iteration": info.iteration,
         "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes)),
-        "parameters": f"{parameters:,}{release} in {len(model.state_dict())} tensors",
-        "EMA": ("these weights" if info.ema else "there, not shown") if info.has_ema else "none",
+        "parameters": f"{parameters:,}{release} in {len(learned)} tensors",
+        "EMA": "these weights" if info.ema else "none beside these weights",
         "tensor parallel": info.tensor_parallel,
         "pipeline parallel": info.pipeline_parallel,
         "tensors": fits,
-        "config": ", ".join(
-            f"{key}={value}" for key, value in (info.config or config).items() if key[0] != "_"
-        ),
+        "config": ", ".join(f"{key}={value}" for key, value in config.items()),
     }
-    if kind == "denoiser" and info.config is None:
-        lines["note"] = "Skiparse rates are in no tensor" + (": the release's are shown" if release else "")
+    if isinstance(model, SparseUMMDiT) and info.config is None:
+        known = ": the release's are shown" if "sparse_n" in config else ""
+        lines["note"] = f"Skiparse rates are in no tensor{known}"
+    elif info.config is None:
+        known = ": the release's would be used" if "shift" not in config else ""
+        lines["note"] = f"shift and scale of the latents are in no tensor{known}"
     return "\n".join(f"{name + ':':<18} {value}" for name, value in lines.items() if value is not None)

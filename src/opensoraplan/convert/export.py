@@ -9,11 +9,12 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -31,25 +32,32 @@ RELEASE_VAE = "wfvae_888_dim32.ckpt"
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends without an error and is removed otherwise.
+    """A folder to fill, which becomes `path` when the block ends without an error and is removed otherwise,
+    with every parent that did not exist.
 
     Raises ValueError if there is something at `path` already, or no way to write there.
     """
+    path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: give another folder")
     partial = path.parent / f".{path.name}.partial"
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
-    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
         yield partial
         if path.exists():
             path.rmdir()
         partial.rename(path)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                parent.rmdir()
+        raise
 
 
 def write_component(
@@ -81,7 +89,8 @@ def write_component(
             for ours in members:
                 shard[ours] = tensors[names[ours]].to(dtypes[ours]).contiguous()
                 progress.update()
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            with _disk_errors(folder / file):
+                save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
@@ -119,7 +128,9 @@ def write_megatron(
         arguments = argparse.Namespace(
             tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=1
         )
-        torch.save({"model": shard, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}, path)
+        content = {"model": shard, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}
+        with _disk_errors(path):
+            torch.save(content, path)
     (folder / TRACKER).write_text("release", encoding="utf-8")
 
 
@@ -133,8 +144,18 @@ def write_release(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], fo
     flat |= {name: value.to(dtype) for name, value in model.original_format().fixed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (RELEASE_DENOISER if isinstance(model, SparseUMMDiT) else RELEASE_VAE)
-    torch.save(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
+    with _disk_errors(path):
+        torch.save(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
     return path
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Both libraries tell of a full disk by errors of their own; make them an OSError that names the file."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def _part(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:

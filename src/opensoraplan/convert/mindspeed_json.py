@@ -2,6 +2,7 @@
 meaning here; an unknown key is an error. The architecture keys are in models/original.py.
 """
 
+import difflib
 import json
 import logging
 import re
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import PositiveFloat, PositiveInt
 
 from opensoraplan.models import original
 from opensoraplan.settings import Settings
@@ -18,15 +21,15 @@ logger = logging.getLogger(__name__)
 # A string with its escapes, or a comment to the end of the line.
 STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|#[^\n]*')
 
-# Keys that are read and change nothing, by section ("" is the top), with the reason.
+FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+# Keys that are read and change nothing: the reason, and where they are.
 MEANINGLESS = {
-    (
-        "pipeline_config",
-        "use_attention_mask",
-    ): "text is cut to its real length, masked where a batch needs it",
-    ("", "micro_batch_size"): "videos are made one at a time",
-    ("ae", "dtype"): "the whole pipeline computes in weight_dtype",
-    ("text_encoder", "low_cpu_mem_usage"): "weights are always read one tensor at a time",
+    "weights are always read one tensor at a time": [f"{name}.low_cpu_mem_usage" for name in FOLDERS],
+    "the whole pipeline computes in weight_dtype": ["ae.dtype", "predictor.dtype"],
+    "norms have weights either way, as in the original": ["predictor.norm_elementwise_affine"],
+    "text is cut to its real length, masked where a batch needs it": ["pipeline_config.use_attention_mask"],
+    "videos are made one at a time": ["micro_batch_size"],
 }
 
 
@@ -42,16 +45,16 @@ class LocalFolder(Settings):
 
 class Diffusion(Settings):
     model_id: Literal["OpenSoraPlan"] = "OpenSoraPlan"
-    num_inference_steps: int = 50
+    num_inference_steps: PositiveInt = 50
     guidance_scale: float = 8.0
     guidance_rescale: float = 0.7
     use_linear_quadratic_schedule: bool = False
     use_dynamic_shifting: bool = False
-    shift: float = 7.0
+    shift: PositiveFloat = 7.0
 
 
 class PipelineConfig(Settings):
-    input_size: tuple[int, int, int]
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
     use_attention_mask: bool = True
     version: Literal["v1.5"] = "v1.5"
     model_type: Literal["t2v"] = "t2v"
@@ -68,11 +71,11 @@ class InferenceFile(Settings):
     predictor: dict[str, Any]
     diffusion: Diffusion
     pipeline_config: PipelineConfig
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     frame_interval: Literal[1] = 1
-    model_max_length: int = 512
+    model_max_length: PositiveInt = 512
     save_path: Path
-    fps: float = 24
+    fps: PositiveFloat = 24
     prompt: Path
     device: str = "npu"
     weight_dtype: str = "bf16"
@@ -97,14 +100,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that may have `#` comments, as the guide's have. Raises ValueError with the line of a
     mistake.
     """
-    text = path.read_text(encoding="utf-8")
-    bare = STRING_OR_COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else "", text)
     try:
-        content = json.loads(bare)
-    except json.JSONDecodeError as error:
+        text = path.read_text(encoding="utf-8-sig")
+        bare = STRING_OR_COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else "", text)
+        content = json.loads(bare, object_pairs_hook=_no_key_twice)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return content
 
 
@@ -117,22 +128,23 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
     for change in changes:
         _apply(change, content)
     file = InferenceFile.read(content, where=str(path))
-    for (section, key), reason in MEANINGLESS.items():
-        if key in (content[section] if section else content):
-            logger.info("%s: %s has no meaning here: %s", path.name, key, reason)
+    for reason, keys in MEANINGLESS.items():
+        if given := [key for key in keys if _has(content, key)]:
+            logger.info("%s: without meaning here: %s (%s)", path.name, ", ".join(given), reason)
     frames, height, width = file.pipeline_config.input_size
-    folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    weights = {"transformer": file.predictor, "vae": file.ae}
-    for name, section in weights.items():
+    transformer_config = original.denoiser_config(file.predictor, where=f"section predictor of {path}")
+    vae_config = original.vae_config(file.ae, where=f"section ae of {path}")
+    for name, section in {"predictor": file.predictor, "ae": file.ae}.items():
         if not section.get("from_pretrained"):
-            raise ValueError(
-                f"{path}: the section of the {name} needs from_pretrained, the path of its weights"
-            )
+            raise ValueError(f"{path}: {name} needs from_pretrained, the path of its weights")
     return Inference(
-        sources={name: Path(section["from_pretrained"]) for name, section in weights.items()}
-        | {name: getattr(file, name).from_pretrained for name in folders},
-        transformer_config=original.denoiser_config(file.predictor),
-        vae_config=original.vae_config(file.ae),
+        sources={
+            "transformer": Path(file.predictor["from_pretrained"]),
+            "vae": Path(file.ae["from_pretrained"]),
+        }
+        | {name: getattr(file, name).from_pretrained for name in FOLDERS},
+        transformer_config=transformer_config,
+        vae_config=vae_config,
         streaming=file.ae.get("use_tiling", True),
         max_text_tokens=file.model_max_length,
         scheduler={
@@ -156,6 +168,11 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
     )
 
 
+def _has(content: dict[str, Any], key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return name in (content[section] if section else content)
+
+
 def _apply(change: str, content: dict[str, Any]) -> None:
     """Put one "section.key=value" into `content`; the value is JSON, or else text."""
     name, equals, text = change.partition("=")
@@ -163,8 +180,11 @@ def _apply(change: str, content: dict[str, Any]) -> None:
     if not equals or not key:
         raise ValueError(f"a change is written section.key=value, got {change!r}")
     for section in sections:
-        if not isinstance(content.get(section), dict):
-            raise ValueError(f"{change!r}: there is no section {section!r}")
+        known = [name for name, inner in content.items() if isinstance(inner, dict)]
+        if section not in known:
+            near = difflib.get_close_matches(section, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(known) or 'none'}"
+            raise ValueError(f"{change!r}: there is no section {section!r}{hint}")
         content = content[section]
     try:
         content[key] = json.loads(text)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,60 @@ from opensoraplan.models.strict import Shape, check_known_keys, check_tensors
 logger = logging.getLogger(__name__)
 
 NESTED = "transformer_blocks"
-SKIP = re.compile(r"transformer_blocks\.(\d+)\.(skip(?:_enc)?)\.(norm|linear)\.(\w+)")
+BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+SKIP = re.compile(r"(skip(?:_enc)?)\.(norm|linear)\.(\w+)")
 SKIP_PARTS = {"norm": "0", "linear": "1"}
 SKIP_STREAMS = {"skip": "skip_norm_linear", "skip_enc": "skip_norm_linear_enc"}
 
-# Original key -> our constructor's.
+
+# --- Config keys --------------------------------------------------------------------------------------------
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Kind(NamedTuple):
+    """Which values a key may have, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+WHOLE = Kind("a whole number above 0", _is_whole)
+WHOLES = Kind(
+    "a list of whole numbers above 0", lambda v: isinstance(v, list | tuple) and all(map(_is_whole, v))
+)
+NUMBER = Kind("a number above 0", lambda v: _is_number(v) and v > 0)
+NUMBERS = Kind(
+    "a list of numbers, or null",
+    lambda v: v is None or (isinstance(v, list | tuple) and all(map(_is_number, v))),
+)
+SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
+TEXT = Kind("text", lambda v: isinstance(v, str))
+TEXT_OR_NULL = Kind("text, or null", lambda v: v is None or isinstance(v, str))
+
+# The original's key -> our constructor's, and its kind.
 DENOISER_KEYS = {
-    "num_heads": "num_attention_heads",
-    "head_dim": "attention_head_dim",
-} | {
-    key: key
-    for key in (
-        "in_channels",
-        "out_channels",
-        "num_layers",
-        "sparse_n",
-        "double_ff",
-        "caption_channels",
-        "pooled_projection_dim",
-        "timestep_embed_dim",
-        "patch_size",
-        "norm_cls",
-        "norm_eps",
-        "skip_connection",
-        "skip_connection_zero_init",
-    )
+    "num_heads": ("num_attention_heads", WHOLE),
+    "head_dim": ("attention_head_dim", WHOLE),
+    "in_channels": ("in_channels", WHOLE),
+    "out_channels": ("out_channels", WHOLE),
+    "num_layers": ("num_layers", WHOLES),
+    "sparse_n": ("sparse_n", WHOLES),
+    "double_ff": ("double_ff", SWITCH),
+    "caption_channels": ("caption_channels", WHOLE),
+    "pooled_projection_dim": ("pooled_projection_dim", WHOLE),
+    "timestep_embed_dim": ("timestep_embed_dim", WHOLE),
+    "patch_size": ("patch_size", WHOLE),
+    "norm_cls": ("norm_cls", TEXT),
+    "norm_eps": ("norm_eps", NUMBER),
+    "skip_connection": ("skip_connection", SWITCH),
+    "skip_connection_zero_init": ("skip_connection_zero_init", SWITCH),
 }
 # Keys with one value in v1.5.0: anything else is another model.
 DENOISER_FIXED = {
@@ -54,21 +83,25 @@ DENOISER_FIXED = {
     "patch_size_t": 1,
     "activation_fn": "gelu-approximate",
 }
-# Keys that say nothing of the architecture, and `norm_elementwise_affine`, which the original ignores.
-DENOISER_IGNORED = {"sparse1d", "norm_elementwise_affine", "from_pretrained", "dtype"}
+# Keys that are not of the architecture (`sparse1d` turns the rates on), and `norm_elementwise_affine`, which
+# the original ignores.
+DENOISER_OTHERS = {
+    "sparse1d": SWITCH,
+    "norm_elementwise_affine": SWITCH,
+    "from_pretrained": TEXT_OR_NULL,
+    "dtype": TEXT_OR_NULL,
+}
 
-VAE_KEYS = {"latent_dim": "latent_channels"} | {
-    key: key
-    for key in (
-        "base_channels",
-        "connect_res_layer_num",
-        "decoder_energy_flow_hidden_size",
-        "decoder_num_resblocks",
-        "encoder_energy_flow_hidden_size",
-        "encoder_num_resblocks",
-        "shift",
-        "scale",
-    )
+VAE_KEYS = {
+    "latent_dim": ("latent_channels", WHOLE),
+    "base_channels": ("base_channels", WHOLE),
+    "connect_res_layer_num": ("connect_res_layer_num", WHOLE),
+    "decoder_energy_flow_hidden_size": ("decoder_energy_flow_hidden_size", WHOLE),
+    "decoder_num_resblocks": ("decoder_num_resblocks", WHOLE),
+    "encoder_energy_flow_hidden_size": ("encoder_energy_flow_hidden_size", WHOLE),
+    "encoder_num_resblocks": ("encoder_num_resblocks", WHOLE),
+    "shift": ("shift", NUMBERS),
+    "scale": ("scale", NUMBERS),
 }
 VAE_FIXED = {
     "model_id": "wfvae",
@@ -86,56 +119,76 @@ VAE_FIXED = {
     "use_attention": True,
     "vae_scale_factor": [8, 8, 8],
 }
-VAE_IGNORED = {"use_tiling", "from_pretrained", "dtype"}
+VAE_OTHERS = {"use_tiling": SWITCH, "from_pretrained": TEXT_OR_NULL, "dtype": TEXT_OR_NULL}
 
 
-def denoiser_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor's arguments from the original's `predictor` section. ValueError for what v1.5.0 does
-    not have.
+def denoiser_config(
+    config: Mapping[str, Any], *, where: str = "the config of the denoiser"
+) -> dict[str, Any]:
+    """Our constructor's arguments from the original's `predictor` section. Raises ValueError, which begins
+    with `where`, for what v1.5.0 does not have.
     """
-    translated = _translate(config, DENOISER_KEYS, DENOISER_FIXED, DENOISER_IGNORED, "the denoiser's config")
+    translated = _translate(config, DENOISER_KEYS, DENOISER_FIXED, DENOISER_OTHERS, where)
     if not config.get("sparse1d", True):
         translated["sparse_n"] = None
     return translated
 
 
-def vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor's arguments from the original's `ae` section. ValueError for what v1.5.0 does not have.
+def vae_config(config: Mapping[str, Any], *, where: str = "the config of the VAE") -> dict[str, Any]:
+    """Our constructor's arguments from the original's `ae` section. Raises ValueError, which begins with
+    `where`, for what v1.5.0 does not have.
 
     Without `shift` and `scale` the latents stay as they are, as in the original.
     """
-    translated = _translate(config, VAE_KEYS, VAE_FIXED, VAE_IGNORED, "the VAE's config")
+    translated = _translate(config, VAE_KEYS, VAE_FIXED, VAE_OTHERS, where)
     return {"shift": None, "scale": None} | translated
 
 
 def _translate(
     config: Mapping[str, Any],
-    keys: Mapping[str, str],
+    keys: Mapping[str, tuple[str, Kind]],
     fixed: Mapping[str, Any],
-    ignored: set[str],
+    others: Mapping[str, Kind],
     where: str,
 ) -> dict[str, Any]:
-    check_known_keys(config, [*keys, *fixed, *ignored], where=where)
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"{where}: {key} = {config[key]!r} is not part of v1.5.0; only {value!r} is supported"
-            )
-    return {ours: config[theirs] for theirs, ours in keys.items() if theirs in config}
+    check_known_keys(config, [*keys, *fixed, *others], where=where)
+    kinds = {key: kind for key, (_, kind) in keys.items()} | dict(others)
+    problems = [
+        f"{key} must be {kinds[key].words}, got {value!r}"
+        for key, value in config.items()
+        if key in kinds and not kinds[key].fits(value)
+    ]
+    problems += [
+        f"{key} = {config[key]!r} is not part of v1.5.0; only {value!r} is supported"
+        for key, value in fixed.items()
+        if config.get(key, value) != value
+    ]
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(problems))
+    return {ours: config[theirs] for theirs, (ours, _) in keys.items() if theirs in config}
+
+
+# --- Names --------------------------------------------------------------------------------------------------
 
 
 def denoiser_name(name: str, *, num_layers: list[int]) -> str:
-    """The original's name of our denoiser tensor `name`, for stages of `num_layers` blocks."""
+    """The original's name of our denoiser tensor `name`, for stages of `num_layers` blocks. A name that such
+    a denoiser of ours does not have stays as it is.
+    """
+    if not (match := BLOCK.fullmatch(name)):
+        return name
+    block, rest = int(match[1]), match[2]
     first_of_stage = list(accumulate(num_layers, initial=0))
-    if match := SKIP.fullmatch(name):
-        block, stream, part, leaf = match.groups()
-        stage = first_of_stage.index(int(block))
-        return f"{SKIP_STREAMS[stream]}.{stage - len(num_layers) // 2 - 1}.{SKIP_PARTS[part]}.{leaf}"
-    if name.startswith(f"{NESTED}."):
-        _, block, rest = name.split(".", 2)
-        stage = max(s for s, first in enumerate(first_of_stage[:-1]) if first <= int(block))
-        return f"{NESTED}.{stage}.{int(block) - first_of_stage[stage]}.{rest}"
-    return name
+    stage = sum(first <= block for first in first_of_stage) - 1
+    if stage == len(num_layers):
+        return name
+    if skip := SKIP.fullmatch(rest):
+        stream, part, leaf = skip.groups()
+        number = stage - len(num_layers) // 2 - 1
+        if block != first_of_stage[stage] or number < 0:
+            return name
+        return f"{SKIP_STREAMS[stream]}.{number}.{SKIP_PARTS[part]}.{leaf}"
+    return f"{NESTED}.{stage}.{block - first_of_stage[stage]}.{rest}"
 
 
 def denoiser_unread(shapes: Mapping[str, Shape], *, num_layers: list[int]) -> dict[str, Shape]:
@@ -176,35 +229,42 @@ class OriginalModel(Protocol):
     def get_submodule(self, target: str) -> nn.Module: ...
 
 
+# --- Loading ------------------------------------------------------------------------------------------------
+
+
 def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Our name -> the original's of every tensor of `model`, once `tensors` are known to be exactly those.
 
     Of `tensors`, by the original's names, those that nothing reads and the fixed constants may be there or
     not; they are left out with one line each in the log. Raises ValueError that names every missing,
     unexpected or mis-shaped tensor and every constant of another value. A lazy mapping that has `shapes` is
-    not read, but for its constants.
+    not read, but for its constants; if it has a `path`, errors name it.
     """
     form = model.original_format()
-    shapes = getattr(tensors, "shapes", None)
-    given = (
-        dict(shapes) if shapes is not None else {name: tuple(value.shape) for name, value in tensors.items()}
+    given: dict[str, Shape] = dict(
+        getattr(tensors, "shapes", None) or {name: tuple(value.shape) for name, value in tensors.items()}
     )
+    path = getattr(tensors, "path", None)
     constants = [name for name in form.fixed if name in given]
+    unread = [name for name in form.unread if name in given]
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    names = {name: form.rename(name) for name in ours}
+
+    check_tensors(
+        {names[name]: shape for name, shape in ours.items()}
+        | {name: tuple(form.fixed[name].shape) for name in constants}
+        | {name: form.unread[name] for name in unread},
+        given,
+        what=f"{type(model).__name__} ({path})" if path else type(model).__name__,
+    )
     wrong = [
         name for name in constants if not torch.equal(tensors[name], form.fixed[name].to(tensors[name].dtype))
     ]
     if wrong:
+        where = f"{path}: " if path else ""
         raise ValueError(
-            f"these fixed tensors do not have the values that they must have: {', '.join(wrong)}"
+            f"{where}these fixed tensors do not have the values that they must have: {', '.join(wrong)}"
         )
-    unread = [name for name in form.unread if name in given]
-
-    names = {ours: form.rename(ours) for ours in model.state_dict()}
-    check_tensors(
-        {names[ours]: tuple(value.shape) for ours, value in model.state_dict().items()},
-        {name: shape for name, shape in given.items() if name not in {*constants, *unread}},
-        what=type(model).__name__,
-    )
     if unread:
         logger.info("dropped %d tensors that nothing reads: %s", len(unread), ", ".join(unread))
     if constants:
@@ -216,5 +276,9 @@ def load(model: OriginalModel, tensors: Mapping[str, Tensor], *, dtype: torch.dt
     """Fill a model built on the meta device, one tensor at a time; see `match` for what is checked first."""
     for ours, theirs in match(model, tensors).items():
         parent, _, leaf = ours.rpartition(".")
-        value = tensors[theirs]
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(value if dtype is None else value.to(dtype)))
+        setattr(model.get_submodule(parent), leaf, _parameter(tensors[theirs], dtype))
+
+
+def _parameter(value: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    # A function of its own, so that nothing refers to the tensor as read while the next one is.
+    return nn.Parameter(value if dtype is None else value.to(dtype))

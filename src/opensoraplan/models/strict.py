@@ -19,13 +19,18 @@ class StrictConfigMixin(ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:  # noqa: ANN401
         given = [key for key in config_dict if not key.startswith("_") and key != "quantization_config"]
-        check_known_keys(given, cls._get_init_keys(cls) - {"self"}, where=f"the config of {cls.__name__}")
+        cls.check_keys(given, where=f"the config of {cls.__name__}")
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def check_keys(cls, given: Iterable[str], *, where: str) -> None:
+        """Raise ValueError naming each key of `given` that the constructor does not take."""
+        check_known_keys(given, cls._get_init_keys(cls) - {"self"}, where=where)
 
 
 def check_known_keys(given: Iterable[str], known: Iterable[str], *, where: str) -> None:
     """Raise ValueError naming each key of `given` that is not in `known`, with the nearest that is."""
-    known = list(known)
+    known = sorted(known)
     problems = []
     for key in given:
         if key not in known:
@@ -45,4 +50,5 @@ def check_tensors(expected: Mapping[str, Shape], given: Mapping[str, Shape], *, 
         if name in given and given[name] != shape
     ]
     if lines:
-        raise ValueError(f"{len(lines)} tensors do not fit {what}:\n  " + "\n  ".join(lines))
+        count = "1 tensor does" if len(lines) == 1 else f"{len(lines)} tensors do"
+        raise ValueError(f"{count} not fit {what}:\n  " + "\n  ".join(lines))
