@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -92,6 +93,17 @@ def test_unknown_config_keys_are_errors(kind: tuple[type[ModelMixin], dict]) -> 
         model_class.from_config({**config, wrong: 1})
     with pytest.raises(TypeError, match="surprise"):
         model_class(**config, surprise=1)
+
+
+def test_a_missing_or_strange_tensor_is_an_error(kind: tuple[type[ModelMixin], dict], tmp_path: Path) -> None:
+    build(kind).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights["stranger"] = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"missing {name}\n  unexpected stranger"):
+        kind[0].from_pretrained(tmp_path)
 
 
 def test_bf16_is_near_fp32(kind: tuple[type[ModelMixin], dict]) -> None:

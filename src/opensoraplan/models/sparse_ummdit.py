@@ -18,13 +18,12 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
-from opensoraplan.models.strict import StrictConfigMixin
+from opensoraplan.models.strict import StrictModel
 
 logger = logging.getLogger(__name__)
 
@@ -391,7 +390,7 @@ class AdaNormOut(nn.Module):
         return self.norm(x) * (1 + scale) + shift
 
 
-class SparseUMMDiT(ModelMixin, StrictConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class SparseUMMDiT(StrictModel, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
 
     Args:

@@ -7,12 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 Shape = tuple[int, ...]
 
 
-class StrictConfigMixin(ConfigMixin):
-    """diffusers only warns of config keys that the constructor does not take; here they raise ValueError."""
+class StrictModel(ModelMixin, ConfigMixin):
+    """A diffusers model that is loaded whole or not at all.
+
+    diffusers only warns of config keys that the constructor does not take, of tensors that are missing (they
+    stay without values) and of tensors that have no place; here each raises ValueError.
+    """
 
     config_name = "config.json"
 
@@ -21,6 +26,17 @@ class StrictConfigMixin(ConfigMixin):
         given = [key for key in config_dict if not key.startswith("_") and key != "quantization_config"]
         cls.check_keys(given, where=f"the config of {cls.__name__}")
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *, output_loading_info: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but ValueError that names every tensor that is missing or has no place."""
+        loaded: Any = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = loaded
+        problems = [f"missing {name}" for name in info["missing_keys"]]
+        problems += [f"unexpected {name}" for name in info["unexpected_keys"]]
+        if problems:
+            raise ValueError(f"the weights in {path} do not fit its config:\n  " + "\n  ".join(problems))
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def check_keys(cls, given: Iterable[str], *, where: str) -> None:

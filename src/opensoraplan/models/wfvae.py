@@ -15,12 +15,11 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models import original
-from opensoraplan.models.strict import StrictConfigMixin
+from opensoraplan.models.strict import StrictModel
 from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
 
 logger = logging.getLogger(__name__)
@@ -463,7 +462,7 @@ def edge_ramp(length: int, start: int, size: int, overlap: int, like: Tensor) ->
 # --- Model --------------------------------------------------------------------------------------------------
 
 
-class WFVAE(ModelMixin, StrictConfigMixin):
+class WFVAE(StrictModel):
     """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release: 227,035,624 learned
     values.
 
