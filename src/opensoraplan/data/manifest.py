@@ -1,0 +1,389 @@
+"""Training manifests: which clips there are, with captions, sizes and lengths, in every format we read.
+
+Not here: what a record is and how the rest is found out (record.py), which are trained on (selection.py).
+"""
+
+import csv
+import importlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from opensoraplan.data.record import IMAGE_SUFFIXES, Record, complete
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
+MANIFEST_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+
+_PATH_KEYS = ("path", "video")
+_CAPTION_KEYS = ("cap", "caption", "text")
+_AESTHETIC_KEYS = ("aesthetic", "aes")
+_OTHER_KEYS = ("num_frames", "fps", "height", "width", "resolution", "cut", "crop")
+# How many wrong rows a message names.
+_NAMED = 5
+
+# A row of a manifest, or what is wrong with it.
+_Row = Mapping[str, Any] | ValueError
+
+
+def read_manifest(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    probing: Literal["missing", "all", "none"] = "missing",
+    workers: int = 16,
+) -> list[Record]:
+    """All records of a manifest, in its order:
+
+    - a folder: its clips and images (also in subfolders), each with a caption in the .txt of the same name;
+    - .txt: the original's `folder,annotation` lines, annotations in any format below;
+    - .json: a list of records, or an object of them, whose keys are the paths if the records have none;
+    - .jsonl, .csv and .parquet: columns path|video and caption|cap|text.
+
+    A record may also have num_frames, fps, height and width (or resolution {height, width}), cut [start,
+    end], crop [left, right, top, bottom], aesthetic|aes. Captions are a string or a list of them. Relative
+    paths start from `root`, else from the manifest's folder (those that a .txt itself has may also start
+    from the current one).
+
+    What is missing is read from the files (`probing` "all" opens every file, "none" no file) by `workers`
+    threads and remembered in a hidden JSON file beside the manifest, if its folder can be written to. Files
+    that cannot be read get an `error` and are counted in one warning.
+
+    Raises FileNotFoundError for a missing manifest, ValueError for one without records or with wrong lines,
+    which it names.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"manifest {path} does not exist")
+    if path.is_dir():
+        records = _read_folder(path)
+        cache = path / ".osp-probed.json"
+    else:
+        records = _read_file(path, root=None if root is None else Path(root))
+        cache = path.with_name(f".{path.name}.osp-probed.json")
+    if probing == "none":
+        return records
+    return complete(records, cache=cache, every_file=probing == "all", workers=workers)
+
+
+def _read_folder(folder: Path) -> list[Record]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise ValueError(f"folder {folder} has no clips ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
+    records = []
+    for file in files:
+        beside = file.with_suffix(".txt")
+        captions = _captions(_text(beside)) if beside.exists() else ()
+        records.append(
+            Record(file, captions, num_frames=1 if file.suffix.lower() in IMAGE_SUFFIXES else None)
+        )
+    if not any(record.captions for record in records):
+        example = files[0].with_suffix(".txt").name
+        logger.warning("none of the %d clips in %s has a caption, as in %s", len(files), folder, example)
+    return records
+
+
+def _read_file(path: Path, *, root: Path | None) -> list[Record]:
+    base = path.parent if root is None else root
+    listed = path.suffix.lower() == ".txt"
+    parts = list(_listed(path, base=base)) if listed else [(base, path)]
+    records: list[Record] = []
+    problems: list[str] = []
+    for folder, annotation in parts:
+        _read_annotation(annotation, folder=folder, records=records, problems=problems)
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise ValueError("; ".join(problems[:_NAMED]) + more)
+    if not records:
+        raise ValueError(f"manifest {path} has no records")
+    return records
+
+
+def _listed(path: Path, *, base: Path) -> Iterator[tuple[Path, Path]]:
+    """The `folder,annotation` lines of a data.txt."""
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        # From the right: folders may have commas in their names.
+        folder, comma, annotation = (part.strip() for part in line.rpartition(","))
+        where = f"{path}, line {number}"
+        if not comma or not annotation:
+            raise ValueError(f"{where}: expected folder,annotation.json, got {line.strip()!r}")
+        if Path(annotation).suffix.lower() not in MANIFEST_SUFFIXES[1:]:
+            raise ValueError(
+                f"{where}: annotation must be {'|'.join(MANIFEST_SUFFIXES[1:])}, got {annotation}"
+            )
+        yield (
+            _existing(folder, base=base, what=f"{where}: folder"),
+            _existing(annotation, base=path.parent, what=f"{where}: annotation"),
+        )
+
+
+def _existing(name: str, *, base: Path, what: str) -> Path:
+    """`name` from `base` or, as the original has it, from the current folder."""
+    for found in (base / name, Path(name)):
+        if found.exists():
+            return found
+    raise ValueError(f"{what} {name} exists neither in {base.absolute()} nor in {Path.cwd()}")
+
+
+def _read_annotation(path: Path, *, folder: Path, records: list[Record], problems: list[str]) -> None:
+    """Append the records of one file, and what is wrong with its other rows."""
+    rows = 0
+    captioned = False
+    columns: dict[str, None] = {}
+    for where, row in _rows(path):
+        rows += 1
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not captioned:
+                columns.update(dict.fromkeys(map(str, row)))
+                captioned = any(key in row for key in _CAPTION_KEYS)
+            records.append(_record(row, folder=folder))
+        except ValueError as error:
+            problems.append(f"{path}, {where}: {error}")
+    if columns and not captioned:
+        keys, found = "|".join(_CAPTION_KEYS), ", ".join(columns)
+        logger.warning("%s: none of %d records has a caption (%s), they have: %s", path, rows, keys, found)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    """The rows of one file and where in it they are."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _json_rows(path)
+    if suffix == ".jsonl":
+        return _jsonl_rows(path)
+    if suffix == ".csv":
+        return _csv_rows(path)
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    raise ValueError(f"manifest {path} must be a folder or one of {' '.join(MANIFEST_SUFFIXES)}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    if isinstance(content, dict):
+        rows = [
+            (f"entry {key!r}", {"path": key, **row} if _is_row(row) and not _has(row, _PATH_KEYS) else row)
+            for key, row in content.items()
+        ]
+    elif isinstance(content, list):
+        rows = [(f"entry {number}", row) for number, row in enumerate(content, start=1)]
+    else:
+        raise ValueError(f"{path}: expected a list of records, got {type(content).__name__}")
+    for where, row in rows:
+        yield where, row if _is_row(row) else ValueError(f"expected an object, got {str(row)[:60]!r}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = ValueError(f"not JSON: {error.msg} at column {error.colno}")
+            except UnicodeDecodeError as error:
+                row = ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
+            else:
+                row = row if _is_row(row) else ValueError(f"expected an object, got {str(row)[:60]!r}")
+            yield f"line {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header: list[str] | None = None
+        try:
+            for cells in reader:
+                if not any(cells):
+                    continue
+                if header is None:
+                    header = [cell.strip() for cell in cells]
+                    continue
+                if len(cells) == len(header):
+                    row = dict(zip(header, cells, strict=True))
+                else:
+                    row = ValueError(f"{len(cells)} cells, but {len(header)} columns")
+                yield f"line {reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: not CSV in UTF-8: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    known = (*_PATH_KEYS, *_CAPTION_KEYS, *_AESTHETIC_KEYS, *_OTHER_KEYS)
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            # Such tables often carry embeddings and thumbnails; without any known column, _record explains.
+            columns = [name for name in names if name in known] or names
+            number = 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except ValueError as error:
+        raise ValueError(f"{path}: not Parquet: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a cell is empty; tables write it as None, "" or NaN."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _has(row: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    return any(not _is_missing(row.get(key)) for key in keys)
+
+
+def _one_of(row: Mapping[str, Any], keys: Sequence[str]) -> Any:  # noqa: ANN401 (a cell holds anything)
+    """The value under one of several names, None if it is missing."""
+    found = [key for key in keys if not _is_missing(row.get(key))]
+    if not found:
+        return None
+    first = row[found[0]]
+    if len(found) > 1 and any(row[key] != first for key in found):
+        values = ", ".join(repr(row[key]) for key in found)
+        raise ValueError(f"{' and '.join(found)} contradict each other: {values}")
+    return first
+
+
+def _record(row: Mapping[str, Any], *, folder: Path) -> Record:
+    name = _one_of(row, _PATH_KEYS)
+    if not isinstance(name, str):
+        got = f"got {name!r}" if name is not None else f"has only {', '.join(map(str, row)) or 'nothing'}"
+        raise ValueError(f"a record needs a path (any of {', '.join(_PATH_KEYS)}), {got}")
+    path = folder / name
+    size = row.get("resolution")
+    if _is_missing(size):
+        size = {}
+    if not isinstance(size, Mapping):
+        raise ValueError(f"resolution must be {{height, width}}, got {size!r}")
+    cut, crop = _span(row, "cut"), _span(row, "crop")
+    record = Record(
+        path,
+        _captions(_one_of(row, _CAPTION_KEYS)),
+        num_frames=_count(row, "num_frames"),
+        fps=_positive(row, ("fps",)),
+        height=_count(size, "height") or _count(row, "height"),
+        width=_count(size, "width") or _count(row, "width"),
+        cut=None if cut is None else (cut[0], cut[1]),
+        crop=None if crop is None else (crop[0], crop[1], crop[2], crop[3]),
+        aesthetic=_number(row, _AESTHETIC_KEYS),
+    )
+    if record.is_image:
+        # Its annotation may count none, and has no rate worth keeping.
+        record = replace(record, num_frames=1, fps=None, cut=None)
+    return _narrowed(record)
+
+
+def _narrowed(record: Record) -> Record:
+    """`record` with the length of its cut and the size of its crop, which never exceed the whole."""
+    if record.cut is None and record.crop is None:
+        return record
+    frames, height, width = record.num_frames, record.height, record.width
+    if record.cut is not None:
+        length = record.cut[1] - record.cut[0]
+        frames = length if frames is None else min(frames, length)
+    if record.crop is not None:
+        left, right, top, bottom = record.crop
+        height, width = bottom - top, right - left
+    return replace(record, num_frames=frames, height=height, width=width)
+
+
+def _captions(value: object) -> tuple[str, ...]:
+    """One caption or several; blank ones are none."""
+    captions: list[str] = []
+    for caption in value if isinstance(value, list) else [value]:
+        if _is_missing(caption):
+            continue
+        if not isinstance(caption, str):
+            raise ValueError(f"a caption must be text or a list of texts, got {str(caption)[:60]!r}")
+        if not _is_unicode(caption):
+            raise ValueError(f"a caption has half a character (a lone surrogate): {caption[:60]!r}")
+        captions.append(caption.strip())
+    return tuple(filter(None, captions))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _number(row: Mapping[str, Any], keys: Sequence[str]) -> float | None:
+    value = _one_of(row, keys)
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{keys[0]} must be a number, got {value!r}")
+    return number
+
+
+def _positive(row: Mapping[str, Any], keys: Sequence[str]) -> float | None:
+    number = _number(row, keys)
+    if number is not None and number <= 0:
+        raise ValueError(f"{keys[0]} must be above 0, got {number:g}")
+    return number
+
+
+def _count(row: Mapping[str, Any], key: str) -> int | None:
+    number = _positive(row, (key,))
+    if number is not None and number != int(number):
+        raise ValueError(f"{key} must be a whole number, got {number:g}")
+    return None if number is None else int(number)
+
+
+def _span(row: Mapping[str, Any], key: Literal["cut", "crop"]) -> tuple[int, ...] | None:
+    """The numbers of a cut [start, end] or a crop [left, right, top, bottom]; in tables they may be text."""
+    value = row.get(key)
+    if value is None or _is_missing(value):
+        return None
+    names = ("start", "end") if key == "cut" else ("left", "right", "top", "bottom")
+    cells = value.strip("[]() ").replace(",", " ").split() if isinstance(value, str) else value
+    try:
+        numbers = [float(cell) for cell in cells]
+        whole = tuple(int(number) for number in numbers)
+    except (TypeError, ValueError, OverflowError):
+        numbers, whole = [], ()
+    pairs = zip(whole[::2], whole[1::2], strict=False)
+    right = len(whole) == len(names) and list(whole) == numbers
+    if not right or not all(0 <= low < high for low, high in pairs):
+        raise ValueError(f"{key} must be whole numbers [{', '.join(names)}], each pair rising, got {value!r}")
+    return whole

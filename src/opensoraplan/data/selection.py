@@ -1,0 +1,432 @@
+"""Which records are trained on, at which frames and size, and why the others are not: the original's rules.
+
+Pure arithmetic on records: no file is opened here. Batches of one shape are made in buckets.py.
+"""
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from opensoraplan.data.record import Record
+from opensoraplan.settings import Settings
+from opensoraplan.shapes import SIDE_MULTIPLE, TEMPORAL_STRIDE
+
+# Rates that differ by less are one rate, so that 23.976 is not resampled to 24.
+_SAME_FPS = 0.1
+# Height : width of `force_5_ratio`, and the rounded quotient that a source is compared with.
+_RATIOS = ((9, 16, 0.56), (3, 4, 0.75), (1, 1, 1.00), (4, 3, 1.33), (16, 9, 1.78))
+# Examples of a reason in messages and reports.
+EXAMPLES = 3
+
+
+class Reason(StrEnum):
+    """Why a record is not trained on. The value is its short name, `sentence` tells what to do about it."""
+
+    UNREADABLE = "unreadable"
+    NO_CAPTION = "no caption"
+    NO_SIZE = "no size"
+    NO_LENGTH = "no length"
+    ASPECT = "aspect ratio"
+    TOO_SMALL = "too small"
+    TOO_LONG = "too long"
+    LOW_FPS = "low fps"
+    TOO_SHORT = "too short"
+    SHORT = "short"
+    RARE_SHAPE = "rare shape"
+
+    @property
+    def sentence(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES: Mapping[Reason, str] = {
+    Reason.UNREADABLE: "the file is missing or damaged, or lacks what its cut or crop names",
+    Reason.NO_CAPTION: "neither cap, caption or text, nor a .txt file of the same name",
+    Reason.NO_SIZE: "height or width is unknown, and was not looked up in the file",
+    Reason.NO_LENGTH: "num_frames or fps is unknown, and was not looked up in the file",
+    Reason.ASPECT: "height / width is outside min_h_div_w_ratio .. max_h_div_w_ratio",
+    Reason.TOO_SMALL: "fewer pixels than min_hxw asks for",
+    Reason.TOO_LONG: "more than too_long_factor times the frames wanted",
+    Reason.LOW_FPS: "fewer frames a second than train_fps",
+    Reason.TOO_SHORT: "no valid number of frames (8k + 1) from min_num_frames on fits into it",
+    Reason.SHORT: "fewer than num_frames, and drawn by drop_short_ratio",
+    Reason.RARE_SHAPE: "fewer than min_batches global batches have its shape",
+}
+
+
+class SelectionSettings(Settings):
+    """What to train on. Names as in the guide's `preprocess_parameters`; the defaults are its data.json."""
+
+    num_frames: int = Field(default=121, ge=1)
+    """Most frames of a sample; longer clips give a random window of that many."""
+    frame_interval: Literal[1] = 1
+    """The original has the key; frames are thinned by train_fps instead."""
+    train_fps: float = Field(default=24, gt=0)
+    """Clips of a higher rate are thinned to it, those of a lower one dropped."""
+    speed_factor: float = Field(default=1.0, ge=1)
+    """How much faster a long clip may be played to show more of it."""
+    too_long_factor: float = Field(default=5.0, ge=1)
+    """Clips of more than that many times num_frames are dropped."""
+    drop_short_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a clip shorter than num_frames is dropped."""
+    min_num_frames: int = Field(default=29, ge=1)
+    """Fewest frames of a sample that is not an image."""
+    max_height: int = Field(default=576, ge=1)
+    """With force_resolution, the height of every sample."""
+    max_width: int = Field(default=1024, ge=1)
+    """With force_resolution, the width of every sample."""
+    max_hxw: int | None = Field(default=None, ge=1)
+    """Without force_resolution, most pixels of a frame; None is max_height * max_width."""
+    min_hxw: int | None = Field(default=None, ge=1)
+    """Fewest pixels of a frame, before and after scaling; None is max_height * max_width with
+    force_resolution, else no limit.
+    """
+    force_resolution: bool = True
+    """One size, max_height x max_width, for all."""
+    force_5_ratio: bool = False
+    """Sizes of the five ratios 9:16, 3:4, 1:1, 4:3 and 16:9."""
+    max_h_div_w_ratio: float = Field(default=1.0, gt=0)
+    min_h_div_w_ratio: float = Field(default=0.42, gt=0)
+    hw_stride: int = Field(default=SIDE_MULTIPLE, ge=1)
+    """Sides are multiples of it."""
+    ae_stride_t: int = Field(default=TEMPORAL_STRIDE, ge=1)
+    """Frames are 1 + a multiple of it."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Latent frames of a video are a multiple of it."""
+    min_batches: int = Field(default=4, ge=1)
+    """Shapes that fill fewer global batches are dropped, where `select` is told how large those are."""
+
+    @property
+    def smallest_area(self) -> int:
+        """min_hxw or what stands for it."""
+        if self.min_hxw is not None:
+            return self.min_hxw
+        return self.max_height * self.max_width if self.force_resolution else 1
+
+    @property
+    def largest_area(self) -> int:
+        """max_hxw or what stands for it."""
+        return self.max_height * self.max_width if self.max_hxw is None else self.max_hxw
+
+    def sample_frames(self, frames: int) -> int:
+        """The most frames, of so many, that a sample can have; 0 if none."""
+        unit = self.ae_stride_t * self.sequence_parallel
+        # With k + 1 = j P latent frames, the pixel frames 8 k + 1 are 8 P j - 7.
+        return max(0, (frames + self.ae_stride_t - 1) // unit * unit - self.ae_stride_t + 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_strides(self)
+        _check_frames(self)
+        _check_sizes(self)
+        return self
+
+
+def _check_strides(settings: SelectionSettings) -> None:
+    for name, value, unit in (
+        ("hw_stride", settings.hw_stride, SIDE_MULTIPLE),
+        ("ae_stride_t", settings.ae_stride_t, TEMPORAL_STRIDE),
+    ):
+        if value % unit:
+            nearest = max(unit, round(value / unit) * unit)
+            raise ValueError(f"{name} must be a multiple of {unit}, got {value}: use {nearest}")
+
+
+def _check_frames(settings: SelectionSettings) -> None:
+    wanted, fewest = settings.num_frames, settings.min_num_frames
+    # One frame is training on images, where min_num_frames has no say.
+    if wanted == 1:
+        return
+    below = settings.sample_frames(wanted)
+    if below >= fewest:
+        return
+    unit = settings.ae_stride_t * settings.sequence_parallel
+    above = settings.sample_frames(max(wanted, fewest) + unit - 1)
+    rule = f"1 + a multiple of {settings.ae_stride_t}" + (
+        f", in latent frames a multiple of {settings.sequence_parallel}"
+        if settings.sequence_parallel > 1
+        else ""
+    )
+    nearest = f"the nearest are {below} and {above}" if below else f"the fewest are {above}"
+    lower = f"min_num_frames {below} or " if below else ""
+    raise ValueError(
+        f"num_frames {wanted} with min_num_frames {fewest} drops every video: frames are {rule}, "
+        f"{nearest}: use {lower}num_frames {above}"
+    )
+
+
+def _check_sizes(settings: SelectionSettings) -> None:
+    low, high = settings.min_h_div_w_ratio, settings.max_h_div_w_ratio
+    if low > high:
+        raise ValueError(f"min_h_div_w_ratio {low:g} is above max_h_div_w_ratio {high:g}: no clip is between")
+    if settings.force_resolution:
+        if settings.force_5_ratio:
+            raise ValueError(
+                "force_resolution and force_5_ratio exclude each other: set one of them to false"
+            )
+        stride = settings.hw_stride
+        sides = (settings.max_height, settings.max_width)
+        if any(side % stride for side in sides):
+            nearest = " x ".join(str(max(stride, round(side / stride) * stride)) for side in sides)
+            raise ValueError(
+                f"max_height x max_width must be multiples of hw_stride {stride}, got "
+                f"{sides[0]} x {sides[1]}: the nearest valid size is {nearest}"
+            )
+    elif settings.smallest_area > settings.largest_area:
+        least, most = settings.smallest_area, settings.largest_area
+        raise ValueError(
+            f"min_hxw {least} is above max_hxw {most} and drops every clip: use min_hxw up to {most}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record that is trained on: `num_frames` frames of `height` x `width` pixels.
+
+    `index` is the record's place in the manifest. The frames are found in three steps: every `step`th frame
+    of the file from `start` on makes `resampled` frames; those are thinned evenly to `thinned` (as many, if
+    nothing is sped up); of those a window of `num_frames` frames begins at `window`, which may be anything
+    below `windows`.
+    """
+
+    index: int
+    record: Record
+    num_frames: int
+    height: int
+    width: int
+    start: int = 0
+    step: float = 1.0
+    resampled: int = 1
+    thinned: int = 1
+    window: int = 0
+    windows: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels; samples of one shape can share a batch."""
+        return self.num_frames, self.height, self.width
+
+    @property
+    def frame_numbers(self) -> tuple[int, ...]:
+        """The frames of the file that are read, counted from 0, rising."""
+        last = self.thinned - 1
+        places = range(self.window, self.window + self.num_frames)
+        if self.thinned < self.resampled:
+            places = [place * (self.resampled - 1) // last if last else 0 for place in places]
+        return tuple(math.floor(self.start + place * self.step) for place in places)
+
+    def at(self, window: int) -> Self:
+        """The same sample with its window elsewhere, 0 <= window < `windows`; for another epoch, say."""
+        assert 0 <= window < self.windows
+        return replace(self, window=window)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A record that is not trained on; `detail` has the numbers behind `reason`."""
+
+    index: int
+    record: Record
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` made of the records; both parts are in the manifest's order."""
+
+    settings: SelectionSettings
+    kept: tuple[Sample, ...]
+    dropped: tuple[Dropped, ...]
+
+    @property
+    def shapes(self) -> Counter[tuple[int, int, int]]:
+        """How many samples are kept of each shape."""
+        return Counter(sample.shape for sample in self.kept)
+
+    def reasons(self) -> dict[Reason, list[Dropped]]:
+        """The dropped records by reason, the most frequent first."""
+        by_reason: dict[Reason, list[Dropped]] = {}
+        for drop in self.dropped:
+            by_reason.setdefault(drop.reason, []).append(drop)
+        return dict(sorted(by_reason.items(), key=lambda item: -len(item[1])))
+
+
+def select(
+    records: Sequence[Record],
+    settings: SelectionSettings,
+    *,
+    seed: int = 0,
+    global_batch: int | None = None,
+    need_captions: bool = True,
+    allow_empty: bool = False,
+) -> Selection:
+    """Decide for every record whether it is trained on, at which frames and size (original.md, section 6).
+
+    What is random, windows of long clips and which short ones are dropped, depends on `seed` and the record
+    only, not on the other records. With `global_batch`, the samples of a step over all ranks, shapes that
+    fill fewer than `min_batches` of them are dropped. `need_captions` False is for training a VAE.
+
+    Raises ValueError without records and, unless `allow_empty`, if none is kept.
+    """
+    if not records:
+        raise ValueError("there are no records to select from: the manifest is empty")
+    kept: list[Sample] = []
+    dropped: list[Dropped] = []
+    for index, record in enumerate(records):
+        outcome = _decide(record, index=index, settings=settings, seed=seed, need_captions=need_captions)
+        if isinstance(outcome, Sample):
+            kept.append(outcome)
+        else:
+            dropped.append(Dropped(index, record, outcome.reason, outcome.detail))
+    if global_batch is not None:
+        kept, rare = _without_rare(kept, settings=settings, global_batch=global_batch)
+        dropped = sorted(dropped + rare, key=lambda drop: drop.index)
+    selection = Selection(settings, tuple(kept), tuple(dropped))
+    if not kept and not allow_empty:
+        raise ValueError(f"all {len(records)} records are dropped: {_reasons(selection)}")
+    return selection
+
+
+def _reasons(selection: Selection) -> str:
+    return "; ".join(
+        f"{len(drops)} {reason} ({reason.sentence}), as {drops[0].record.path}: {drops[0].detail}"
+        for reason, drops in selection.reasons().items()
+    )
+
+
+def _without_rare(
+    samples: list[Sample], *, settings: SelectionSettings, global_batch: int
+) -> tuple[list[Sample], list[Dropped]]:
+    if global_batch < 1:
+        raise ValueError(f"global_batch must be at least 1, got {global_batch}")
+    counts = Counter(sample.shape for sample in samples)
+    enough = settings.min_batches * global_batch
+    rare = [
+        Dropped(
+            sample.index,
+            sample.record,
+            Reason.RARE_SHAPE,
+            f"{counts[sample.shape]} samples of {'x'.join(map(str, sample.shape))}, {enough} needed",
+        )
+        for sample in samples
+        if counts[sample.shape] < enough
+    ]
+    return [sample for sample in samples if counts[sample.shape] >= enough], rare
+
+
+class _Drop(NamedTuple):
+    reason: Reason
+    detail: str
+
+
+def _decide(
+    record: Record, *, index: int, settings: SelectionSettings, seed: int, need_captions: bool
+) -> Sample | _Drop:
+    if record.error:
+        return _Drop(Reason.UNREADABLE, record.error)
+    if need_captions and not record.captions:
+        return _Drop(Reason.NO_CAPTION, "no caption")
+    if record.height is None or record.width is None:
+        return _Drop(Reason.NO_SIZE, f"height {record.height}, width {record.width}")
+    size = _size(record.height, record.width, settings=settings)
+    if isinstance(size, _Drop):
+        return size
+    sample = Sample(index, record, num_frames=1, height=size[0], width=size[1])
+    return sample if record.is_image else _timed(sample, settings=settings, seed=seed)
+
+
+def _size(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int] | _Drop:
+    """Height and width of the sample that a frame of this size makes. In whole numbers, so exactly."""
+    low, high = settings.min_h_div_w_ratio, settings.max_h_div_w_ratio
+    if not low <= height / width <= high:
+        return _Drop(Reason.ASPECT, f"{height}/{width} = {height / width:.3f}, allowed {low:g} .. {high:g}")
+    least = settings.smallest_area
+    if settings.force_resolution:
+        sample = (settings.max_height, settings.max_width)
+        # What the centre crop to the target's aspect leaves shall be large enough, too.
+        one, other = sorted((height * sample[1], width * sample[0]))
+        least = -(-least * other // one)
+    elif settings.force_5_ratio:
+        sample = _nearest_ratio(height, width, settings=settings)
+    else:
+        sample = _scaled(height, width, settings=settings)
+    if height * width < least:
+        return _Drop(Reason.TOO_SMALL, f"{height}x{width} = {height * width} pixels, {least} needed")
+    if not settings.force_resolution and sample[0] * sample[1] < least:
+        became = f"{height}x{width} becomes {sample[0]}x{sample[1]}"
+        return _Drop(Reason.TOO_SMALL, f"{became} = {sample[0] * sample[1]} pixels, {least} needed")
+    return sample
+
+
+def _scaled(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int]:
+    """The size, scaled down to max_hxw where it is larger, on the stride."""
+    most, stride = settings.largest_area, settings.hw_stride
+    if height * width > most:
+        # h sqrt(most / (h w)) = sqrt(most h / w)
+        height, width = math.isqrt(most * height // width), math.isqrt(most * width // height)
+    return height // stride * stride, width // stride * stride
+
+
+def _nearest_ratio(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int]:
+    """The largest size of the nearest of the five ratios that has no more pixels than source and max_hxw."""
+    tall, wide, _ = min(_RATIOS, key=lambda ratio: abs(height / width - ratio[2]))
+    area = min(settings.largest_area, height * width)
+    unit = math.isqrt(area // (tall * wide * settings.hw_stride**2)) * settings.hw_stride
+    return tall * unit, wide * unit
+
+
+def _timed(sample: Sample, *, settings: SelectionSettings, seed: int) -> Sample | _Drop:
+    """`sample` with the frames of its video."""
+    record, wanted, rate = sample.record, settings.num_frames, settings.train_fps
+    if record.num_frames is None or record.fps is None:
+        return _Drop(Reason.NO_LENGTH, f"num_frames {record.num_frames}, fps {record.fps}")
+    step = 1.0 if abs(record.fps - rate) < _SAME_FPS else record.fps / rate
+    if step < 1:
+        return _Drop(Reason.LOW_FPS, f"{record.fps:g} fps, train_fps is {rate:g}")
+    most = settings.too_long_factor * wanted * record.fps / rate * settings.speed_factor
+    if record.num_frames > most:
+        return _Drop(
+            Reason.TOO_LONG, f"{record.num_frames} frames at {record.fps:g} fps, at most {int(most)}"
+        )
+    resampled = math.ceil(record.num_frames / step)
+    thinned = _thinned(resampled, settings=settings)
+    frames = settings.sample_frames(min(thinned, wanted))
+    length = f"{thinned} frames" + ("" if step == 1 else f" ({record.num_frames} at {record.fps:g} fps)")
+    if frames < settings.min_num_frames:
+        return _Drop(Reason.TOO_SHORT, f"{length} give {frames}, min_num_frames is {settings.min_num_frames}")
+    chance = _chance(record, seed=seed)
+    if thinned < wanted and chance.random() < settings.drop_short_ratio:
+        return _Drop(Reason.SHORT, f"{length}, num_frames is {wanted}")
+    windows = max(1, thinned - wanted + 1)
+    return replace(
+        sample,
+        num_frames=frames,
+        start=0 if record.cut is None else record.cut[0],
+        step=step,
+        resampled=resampled,
+        thinned=thinned,
+        window=chance.randrange(windows),
+        windows=windows,
+    )
+
+
+def _thinned(frames: int, *, settings: SelectionSettings) -> int:
+    """How many of `frames` are left when the clip is sped up, but to no fewer than wanted."""
+    if settings.speed_factor == 1 or frames <= settings.num_frames:
+        return frames
+    return max(settings.num_frames, int(frames / settings.speed_factor))
+
+
+def _chance(record: Record, *, seed: int) -> random.Random:
+    """Random numbers of one record: its neighbours may come and go without changing them."""
+    # By name, not by path: the same data on another disk makes the same run.
+    key = f"{seed} {record.cut} {record.path.name}".encode("utf-8", "surrogatepass")
+    return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8]))
