@@ -1,0 +1,584 @@
+"""Captioned clips of moving, shaded shapes, drawn by this package: data for the small built-in model.
+
+Not here: reading clips or manifests. Lengths are in units of the frame's shorter side, x to the right and y
+down from the frame's centre; a clip's motion spans the whole clip whatever its length and rate.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from opensoraplan.data.video import VideoWriter, frame_rate, temporary_path
+
+# sRGB. Hues lie at least 22 degrees apart and every colour is far more saturated than any background.
+COLOURS = {
+    "red": (0.90, 0.10, 0.12),
+    "orange": (1.00, 0.51, 0.04),
+    "yellow": (0.98, 0.89, 0.12),
+    "green": (0.14, 0.70, 0.20),
+    "cyan": (0.08, 0.80, 0.84),
+    "blue": (0.12, 0.30, 0.94),
+    "purple": (0.52, 0.16, 0.82),
+    "pink": (1.00, 0.40, 0.74),
+}
+# How far each shape reaches from its centre at radius 1.
+SHAPES = {"ball": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.2, "ring": 1.05, "cross": 1.13}
+# Shapes whose turning nobody could see.
+ROUND = ("ball", "ring")
+# The radius, of a growing or shrinking thing the one halfway.
+SIZES = {"small": 0.14, "medium": 0.18, "large": 0.23}
+MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "anticlockwise", "still")
+# Where a thing is, as the captions say it; the first wording is the plain one.
+BACKGROUNDS = {
+    "studio": ("in front of a grey wall", "in a grey studio", "against a plain grey background"),
+    "meadow": ("over a green meadow", "on a green field under a pale sky", "above a grassy field"),
+    "beach": ("on a sandy beach", "over the sand of a beach", "on a beach by the sea"),
+    "table": ("on a wooden table", "over wooden boards", "on a table of brown wood"),
+    "night": ("in a dark night sky", "under the stars at night", "against a dark starry sky"),
+    "tiles": ("in front of pale tiles", "on a floor of pale tiles", "against a chequered pale wall"),
+}
+# Raise it when the same scene comes out with other pixels or captions: old data sets are then not continued.
+VERSION = 1
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "red": ("red", "bright red"),
+    "orange": ("orange", "bright orange"),
+    "yellow": ("yellow", "bright yellow"),
+    "green": ("green", "bright green"),
+    "cyan": ("cyan", "turquoise"),
+    "blue": ("blue", "bright blue"),
+    "purple": ("purple", "violet"),
+    "pink": ("pink", "bright pink"),
+    "ball": ("ball", "sphere"),
+    "square": ("square", "block"),
+    "triangle": ("triangle",),
+    "star": ("star", "five-pointed star"),
+    "ring": ("ring", "hoop"),
+    "cross": ("cross", "plus sign"),
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium-sized", "mid-sized"),
+    "large": ("large", "big"),
+}
+# What a thing does, and the same as "-ing".
+_DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "left": (
+        ("moves to the left", "moves left", "slides to the left", "glides from right to left"),
+        ("moving to the left", "moving left", "sliding to the left", "travelling from right to left"),
+    ),
+    "right": (
+        ("moves to the right", "moves right", "slides to the right", "glides from left to right"),
+        ("moving to the right", "moving right", "sliding to the right", "travelling from left to right"),
+    ),
+    "up": (
+        ("moves up", "rises", "floats upwards", "moves from the bottom to the top"),
+        ("moving up", "rising", "floating upwards", "going up"),
+    ),
+    "down": (
+        ("moves down", "falls", "sinks downwards", "moves from the top to the bottom"),
+        ("moving down", "falling", "sinking downwards", "going down"),
+    ),
+    "growing": (
+        ("grows", "gets bigger", "grows bigger and bigger", "becomes larger"),
+        ("growing", "getting bigger", "growing bigger and bigger", "becoming larger"),
+    ),
+    "shrinking": (
+        ("shrinks", "gets smaller", "shrinks more and more", "becomes smaller"),
+        ("shrinking", "getting smaller", "shrinking more and more", "becoming smaller"),
+    ),
+    "clockwise": (
+        ("turns clockwise", "rotates clockwise", "spins clockwise"),
+        ("turning clockwise", "rotating clockwise", "spinning clockwise"),
+    ),
+    "anticlockwise": (
+        ("turns anticlockwise", "rotates anticlockwise", "spins counterclockwise", "turns counterclockwise"),
+        ("turning anticlockwise", "rotating anticlockwise", "spinning counterclockwise"),
+    ),
+    "still": (
+        ("stands still", "stays still", "does not move", "rests in place"),
+        ("standing still", "staying still", "not moving", "resting in place"),
+    ),
+}
+# {a}, {b}: "a small red ball"; {a_does}: "moves left"; {a_doing}: "moving left"; {where}: the background.
+_ONE = (
+    "{a} {a_does} {where}",
+    "{where}, {a} {a_does}",
+    "a video of {a} {a_doing} {where}",
+    "{where} there is {a}, {a_doing}",
+    "{a} that {a_does}, {where}",
+    "one object: {a} {a_doing} {where}",
+)
+_ONE_SHORT = ("{a} {a_does}", "{a} {a_doing}", "a video of {a} {a_doing}")
+_TWO = (
+    "on the left, {a} {a_does}; on the right, {b} {b_does}, {where}",
+    "two objects {where}: {a} on the left {a_does}, and {b} on the right {b_does}",
+    "{where}, {a} {a_does} on the left side while {b} {b_does} on the right side",
+    "{b} on the right {b_does}, and {a} on the left {a_does}, {where}",
+    "a video of two objects: left, {a} {a_doing}; right, {b} {b_doing}, {where}",
+    "to the left of {b} that {b_does}, {a} {a_does} {where}",
+)
+_TWO_SHORT = (
+    "on the left, {a} {a_does}; on the right, {b} {b_does}",
+    "{a} on the left {a_does}, {b} on the right {b_does}",
+    "left: {a} {a_doing}; right: {b} {b_doing}",
+)
+
+# One part in this many of all (colour, shape, motion) combinations is kept from training.
+_HELD_OUT_ONE_IN = 10
+# In scenes of two things, each has half of the frame.
+_TWO_SCALE = 0.8
+# Growing goes from the first multiple of the size's radius to the second; shrinking the other way.
+_GROWTH = (0.70, 1.36)
+# Towards the light, x to the right, y down, z to the viewer.
+_LIGHT = (-0.46, -0.62, 0.64)
+# Width of the rounded rim that shading sees: 1 makes a ball of a disc, half the band's width a torus of a
+# ring.
+_BEVEL = {"ball": 1.0, "square": 0.30, "triangle": 0.40, "star": 0.42, "ring": 0.29, "cross": 0.30}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: a colour of COLOURS, a shape of SHAPES, a size of SIZES and a motion of MOTIONS.
+
+    Raises ValueError for other names, and for a round shape that is to turn.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    motion: str
+
+    def __post_init__(self) -> None:
+        _check_name("colour", self.colour, COLOURS)
+        _check_name("shape", self.shape, SHAPES)
+        _check_name("size", self.size, SIZES)
+        _check_name("motion", self.motion, MOTIONS)
+        if self.shape in ROUND and self.motion in ("clockwise", "anticlockwise"):
+            angular = ", ".join(shape for shape in SHAPES if shape not in ROUND)
+            raise ValueError(f"nobody sees a {self.shape} turn {self.motion}: use one of {angular}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows: one thing, or two (left, right), in front of a background of BACKGROUNDS.
+
+    `seed` settles what no caption tells: exact places, speeds and tints. Raises ValueError for another number
+    of things or an unknown background.
+    """
+
+    things: tuple[Thing, ...]
+    background: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.things) not in (1, 2):
+            raise ValueError(f"a scene has 1 or 2 things, got {len(self.things)}")
+        _check_name("background", self.background, BACKGROUNDS)
+
+
+class _Track(NamedTuple):
+    """Where a thing is in each frame, all [T, 1, 1]: centre, radius, and angle (radians, clockwise)."""
+
+    x: Tensor
+    y: Tensor
+    radius: Tensor
+    angle: Tensor
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether any (colour, shape, motion) of the scene is kept from training: a tenth, by a stable hash."""
+    return any(_combination_held_out(thing.colour, thing.shape, thing.motion) for thing in scene.things)
+
+
+def scene_for(
+    index: int, *, seed: int = 0, held_out: bool | None = False, objects: int | None = None
+) -> Scene:
+    """Scene number `index` of an endless list, which `seed`, `held_out` and `objects` determine.
+
+    `held_out`: only scenes kept from training (True), only scenes to train on (False), or any (None).
+    `objects`: how many things, 1 or 2; None mixes three scenes of one with two of two. Two things of a scene
+    never share a colour. Raises ValueError for other numbers.
+    """
+    if objects not in (None, 1, 2):
+        raise ValueError(f"objects must be 1, 2 or None, got {objects}")
+    rng = random.Random(f"scene {seed} {index} {held_out} {objects}")
+    count = objects or (1 if rng.random() < 0.6 else 2)
+    while True:
+        things = tuple(_draw_thing(rng, count=count) for _ in range(count))
+        scene = Scene(things=things, background=rng.choice(list(BACKGROUNDS)), seed=rng.getrandbits(32))
+        colours = {thing.colour for thing in things}
+        if len(colours) == count and held_out in (None, is_held_out(scene)):
+            return scene
+
+
+def caption(scene: Scene, *, variant: int = 0, short: bool = False) -> str:
+    """Say in plain English what the scene shows. Variant 0 is the plainest wording; others are drawn.
+
+    All attributes are named; `short` leaves out sizes and background. The same arguments always give the same
+    words.
+    """
+    if variant < 0:
+        raise ValueError(f"variant must be at least 0, got {variant}")
+    rng = random.Random(f"caption {variant} {scene}") if variant else None
+    forms = {1: (_ONE, _ONE_SHORT), 2: (_TWO, _TWO_SHORT)}[len(scene.things)]
+    words = {"where": _pick(BACKGROUNDS[scene.background], rng)}
+    for name, thing in zip("ab", scene.things, strict=False):
+        parts = [thing.colour, thing.shape] if short else [thing.size, thing.colour, thing.shape]
+        noun = " ".join(_pick(_WORDS[part], rng) for part in parts)
+        does, doing = _DOES[thing.motion]
+        words[name] = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+        words[f"{name}_does"] = _pick(does, rng)
+        words[f"{name}_doing"] = _pick(doing, rng)
+    text = _pick(forms[short], rng).format(**words)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """Distance of points from the outline of a shape of radius 1, upright at the origin; negative inside.
+
+    `x` and `y` broadcast. Exact, save the rounded corners' insides.
+    """
+    _check_name("shape", shape, SHAPES)
+    if shape == "ball":
+        return torch.hypot(x, y) - 1
+    if shape == "ring":
+        return (torch.hypot(x, y) - 0.76).abs() - _BEVEL["ring"]
+    if shape == "square":
+        return _box(x.abs(), y.abs(), 0.74, 0.74) - 0.10
+    if shape == "cross":
+        far, near = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+        return _cross(far, near, length=1.04, half_width=0.30) - 0.05
+    if shape == "triangle":
+        return _star(x, y, points=3, inner=0.5 * 1.12, outer=1.12) - 0.06
+    return _star(x, y, points=5, inner=0.52, outer=1.15) - 0.04
+
+
+def render(scene: Scene, *, frames: int = 25, height: int = 96, width: int = 96) -> Tensor:
+    """Draw the scene: uint8 [frames, height, width, 3], sRGB.
+
+    Raises ValueError unless height and width are multiples of 16 from 64 on and frames is 8k + 1.
+    """
+    _check_size(frames=frames, height=height, width=width)
+    unit = min(height, width)
+    y = ((torch.arange(height) + 0.5 - height / 2) / unit)[:, None]  # [H, 1]
+    x = ((torch.arange(width) + 0.5 - width / 2) / unit)[None, :]  # [1, W]
+    rng = random.Random(f"render {scene.seed}")
+    canvas, horizon = _background(scene.background, x, y, rng)
+    video = canvas[:, None].expand(-1, frames, -1, -1).clone()  # [3, T, H, W]
+    tracks = [
+        _track(scene, index, frames, width / unit / 2, height / unit / 2, rng)
+        for index in range(len(scene.things))
+    ]
+    # All shadows first, for none falls on a thing. The night sky is too far away for any.
+    if scene.background != "night":
+        for thing, track in zip(scene.things, tracks, strict=True):
+            video *= 1 - _shadow(thing, track, x, y, horizon=horizon, bottom=height / unit / 2)
+    for thing, track in zip(scene.things, tracks, strict=True):
+        _draw(video, thing, track, x, y, pixel=1 / unit)
+    return (video * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def write_dataset(
+    folder: str | Path,
+    *,
+    count: int,
+    seed: int = 0,
+    held_out: bool | None = False,
+    objects: int | None = None,
+    frames: int = 25,
+    height: int = 96,
+    width: int = 96,
+    fps: int = 12,
+    captions: int = 4,
+    crf: int = 12,
+) -> Path:
+    """Write scenes 0 .. count - 1 of `scene_for` as mp4 files with the original's manifest.
+
+    Makes `folder/clips/000000.mp4`, ..., `folder/annotation.json` (path, cap, num_frames, fps, resolution;
+    `cap` lists `captions` full wordings and a short one) and `folder/data.txt` (line
+    `folder,annotation.json`, absolute), and returns the path of the last. Clips that are there already are
+    kept, so that a broken-off call can be repeated and a data set be extended with a larger `count`.
+
+    Raises ValueError for a folder that holds clips of other settings, or with a comma in its name (which
+    `data.txt` cannot say), and for numbers that cannot be.
+    """
+    if count < 1 or captions < 1:
+        raise ValueError(f"count and captions must be at least 1, got count {count}, captions {captions}")
+    _check_size(frames=frames, height=height, width=width)
+    root = Path(folder).resolve()
+    if "," in str(root):
+        raise ValueError(f"data.txt cannot name a folder with a comma: {root}")
+    clips = root / "clips"
+    clips.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "held_out": held_out,
+        "objects": objects,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "fps": str(frame_rate(fps)),
+        "crf": crf,
+    }
+    _settle(root / "settings.json", settings)
+    records = []
+    for index in tqdm(range(count), desc="clips", unit="clip"):
+        scene = scene_for(index, seed=seed, held_out=held_out, objects=objects)
+        path = clips / f"{index:06d}.mp4"
+        if not path.exists():
+            with VideoWriter(path, fps=fps, crf=crf) as writer:
+                writer.write(render(scene, frames=frames, height=height, width=width))
+        texts = [caption(scene, variant=variant) for variant in range(captions)]
+        records.append(
+            {
+                "path": f"clips/{path.name}",
+                "cap": [*texts, caption(scene, variant=index + 1, short=True)],
+                "num_frames": frames,
+                "fps": fps,
+                "resolution": {"height": height, "width": width},
+                "scene": asdict(scene),
+            }
+        )
+    _replace(root / "annotation.json", json.dumps(records, indent=1))
+    _replace(root / "data.txt", f"{root},{root / 'annotation.json'}\n")
+    return root / "data.txt"
+
+
+def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    names = list(known)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown {kind} {name!r}: {hint}there are {', '.join(names)}")
+
+
+def _check_size(*, frames: int, height: int, width: int) -> None:
+    for name, value in (("height", height), ("width", width)):
+        if value < 64 or value % 16:
+            nearest = max(64, round(value / 16) * 16)
+            raise ValueError(f"{name} must be a multiple of 16 from 64 on, got {value}: use {nearest}")
+    if frames < 1 or frames % 8 != 1:
+        raise ValueError(
+            f"frames must be 8k + 1, got {frames}: use {max(1, round((frames - 1) / 8) * 8 + 1)}"
+        )
+
+
+def _combination_held_out(colour: str, shape: str, motion: str) -> bool:
+    digest = hashlib.sha256(f"{colour} {shape} {motion}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def _draw_thing(rng: random.Random, *, count: int) -> Thing:
+    shape = rng.choice(list(SHAPES))
+    motions = [motion for motion in MOTIONS if shape not in ROUND or not motion.endswith("clockwise")]
+    # Half of a frame is too narrow for the large ones.
+    sizes = list(SIZES) if count == 1 else ["small", "medium"]
+    return Thing(
+        colour=rng.choice(list(COLOURS)), shape=shape, size=rng.choice(sizes), motion=rng.choice(motions)
+    )
+
+
+def _pick(choices: Sequence[str], rng: random.Random | None) -> str:
+    return choices[0] if rng is None else rng.choice(choices)
+
+
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
+    """Distance from a box around the origin, for x, y >= 0."""
+    dx, dy = x - half_width, y - half_height
+    return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
+
+
+def _cross(far: Tensor, near: Tensor, *, length: float, half_width: float) -> Tensor:
+    """Distance from two crossing bars, for far >= near >= 0, where all its arms lie on each other."""
+    outside = torch.hypot((far - length).clamp(min=0), (near - half_width).clamp(min=0))
+    end, side = length - far, half_width - near
+    corner = torch.hypot((far - half_width).clamp(max=0), (near - half_width).clamp(max=0))
+    inside = torch.where(far > half_width, torch.minimum(end, side), torch.minimum(end, corner))
+    return torch.where((end > 0) & (side > 0), -inside, outside)
+
+
+def _star(x: Tensor, y: Tensor, *, points: int, inner: float, outer: float) -> Tensor:
+    """Distance from a star with a tip on top; with 3 points and half the radius inside, a triangle."""
+    sector = 2 * math.pi / points
+    angle = torch.atan2(x, -y)  # clockwise from the top
+    angle = (angle - sector * (angle / sector).round()).abs()
+    radius = torch.hypot(x, y)
+    # All edges lie on each other now: from the tip (outer, 0) to the notch.
+    px, py = radius * angle.cos() - outer, radius * angle.sin()
+    ex, ey = inner * math.cos(sector / 2) - outer, inner * math.sin(sector / 2)
+    along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+    distance = torch.hypot(px - along * ex, py - along * ey)
+    return torch.where(px * ey - py * ex > 0, distance, -distance)
+
+
+def _track(
+    scene: Scene, index: int, frames: int, half_width: float, half_height: float, rng: random.Random
+) -> _Track:
+    """Place and move thing `index` so that it stays in its part of the frame all the time."""
+    thing, two = scene.things[index], len(scene.things) == 2
+    time = torch.linspace(-1, 1, frames)[:, None, None] if frames > 1 else torch.zeros(1, 1, 1)  # [T, 1, 1]
+    radius = torch.full_like(time, SIZES[thing.size] * (_TWO_SCALE if two else 1))
+    if thing.motion in ("growing", "shrinking"):
+        low, high = _GROWTH
+        sign = 1 if thing.motion == "growing" else -1
+        radius = radius * ((low + high) / 2 + time * sign * (high - low) / 2)
+    reach = float(radius.max()) * SHAPES[thing.shape] + 0.015
+    cell = half_width / 2 if two else half_width
+    free_x, free_y = cell - reach, half_height - reach
+    way_x = way_y = 0.0
+    if thing.motion in ("left", "right"):
+        way_x = min(free_x, rng.uniform(0.24, 0.30)) * (1 if thing.motion == "right" else -1)
+    elif thing.motion in ("up", "down"):
+        way_y = min(free_y, rng.uniform(0.24, 0.30)) * (1 if thing.motion == "down" else -1)
+    spare_x, spare_y = min(free_x - abs(way_x), 0.12), min(free_y - abs(way_y), 0.12)
+    x = rng.uniform(-spare_x, spare_x) + (cell * (2 * index - 1) if two else 0) + way_x * time
+    y = rng.uniform(-spare_y, spare_y) + way_y * time
+    angle = torch.full_like(time, math.radians(rng.uniform(-5, 5)))
+    if thing.motion.endswith("clockwise"):
+        half_turn = math.radians(rng.uniform(45, 55))
+        angle = angle + time * (half_turn if thing.motion == "clockwise" else -half_turn)
+    return _Track(x=x, y=y, radius=radius, angle=angle)
+
+
+def _local(track: _Track, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Points in the thing's own upright frame, where its radius is 1."""
+    dx, dy = (x - track.x) / track.radius, (y - track.y) / track.radius
+    cos, sin = track.angle.cos(), track.angle.sin()
+    return dx * cos + dy * sin, dy * cos - dx * sin
+
+
+def _shadow(
+    thing: Thing, track: _Track, x: Tensor, y: Tensor, *, horizon: float | None, bottom: float
+) -> Tensor:
+    """How much light the thing takes from the background, [T, H, W] in 0 .. 1."""
+    if horizon is None:  # a wall, or a table seen from above: its soft outline, down to the right
+        u, v = _local(track, x - 0.22 * track.radius, y - 0.30 * track.radius)
+        soft = (0.5 - signed_distance(thing.shape, u, v) / 0.7).clamp(0, 1)
+        return 0.42 * soft * soft * (3 - 2 * soft)
+    # A floor: an ellipse below the thing, fainter and wider the higher it is.
+    below = track.y + track.radius * 0.97
+    floor = min(max(float(below.max()), horizon + 0.10), bottom - 0.04)
+    lift = ((floor - below) / 0.5).clamp(min=0)
+    wide = track.radius * (0.95 + 0.5 * lift)
+    distance = torch.hypot((x - track.x) / wide, (y - floor) / (0.30 * wide))
+    return (0.55 / (1 + 2.2 * lift)) * torch.exp(-1.6 * distance**2)
+
+
+def _draw(video: Tensor, thing: Thing, track: _Track, x: Tensor, y: Tensor, *, pixel: float) -> None:
+    """Draw a shaded thing onto `video` [3, T, H, W] in place."""
+    u, v = _local(track, x, y)
+    distance = signed_distance(thing.shape, u, v)  # [T, H, W], in radii
+    cover = (0.5 - distance * track.radius / pixel).clamp(0, 1)
+    # The surface's normal leans outward along the distance's gradient, the more the nearer to the outline.
+    slope_y, slope_x = torch.gradient(distance, dim=(1, 2))
+    length = torch.hypot(slope_x, slope_y).clamp(min=1e-6)
+    lean = (1 + distance / _BEVEL[thing.shape]).clamp(0, 1)
+    flat = 1.0 if thing.shape in ROUND else 0.8
+    normal_x, normal_y = slope_x / length * lean * flat, slope_y / length * lean * flat
+    normal_z = (1 - (lean * flat) ** 2).clamp(min=0).sqrt()
+    light_x, light_y, light_z = _LIGHT
+    facing = normal_x * light_x + normal_y * light_y + normal_z * light_z
+    # Lambert's law, softened by light from all around.
+    lit = (0.44 + 0.68 * (0.75 * facing.clamp(min=0) + 0.125 * (facing + 1))).clamp(max=1)
+    # Blinn's highlight, with the viewer in front.
+    half = math.sqrt(light_x**2 + light_y**2 + (light_z + 1) ** 2)
+    gloss = (normal_x * light_x + normal_y * light_y + normal_z * (light_z + 1)) / half
+    shine = 0.55 * gloss.clamp(min=0) ** 40
+    for channel, value in zip(video, COLOURS[thing.colour], strict=True):
+        colour = value * lit
+        channel.lerp_(colour + (1 - colour) * shine, cover)
+
+
+def _background(name: str, x: Tensor, y: Tensor, rng: random.Random) -> tuple[Tensor, float | None]:
+    """Colours [3, H, W] and, where there is a floor, the height of its far end."""
+    if name == "meadow":
+        horizon = rng.uniform(-0.02, 0.06)
+        depth = ((y - horizon) / 0.5).clamp(0, 1)
+        grass = _mix((0.62, 0.70, 0.52), (0.44, 0.58, 0.38), depth + 0 * x)
+        grass = grass * (1 + 0.05 * (1 + depth) * _ripple(x, y, rng, across=9, down=14))
+        sky = _mix((0.66, 0.77, 0.88), (0.86, 0.90, 0.92), ((y + 0.5) / (horizon + 0.5)).clamp(0, 1) + 0 * x)
+        return _above(sky, grass, y, horizon), horizon
+    if name == "beach":
+        horizon = rng.uniform(-0.04, 0.02)
+        sand = _mix((0.86, 0.81, 0.70), (0.77, 0.70, 0.58), ((y - horizon) / 0.5).clamp(0, 1) + 0 * x)
+        sand = sand * (1 + 0.03 * _ripple(x, y, rng, across=4, down=11))
+        sky = _mix((0.74, 0.83, 0.90), (0.92, 0.91, 0.87), ((y + 0.5) / (horizon + 0.5)).clamp(0, 1) + 0 * x)
+        sea = torch.tensor((0.50, 0.63, 0.68))[:, None, None].expand_as(sand)
+        return _above(_above(sky, sea, y, horizon - 0.10), sand, y, horizon), horizon
+    if name == "table":
+        boards = torch.sin(math.pi * (y + rng.uniform(0, 0.25)) / 0.25) + 0 * x
+        seam = torch.exp(-((boards / 0.12) ** 2))
+        grain = _ripple(x, y, rng, across=2, down=26) + 0.6 * _ripple(x, y, rng, across=3, down=9)
+        wood = _mix((0.62, 0.52, 0.42), (0.72, 0.62, 0.51), 0.5 + 0.3 * grain)
+        return wood * (1 - 0.22 * seam) * (1.04 - 0.14 * (x + y)), None
+    if name == "night":
+        sky = _mix((0.05, 0.06, 0.13), (0.17, 0.18, 0.28), (y + 0.5).clamp(0, 1) ** 1.5 + 0 * x)
+        for _ in range(16):
+            away = ((x - rng.uniform(-0.5, 0.5)) ** 2 + (y - rng.uniform(-0.5, 0.4)) ** 2) / 0.009**2
+            sky = sky + rng.uniform(0.2, 0.55) * torch.exp(-away)
+        return sky.clamp(max=1), None
+    if name == "tiles":
+        period = 0.25
+        checks = torch.sin(math.pi * (x + rng.uniform(0, 0.5)) / period) * torch.sin(
+            math.pi * (y + rng.uniform(0, 0.5)) / period
+        )
+        tiles = _mix((0.70, 0.71, 0.75), (0.86, 0.86, 0.87), 0.5 + 0.5 * torch.tanh(6 * checks))
+        return tiles * (1 - 0.12 * (x + y)), None
+    tone = rng.uniform(0.60, 0.74)
+    glow = torch.exp(-((x + 0.15) ** 2 + (y + 0.2) ** 2) / 0.35)
+    grey = torch.tensor((tone, tone, tone * 1.02))[:, None, None]
+    return grey * (0.74 + 0.42 * glow), None
+
+
+def _mix(first: tuple[float, ...], second: tuple[float, ...], amount: Tensor) -> Tensor:
+    """Between two colours, [3, H, W] for amounts [H, W] (0: the first)."""
+    start, end = torch.tensor(first)[:, None, None], torch.tensor(second)[:, None, None]
+    return start + (end - start) * amount.clamp(0, 1)
+
+
+def _above(upper: Tensor, lower: Tensor, y: Tensor, edge: float) -> Tensor:
+    """`upper` above the height `edge` and `lower` below it, over about a pixel."""
+    return torch.lerp(upper, lower, (0.5 + (y - edge) / 0.015).clamp(0, 1).expand_as(upper))
+
+
+def _ripple(x: Tensor, y: Tensor, rng: random.Random, *, across: float, down: float) -> Tensor:
+    """Smooth irregular waves in about -1 .. 1 [H, W], with so many crests per unit along each axis."""
+    total = torch.zeros(1)
+    for _ in range(4):
+        fx, fy = across * rng.uniform(-1, 1), down * rng.uniform(0.4, 1)
+        total = total + torch.sin(2 * math.pi * (fx * x + fy * y) + rng.uniform(0, 2 * math.pi))
+    return total / 2.5
+
+
+def _settle(path: Path, settings: dict[str, object]) -> None:
+    """Write `settings`, or see to it that they are those written before."""
+    if not path.exists():
+        _replace(path, json.dumps(settings, indent=1))
+        return
+    before = json.loads(path.read_text())
+    changed = [
+        f"{key} {before.get(key)} (now {value})"
+        for key, value in settings.items()
+        if before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds clips made with other settings: {', '.join(changed)}; use another folder"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is complete at any moment."""
+    temporary = temporary_path(path)
+    temporary.write_text(text)
+    temporary.replace(path)
