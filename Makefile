@@ -12,17 +12,20 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# A small release with random weights, through the whole path: convert, generate, a clip through the VAE.
+# A small release with random weights, through the whole path: convert, generate, a rendered clip through the
+# VAE.
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python examples/tiny_release.py $(DEMO)/release
 	$(BIN)/osp inspect $(DEMO)/release/model_ema.pt
 	$(BIN)/osp convert --config $(DEMO)/release/inference.json --out $(DEMO)/model
 	$(BIN)/osp generate "a red ball rolls over green grass" --model $(DEMO)/model --out $(DEMO)/ball.mp4 \
-		--frames 17 --height 128 --width 192 --steps 8
-	$(BIN)/python examples/render_clip.py $(DEMO)/clip.mp4
-	$(BIN)/osp reconstruct $(DEMO)/clip.mp4 --vae $(DEMO)/model --out $(DEMO)/clip_reconstruction.mp4
-	@echo "Look at $(DEMO)/ball.mp4 and $(DEMO)/clip_reconstruction.mp4: noise, for the weights are random."
+		--frames 17 --height 128 --width 192 --steps 8 --dtype fp32
+	$(BIN)/osp data render $(DEMO)/shapes --count 4
+	$(BIN)/osp data check $(DEMO)/shapes/data.txt \
+		--set num_frames=25 min_num_frames=25 train_fps=12 max_height=96 max_width=96
+	$(BIN)/osp reconstruct $(DEMO)/shapes/clips/000000.mp4 --vae $(DEMO)/model --out $(DEMO)/reconstruction.mp4
+	@echo "Look at $(DEMO)/ball.mp4 and $(DEMO)/reconstruction.mp4: noise, for the weights are random."
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest

@@ -188,6 +188,58 @@ class Inspect:
     """A file, a folder of shards, a diffusers component, or a folder that `osp convert` wrote."""
 
 
+@dataclass(frozen=True)
+class DataCheck:
+    """Show what training would use of a manifest, and why the rest is dropped."""
+
+    manifest: Positional[Path]
+    """A folder of clips with .txt captions, or a data.txt, .json, .jsonl, .csv or .parquet manifest."""
+    data: OptionalPath = None
+    """The guide's data.json, for what to select; without it, the guide's values."""
+    root: Annotated[Path | None, optional("PATH", "(default: the manifest's folder)")] = None
+    """Where relative paths of clips begin."""
+    csv: OptionalPath = None
+    """Also write every record with its fate and reason to this .csv."""
+    global_batch: Annotated[int | None, optional("N")] = None
+    """Also drop shapes that would fill fewer than 4 batches of so many samples."""
+    all_files: bool = False
+    """Open every file, also where the manifest says all there is to know."""
+    seed: int = 0
+    """Of the random windows and of drop_short_ratio."""
+    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    """Other values of the selection, for example num_frames=25 max_height=96 max_width=96."""
+
+
+@dataclass(frozen=True)
+class DataRender:
+    """Render captioned clips of moving shapes, to try things on: mp4 files, annotation.json and data.txt."""
+
+    folder: Positional[Path]
+    """Where to; the same command again, or with a larger count, continues."""
+    count: int = 100
+    """Clips."""
+    seed: int = 0
+    """One seed, one set of clips."""
+    frames: int = 25
+    """8k + 1."""
+    height: int = 96
+    """Pixels, a multiple of 16."""
+    width: int = 96
+    """Pixels, a multiple of 16."""
+    fps: int = 12
+    """Frames a second."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Clips to train on: check those you have, or render some."""
+
+    job: OmitArgPrefixes[
+        Annotated[DataCheck, subcommand("check", prefix_name=False)]
+        | Annotated[DataRender, subcommand("render", prefix_name=False)]
+    ]
+
+
 # Options of `Generate` that are fields of a request; the rest say what makes it.
 REQUEST_OPTIONS = (
     "negative_prompt", "frames", "height", "width", "fps", "steps", "guidance", "guidance_rescale",
@@ -349,6 +401,46 @@ def inspect(options: Inspect) -> None:
     sys.stdout.write("\n\n".join(describe(path) for path in paths) + "\n")
 
 
+def data_check(options: DataCheck) -> None:
+    """`osp data check`."""
+    check_exists(options.manifest)
+    if options.data is not None:
+        check_exists(options.data)
+
+    from opensoraplan.convert.mindspeed_json import read_selection
+    from opensoraplan.data.check import check_manifest
+
+    table = check_manifest(
+        options.manifest,
+        settings=read_selection(options.data, changes=options.set),
+        root=options.root,
+        csv_path=options.csv,
+        global_batch=options.global_batch,
+        probing="all" if options.all_files else "missing",
+        seed=options.seed,
+    )
+    sys.stdout.write(table + "\n")
+
+
+def data_render(options: DataRender) -> None:
+    """`osp data render`."""
+    import torch
+
+    from opensoraplan.data.shapes_demo import write_dataset
+
+    torch.set_num_threads(1)  # more only get in each other's way on pictures of this size
+    manifest = write_dataset(
+        options.folder,
+        count=options.count,
+        seed=options.seed,
+        frames=options.frames,
+        height=options.height,
+        width=options.width,
+        fps=options.fps,
+    )
+    logger.info("wrote %s", manifest)
+
+
 def main() -> None:
     """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -363,6 +455,7 @@ def main() -> None:
             | Annotated[Convert, subcommand("convert", prefix_name=False)]
             | Annotated[Reconstruct, subcommand("reconstruct", prefix_name=False)]
             | Annotated[Inspect, subcommand("inspect", prefix_name=False)]
+            | Annotated[Data, subcommand("data", prefix_name=False)]
         )  # type: ignore[operator]
         options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
         match options:
@@ -374,6 +467,10 @@ def main() -> None:
                 reconstruct(options)
             case Inspect():
                 inspect(options)
+            case Data(DataCheck() as job):
+                data_check(job)
+            case Data(DataRender() as job):
+                data_render(job)
     except KeyboardInterrupt:
         sys.stderr.write("osp: stopped\n")
         sys.exit(130)
@@ -386,6 +483,8 @@ def read_config(arguments: list[str]) -> "Inference | None":
     """The config that --config names, read before all else: its values become the defaults of the other
     options.
     """
+    if arguments[:1] not in (["generate"], ["convert"]):
+        return None
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     finder.add_argument("--set", nargs="*", action="extend", default=[])

@@ -182,7 +182,7 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, 
             if filled := {key: value.strip() for key, value in row.items() if value and value.strip()}:
                 yield reader.line_num, filled
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        raise ValueError(f"{path}, after line {reader.line_num}: {error}") from None
 
 
 class Targets:
@@ -257,27 +257,23 @@ def run(
     folder or the files of its parts, goes into the metadata. Raises NonFiniteLatentsError if latents become
     NaN, after writing the last good ones beside the video, and MemoryError for a size that does not fit.
     """
-    written = []
+    written: list[Path] = []
     embeds = PromptCache(pipeline)
-    for index, (request, wanted) in enumerate(zip(requests, paths, strict=True)):
-        record = make_record(pipeline, request, model)
-        if resume and (done := find_done(wanted, record)) is not None:
-            logger.info("%d of %d is done: %s", index + 1, len(requests), done)
-            written.append(done)
-            continue
-        logger.info("%d of %d: %r, seed %d", index + 1, len(requests), request.prompt, request.seed)
-        try:
+    total = len(requests)
+    try:
+        for number, (request, wanted) in enumerate(zip(requests, paths, strict=True), start=1):
+            record = make_record(pipeline, request, model)
+            if resume and (done := find_done(wanted, record)) is not None:
+                logger.info("%d of %d is done: %s", number, total, done)
+                written.append(done)
+                continue
+            logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
             written.append(make_video(pipeline, request, embeds, wanted, record))
-        except KeyboardInterrupt:
-            hint = "the same command continues with this one" if resume else "nothing of it is left"
-            logger.info("stopped at %d of %d: %s", index + 1, len(requests), hint)
-            raise
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            size = f"{request.frames} frames of {request.width} x {request.height}"
-            raise MemoryError(f"{size} do not fit into memory: ask for fewer or smaller ones") from error
-        logger.info("wrote %s", written[-1])
+            logger.info("wrote %s", written[-1])
+    except KeyboardInterrupt:
+        hint = "the same command continues with this one" if resume else "nothing of it is left"
+        logger.info("stopped at %d of %d: %s", len(written) + 1, total, hint)
+        raise
     return written
 
 
@@ -474,9 +470,9 @@ def stored_record(path: Path) -> dict[str, Any] | None:
 
 def save_latents(latents: "Tensor", wanted: Path, record: dict[str, Any]) -> Path:
     """Latents beside the video that they were to become. Returns their path."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors = {"latents": latents.cpu().contiguous()}
     metadata = {"record": json.dumps(record, ensure_ascii=False)}
+    content = save({"latents": latents.cpu().contiguous()}, metadata=metadata)
     path = wanted.with_suffix(".latents.safetensors")
-    return write_new(path, lambda file: save_file(tensors, file, metadata=metadata))
+    return write_new(path, lambda file: file.write_bytes(content))

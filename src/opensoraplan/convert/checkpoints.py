@@ -21,6 +21,7 @@ from opensoraplan.convert.stored import (
     Ignored,
     Stored,
     StoredTensors,
+    empty,
     read_json_object,
     read_pickle,
     read_safetensors,
@@ -375,7 +376,7 @@ def _joined(pieces: list[Stored], dim: int) -> Stored:
     shape[dim] = part * len(pieces)
 
     def read() -> Tensor:
-        value = torch.empty(shape, dtype=pieces[0].dtype)
+        value = empty(tuple(shape), pieces[0].dtype)
         for rank, piece in enumerate(pieces):
             value.narrow(dim, rank * part, part).copy_(piece.read())
         return value

@@ -1,5 +1,6 @@
-"""The guide's inference JSON, comments and all, translated to ours. Every key is used, or named as having no
-meaning here; an unknown key is an error. The architecture keys are in models/original.py.
+"""The guide's JSON files, comments and all, translated to ours: the inference file whole, of data.json what
+selects samples. Every key is used, or named as having no meaning here; an unknown key is an error. The
+architecture keys are in models/original.py.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
+from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.models import original
 from opensoraplan.settings import Settings
 
@@ -171,6 +173,40 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
 def _has(content: dict[str, Any], key: str) -> bool:
     section, _, name = key.rpartition(".")
     return name in (content[section] if section else content)
+
+
+# Keys of data.json's `preprocess_parameters` that say how samples are read and batched, not which are taken.
+NOT_OF_SELECTION = (
+    "video_reader_type",
+    "image_reader_type",
+    "cfg",
+    "batch_size",
+    "gradient_accumulation_size",
+    "use_aesthetic",
+    "train_pipeline",
+)
+
+
+def read_selection(path: Path | None, *, changes: Sequence[str] = ()) -> SelectionSettings:
+    """Which samples the guide's data.json selects (None: as printed there), with `changes` as "key=value".
+
+    Raises ValueError for unknown keys and for values that cannot be.
+    """
+    values: dict[str, Any] = {}
+    where = "the selection"
+    if path is not None:
+        where = f"{path}, preprocess_parameters"
+        section: Any = read_json(path)
+        for key in ("dataset_param", "preprocess_parameters"):
+            section = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise ValueError(
+                f"{path} has no dataset_param.preprocess_parameters: is it the guide's data.json?"
+            )
+        values = {key: value for key, value in section.items() if key not in NOT_OF_SELECTION}
+    for change in changes:
+        _apply(change, values)
+    return SelectionSettings.read(values, where=where)
 
 
 def _apply(change: str, content: dict[str, Any]) -> None:

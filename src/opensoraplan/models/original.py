@@ -273,22 +273,12 @@ def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 
 def load(model: OriginalModel, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-    """Fill a model built on the meta device, one tensor at a time; see `match` for what is checked first.
-
-    Of a lazy mapping no more is in memory than the model and the one tensor that is being read.
-    """
+    """Fill a model built on the meta device, one tensor at a time; see `match` for what is checked first."""
     for ours, theirs in match(model, tensors).items():
         parent, _, leaf = ours.rpartition(".")
-        module = model.get_submodule(parent)
-        shape = getattr(module, leaf).shape
-        setattr(module, leaf, nn.Parameter(_read(tensors, theirs, shape, dtype)))
+        setattr(model.get_submodule(parent), leaf, _parameter(tensors[theirs], dtype))
 
 
-def _read(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None:
-        return tensors[name]
-    # The place of the result is taken before that of what is read into it, which then is the last to come and
-    # the first to go: the other way round every tensor would leave a hole in memory that the next do not fit.
-    result = torch.empty(shape, dtype=dtype)
-    value = tensors[name]
-    return value if value.dtype == dtype else result.copy_(value)
+def _parameter(value: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    # A function of its own, so that nothing refers to the tensor as read while the next one is.
+    return nn.Parameter(value if dtype is None else value.to(dtype))

@@ -12,18 +12,19 @@ from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
-from opensoraplan.models.strict import StrictModel
+from opensoraplan.models.strict import StrictMixin
 
 logger = logging.getLogger(__name__)
 
@@ -390,7 +391,8 @@ class AdaNormOut(nn.Module):
         return self.norm(x) * (1 + scale) + shift
 
 
-class SparseUMMDiT(StrictModel, PeftAdapterMixin, CacheMixin, AttentionMixin):
+# diffusers' pipelines load a class only where they find the name ModelMixin beside it.
+class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
 
     Args:

@@ -6,14 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
-
 Shape = tuple[int, ...]
 
 
-class StrictModel(ModelMixin, ConfigMixin):
-    """A diffusers model that is loaded whole or not at all.
+class StrictMixin:
+    """Comes before ModelMixin and ConfigMixin: a diffusers model that is loaded whole or not at all.
 
     diffusers only warns of config keys that the constructor does not take, of tensors that are missing (they
     stay without values) and of tensors that have no place; here each raises ValueError.
@@ -25,13 +22,12 @@ class StrictModel(ModelMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:  # noqa: ANN401
         given = [key for key in config_dict if not key.startswith("_") and key != "quantization_config"]
         cls.check_keys(given, where=f"the config of {cls.__name__}")
-        return super().extract_init_dict(config_dict, **kwargs)
+        return super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: Any, *, output_loading_info: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
         """As in diffusers, but ValueError that names every tensor that is missing or has no place."""
-        loaded: Any = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        model, info = loaded
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[misc]
         problems = [f"missing {name}" for name in info["missing_keys"]]
         problems += [f"unexpected {name}" for name in info["unexpected_keys"]]
         if problems:
@@ -41,7 +37,8 @@ class StrictModel(ModelMixin, ConfigMixin):
     @classmethod
     def check_keys(cls, given: Iterable[str], *, where: str) -> None:
         """Raise ValueError naming each key of `given` that the constructor does not take."""
-        check_known_keys(given, cls._get_init_keys(cls) - {"self"}, where=where)
+        known: set[str] = cls._get_init_keys(cls)  # type: ignore[attr-defined]
+        check_known_keys(given, known - {"self"}, where=where)
 
 
 def check_known_keys(given: Iterable[str], known: Iterable[str], *, where: str) -> None:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models import original
-from opensoraplan.models.strict import StrictModel
+from opensoraplan.models.strict import StrictMixin
 from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
 
 logger = logging.getLogger(__name__)
@@ -462,7 +463,7 @@ def edge_ramp(length: int, start: int, size: int, overlap: int, like: Tensor) ->
 # --- Model --------------------------------------------------------------------------------------------------
 
 
-class WFVAE(StrictModel):
+class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
     """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release: 227,035,624 learned
     values.
 

@@ -1,0 +1,547 @@
+"""The command `osp`: whole jobs on the tiny release, and what it says to mistakes."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import cast
+
+import av
+import pytest
+import torch
+from av.video.stream import VideoStream
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_release import DENOISER, VAE
+
+from opensoraplan import cli
+
+GUIDE = Path(__file__).parent / "golden/inference_t2v_model1_5.json"
+SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as these only get slower with more: ten times on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Outcome:
+    """How a command ended. `log` is what else it said on stderr."""
+
+    code: int
+    out: str
+    err: str
+    log: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def osp(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> Command:
+    """Runs the command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="opensoraplan")
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
+        caplog.clear()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err, caplog.text)
+
+    return command
+
+
+def mistake(outcome: Outcome) -> str:
+    """The one message of a command that failed as it should."""
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.err
+    assert outcome.err.count("osp: error: ") == 1, outcome.err
+    return outcome.err.partition("osp: error: ")[2].strip()
+
+
+def changed_sizes() -> list[str]:
+    """What turns the guide's config into one of the tiny release's size."""
+    sections = {"predictor": DENOISER, "ae": VAE}
+    return [
+        f"{name}.{key}={json.dumps(value)}"
+        for name, section in sections.items()
+        for key, value in section.items()
+    ]
+
+
+def part_paths(release: Path) -> list[object]:
+    return [
+        "--transformer", release / "model_ema.pt", "--vae", release / "wfvae.ckpt",
+        "--text-encoder", release / "t5", "--text-encoder-2", release / "clip",
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# --- Whole jobs ---------------------------------------------------------------------------------------------
+
+
+def test_osp_is_this_command() -> None:
+    (command,) = entry_points(group="console_scripts", name="osp")
+    assert command.value == "opensoraplan.cli:main"
+
+
+def test_the_guides_file_as_printed(tiny_release: Path, tmp_path: Path) -> None:
+    """Only paths, device and sizes are overridden. In a process of its own, for what the terminal shows."""
+    command = [
+        sys.executable, "-m", "opensoraplan.cli", "generate", "a red ball", "--config", GUIDE,
+        *part_paths(tiny_release), *SMALL, "--out", "ball.mp4", "--set", *changed_sizes(),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(word) for word in command], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ball.json", "ball.mp4"]
+    record = json.loads((tmp_path / "ball.json").read_text())
+    wanted = {"prompt": "a red ball", "steps": 1, "guidance": 8.0, "fps": 24.0, "dtype": "bfloat16"}
+    assert {key: record[key] for key in wanted} == wanted
+    assert record["model"]["transformer"] == str(tiny_release / "model_ema.pt")
+    assert record["scheduler"]["shift"] == 7.0
+    with av.open(str(tmp_path / "ball.mp4")) as container:
+        stream = cast(VideoStream, container.streams.video[0])
+        assert (stream.width, stream.height, stream.average_rate) == (32, 32, Fraction(24))
+        assert stream.codec_context.codec.canonical_name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert len(list(container.decode(stream))) == 9
+    # What the guide's file has that means nothing here is named, and fp16 is warned of once.
+    assert done.stderr.count("has no meaning here") == 4
+    assert done.stderr.count("computing in bf16") == 1
+    assert "loading " in done.stderr
+    assert "denoising: 100%" in done.stderr
+    assert done.stderr.endswith("wrote ball.mp4\n")
+    for noise in ("Warning", "Loading weights", "LOAD REPORT", "deprecated"):
+        assert noise not in done.stderr
+
+
+def test_the_releases_own_config(osp: Command, tiny_release: Path, tmp_path: Path) -> None:
+    """Its prompt file, paths and fp32 hold where nothing else is said."""
+    config = tiny_release / "inference.json"
+    outcome = osp("generate", "--config", config, *SMALL, "--out", "out", "--set", "diffusion.shift=3")
+    assert outcome.code == 0, outcome
+    first, second = sorted((tmp_path / "out").glob("*.json"))
+    assert first.name == "0000_a-red-ball-rolls-over-green-grass_seed0.json"
+    record = json.loads(second.read_text())
+    assert (record["seed"], record["dtype"], record["scheduler"]["shift"]) == (1, "float32", 3)
+    assert "2 of 2: 'a drone view" in outcome.log
+
+
+def test_a_converted_model_makes_the_same_video(osp: Command, tiny_release: Path, tmp_path: Path) -> None:
+    config = ["--config", tiny_release / "inference.json"]
+    sampling = [*SMALL, "--dtype", "fp32", "--frames", "1", "--guidance", "3"]
+    assert osp("convert", *config, "--out", "model").code == 0
+    assert osp("generate", "a cat", *config, *sampling, "--out", "a.png").code == 0
+    assert osp("generate", "a cat", "--model", "model", *sampling, "--out", "b.png").code == 0
+    with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+        assert a.tobytes() == b.tobytes()
+    records = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    models = [record.pop("model") for record in records]
+    assert records[0] == records[1]
+    assert models[1] == "model"
+
+
+def test_options_reach_the_pipeline(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    outcome = osp(
+        "generate", "A  CAT", "--model", tiny_model, *SMALL, "--out", "new/folder", "--frames", "1",
+        "--videos-per-prompt", "2", "--seed", "7", "--dynamic-shift", "True", "--batched-guidance",
+        "--guidance", "2.5", "--guidance-rescale", "0.1", "--guidance-interval", "0", "0.5",
+        "--negative-prompt", "rain", "--prompt-template", "{}", "--default-negative-prompt", "",
+        "--no-clean-prompts", "--tiling", "--dtype", "fp16",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert outcome.log.count("computing in bf16") == 1
+    first, second = sorted((tmp_path / "new/folder").glob("*.json"))
+    assert (first.stem, second.stem) == ("0000_a-cat_seed7", "0001_a-cat_seed8")
+    record = json.loads(first.read_text())
+    wanted = {
+        "model": str(tiny_model),
+        "prompt": "A  CAT",
+        "negative_prompt": "rain",
+        "guidance": 2.5,
+        "guidance_rescale": 0.1,
+        "guidance_interval": [0.0, 0.5],
+        "batched_guidance": True,
+        "dynamic_shift": True,
+        "shift": None,
+        "seed": 7,
+        "dtype": "bfloat16",
+        "vae_tiling": [256, 64],
+        "prompt_settings": {"template": "{}", "negative_prompt": "", "clean": False, "keep_chinese": False},
+    }
+    assert {key: record[key] for key in wanted} == wanted
+
+
+def test_a_swapped_scheduler_is_used(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    index = tmp_path / "model/model_index.json"
+    index.write_text(
+        index.read_text().replace("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+    )
+    assert osp("generate", "a cat", "--model", "model", *SMALL, "--out", "a.mp4").code == 0
+    assert (
+        json.loads((tmp_path / "a.json").read_text())["scheduler"]["name"] == "FlowMatchHeunDiscreteScheduler"
+    )
+
+
+def test_ctrl_c_then_the_same_command(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    def write(steps: int) -> None:
+        """A second prompt that takes for ever, or none."""
+        rows = [{"prompt": "a cat", "frames": 1}, {"prompt": "two dogs", "frames": 1, "steps": steps}]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write(100_000)
+    command = ["generate", "prompts.jsonl", "--model", str(tiny_model), *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opensoraplan.cli", *command],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = ""
+    while "2 of 2" not in said and (letter := process.stderr.read(1)):
+        said += letter
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert said.endswith("stopped at 2 of 2: the same command continues with this one\nosp: stopped\n")
+    assert "Traceback" not in said
+
+    write(1)
+    outcome = osp(*command)
+    assert outcome.code == 0, outcome
+    assert "1 of 2 is done: samples/0000_a-cat_seed0.png" in outcome.log
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "0000_a-cat_seed0.json",
+        "0000_a-cat_seed0.png",
+        "0001_two-dogs_seed1.json",
+        "0001_two-dogs_seed1.png",
+    ]
+
+
+def test_a_prompt_file_of_one_continues_too(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,frames\na cat,1\n")
+    for _ in range(2):
+        assert osp("generate", "p.csv", "--model", tiny_model, *SMALL, "--out", "a.png").code == 0
+    assert len(list(tmp_path.glob("*.png"))) == 1
+    # A single prompt is made again, under another name.
+    one = ["generate", "a cat", "--frames", "1", "--model", tiny_model]
+    assert osp(*one, *SMALL, "--frames", "1", "--out", "a.png").code == 0
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_there_and_back(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    assert osp("convert", "--model", tiny_model, "--to", "megatron", "--tp", "2", "--out", "shards").code == 0
+    assert osp("convert", "--model", tiny_model, "--to", "release", "--out", "release").code == 0
+    said = osp("inspect", "shards").out
+    assert "megatron" in said
+    assert any(line.split() == ["tensor", "parallel:", "2"] for line in said.splitlines())
+    both = osp("inspect", tiny_model).out
+    assert "SparseUMMDiT" in both
+    assert "WFVAE" in both
+    assert "WFVAE" in osp("inspect", next((tmp_path / "release").glob("wfvae*"))).out
+
+
+def test_reconstruct(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    assert osp("generate", "a cat", "--model", tiny_model, *SMALL, "--out", "a.mp4").code == 0
+    outcome = osp("reconstruct", "a.mp4", "--vae", tiny_model, "--device", "cpu")
+    assert outcome.code == 0, outcome
+    assert "9 frames of 32 x 32, PSNR " in outcome.log
+    assert (tmp_path / "a_reconstruction.mp4").is_file()
+    assert "decode: 100%" in outcome.err
+
+
+def test_help_tells_the_defaults_of_a_config(osp: Command, tiny_release: Path) -> None:
+    outcome = osp("generate", "--config", tiny_release / "inference.json", "--help")
+    assert outcome.code == 0
+    assert "(default: 17)" in outcome.out
+    assert "prompts.txt" in outcome.out
+
+
+# --- Mistakes that need no model ----------------------------------------------------------------------------
+
+# {model}, {release} and {guide} stand for the tiny model, the tiny release and the guide's file.
+QUICK = {
+    "frames": ("generate cat --model {model} --frames 10", "frames .*got 10: use 9 or 17"),
+    "height": (
+        "generate cat --model {model} --height 100",
+        "height 100: the nearest valid size is 96 x 1024",
+    ),
+    "both sides": (
+        "generate cat --model {model} --height 8 --width 1000",
+        "height 8 and width 1000: .*16 x 992",
+    ),
+    "steps": ("generate cat --model {model} --steps 0", "steps: .*got 0"),
+    "no prompt": ("generate --model {model}", 'give a prompt or a file of prompts: osp generate "'),
+    "empty prompt": ("generate '' --model {model}", "give a prompt"),
+    "blank prompt": ("generate ' ' --model {model}", "give a prompt"),
+    "prompt file": ("generate cats.txt --model {model}", "prompt file cats.txt does not exist .* full stop"),
+    "not prompts": ("generate {release}/model_ema.pt --model {model}", "model_ema.pt is a file, but not of"),
+    "no model": ("generate cat", "which model. Give --model FOLDER"),
+    "absent model": ("generate cat --model nowhere", "nowhere does not exist"),
+    "file as model": ("generate cat --model {release}/model_ema.pt", "it is a file; .* with `osp convert`"),
+    "part as model": (
+        "generate cat --model {model}/vae",
+        "model/vae is not .*: it is a part of one, .*model",
+    ),
+    "other folder": ("generate cat --model {release}", "it has no model_index.json"),
+    "two models": ("generate cat --model {model} --config {guide} --device cpu", "leave out --config"),
+    "two models, parts": ("generate cat --model {model} --vae {model}/vae", "leave out --config"),
+    "set without config": ("generate cat --model {model} --set a=b", "--set changes values of --config"),
+    "absent config": ("generate cat --config nowhere.json", "the config nowhere.json does not exist"),
+    "prompt after set": (
+        "generate --config {guide} --set fps=8 cat",
+        "got 'cat' .a prompt comes before --set",
+    ),
+    "parts missing": (
+        "generate cat --vae {release}/wfvae.ckpt",
+        "not given: --transformer, --text-encoder, ",
+    ),
+    "guide's paths": (
+        "generate cat --config {guide}",
+        "do not exist: transformer /path/to/pretrained/model, vae ",
+    ),
+    "guide's prompts": ("generate --config {guide}", "prompt file .*sora.txt does not exist"),
+    "one file, more videos": (
+        "generate cat --model {model} --videos-per-prompt 2 --out a.mp4",
+        "a.mp4 is one file, but there are 2 videos to make: give a folder, a",
+    ),
+    "png": (
+        "generate cat --model {model} --out a.png",
+        "121 frames are written as .mp4, .* use a.mp4, or 1 frame",
+    ),
+    "mp4": (
+        "generate cat --model {model} --out a.mp4 --frames 1",
+        "1 frame is written as .png, .* use a.png",
+    ),
+    "gif": ("generate cat --model {model} --out a.gif", "written as .mp4, .*got a.gif: use a.mp4"),
+    "below a file": (
+        "generate cat --model {model} --out {guide}/out",
+        "cannot write to .*json/out: Not a directory",
+    ),
+    "a file": ("generate cat --model {model} --out {guide}", "cannot write to .*json: it is a file"),
+    "convert what": ("convert --out x", "not given: --transformer, --vae, "),
+    "convert a model": ("convert --model {model} --out x", "diffusers folder already: give --to megatron or"),
+    "convert back what": ("convert --to megatron --out x", "--to megatron needs --model"),
+    "convert back absent": ("convert --to megatron --model nowhere --out x", "nowhere does not exist"),
+    "convert back a file": ("convert --to release --model {guide} --out x", "it is a file"),
+    "dtype back": (
+        "convert --to release --model {model} --dtype fp16 --out x",
+        "--dtype goes with --to diffusers",
+    ),
+    "parts back": ("convert --to release --model {model} --vae {model} --out x", "leave out --config"),
+    "shards of a folder": ("convert --config {guide} --tp 2 --out x", "--tp 2 goes with --to megatron"),
+    "shards of a release": (
+        "convert --to release --model {model} --tp 2 --out x",
+        "--tp 2 goes with --to megatron",
+    ),
+    "absent video": ("reconstruct a.mp4 --vae {model}", "a.mp4 does not exist"),
+    "absent vae": ("reconstruct {guide} --vae nowhere", "nowhere does not exist"),
+    "inspect": ("inspect nowhere", "nowhere does not exist"),
+}
+
+
+def words(line: str, model: Path, release: Path) -> list[str]:
+    """The arguments in a line in which '' and ' ' are words, too."""
+    quoted = line.replace("''", "{empty}").replace("' '", "{blank}").split()
+    names = {"model": model, "release": release, "guide": GUIDE, "empty": "", "blank": " "}
+    return [word.format(**names) for word in quoted]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_mistakes(
+    osp: Command, tiny_model: Path, tiny_release: Path, tmp_path: Path, name: str
+) -> None:
+    line, message = QUICK[name]
+    said = mistake(osp(*words(line, tiny_model, tiny_release)))
+    assert re.search(message, said), said
+    assert "\n" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "{generate"),
+        ("generat cat", "Available subcommands: generate,"),
+        ("generate cat --heigth 32", "Perhaps you meant"),
+        ("generate cat --frames nine", "invalid literal for int.*'nine'"),
+        ("generate cat --dtype fp8", "fp8"),
+        ("generate a red ball", "Unrecognized options: red, ball"),
+        ("generate cat --config", "--config: expected one argument"),
+    ],
+)
+def test_options_that_are_none(osp: Command, line: str, message: str) -> None:
+    outcome = osp(*line.split())
+    assert outcome.code == 2
+    assert re.search(message, outcome.err), outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# --- Mistakes in the model's files --------------------------------------------------------------------------
+
+SET = {
+    "unknown key": ("predictor.numheads=4", "unknown key .*'numheads' .did you mean 'num_heads'"),
+    "unknown section key": ("diffusion.shfit=3", "unknown key 'diffusion.shfit' .did you mean 'shift'"),
+    "unknown top key": ("enable_text_preprocessing=true", "unknown key 'enable_text_preprocessing'"),
+    "not v1.5": ("ae.norm_type=groupnorm", "norm_type = 'groupnorm' is not part of v1.5.0; only 'layernorm'"),
+    "channels": (
+        "predictor.in_channels=6",
+        "made for 6 channels .in_channels., but the VAE's latents have 4",
+    ),
+    "width": (
+        "predictor.num_heads=3",
+        r"patch_embed.proj.weight is \[64, 4, 2, 2\], the config needs \[48, 4",
+    ),
+    "vae scale": ("ae.scale=[1,2,3]", "scale has 3 values for 4 latent channels"),
+    "text width": (
+        "predictor.caption_channels=32",
+        "32 channels .caption_channels., but the T5 encoder gives 24",
+    ),
+    "device": ("device=cuda:99", "cuda"),
+    "device name": ("device=tpu", "device 'tpu' is not one of cpu, cuda, npu .*: use --device .*cpu"),
+    "dtype": ("weight_dtype=float16", "dtype 'float16' is not one of bf16, fp16, fp32 .did you mean 'fp16'"),
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_configs_that_do_not_fit(osp: Command, tiny_release: Path, name: str) -> None:
+    change, message = SET[name]
+    # Twice --set: neither is lost.
+    config = ["--config", tiny_release / "inference.json", "--set", change, "--set", "fps=8"]
+    said = mistake(osp("generate", "cat", "--frames", "9", "--out", "out", *config))
+    assert re.search(message, said), said
+
+
+def test_devices(osp: Command, tiny_model: Path) -> None:
+    for name in ("npu:99", "cuda:99", "nonsense"):
+        said = mistake(osp("generate", "cat", "--model", tiny_model, "--device", name))
+        assert name.partition(":")[0] in said
+        assert "use --device" in said or "the last is" in said
+
+
+def test_swapped_parts(osp: Command, tiny_release: Path) -> None:
+    parts = part_paths(tiny_release)
+    swapped_texts = [*parts[:5], parts[7], parts[6], parts[5]]
+    config = ["--config", tiny_release / "inference.json", "--out", "out"]
+    said = mistake(osp("generate", "cat", *config, *swapped_texts))
+    assert "text_encoder must be a T5 encoder" in said
+    assert "were the two folders swapped?" in said
+    swapped_models = ["--transformer", parts[3], "--vae", parts[1]]
+    assert "were the two paths swapped?" in mistake(osp("generate", "cat", *config, *swapped_models))
+
+
+def test_weights_that_are_cut_off(osp: Command, tiny_release: Path, tmp_path: Path) -> None:
+    whole = (tiny_release / "model_ema.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    config = ["--config", tiny_release / "inference.json"]
+    assert "cut.pt" in mistake(osp("generate", "cat", *config, "--transformer", "cut.pt", "--out", "out"))
+    assert "cut.pt" in mistake(osp("convert", *config, "--transformer", "cut.pt", "--out", "model"))
+    assert "cut.pt" in mistake(osp("inspect", "cut.pt"))
+    assert not (tmp_path / "model").exists()
+
+
+def drop_tensor(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors.pop(min(tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut_file(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no vae": (
+        lambda model: shutil.rmtree(model / "vae"),
+        "these parts of the model do not exist: vae model/vae",
+    ),
+    "no tokenizer": (
+        lambda model: (model / "tokenizer/tokenizer.json").unlink(),
+        "no tokenizer in model/tokenizer",
+    ),
+    "no scheduler": (lambda model: shutil.rmtree(model / "scheduler"), "scheduler_config.json"),
+    "index": (lambda model: (model / "model_index.json").write_text("{"), "model_index.json is damaged"),
+    "no class": (lambda model: (model / "model_index.json").write_text("{}"), "model_index.json is damaged"),
+    "denoiser tensor": (lambda model: drop_tensor(model / "transformer"), "missing caption_projection.bias"),
+    "vae tensor": (lambda model: drop_tensor(model / "vae"), "missing decoder.conv_in.conv.bias"),
+    "t5 tensor": (lambda model: drop_tensor(model / "text_encoder"), "encoder.* is missing"),
+    "clip tensor": (lambda model: drop_tensor(model / "text_encoder_2"), "text_model.* is missing"),
+    "denoiser cut": (lambda model: cut_file(model / "transformer"), "model/transformer/.*safetensors"),
+    "vae cut": (lambda model: cut_file(model / "vae"), "model/vae/.*safetensors"),
+    "t5 cut": (
+        lambda model: cut_file(model / "text_encoder"),
+        "cannot load the model in model/text_encoder,",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_models(osp: Command, tiny_model: Path, tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGE[name]
+    damage(Path(shutil.copytree(tiny_model, tmp_path / "model")))
+    said = mistake(osp("generate", "cat", "--model", "model", *SMALL, "--out", "out"))
+    assert re.search(message, said), said
+
+
+def test_another_pipeline(osp: Command, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    said = mistake(osp("generate", "cat", "--model", "model"))
+    assert said == "model is a WanPipeline, not an OpenSoraPlanPipeline"
+
+
+def test_conversions_that_cannot_be(
+    osp: Command, tiny_model: Path, tiny_release: Path, tmp_path: Path
+) -> None:
+    back = ["convert", "--model", tiny_model, "--to", "megatron", "--out"]
+    assert re.search(r"4 heads \(1, 2, 4\), got 3", mistake(osp(*back, "shards", "--tp", "3")))
+    assert not (tmp_path / "shards").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").touch()
+    assert "mine exists and is not empty" in mistake(osp(*back, "mine"))
+    there = ["convert", "--config", tiny_release / "inference.json", "--out", "mine"]
+    assert "mine exists and is not empty" in mistake(osp(*there))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes"]
+
+
+def test_templates(osp: Command, tiny_model: Path) -> None:
+    said = mistake(osp("generate", "cat", "--model", tiny_model, *SMALL, "--prompt-template", "a film"))
+    assert "must hold {} once" in said
+
+
+def test_a_size_beyond_memory(osp: Command, tiny_model: Path) -> None:
+    huge = ["--frames", "80000000000001", "--out", "out"]
+    said = mistake(osp("generate", "cat", "--model", tiny_model, *SMALL, *huge))
+    assert said == "80000000000001 frames of 32 x 32 do not fit into memory: ask for fewer or smaller ones"

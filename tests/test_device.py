@@ -1,0 +1,79 @@
+"""Names of devices and dtypes: those of this machine are found; others are errors that say what to use."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from opensoraplan.device import available, resolve_device, resolve_dtype
+
+CPU = torch.device("cpu")
+CUDA = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0"])
+def test_cpu(name: str) -> None:
+    assert resolve_device(name) == CPU
+
+
+@pytest.mark.parametrize("name", [None, "auto"])
+def test_the_first_accelerator_is_taken(name: str | None) -> None:
+    assert resolve_device(name).type == available().split(" or ")[0]
+    assert (resolve_device(name).type == "cuda") == CUDA
+
+
+def test_available_ends_with_cpu() -> None:
+    assert available().endswith("cpu")
+    assert ("cuda" in available()) == CUDA
+
+
+@pytest.mark.parametrize(
+    "name", ["nonsense", "", "CUDA", "mps", "meta", "cuda:x", "cuda:", "cuda:-1", "npu:a"]
+)
+def test_what_is_no_device(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' is not one of cpu, cuda, npu .*: use --device .*cpu"):
+        resolve_device(name)
+
+
+def test_a_card_that_is_not_there() -> None:
+    message = (
+        r"'cuda:99': there are \d+, the last is cuda:" if CUDA else "there is no cuda device on this machine"
+    )
+    with pytest.raises(ValueError, match=message):
+        resolve_device("cuda:99")
+
+
+def test_npu_without_its_package() -> None:
+    if importlib.util.find_spec("torch_npu") is None:
+        message = (
+            r"there is no npu device on this machine \(torch_npu is not installed, .*: use --device .*cpu"
+        )
+        with pytest.raises(ValueError, match=message):
+            resolve_device("npu")
+    else:
+        assert resolve_device("npu").type == "npu"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32), (None, torch.bfloat16)]
+)
+def test_dtypes(name: str | None, dtype: torch.dtype) -> None:
+    assert resolve_dtype(name, CPU) == dtype
+
+
+def test_fp16_is_for_accelerators(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_dtype("fp16", torch.device("cuda")) == torch.float16
+    assert not caplog.records
+    assert resolve_dtype("fp16", CPU) == torch.bfloat16
+    ((_, level, message),) = caplog.record_tuples
+    assert level == logging.WARNING
+    assert "computing in bf16" in message
+
+
+@pytest.mark.parametrize(("name", "near"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32")])
+def test_dtypes_by_other_names(name: str, near: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"'{name}' is not one of bf16, fp16, fp32 \(did you mean '{near}'\?\)"
+    ):
+        resolve_dtype(name, CPU)
