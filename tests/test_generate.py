@@ -447,7 +447,7 @@ def test_a_stopped_run_continues(
     denoiser.broken = {2: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         make(pipeline, tmp_path, *PROMPTS)
-    assert caplog.messages[-1] == "stopped at 2 of 2: the same command continues with this one"
+    assert caplog.messages[-1] == "stopped, 1 of 2 done: the same command continues with the next"
     assert names(tmp_path) == [f"{NAMES[0]}.json", f"{NAMES[0]}.mp4"]
     made = make(pipeline, tmp_path, *PROMPTS)
     assert [path.stem for path in made] == NAMES
@@ -467,7 +467,7 @@ def test_stopping_while_decoding_leaves_nothing(
             make(pipeline, tmp_path, "a cat", resume=False)
     finally:
         handle.remove()
-    assert caplog.messages[-1] == "stopped at 1 of 1: nothing of it is left"
+    assert caplog.messages[-1] == "stopped, 0 of 1 done"
     assert names(tmp_path) == []
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
@@ -377,6 +377,8 @@ def reconstruct(options: Reconstruct) -> None:
         if step not in bars:
             bars[step] = tqdm(total=total, desc=step, unit="frame")
         bars[step].update(done - bars[step].n)
+        if done == total:
+            bars[step].close()
 
     job.reconstruct(
         options.video,
@@ -501,7 +503,11 @@ def read_config(arguments: list[str]) -> "Inference | None":
 
     from opensoraplan.convert.mindspeed_json import read_inference
 
-    return read_inference(found.config, changes=found.set)
+    inference = read_inference(found.config, changes=found.set)
+    if (dtype := inference.generate["dtype"]) not in get_args(Dtype):
+        known = ", ".join(get_args(Dtype))
+        raise ValueError(f"{found.config}: weight_dtype {dtype!r} is not one of {known}")
+    return inference
 
 
 def find_paths(parts: Parts, inference: "Inference | None") -> dict[str, Path]:

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -268,20 +269,28 @@ def run(
                 written.append(done)
                 continue
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
-            written.append(make_video(pipeline, request, embeds, wanted, record))
+            with explained_memory(request):
+                written.append(make_video(pipeline, request, embeds, wanted, record))
             logger.info("wrote %s", written[-1])
     except KeyboardInterrupt:
-        hint = "the same command continues with this one" if resume else "nothing of it is left"
-        logger.info("stopped at %d of %d: %s", len(written) + 1, total, hint)
+        hint = ": the same command continues with the next" if resume else ""
+        logger.info("stopped, %d of %d done%s", len(written), total, hint)
         raise
     return written
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that memory is full; on a CPU it has no type of error for that."""
+@contextmanager
+def explained_memory(request: Request) -> Iterator[None]:
+    """Turn torch's errors for full memory, which on a CPU have no type of their own, into a MemoryError."""
     from torch import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error)
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = f"{request.frames} frames of {request.width} x {request.height}"
+        raise MemoryError(f"{size} do not fit into memory: ask for fewer or smaller ones") from error
 
 
 def make_record(
