@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -255,11 +255,9 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         raise ValueError('give a prompt or a file of prompts: osp generate "a cat on a beach" --model FOLDER')
     settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
     requests = job.read_requests(options.prompt, settings, copies=options.videos_per_prompt)
-    given = inference is not None or options.parts != Parts()
+    given = options_of_parts(options.parts, inference)
     if options.model is not None and given:
-        raise ValueError(
-            f"{options.model} has all the parts of a model: leave out --config, --transformer, ..."
-        )
+        raise ValueError(f"{options.model} has all the parts of a model: leave out {', '.join(given)}")
     if options.model is None and not given:
         raise ValueError(
             "which model? Give --model FOLDER, or the original's files by --config or --transformer, ..."
@@ -336,10 +334,8 @@ def convert(options: Convert, inference: "Inference | None") -> None:
         return
     if options.model is None:
         raise ValueError(f"--to {options.to} needs --model, a diffusers folder")
-    if inference is not None or options.parts != Parts():
-        raise ValueError(
-            f"--to {options.to} writes what is in --model: leave out --config, --transformer, ..."
-        )
+    if given := options_of_parts(options.parts, inference):
+        raise ValueError(f"--to {options.to} writes what is in --model: leave out {', '.join(given)}")
     if options.dtype is not None:
         raise ValueError("--dtype goes with --to diffusers; the way back keeps every tensor as it is")
     if options.to == "release" and options.tp != 1:
@@ -508,6 +504,12 @@ def read_config(arguments: list[str]) -> "Inference | None":
         known = ", ".join(get_args(Dtype))
         raise ValueError(f"{found.config}: weight_dtype {dtype!r} is not one of {known}")
     return inference
+
+
+def options_of_parts(parts: Parts, inference: "Inference | None") -> list[str]:
+    """The options given that say where the parts of a model are, as they are written."""
+    names = [field.name for field in fields(parts) if getattr(parts, field.name) != field.default]
+    return (["--config"] if inference else []) + [f"--{name.replace('_', '-')}" for name in names]
 
 
 def find_paths(parts: Parts, inference: "Inference | None") -> dict[str, Path]:

@@ -145,11 +145,11 @@ def save_diffusers(
     Raises what `load_pipeline` raises, and ValueError if `out` exists. Nothing is left behind of a failed
     attempt.
     """
-    transformer, transformer_file, vae, vae_file = _open_models(sources)
-    transformer_names = original.match(transformer, transformer_file)
-    vae_names = original.match(vae, vae_file)
     text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
     with new_folder(out) as folder:
+        transformer, transformer_file, vae, vae_file = _open_models(sources)
+        transformer_names = original.match(transformer, transformer_file)
+        vae_names = original.match(vae, vae_file)
         pipeline = OpenSoraPlanPipeline(
             transformer=transformer,
             vae=vae,
@@ -183,11 +183,11 @@ def export_denoiser(model: Path, out: Path, *, tensor_parallel: int) -> None:
 
     Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
     """
-    checkpoint = open_checkpoint(_component(model, "transformer"))
-    denoiser = empty_model(checkpoint)
-    if not isinstance(denoiser, SparseUMMDiT):
-        raise ValueError(f"{checkpoint.path} has the weights of a VAE: Megatron shards are of a denoiser")
     with new_folder(out) as folder:
+        checkpoint = open_checkpoint(_component(model, "transformer"))
+        denoiser = empty_model(checkpoint)
+        if not isinstance(denoiser, SparseUMMDiT):
+            raise ValueError(f"{checkpoint.path} has the weights of a VAE: Megatron shards are of a denoiser")
         write_megatron(denoiser, checkpoint, folder, tensor_parallel=tensor_parallel)
     logger.info("wrote %s", out)
 
@@ -198,9 +198,9 @@ def export_release(model: Path, out: Path) -> None:
     """
     if not (model / "model_index.json").is_file():
         raise ValueError(f"{model} is no diffusers folder with denoiser and VAE: it has no model_index.json")
-    checkpoints = [open_checkpoint(_component(model, name)) for name in ("transformer", "vae")]
     with new_folder(out) as folder:
-        for checkpoint in checkpoints:
+        for name in ("transformer", "vae"):
+            checkpoint = open_checkpoint(model / name)
             write_release(empty_model(checkpoint), checkpoint, folder)
     logger.info("wrote %s", out)
 
