@@ -27,8 +27,9 @@ demo: $(BIN)/.installed
 	$(BIN)/osp reconstruct $(DEMO)/shapes/clips/000000.mp4 --vae $(DEMO)/model --out $(DEMO)/reconstruction.mp4
 	@echo "Look at $(DEMO)/ball.mp4 and $(DEMO)/reconstruction.mp4: noise, for the weights are random."
 
+# Tiny models run fastest on one thread each; two processes share the tests.
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -419,7 +419,7 @@ SET = {
     "vae scale": ("ae.scale=[1,2,3]", "scale has 3 values for 4 latent channels"),
     "text width": (
         "predictor.caption_channels=32",
-        "32 channels .caption_channels., but the T5 encoder gives 24",
+        r"caption_projection.weight is \[64, 24\], the config needs \[64, 32\]",
     ),
     "device": ("device=cuda:99", "cuda"),
     "device name": ("device=tpu", "device 'tpu' is not one of cpu, cuda, npu .*: use --device .*cpu"),

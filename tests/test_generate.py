@@ -23,6 +23,7 @@ from opensoraplan.generate import (
     run,
     stem_of,
     stored_record,
+    write_new,
 )
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 
@@ -538,3 +539,13 @@ def test_other_failures_are_not_hidden(
     denoiser.broken = {1: RuntimeError("a bug")}
     with pytest.raises(RuntimeError, match="a bug"):
         make(pipeline, tmp_path, "a cat")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_new(tmp_path / "a.json", half)
+    assert names(tmp_path) == []
