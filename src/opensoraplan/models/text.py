@@ -223,10 +223,11 @@ def _token_ids(
         words = str(tokenizer.decode(unread, skip_special_tokens=True)).split()
         start = " ".join(words[:8]) + (" ..." if len(words) > 8 else "")
         logger.warning(
-            "%s reads %d tokens; the last %d tokens of a prompt are not read: %s",
+            "%s reads %d tokens; the last %d tokens of the prompt '%s' are not read: %s",
             name,
             max_length,
             len(unread),
+            text if len(text) <= 24 else text[:24] + "...",
             start,
         )
     # Out of range, a lookup on an accelerator fails without saying where.
