@@ -37,7 +37,8 @@ def resolve_device(name: str | None) -> torch.device:
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype of that name ("bf16", "fp16", "fp32"; None: bf16) to compute in on `device`.
 
-    fp16 on a CPU runs as bf16, with a warning: its matrix products are hundreds of times slower there.
+    fp16 on a CPU runs as bf16, with a warning: its matrix products are hundreds of times slower there. bf16
+    on a CPU that has no instructions for it is warned about.
     """
     name = name or "bf16"
     if name not in DTYPES:
@@ -47,6 +48,8 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         logger.warning("fp16 is hundreds of times slower than bf16 on a CPU: computing in bf16")
         return torch.bfloat16
+    if name == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning("this CPU has no bf16 instructions: fp32 is several times faster, in twice the memory")
     return DTYPES[name]
 
 
