@@ -68,6 +68,12 @@ def weights(denoiser: Weights) -> Weights:
 
 
 @pytest.fixture(scope="module")
+def few(weights: Weights) -> Weights:
+    """One attention and the output: for what does not depend on how many tensors there are."""
+    return {n: value for n, value in weights.items() if ".2.1.attn1." in n or n.startswith("proj_out")}
+
+
+@pytest.fixture(scope="module")
 def vae_weights(tiny_release: Path) -> Weights:
     return torch.load(tiny_release / "wfvae.ckpt", weights_only=True)["state_dict"]["gen_model"]
 
@@ -194,29 +200,30 @@ FORMS: dict[str, Callable[[Weights], Any]] = {
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_release_file(form: str, legacy: bool, weights: Weights, tmp_path: Path) -> None:
-    path = save(FORMS[form](weights), tmp_path / "model.pt", legacy=legacy)
+def test_release_file(form: str, legacy: bool, few: Weights, tmp_path: Path) -> None:
+    path = save(FORMS[form](few), tmp_path / "model.pt", legacy=legacy)
     checkpoint = open_checkpoint(path)
-    assert_same(dict(checkpoint), weights)
-    assert_same(load_checkpoint(str(path)), weights)
+    assert_same(dict(checkpoint), few)
+    assert_same(load_checkpoint(str(path)), few)
     assert checkpoint.info.dialect == "release"
     assert checkpoint.info.names == ("mindspeed-mm" if form == "mindspeed-mm" else "release")
     assert checkpoint.info.ema == checkpoint.info.has_ema == form.startswith("ema")
     assert checkpoint.info.extra_states == (3 if form == "extra states" else 0)
-    assert checkpoint.shapes == {name: tuple(value.shape) for name, value in weights.items()}
+    assert checkpoint.shapes == {name: tuple(value.shape) for name, value in few.items()}
     assert checkpoint.dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
     "place", ["model_ema.pt", "transformers/mp_rank_00/model_states.pt", "mp_rank_00/model_states.pt"]
 )
-def test_release_folder(place: str, weights: Weights, tmp_path: Path) -> None:
-    save(weights, tmp_path / place)
-    assert_same(load_checkpoint(tmp_path), weights)
+def test_release_folder(place: str, few: Weights, tmp_path: Path) -> None:
+    save(few, tmp_path / place)
+    assert_same(load_checkpoint(tmp_path), few)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_vae_nestings(legacy: bool, vae_weights: Weights, tmp_path: Path) -> None:
+    vae_weights = dict(list(vae_weights.items())[-30:])
     ema = {f"module.{name}": value + 1 for name, value in vae_weights.items()}
     other = {name: value - 1 for name, value in vae_weights.items()}
     nestings = {
@@ -264,18 +271,18 @@ def test_tensors_of_every_kind(legacy: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_repacked_archives(compression: int, weights: Weights, tmp_path: Path) -> None:
+def test_repacked_archives(compression: int, few: Weights, tmp_path: Path) -> None:
     """Other tools put the values at other places than torch, or compress them."""
-    path = save(weights, tmp_path / "model.pt")
+    path = save(few, tmp_path / "model.pt")
     repacked = tmp_path / "repacked.pt"
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(repacked, "w", compression) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    assert_same(load_checkpoint(repacked), weights)
+    assert_same(load_checkpoint(repacked), few)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_tensors_saved_on_ascend(legacy: bool, weights: Weights, tmp_path: Path) -> None:
+def test_tensors_saved_on_ascend(legacy: bool, few: Weights, tmp_path: Path) -> None:
     """torch_npu pickles its tensors by a function of its own; it must not be needed to read them."""
 
     def rebuild(*arguments: Any) -> Tensor:  # noqa: ANN401 (as torch_npu calls it)
@@ -297,17 +304,17 @@ def test_tensors_saved_on_ascend(legacy: bool, weights: Weights, tmp_path: Path)
         rebuild.__qualname__ = rebuild.__name__ = "_rebuild_npu_tensor"
         sys.modules["torch_npu.utils.storage"]._rebuild_npu_tensor = rebuild  # type: ignore[attr-defined]
         path = save(
-            {name: OnAscend(value) for name, value in weights.items()}, tmp_path / "npu.pt", legacy=legacy
+            {name: OnAscend(value) for name, value in few.items()}, tmp_path / "npu.pt", legacy=legacy
         )
-    assert_same(load_checkpoint(path), weights)
+    assert_same(load_checkpoint(path), few)
     assert "torch_npu" not in sys.modules
 
 
-def test_safetensors(weights: Weights, tmp_path: Path) -> None:
-    for name, content in (("plain", weights), ("mindspeed-mm", with_mindspeed_names(weights))):
+def test_safetensors(few: Weights, tmp_path: Path) -> None:
+    for name, content in (("plain", few), ("mindspeed-mm", with_mindspeed_names(few))):
         save_file({n: v.contiguous() for n, v in content.items()}, tmp_path / f"{name}.safetensors")
         checkpoint = open_checkpoint(tmp_path / f"{name}.safetensors")
-        assert_same(dict(checkpoint), weights)
+        assert_same(dict(checkpoint), few)
         assert checkpoint.info.dialect == "safetensors"
 
 
@@ -345,19 +352,19 @@ def test_tensor_parallel_shards(
     assert_same(load_checkpoint(inner), whole)
 
 
-def test_ema_of_shards(weights: Weights, tmp_path: Path) -> None:
-    ema = {name: value + 1 for name, value in weights.items()}
-    pairs = zip(cut(weights, 2), cut(ema, 2), strict=True)
+def test_ema_of_shards(few: Weights, tmp_path: Path) -> None:
+    ema = {name: value + 1 for name, value in few.items()}
+    pairs = zip(cut(few, 2), cut(ema, 2), strict=True)
     both = write_shards(tmp_path / "both", [{"model": a, "ema_model": b} for a, b in pairs])
     assert_same(load_checkpoint(both), ema)
     assert_same(load_checkpoint(both, ema=True), ema)
-    assert_same(load_checkpoint(both, ema=False), weights)
+    assert_same(load_checkpoint(both, ema=False), few)
     assert open_checkpoint(both).info.ema
     assert not open_checkpoint(both, ema=False).info.ema
     assert open_checkpoint(both, ema=False).info.has_ema
 
-    plain = write_shards(tmp_path / "plain", [{"model": part} for part in cut(weights, 2)])
-    assert_same(load_checkpoint(plain), weights)
+    plain = write_shards(tmp_path / "plain", [{"model": part} for part in cut(few, 2)])
+    assert_same(load_checkpoint(plain), few)
     with pytest.raises(ValueError, match=r"plain.*mp_rank_00.*has no EMA weights .*ema is True"):
         open_checkpoint(plain, ema=True)
 
@@ -366,19 +373,19 @@ def test_ema_of_shards(weights: Weights, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only.*has EMA weights only .*ema is False"):
         open_checkpoint(only, ema=False)
 
-    first, second = cut(weights, 2)
+    first, second = cut(few, 2)
     mixed = write_shards(tmp_path / "mixed", [{"model": first, "ema_model": first}, {"model": second}])
     with pytest.raises(ValueError, match="only some of the shards have EMA weights"):
         open_checkpoint(mixed)
-    assert_same(load_checkpoint(mixed, ema=False), weights)
+    assert_same(load_checkpoint(mixed, ema=False), few)
 
 
-def test_objects_of_the_training_framework(weights: Weights, tmp_path: Path) -> None:
+def test_objects_of_the_training_framework(few: Weights, tmp_path: Path) -> None:
     """`args` holds classes of Megatron and values of the standard library; none of them is needed."""
     with framework(megatron__core__enums__ModelType=ModelType, megatron__core__Config=Config):
         folder = write_shards(
             tmp_path,
-            [{"model": part} for part in cut(weights, 2)],
+            [{"model": part} for part in cut(few, 2)],
             model_type=ModelType.encoder_or_decoder,
             config=Config(),
             loss=np.float64(0.25),
@@ -386,7 +393,7 @@ def test_objects_of_the_training_framework(weights: Weights, tmp_path: Path) -> 
             more=SimpleNamespace(a=1),
         )
     assert not any(name.split(".")[0] == "megatron" for name in sys.modules)
-    assert_same(load_checkpoint(folder), weights)
+    assert_same(load_checkpoint(folder), few)
     assert not any(name.split(".")[0] == "megatron" for name in sys.modules)
 
 
@@ -452,21 +459,21 @@ def test_extras_are_dropped_with_one_line(
     assert_same({model.original_format().rename(n): v for n, v in model.state_dict().items()}, denoiser)
 
 
-def test_replicas_that_differ(weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shards = cut(weights, 2)
-    for name in ("proj_out.bias", "norm_final.bias"):
-        shards[1] = {**shards[1], name: weights[name] + 1}
+def test_replicas_that_differ(few: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = cut(few, 2)
+    for name in ("proj_out.bias", "proj_out.weight"):
+        shards[1] = {**shards[1], name: few[name] + 1}
     folder = write_shards(tmp_path, [{"model": part} for part in shards])
     with caplog.at_level(logging.WARNING):
         checkpoint = open_checkpoint(folder)
         assert not caplog.records  # nothing is read yet
-        assert_same(dict(checkpoint), weights)
+        assert_same(dict(checkpoint), few)
     (record,) = caplog.records
     assert "should be the same on every tensor-parallel rank" in record.getMessage()
 
 
-def test_ranks_that_do_not_agree(weights: Weights, tmp_path: Path) -> None:
-    first, second = cut(weights, 2)
+def test_ranks_that_do_not_agree(few: Weights, tmp_path: Path) -> None:
+    first, second = cut(few, 2)
     odd = {name: value for name, value in second.items() if name != "proj_out.bias"}
     folder = write_shards(tmp_path / "names", [{"model": first}, {"model": odd}])
     with pytest.raises(ValueError, match=r"names.*rank 1 and rank 0 differ in proj_out\.bias$"):
@@ -481,9 +488,9 @@ def test_ranks_that_do_not_agree(weights: Weights, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", [0, 1, 3])
-def test_missing_rank(gone: int, weights: Weights, tmp_path: Path) -> None:
+def test_missing_rank(gone: int, few: Weights, tmp_path: Path) -> None:
     """The last rank, too: how many there were stands in `args`."""
-    folder = write_shards(tmp_path, [{"model": part} for part in cut(weights, 4)])
+    folder = write_shards(tmp_path, [{"model": part} for part in cut(few, 4)])
     shard = folder / f"release/mp_rank_{gone:02d}/model_optim_rng.pt"
     shard.unlink()
     with pytest.raises(ValueError, match=f"shards are not there: .*mp_rank_{gone:02d}"):
@@ -494,15 +501,15 @@ def test_missing_rank(gone: int, weights: Weights, tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_one_shard_of_many(weights: Weights, tmp_path: Path) -> None:
-    folder = write_shards(tmp_path, [{"model": part} for part in cut(weights, 2)])
+def test_one_shard_of_many(few: Weights, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [{"model": part} for part in cut(few, 2)])
     for path in (folder / "release/mp_rank_01", folder / "release/mp_rank_01/model_optim_rng.pt"):
         with pytest.raises(ValueError, match=r"mp_rank_01.*is one shard .* sizes \(2, 1\): give the folder"):
             open_checkpoint(path)
 
 
-def test_trackers(weights: Weights, tmp_path: Path) -> None:
-    folder = write_shards(tmp_path, [{"model": weights}], iteration="1000")
+def test_trackers(few: Weights, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [{"model": few}], iteration="1000")
     tracker = folder / "latest_checkpointed_iteration.txt"
     for text, problem in (
         ("2000", r"says '2000', but there is no folder .*iter_0002000"),
@@ -538,15 +545,15 @@ class Code:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_is_refused_and_not_run(legacy: bool, weights: Weights, tmp_path: Path) -> None:
+def test_code_is_refused_and_not_run(legacy: bool, few: Weights, tmp_path: Path) -> None:
     witness = tmp_path / "it ran"
-    names = {"value": {**weights, "x": Code(witness)}, "args": {"model": weights, "args": Code(witness)}}
+    names = {"value": {**few, "x": Code(witness)}, "args": {"model": few, "args": Code(witness)}}
     for name, content in names.items():
         path = save(content, tmp_path / f"{name}.pt", legacy=legacy)
         with pytest.raises(ValueError, match=rf"{name}\.pt holds code .*\((posix|nt|os)\.system\): refused"):
             open_checkpoint(path)
         assert not witness.exists()
-    shards = [{"model": cut(weights, 2)[0]}, {"model": cut(weights, 2)[1], "rng": Code(witness)}]
+    shards = [{"model": cut(few, 2)[0]}, {"model": cut(few, 2)[1], "rng": Code(witness)}]
     with pytest.raises(ValueError, match=r"mp_rank_01.*system\): refused"):
         open_checkpoint(write_shards(tmp_path / "shards", shards))
     assert not witness.exists()
@@ -565,16 +572,16 @@ def test_bare_pickles_with_code(protocol: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("left", [0, 1, 3, 5, 60, 1000, 0.3, 0.5, 0.9, -300, -22, -1])
-def test_truncated_files(left: float, legacy: bool, weights: Weights, tmp_path: Path) -> None:
-    path = save(weights, tmp_path / "model.pt", legacy=legacy)
+def test_truncated_files(left: float, legacy: bool, few: Weights, tmp_path: Path) -> None:
+    path = save(few, tmp_path / "model.pt", legacy=legacy)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
     with pytest.raises(ValueError, match=r"model\.pt is (empty|not a readable checkpoint)"):
         load_checkpoint(path)
 
 
-def test_file_that_shrinks_after_it_was_opened(weights: Weights, tmp_path: Path) -> None:
-    path = save(weights, tmp_path / "model.pt")
+def test_file_that_shrinks_after_it_was_opened(few: Weights, tmp_path: Path) -> None:
+    path = save(few, tmp_path / "model.pt")
     checkpoint = open_checkpoint(path)
     os.truncate(path, path.stat().st_size // 4)
     with pytest.raises(ValueError, match=r"model\.pt is truncated: it ends before byte \d+"):
@@ -590,12 +597,10 @@ def test_garbage(content: bytes, tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def test_random_damage(weights: Weights, tmp_path: Path) -> None:
+def test_random_damage(few: Weights, tmp_path: Path) -> None:
     """Whatever bytes a file has: it is read, or it is a ValueError that names it."""
     path = tmp_path / "model.pt"
-    wholes = [
-        save(dict(list(weights.items())[:9]), path, legacy=legacy).read_bytes() for legacy in (True, False)
-    ]
+    wholes = [save(dict(list(few.items())[:9]), path, legacy=legacy).read_bytes() for legacy in (True, False)]
     generator = np.random.default_rng(0)
     refused: list[str] = []
     for trial in range(120):
@@ -676,16 +681,16 @@ def test_folders_without_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
         open_checkpoint(tiny_model / "text_encoder")
 
 
-def test_ema_where_there_is_one_set(tiny_model: Path, weights: Weights, tmp_path: Path) -> None:
+def test_ema_where_there_is_one_set(tiny_model: Path, few: Weights, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+    save_file({name: value.contiguous() for name, value in few.items()}, file)
     for path in (file, tiny_model / "transformer"):
         with pytest.raises(ValueError, match=f"{path} has one set of weights.*ema is True"):
             open_checkpoint(path, ema=True)
         assert not open_checkpoint(path, ema=False).info.ema
 
 
-def test_damaged_diffusers_components(weights: Weights, tmp_path: Path) -> None:
+def test_damaged_diffusers_components(few: Weights, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
@@ -694,7 +699,7 @@ def test_damaged_diffusers_components(weights: Weights, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are no safetensors files in"):
         open_checkpoint(tmp_path)
 
-    pieces = {"one": {"proj_out.bias": weights["proj_out.bias"]}, "two": {"w": torch.ones(2)}}
+    pieces = {"one": {"proj_out.bias": few["proj_out.bias"]}, "two": {"w": torch.ones(2)}}
     for name, piece in pieces.items():
         save_file(piece, tmp_path / f"{name}.safetensors")
     with pytest.raises(
@@ -841,11 +846,11 @@ def test_unknown_rates(tiny_release: Path) -> None:
 # --- Memory -------------------------------------------------------------------------------------------------
 
 
-def test_tensors_are_read_when_they_are_taken(weights: Weights, tmp_path: Path) -> None:
-    path = save(weights, tmp_path / "model.pt")
+def test_tensors_are_read_when_they_are_taken(few: Weights, tmp_path: Path) -> None:
+    path = save(few, tmp_path / "model.pt")
     checkpoint = open_checkpoint(path)
-    save({name: value + 1 for name, value in weights.items()}, path)
-    assert_same(dict(checkpoint), {name: value + 1 for name, value in weights.items()})
+    save({name: value + 1 for name, value in few.items()}, path)
+    assert_same(dict(checkpoint), {name: value + 1 for name, value in few.items()})
     assert checkpoint["proj_out.bias"] is not checkpoint["proj_out.bias"]
 
 

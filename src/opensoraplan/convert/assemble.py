@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -19,6 +19,8 @@ from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline, check_parts, make_scheduler
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", SparseUMMDiT, WFVAE)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,17 @@ def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE
         return cast(WFVAE, empty_model(checkpoint, config))
 
 
-def _open_models(sources: Sources) -> tuple[SparseUMMDiT, Checkpoint, WFVAE, Checkpoint]:
-    """Denoiser and VAE on the meta device, each with its open checkpoint, once both fit each other."""
+@dataclass(frozen=True)
+class Opened(Generic[Model]):
+    """A model on the meta device with the checkpoint that fits it. `names`: what `original.match` gave."""
+
+    model: Model
+    checkpoint: Checkpoint
+    names: dict[str, str]
+
+
+def _open_models(sources: Sources) -> tuple[Opened[SparseUMMDiT], Opened[WFVAE]]:
+    """Denoiser and VAE, once they are known to be whole and to fit each other. No weights are read."""
     sources.check_exist()
     transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
     vae_file = open_checkpoint(sources.vae)
@@ -96,7 +107,10 @@ def _open_models(sources: Sources) -> tuple[SparseUMMDiT, Checkpoint, WFVAE, Che
             "%s: the shift and scale of its latents are in no tensor and nobody gives them: left out",
             vae_file.path,
         )
-    return transformer, transformer_file, vae, vae_file
+    return (
+        Opened(transformer, transformer_file, original.match(transformer, transformer_file)),
+        Opened(vae, vae_file, original.match(vae, vae_file)),
+    )
 
 
 def load_pipeline(
@@ -111,14 +125,15 @@ def load_pipeline(
     """A pipeline straight from the original's files. The VAE has `vae_dtype` (None: `dtype`).
 
     Raises what `check_exist` and the loading of each part raise; denoiser and VAE are checked before any
-    of their weights is read.
+    weight is read.
     """
-    transformer, transformer_file, vae, vae_file = _open_models(sources)
-    original.load(vae, vae_file, dtype=vae_dtype or dtype)
+    denoiser_part, vae_part = _open_models(sources)
+    transformer, vae = denoiser_part.model, vae_part.model
     text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
     text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
     check_parts(transformer, vae, text_encoder, text_encoder_2)
-    original.load(transformer, transformer_file, dtype=dtype)
+    original.fill(vae, vae_part.names, vae_part.checkpoint, dtype=vae_dtype or dtype)
+    original.fill(transformer, denoiser_part.names, denoiser_part.checkpoint, dtype=dtype)
     return OpenSoraPlanPipeline(
         transformer=transformer.eval().to(device),  # type: ignore[arg-type]
         vae=vae.eval().to(device),  # type: ignore[arg-type]
@@ -147,12 +162,10 @@ def save_diffusers(
     """
     text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
     with new_folder(out) as folder:
-        transformer, transformer_file, vae, vae_file = _open_models(sources)
-        transformer_names = original.match(transformer, transformer_file)
-        vae_names = original.match(vae, vae_file)
+        denoiser_part, vae_part = _open_models(sources)
         pipeline = OpenSoraPlanPipeline(
-            transformer=transformer,
-            vae=vae,
+            transformer=denoiser_part.model,
+            vae=vae_part.model,
             text_encoder=load_text_encoder(sources.text_encoder, kind="t5", dtype=text_dtype, device=cpu),
             tokenizer=load_tokenizer(sources.tokenizer),
             text_encoder_2=load_text_encoder(
@@ -164,8 +177,8 @@ def save_diffusers(
         )
         for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
             pipeline.components[name].save_pretrained(folder / name)
-        write_component(transformer, transformer_names, transformer_file, folder / "transformer", dtype=dtype)
-        write_component(vae, vae_names, vae_file, folder / "vae", dtype=dtype)
+        for name, part in (("transformer", denoiser_part), ("vae", vae_part)):
+            write_component(part.model, part.names, part.checkpoint, folder / name, dtype=dtype)
         pipeline.save_config(folder)
     logger.info("wrote %s", out)
 

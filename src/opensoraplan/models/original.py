@@ -274,7 +274,18 @@ def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 def load(model: OriginalModel, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
     """Fill a model built on the meta device, one tensor at a time; see `match` for what is checked first."""
-    for ours, theirs in match(model, tensors).items():
+    fill(model, match(model, tensors), tensors, dtype=dtype)
+
+
+def fill(
+    model: OriginalModel,
+    names: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The second half of `load`, with the `names` that `match` gave."""
+    for ours, theirs in names.items():
         parent, _, leaf = ours.rpartition(".")
         setattr(model.get_submodule(parent), leaf, _parameter(tensors[theirs], dtype))
 
