@@ -1,0 +1,208 @@
+"""What a training run is: frozen settings with one section per concern. Reading files is in files.py.
+
+Every default is the original's, where it has one (original.md, sections 4 to 6). Nothing here computes.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.flow import Weighting
+from opensoraplan.settings import Settings
+
+Precision = Literal["fp32", "bf16"]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelSettings(Settings):
+    """The denoiser. `pretrained`: a checkpoint of any dialect to go on from; `config`: constructor arguments
+    of SparseUMMDiT, for a new model or for a checkpoint without config; `sparse_n`: Skiparse rates instead of
+    the config's (all 1: dense). `compute` is the precision of the forward and backward pass, `master` that of
+    the weights which the optimizer changes.
+    """
+
+    pretrained: Path | None = None
+    config: dict[str, object] | None = None
+    sparse_n: tuple[Positive, ...] | None = None
+    compute: Precision = "bf16"
+    master: Precision = "fp32"
+
+    @model_validator(mode="after")
+    def _given(self) -> Self:
+        if self.pretrained is None and self.config is None:
+            raise ValueError("a model needs `pretrained` (a checkpoint) or `config` (to start from nothing)")
+        return self
+
+
+class VAESettings(Settings):
+    """The frozen VAE. `config` for a checkpoint without one."""
+
+    pretrained: Path | None = None
+    config: dict[str, object] | None = None
+    compute: Precision = "fp32"
+
+
+class TextSettings(Settings):
+    """The frozen text encoders: folders of a T5 encoder and a CLIP text model with projection, and of their
+    tokenizers (None: in the encoder's folder). `clean` captions as the original does.
+    """
+
+    t5: Path | None = None
+    clip: Path | None = None
+    t5_tokenizer: Path | None = None
+    clip_tokenizer: Path | None = None
+    max_tokens: Positive = 512
+    clean: bool = True
+    compute: Precision = "bf16"
+
+
+class DataSettings(Settings):
+    """What is trained on. `manifest`: anything `osp data check` reads, or `features`: a folder that `osp
+    cache` wrote, or both (the features then have to be of that manifest). `batch_size` is per step and rank.
+
+    `caption_dropout`: how often a caption is replaced by the empty one. `new_windows`: draw another window of
+    a long clip each time (a cache has but one). `max_bad_files`: how many unreadable files are replaced by others before the run stops.
+    """
+
+    manifest: Path | None = None
+    root: Path | None = None
+    features: Path | None = None
+    selection: SelectionSettings = SelectionSettings()
+    batch_size: Positive = 1
+    caption_dropout: Fraction = 0.1
+    use_aesthetic: bool = False
+    new_windows: bool = True
+    reader: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    workers: Count = 4
+    max_bad_files: Count = 20
+
+    @model_validator(mode="after")
+    def _given(self) -> Self:
+        if self.manifest is None and self.features is None:
+            raise ValueError("data needs `manifest` (clips and captions) or `features` (what osp cache wrote)")
+        return self
+
+
+class FlowSettings(Settings):
+    """How sigmas are drawn and losses weighted. `shift`: "dynamic" (by the frame's tokens) or a number."""
+
+    weighting: Weighting = "logit_normal"
+    shift: Literal["dynamic"] | Annotated[float, Field(gt=0)] = "dynamic"
+
+
+class OptimizerSettings(Settings):
+    """AdamW. `steps` of `accumulate` batches each; the learning rate rises over `warmup_steps`, then stays or
+    falls on a cosine to `final_lr`.
+
+    `ema_decay` None: no EMA of the weights; `ema_device` "cpu" keeps it out of the accelerator's memory.
+    """
+
+    steps: Positive = 1000
+    accumulate: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-15
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
+    ema_device: Literal["same", "cpu"] = "same"
+
+
+class ClipSettings(Settings):
+    """Adaptive gradient clipping (original.md, section 5): see train/clip.py. `outlier` is what happens to a
+    step whose gradient norm is not finite or beyond max(mean + 5 sigma, 5). "skip" leaves the step out and,
+    after `patience` such steps in a row, goes back to the last checkpoint.
+    """
+
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    outlier: Literal["clip", "skip", "stop"] = "skip"
+    patience: Positive = 5
+
+
+class MemorySettings(Settings):
+    """What is computed again in the backward pass instead of kept: whole `recompute_blocks`, or only the
+    feed-forwards of the first `recompute_feed_forwards` blocks. `compile`: torch.compile of each block.
+    """
+
+    recompute_blocks: Count = 0
+    recompute_feed_forwards: Count = 0
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.recompute_blocks and self.recompute_feed_forwards:
+            raise ValueError(
+                f"recompute_blocks {self.recompute_blocks} and recompute_feed_forwards "
+                f"{self.recompute_feed_forwards} exclude each other: set one of them to 0"
+            )
+        return self
+
+
+class LogSettings(Settings):
+    """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted.
+
+    `peak_tflops` of the device in the model's precision, for MFU; None: measured at the start.
+    """
+
+    every: Positive = 10
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+
+
+class ValidationSettings(Settings):
+    """Every `every` steps (0: never) the EMA's loss on `samples` held-out clips of `manifest` or `features`,
+    at fixed sigmas and noise, and a video of each of `prompts` (`frames` x `height` x `width`).
+    """
+
+    every: Count = 0
+    manifest: Path | None = None
+    features: Path | None = None
+    samples: Positive = 16
+    sigmas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.2, 0.5, 0.8)
+    prompts: tuple[str, ...] = ()
+    frames: Positive = 29
+    height: Positive = 288
+    width: Positive = 512
+    sampling_steps: Positive = 50
+    guidance_scale: float = 8.0
+    fps: Annotated[float, Field(gt=0)] = 24.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.manifest is not None and self.features is not None:
+            raise ValueError("validation takes `manifest` or `features`, not both")
+        return self
+
+
+class CheckpointSettings(Settings):
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay, and every `keep_every`th."""
+
+    every: Positive = 500
+    keep: Positive = 2
+    keep_every: Positive | None = None
+
+
+class TrainSettings(Settings):
+    """A whole run of `osp train`; `output` is its folder. `device` None: the best there is."""
+
+    output: Path
+    seed: Count = 0
+    device: str | None = None
+    model: ModelSettings
+    vae: VAESettings = VAESettings()
+    text: TextSettings = TextSettings()
+    data: DataSettings
+    flow: FlowSettings = FlowSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    clip: ClipSettings = ClipSettings()
+    memory: MemorySettings = MemorySettings()
+    log: LogSettings = LogSettings()
+    validation: ValidationSettings = ValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
