@@ -5,6 +5,7 @@ For the tests and the demo, offline: vocabularies are built here. Their embeddin
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -104,7 +105,7 @@ def _sentence_pieces() -> bytes:
 
 
 def _write_clip(folder: Path, *, projection_dim: int) -> None:
-    vocab, merges = _byte_pairs()
+    vocab, merges = byte_pairs(_SENTENCES)
     _write_json(folder / "vocab.json", vocab)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     tokenizer = {
@@ -146,11 +147,13 @@ def _write_clip(folder: Path, *, projection_dim: int) -> None:
     model.save_pretrained(folder, max_shard_size="40KB")
 
 
-def _byte_pairs() -> tuple[dict[str, int], list[str]]:
-    """The vocabulary in CLIP's order (bytes, bytes at a word's end, merged, start, end), and the merges."""
+def byte_pairs(texts: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary in CLIP's order (bytes, bytes at a word's end, merged, start, end), and the merges that
+    make every word of `texts` one token.
+    """
     alphabet = sorted(ByteLevel.alphabet())
     merges: dict[str, None] = {}
-    for word in sorted({word.strip(",") for sentence in _SENTENCES for word in sentence.split()}):
+    for word in sorted({word.strip(",.;:") for text in texts for word in text.split()}):
         letters = [*word[:-1], word[-1] + "</w>"]
         piece = letters[0]
         for letter in letters[1:]:

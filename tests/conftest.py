@@ -1,14 +1,18 @@
-"""What the tests share: a tiny release, and the diffusers folder that is converted from it. Read them, never
-write.
+"""What the tests share: a tiny release, the diffusers folder that is converted from it, a few clips, a run to
+train. Read them, never write.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_release import write_release
 
 from opensoraplan.convert.assemble import Sources, save_diffusers
 from opensoraplan.convert.mindspeed_json import read_inference
+from opensoraplan.data.shapes_demo import write_dataset
+from opensoraplan.train.config import TrainSettings
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +41,32 @@ def tiny_model(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     save_diffusers(sources, folder, scheduler=inference.scheduler, max_text_tokens=inference.max_text_tokens)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of eight captioned clips of 9 x 64 x 64."""
+    folder = tmp_path_factory.mktemp("tiny") / "clips"
+    return write_dataset(folder, count=8, seed=0, frames=9, height=64, width=64)
+
+
+@pytest.fixture
+def tiny_run(tiny_model: Path, tiny_clips: Path, tmp_path: Path) -> Callable[..., TrainSettings]:
+    """Settings of a short run on those clips; `changes` are by section, as in a TOML file."""
+
+    def settings(output: str = "run", **changes: dict[str, Any]) -> TrainSettings:
+        size = {"num_frames": 9, "min_num_frames": 9, "train_fps": 12, "max_height": 64, "max_width": 64}
+        values: dict[str, Any] = {
+            "model": {"pretrained": tiny_model, "compute": "fp32"},
+            "vae": {"pretrained": tiny_model},
+            "text": {"t5": tiny_model, "clip": tiny_model, "compute": "fp32"},
+            "data": {"manifest": tiny_clips, "batch_size": 2, "workers": 0, "selection": size},
+            "optimizer": {"steps": 6, "lr": 1e-3, "ema_decay": 0.9},
+            "log": {"every": 1, "peak_tflops": 0.1},
+            "checkpoint": {"every": 2, "keep": 10},
+        }
+        for section, over in changes.items():
+            values[section] = {**values.get(section, {}), **over}
+        return TrainSettings.read({"output": tmp_path / output, **values}, where="the test's run")
+
+    return settings

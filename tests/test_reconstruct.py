@@ -13,7 +13,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from opensoraplan.data.video import VideoWriter, count_frames, fit, probe, read_frames, to_uint8
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.reconstruct import Fidelity, reconstruct
+from opensoraplan.fidelity import Fidelity
+from opensoraplan.reconstruct import reconstruct
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """data/video.py on tiny clips that the tests write themselves: time stamps, colours, turns, damage, names."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from av.stream import Disposition
 
 from opensoraplan.data.video import (
+    Reader,
     VideoWriter,
     _move_without_link,
     count_frames,
@@ -27,6 +29,7 @@ from opensoraplan.data.video import (
     probe,
     publish,
     read_frames,
+    read_numbered,
     temporary_path,
     to_uint8,
 )
@@ -59,11 +62,12 @@ def write_clip(
     rate: Fraction = Fraction(25),
     stamps: Sequence[int] | None = None,
     time_base: Fraction | None = None,
+    options: dict[str, str] | None = None,
     **movflags: str,
 ) -> Path:
-    """Encode frames with the time stamps given, or one after the other."""
+    """Encode frames with the time stamps given, or one after the other; `options` are the codec's."""
     with av.open(str(path), "w", options=movflags) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         assert isinstance(stream, av.VideoStream)
         first = frames[0]
         stream.height, stream.width = (
@@ -339,6 +343,163 @@ def test_a_short_matroska_file_is_warned_about(tmp_path: Path, caplog: pytest.Lo
         assert not caplog.messages
         assert 10 < count_frames(cut(clip, share=0.5)) < 30
     assert "of 1.60 s; is it cut off?" in caplog.text
+
+
+# --- Reading by number --------------------------------------------------------------------------------------
+
+NUMBERS = ([0], [3, 3, 7], [0, 69], [34, 34, 36, 50], [47], [60, 61, 62], [68, 69])
+# Milliseconds: a late start; uneven all along; even in most of the file, after a hole at its start.
+EVEN = [1000 + 40 * i for i in range(70)]
+UNEVEN = [40 * i + 7 * (i * i % 5) for i in range(70)]
+HOLE = [40 * (i + 9 * (i > 4)) for i in range(70)]
+
+
+def moving_frames(count: int, *, height: int = 32, width: int = 48) -> list[np.ndarray]:
+    """Frames that all differ, and of which codecs predict each from others."""
+    base = picture(height, width)
+    return [np.roll(base, 3 * i, axis=1) // 2 + np.uint8(i) for i in range(count)]
+
+
+def x264(**parameters: int) -> dict[str, str]:
+    return {
+        "x264-params": ":".join(f"{name.replace('_', '-')}={value}" for name, value in parameters.items())
+    }
+
+
+def check_numbered(clip: Path) -> None:
+    """Frames by number are those that decoding everything gives."""
+    every = read_frames(clip)
+    assert len(every) == 70
+    for wanted in NUMBERS:
+        assert torch.equal(read_numbered(clip, wanted), every[wanted]), (clip, wanted)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("stamps", [EVEN, UNEVEN, HOLE], ids=["even", "uneven", "hole"])
+def test_frames_by_number_at_any_times(tmp_path: Path, suffix: str, stamps: list[int]) -> None:
+    check_numbered(
+        write_clip(
+            tmp_path / f"clip.{suffix}",
+            moving_frames(70),
+            codec="libx264",
+            options=x264(keyint=12, min_keyint=12, bframes=3, open_gop=1),
+            stamps=stamps,
+            time_base=Fraction(1, 1000),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "options"),
+    [
+        ("libx264", "yuv420p", x264(keyint=2, bframes=1)),
+        ("libx264", "yuv420p", x264(keyint=12, intra_refresh=1)),
+        ("libx264", "yuv420p10le", x264(keyint=12, bframes=2)),
+        ("libx265", "yuv420p", {"x265-params": "keyint=12:open-gop=1:log-level=none"}),
+        ("mpeg2video", "yuv420p", {"g": "12", "bf": "2"}),
+        ("mpeg4", "yuv420p", {"g": "12", "bf": "2"}),
+    ],
+    ids=["short", "refresh", "10-bit", "hevc", "mpeg2", "mpeg4"],
+)
+def test_frames_by_number_of_any_codec(
+    tmp_path: Path, codec: str, pix_fmt: str, options: dict[str, str]
+) -> None:
+    # x265 corrupts its memory at smaller sizes.
+    frames = moving_frames(70, height=64, width=64)
+    for name in ("clip.mp4", "clip.mkv"):
+        check_numbered(write_clip(tmp_path / name, frames, codec=codec, pix_fmt=pix_fmt, options=options))
+
+
+def test_numbered_frames_of_other_files(tmp_path: Path) -> None:
+    frames = moving_frames(70, height=31, width=47)
+    groups = x264(keyint=12, bframes=2)
+    clips = [
+        write_clip(tmp_path / "raw.h264", moving_frames(70), codec="libx264", options=groups),
+        write_clip(tmp_path / "odd.mkv", frames, codec="ffv1", pix_fmt="bgr0"),
+        write_clip(tmp_path / "hidden.webm", moving_frames(70), codec="libvpx", options={"g": "20"}),
+        write_clip(tmp_path / "stream.ts", moving_frames(70), codec="libx264", options=groups),
+        write_clip(
+            tmp_path / "fragments.mp4",
+            moving_frames(70),
+            codec="libx264",
+            options=groups,
+            movflags="frag_keyframe+empty_moov",
+        ),
+        write_clip(tmp_path / "turned.mp4", moving_frames(70), codec="libx264", options=groups),
+    ]
+    set_display_matrix(clips[-1], MATRICES[90])
+    assert read_numbered(clips[-1], [40]).shape == (1, 48, 32, 3)
+    for clip in clips:
+        check_numbered(clip)
+    path = tmp_path / "picture.png"
+    av.VideoFrame.from_ndarray(picture(31, 47)).save(path)
+    assert torch.equal(read_numbered(path, [0, 0]), read_frames(path)[[0, 0]])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_before_the_keyframe_are_not_decoded(tmp_path: Path, suffix: str) -> None:
+    noise = list(np.random.default_rng(0).integers(0, 256, (70, 32, 48, 3), dtype=np.uint8))
+    clip = write_clip(
+        tmp_path / f"clip.{suffix}", noise, codec="libx264", options=x264(keyint=12, scenecut=0)
+    )
+    every = read_frames(clip)
+    with av.open(str(clip)) as container:
+        places = [(packet.pos or 0, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(clip.read_bytes())
+    # Behind the header of a Matroska block. In mp4 also the size of H.264's units becomes nonsense.
+    header = 0 if suffix == "mp4" else 20
+    for position, size in places[14:20] + places[61:]:
+        data[position + header : position + size] = b"\xff" * (size - header)
+    clip.write_bytes(data)
+    assert torch.equal(read_numbered(clip, [40, 45]), every[[40, 45]])
+    if suffix == "mkv":
+        assert not torch.equal(read_frames(clip, start=14, count=6), every[14:20])
+        return
+    with pytest.raises(ValueError, match="is damaged or cut off after"):
+        read_numbered(clip, [40, 69])
+    with pytest.raises(ValueError, match="is damaged or cut off after"):
+        read_frames(clip, count=45)
+
+
+def test_a_crop_is_cut_out_of_the_upright_picture(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", moving_frames(3))
+    set_display_matrix(clip, MATRICES[90])
+    assert torch.equal(read_numbered(clip, [1], crop=(5, 32, 10, 48)), read_frames(clip)[1:2, 10:48, 5:32])
+    with pytest.raises(
+        ValueError, match=r"clip\.mp4 is 48 x 32 \(height x width\), crop is \[5, 33, 10, 48\]"
+    ):
+        read_numbered(clip, [1], crop=(5, 33, 10, 48))
+    with pytest.raises(ValueError, match=r"left < right.*got \[5, 5, 0, 8\]"):
+        read_numbered(clip, [1], crop=(5, 5, 0, 8))
+
+
+def test_numbers_that_cannot_be_read(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", moving_frames(40), codec="libx264")
+    for wanted in ([30, 40], [39, 40], [40]):
+        with pytest.raises(ValueError, match=r"clip\.mp4 has 40 frames, asked for frame 40"):
+            read_numbered(clip, wanted)
+    for wanted in ([], [2, 1], [-1, 0]):
+        with pytest.raises(ValueError, match="must rise from 0"):
+            read_numbered(clip, wanted)
+    with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
+        read_numbered(tmp_path / "missing.mp4", [0])
+    with pytest.raises(ValueError, match=r"clip\.mp4 .* is cut off"):
+        read_numbered(cut(clip, share=0.6), [0])
+
+
+@pytest.mark.parametrize("reader", ["decord", "torchcodec"])
+def test_a_reader_that_is_missing_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reader: Reader
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", moving_frames(3))
+    every = read_frames(clip)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            difference = read_numbered(clip, [0, 2], reader=reader).int() - every[[0, 2]].int()
+            # Where the package is installed, it may convert colours a little differently.
+            assert difference.abs().max() <= (8 if importlib.util.find_spec(reader) else 0)
+    expected = [] if importlib.util.find_spec(reader) else [f"reader {reader} is not installed"]
+    assert [message.split(":")[0] for message in caplog.messages] == expected
 
 
 # --- Pixels -------------------------------------------------------------------------------------------------

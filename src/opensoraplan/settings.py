@@ -1,7 +1,9 @@
 """Settings that a user writes: frozen, with unknown keys as errors that name the nearest known one."""
 
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,6 +24,15 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems = [_explain(cls, problem) for problem in error.errors()]
             raise ValueError(f"{where}: " + "; ".join(problems)) from None
+
+    @classmethod
+    def read_file(cls, path: Path) -> Self:
+        """Settings from a JSON file that `model_dump_json` wrote. Raises ValueError for anything else."""
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        return cls.read(values, where=str(path))
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:  # noqa: ANN401 (pydantic's own dict of details)

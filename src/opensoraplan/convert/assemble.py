@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from opensoraplan.convert.checkpoints import Checkpoint, open_checkpoint
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
@@ -87,11 +88,18 @@ def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE
 
 @dataclass(frozen=True)
 class Opened(Generic[Model]):
-    """A model on the meta device with the checkpoint that fits it. `names`: what `original.match` gave."""
+    """A model on the meta device with the tensors that fit it. `names`: ours to theirs."""
 
     model: Model
-    checkpoint: Checkpoint
-    names: dict[str, str]
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, str]
+
+
+def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVAE]:
+    """A VAE of any dialect, or that of a diffusers folder, its weights unread."""
+    checkpoint = open_checkpoint(_component(path, "vae"))
+    vae = empty_vae(checkpoint, config)
+    return Opened(vae, checkpoint, original.match(vae, checkpoint))
 
 
 def _open_models(sources: Sources) -> tuple[Opened[SparseUMMDiT], Opened[WFVAE]]:
@@ -132,8 +140,8 @@ def load_pipeline(
     text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
     text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
     check_parts(transformer, vae, text_encoder, text_encoder_2)
-    original.fill(vae, vae_part.names, vae_part.checkpoint, dtype=vae_dtype or dtype)
-    original.fill(transformer, denoiser_part.names, denoiser_part.checkpoint, dtype=dtype)
+    original.fill(vae, vae_part.names, vae_part.tensors, dtype=vae_dtype or dtype)
+    original.fill(transformer, denoiser_part.names, denoiser_part.tensors, dtype=dtype)
     return OpenSoraPlanPipeline(
         transformer=transformer.eval().to(device),  # type: ignore[arg-type]
         vae=vae.eval().to(device),  # type: ignore[arg-type]
@@ -160,27 +168,68 @@ def save_diffusers(
     Raises what `load_pipeline` raises, and ValueError if `out` exists. Nothing is left behind of a failed
     attempt.
     """
-    text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
     with new_folder(out) as folder:
-        denoiser_part, vae_part = _open_models(sources)
-        pipeline = OpenSoraPlanPipeline(
-            transformer=denoiser_part.model,
-            vae=vae_part.model,
-            text_encoder=load_text_encoder(sources.text_encoder, kind="t5", dtype=text_dtype, device=cpu),
-            tokenizer=load_tokenizer(sources.tokenizer),
-            text_encoder_2=load_text_encoder(
-                sources.text_encoder_2, kind="clip", dtype=text_dtype, device=cpu
-            ),
-            tokenizer_2=load_tokenizer(sources.tokenizer_2),
-            scheduler=make_scheduler(**scheduler),
-            max_text_tokens=max_text_tokens,
+        denoiser, vae = _open_models(sources)
+        write_pipeline(
+            folder,
+            denoiser=denoiser,
+            vae=vae,
+            sources=sources,
+            dtype=dtype,
+            scheduler=scheduler,
+            prompts={"max_text_tokens": max_text_tokens},
         )
-        for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
-            pipeline.components[name].save_pretrained(folder / name)
-        for name, part in (("transformer", denoiser_part), ("vae", vae_part)):
-            write_component(part.model, part.names, part.checkpoint, folder / name, dtype=dtype)
-        pipeline.save_config(folder)
     logger.info("wrote %s", out)
+
+
+def write_pipeline(
+    folder: Path,
+    *,
+    denoiser: Opened[SparseUMMDiT],
+    vae: Opened[WFVAE],
+    sources: Sources,
+    dtype: torch.dtype | None,
+    scheduler: Mapping[str, Any] = MappingProxyType({}),
+    prompts: Mapping[str, Any] = MappingProxyType({}),
+    max_shard_size: str = "2GB",
+) -> None:
+    """Fill `folder` with a pipeline: these two models and the text encoders of `sources`.
+
+    `prompts`: the pipeline's prompt settings, where they are not the original's. `dtype`: None keeps each
+    tensor's own.
+    """
+    text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
+    pipeline = OpenSoraPlanPipeline(
+        transformer=denoiser.model,
+        vae=vae.model,
+        text_encoder=load_text_encoder(sources.text_encoder, kind="t5", dtype=text_dtype, device=cpu),
+        tokenizer=load_tokenizer(sources.tokenizer),
+        text_encoder_2=load_text_encoder(sources.text_encoder_2, kind="clip", dtype=text_dtype, device=cpu),
+        tokenizer_2=load_tokenizer(sources.tokenizer_2),
+        scheduler=make_scheduler(**scheduler),
+        **prompts,
+    )
+    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
+        pipeline.components[name].save_pretrained(folder / name)
+    for name, part in (("transformer", denoiser), ("vae", vae)):
+        write_component(
+            part.model, part.names, part.tensors, folder / name, dtype=dtype, max_shard_size=max_shard_size
+        )
+    pipeline.save_config(folder)
+
+
+def load_denoiser(
+    path: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    rates: Sequence[int] | None = None,
+    dtype: torch.dtype,
+) -> SparseUMMDiT:
+    """A denoiser from a checkpoint of any dialect, or from a diffusers folder that has one, on the CPU."""
+    checkpoint = open_checkpoint(_component(path, "transformer"))
+    denoiser = empty_denoiser(checkpoint, config, rates=rates)
+    original.load(denoiser, checkpoint, dtype=dtype)
+    return denoiser
 
 
 def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:

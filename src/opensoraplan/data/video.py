@@ -1,17 +1,12 @@
-"""Video files by PyAV: frames by time stamp in, H.264 mp4 out, and the pixel transform between the two.
+"""Writing video by PyAV (H.264 mp4), the pixel transform of training, and by the same door what reads video.
 
-Not here: which clips to take, captions, batches. Frames are uint8 [T, H, W, 3] RGB, upright, otherwise as
-stored: pixels that are not square are not stretched, interlaced frames not split, HDR not tone-mapped.
+Not here: how video is read (reading.py), which clips to take, captions, batches.
 """
 
-import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -21,116 +16,42 @@ import av.error
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.container import InputContainer, OutputContainer
-from av.stream import Disposition, Stream
+from av.container import OutputContainer
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-logger = logging.getLogger(__name__)
+from opensoraplan.data.reading import (
+    SWSCALE,
+    Reader,
+    VideoInfo,
+    count_frames,
+    frame_rate,
+    iter_frames,
+    probe,
+    read_frames,
+    read_numbered,
+)
 
-# swscale's bilinear, full chroma, accurate rounding: exact to half a level of 255, where its default, a fast
-# path, comes out 1 to 2 levels too dark. As numbers, since PyAV names the last two only from version 18 on.
-_SWSCALE = 0x2 | 0x2000 | 0x40000
+__all__ = [
+    "Reader",
+    "VideoInfo",
+    "VideoWriter",
+    "count_frames",
+    "fit",
+    "frame_rate",
+    "iter_frames",
+    "probe",
+    "publish",
+    "read_frames",
+    "read_numbered",
+    "temporary_path",
+    "to_uint8",
+]
+
 # ITU-T H.273's code of BT.709 (primaries, transfer and matrix alike), and FFmpeg's of limited range.
 _BT709 = 1
 _LIMITED_RANGE = 1
-# Rates that also exist a thousandth slower: 24 -> 24000/1001 = 23.976.
-_NTSC_RATES = (12, 15, 24, 30, 48, 60, 120, 240)
-# Matroska rounds time stamps to milliseconds: two that differ by half of one are the same instant.
-_SAME_INSTANT = Fraction(1, 2000)
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a file says of its video.
-
-    `frames` is an estimate, duration times rate (only where the container gives no duration they are
-    counted); `count_frames` is exact. `fps` is the mean rate. `height` and `width` are those of the upright
-    picture, in pixels. `duration` is in seconds. `codec` is FFmpeg's name of the format, such as "h264".
-    """
-
-    frames: int
-    fps: Fraction
-    height: int
-    width: int
-    duration: float
-    codec: str
-
-
-@dataclass(frozen=True)
-class _Shot:
-    """A decoded frame and the time that it is on screen, in seconds from the first frame."""
-
-    start: Fraction
-    end: Fraction
-    frame: VideoFrame
-
-
-def frame_rate(fps: float | Fraction) -> Fraction:
-    """`fps` as an exact rate. A float that is meant as n * 1000/1001 (23.976, 29.97, ...) becomes just that.
-
-    Raises ValueError unless it is from 0.001 to 1000 frames a second.
-    """
-    if not 0.001 <= fps <= 1000:
-        raise ValueError(f"fps must be in 0.001 .. 1000, got {fps}")
-    if isinstance(fps, Fraction):
-        return fps.limit_denominator(100_000)
-    for whole in _NTSC_RATES:
-        if abs(fps - whole / 1.001) < whole / 5000:
-            return Fraction(whole * 1000, 1001)
-    return Fraction(fps).limit_denominator(1001)
-
-
-def probe(path: str | Path) -> VideoInfo:
-    """Describe the video in `path` (of several, the one that players choose). Decodes one frame.
-
-    Raises FileNotFoundError, or ValueError for a file without readable video.
-    """
-    with _opened(path) as (container, stream):
-        first = next(_timed(path, container, stream)).frame
-        height, width = first.height, first.width
-        if _orientation(first)[0]:
-            height, width = width, height
-        fps, codec = _mean_rate(stream), _codec(stream)
-        seconds = _promised(container, stream)
-    frames = count_frames(path) if seconds is None else max(1, round(seconds * fps))
-    duration = float(frames / fps if seconds is None else seconds)
-    return VideoInfo(frames=frames, fps=fps, height=height, width=width, duration=duration, codec=codec)
-
-
-def count_frames(path: str | Path, *, fps: float | Fraction | None = None, limit: int | None = None) -> int:
-    """How many frames `iter_frames(path, fps=fps)` yields, found by decoding; stops counting at `limit`.
-
-    Raises FileNotFoundError, or ValueError for a file without readable video or damaged before `limit`.
-    """
-    rate = None if fps is None else frame_rate(fps)
-    return sum(1 for _ in islice(_shots(path, rate=rate), limit))
-
-
-def iter_frames(
-    path: str | Path, *, start: int = 0, count: int | None = None, fps: float | Fraction | None = None
-) -> Iterator[torch.Tensor]:
-    """Yield `count` frames (None: all) from frame `start` on, in the order shown, each uint8 [H, W, 3].
-
-    With `fps`, the video is first resampled by its time stamps: frame j is what is on screen j / fps seconds
-    after the first frame appears, and `start` and `count` are in frames of the new rate. Rotation and
-    mirroring that the file asks for are applied. A repeated frame is the same tensor again.
-
-    Raises FileNotFoundError, and ValueError for a file without readable video, fewer frames than asked for, a
-    size that changes on the way and, once all frames before the damage are out, for a damaged or cut-off
-    file.
-    """
-    if start < 0 or (count is not None and count < 1):
-        raise ValueError(f"start must be at least 0 and count at least 1, got start {start}, count {count}")
-    return _pictures(path, start=start, count=count, rate=None if fps is None else frame_rate(fps))
-
-
-def read_frames(
-    path: str | Path, *, start: int = 0, count: int | None = None, fps: float | Fraction | None = None
-) -> torch.Tensor:
-    """Frames of a video in one tensor, uint8 [T, H, W, 3]. Arguments and errors: see `iter_frames`."""
-    return torch.stack(list(iter_frames(path, start=start, count=count, fps=fps)))
 
 
 def fit(frames: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
@@ -218,7 +139,7 @@ class VideoWriter:
                 format="yuv420p",
                 dst_colorspace=_BT709,
                 dst_color_range=_LIMITED_RANGE,
-                interpolation=_SWSCALE,
+                interpolation=SWSCALE,
             )
             frame.time_base = 1 / self._rate
             frame.pts = self._written
@@ -329,165 +250,3 @@ def _centre_crop(frames: torch.Tensor, *, height: int, width: int) -> torch.Tens
     top = round((full_height - crop_height) / 2)
     left = round((full_width - crop_width) / 2)
     return frames[:, top : top + crop_height, left : left + crop_width]
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its main video stream, closed afterwards."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"video {path} does not exist")
-    try:
-        container = av.open(str(path))
-    except av.error.FFmpegError as error:
-        if isinstance(error, OSError):
-            raise
-        size = Path(path).stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is not a video, or is cut off: {error.strerror}") from error
-    with container:
-        stream = container.streams.best("video")
-        if stream is None or _is_cover(stream):
-            found = ", ".join("cover" if _is_cover(other) else other.type for other in container.streams)
-            raise ValueError(f"{path} ({container.format.name}) has no video; found: {found or 'nothing'}")
-        if cast(VideoCodecContext | None, stream.codec_context) is None:
-            raise ValueError(f"{path} has video of a codec unknown to this FFmpeg, or is cut off")
-        yield container, cast(VideoStream, stream)
-
-
-def _is_cover(stream: Stream) -> bool:
-    """Whether this is the cover picture of a song, which is a video stream, too."""
-    return bool(stream.disposition & Disposition.attached_pic)
-
-
-def _codec(stream: VideoStream) -> str:
-    return stream.codec_context.codec.canonical_name
-
-
-def _mean_rate(stream: VideoStream) -> Fraction:
-    return stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)
-
-
-def _promised(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """How many seconds of video there are according to the file, if it says."""
-    if stream.duration is not None and stream.time_base is not None:
-        return stream.duration * stream.time_base
-    return None if container.duration is None else Fraction(container.duration, av.time_base)
-
-
-def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """All frames of a stream in the order shown. At damage: those before it, then ValueError."""
-    stream.thread_type = "AUTO"
-    codec = cast(VideoCodecContext, stream.codec_context)
-    frames = 0
-    damage = None
-    try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                damage = "incomplete packet"
-                break
-            for frame in packet.decode():
-                frames += 1
-                yield cast(VideoFrame, frame)
-    except av.error.FFmpegError as error:
-        damage = error.strerror
-    if damage is not None:
-        # How many frames the decoder still holds depends on its threads; with them, what comes out does not.
-        for frame in codec.decode(None):
-            frames += 1
-            yield frame
-        raise ValueError(f"{path} is damaged or cut off after {frames} frames: {damage}")
-
-
-def _timed(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[_Shot]:
-    """The frames of a stream with the times that they are on screen; at least one, or ValueError."""
-    origin = None
-    end = Fraction(0)
-    for frame in _decoded(path, container, stream):
-        tick = frame.time_base or stream.time_base or Fraction(0)
-        # Raw streams have no time stamps: each frame follows the one before.
-        stamp = frame.pts * tick if frame.pts is not None else end + (origin or 0)
-        if origin is None:
-            origin = stamp
-        start = stamp - origin
-        end = start + (frame.duration * tick or 1 / _mean_rate(stream))
-        yield _Shot(start=start, end=end, frame=frame)
-    if origin is None:
-        raise ValueError(f"{path} has a video stream ({_codec(stream)}) without frames")
-    promised = _promised(container, stream)
-    whose = stream.duration is not None or len(container.streams) == 1
-    if whose and promised is not None and end < promised * Fraction(9, 10):
-        # No error: a last frame may rightly stay on screen for long, and Matroska counts no frames.
-        logger.warning("%s: frames end after %.2f s of %.2f s; is it cut off?", path, end, promised)
-
-
-def _resampled(shots: Iterable[_Shot], rate: Fraction) -> Iterator[_Shot]:
-    """What is on screen at 0, 1 / rate, 2 / rate, ... seconds; at least one frame if there is any."""
-    shown = None
-    index = 0
-    for shot in shots:
-        while shown is not None and index / rate + _SAME_INSTANT < shot.start:
-            yield shown
-            index += 1
-        shown = shot
-    # Twice the tolerance, since start and duration of the last frame are both rounded.
-    while shown is not None and (index == 0 or index / rate + 2 * _SAME_INSTANT < shown.end):
-        yield shown
-        index += 1
-
-
-def _shots(path: str | Path, *, rate: Fraction | None) -> Iterator[_Shot]:
-    """All frames of a file, resampled if there is a rate, not yet converted to RGB."""
-    with _opened(path) as (container, stream):
-        shots = _timed(path, container, stream)
-        yield from shots if rate is None else _resampled(shots, rate)
-
-
-def _pictures(
-    path: str | Path, *, start: int, count: int | None, rate: Fraction | None
-) -> Iterator[torch.Tensor]:
-    """`iter_frames` after its checks."""
-    stop = None if count is None else start + count
-    seen = 0
-    frame, picture = None, torch.empty(0)
-    for shot in islice(_shots(path, rate=rate), stop):
-        seen += 1
-        if seen <= start:
-            continue
-        if shot.frame is not frame:
-            before, picture = picture, _rgb(shot.frame)
-            if frame is not None and before.shape != picture.shape:
-                sizes = " to ".join(
-                    f"{height} x {width}" for height, width, _ in (before.shape, picture.shape)
-                )
-                raise ValueError(f"{path} changes its size from {sizes} at frame {seen - 1}")
-            frame = shot.frame
-        yield picture
-    if seen < (start + 1 if stop is None else stop):
-        wanted = f"frame {start} on" if stop is None else f"frames {start} to {stop - 1}"
-        at = "" if rate is None else f" at {float(rate):g} a second"
-        raise ValueError(f"{path} has {seen} frames{at}, asked for {wanted}")
-
-
-def _rgb(frame: VideoFrame) -> torch.Tensor:
-    """A decoded frame as an upright picture in its own memory, uint8 [H, W, 3]."""
-    picture = frame.to_ndarray(format="rgb24", interpolation=_SWSCALE)
-    transposed, down, across = _orientation(frame)
-    if transposed:
-        picture = picture.transpose(1, 0, 2)
-    return torch.from_numpy(picture[:: -1 if down else 1, :: -1 if across else 1].copy())
-
-
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """What turns a frame upright: transpose it?, then reverse its rows?, and its columns?"""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return False, False, False
-    # x' = a x + c y, y' = b x + d y in fixed point (ISO/IEC 14496-12); the rest of the matrix moves and
-    # projects.
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
-    if max(abs(b), abs(c)) * 50 < min(abs(a), abs(d)):
-        return False, d < 0, a < 0
-    if max(abs(a), abs(d)) * 50 < min(abs(b), abs(c)):
-        return True, b < 0, c < 0
-    raise ValueError(
-        f"the video is to be turned by {frame.rotation} degrees; only multiples of 90 are possible"
-    )

@@ -286,9 +286,14 @@ class SkipLinear(nn.Module):
         self.norm = NORMS[norm_cls](2 * dim, eps=eps) if norm_cls else None
         self.linear = nn.Linear(2 * dim, dim)
         if self.norm is None:
-            with torch.no_grad():
-                self.linear.weight.copy_(torch.eye(dim, 2 * dim))
-                self.linear.bias.zero_()
+            self.open_nothing()
+
+    @torch.no_grad()
+    def open_nothing(self) -> None:
+        """Pass the stream on as it is and nothing of what was kept: [identity | 0]."""
+        dim = self.linear.out_features
+        self.linear.weight.copy_(torch.eye(dim, 2 * dim))
+        self.linear.bias.zero_()
 
     def forward(self, x: Tensor, kept: Tensor) -> Tensor:
         joined = torch.cat([x, kept], dim=-1)
@@ -484,6 +489,31 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             model = cls(**settings)
         original.load(model, state_dict, dtype=dtype)
         return model
+
+    @torch.no_grad()
+    def initialize_weights(self, *, seed: int) -> None:
+        """Weights to train from nothing, drawn on the CPU: Xavier-uniform Linears without bias, the condition's
+        normal(0, 0.02), zero for what modulates and for the output, so that every block starts as the
+        identity (AdaLN-zero, arXiv 2212.09748) and the velocity as 0. Skip connections start closed.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                weight = torch.empty(module.weight.shape)
+                nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
+                module.weight.copy_(weight)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for mlp in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
+            for linear in (mlp.linear_1, mlp.linear_2):
+                weight = torch.empty(linear.weight.shape)
+                linear.weight.copy_(weight.normal_(0, 0.02, generator=generator))
+        for module in self.modules():
+            if isinstance(module, AdaNormZero | AdaNormOut):
+                module.linear.weight.zero_()
+            elif isinstance(module, SkipLinear) and module.norm is None:
+                module.open_nothing()
+        self.proj_out.weight.zero_()
 
     def original_format(self) -> original.Format:
         """How the original names these tensors."""

@@ -65,3 +65,8 @@ def check_tensors(expected: Mapping[str, Shape], given: Mapping[str, Shape], *, 
     if lines:
         count = "1 tensor does" if len(lines) == 1 else f"{len(lines)} tensors do"
         raise ValueError(f"{count} not fit {what}:\n  " + "\n  ".join(lines))
+
+
+def plain_config(model: Any) -> dict[str, Any]:  # noqa: ANN401 (any model with a diffusers config)
+    """A model's config as its constructor's arguments, without what diffusers adds."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}

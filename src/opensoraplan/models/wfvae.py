@@ -110,6 +110,15 @@ def add_to_low_band(coefficients: Tensor, low: Tensor) -> Tensor:
     return torch.cat([coefficients[:, :COLOURS] + low, coefficients[:, COLOURS:]], dim=1)
 
 
+def haar_levels(x: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients [B, 24, ...] of levels 0, 1 and 2 of colours [B, 3, T, H, W], each of the low band of the
+    one before.
+    """
+    level0 = haar(x, stream)
+    level1 = haar(level0[:, :COLOURS], stream)
+    return level0, level1, haar(level1[:, :COLOURS], stream)
+
+
 def fixed_tensors() -> dict[str, Tensor]:
     """The Haar filters that the original's files carry, by their original names: 2 x 3 levels x 8 bands."""
     taps = {band: torch.tensor([[_band_taps(signs)]]) for band, signs in HAAR_BANDS.items()}
@@ -279,8 +288,7 @@ def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor
 class Encoder(nn.Module):
     """Pixels [B, 3, T, H, W] -> moments [B, 2 * latent channels, (T - 1) / 8 + 1, H/8, W/8].
 
-    Three Haar levels, each of the low band of the one before; their coefficients flow in beside the main
-    path.
+    The coefficients of three Haar levels flow in beside the main path.
     """
 
     def __init__(self, base: int, *, latent_channels: int, num_resblocks: int, flow_channels: int) -> None:
@@ -305,9 +313,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(four, out_channels=2 * latent_channels)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        level0 = haar(x, stream)
-        level1 = haar(level0[:, :COLOURS], stream)
-        level2 = haar(level1[:, :COLOURS], stream)
+        level0, level1, level2 = haar_levels(x, stream)
         h = run(self.down1, level0, stream)
         h = run(self.down2, torch.cat([h, self.connect_l1(level1)], dim=1), stream)
         h = run(self.mid, torch.cat([h, self.connect_l2(level2)], dim=1), stream)
@@ -360,13 +366,17 @@ class Decoder(nn.Module):
         self.conv_out = FrameConv2d(base, out_channels=COEFFICIENTS)
 
     def forward(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        return self.with_coefficients(z, stream)[0]
+
+    def with_coefficients(self, z: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels and the coefficients of levels 1 and 2 that they are made of; for the wavelet loss."""
         h, flow = self._part(run(self.mid, self.conv_in(z, stream), stream))
-        low = inverse_haar(run(self.connect_l2, flow, stream), stream)
+        level2 = run(self.connect_l2, flow, stream)
         h, flow = self._part(run(self.up2, h, stream))
-        low = inverse_haar(add_to_low_band(run(self.connect_l1, flow, stream), low), stream)
+        level1 = add_to_low_band(run(self.connect_l1, flow, stream), inverse_haar(level2, stream))
         h = run(self.layer, run(self.up1, h, stream), stream)
-        coefficients = self.conv_out(F.silu(self.norm_out(h)))
-        return inverse_haar(add_to_low_band(coefficients, low), stream)
+        level0 = add_to_low_band(self.conv_out(F.silu(self.norm_out(h))), inverse_haar(level1, stream))
+        return inverse_haar(level0, stream), level1, level2
 
     def _part(self, h: Tensor) -> tuple[Tensor, Tensor]:
         return h[:, : -self.flow_channels], h[:, -self.flow_channels :]

@@ -60,25 +60,30 @@ class TextSettings(Settings):
     compute: Precision = "bf16"
 
 
-class DataSettings(Settings):
-    """What is trained on. `manifest`: anything `osp data check` reads, or `features`: a folder that `osp
-    cache` wrote, or both (the features then have to be of that manifest). `batch_size` is per step and rank.
-
-    `caption_dropout`: how often a caption is replaced by the empty one. `new_windows`: draw another window of
-    a long clip each time (a cache has but one). `max_bad_files`: how many unreadable files are replaced by others before the run stops.
+class ClipSourceSettings(Settings):
+    """Where clips come from. `manifest`: anything that `osp data check` reads. `batch_size` is per rank and
+    micro-batch. `new_windows`: draw another window of a long clip each epoch. `max_bad_files`: how many
+    unreadable files are replaced by others before the run stops.
     """
 
     manifest: Path | None = None
     root: Path | None = None
-    features: Path | None = None
     selection: SelectionSettings = SelectionSettings()
     batch_size: Positive = 1
-    caption_dropout: Fraction = 0.1
-    use_aesthetic: bool = False
     new_windows: bool = True
     reader: Literal["pyav", "decord", "torchcodec"] = "pyav"
     workers: Count = 4
     max_bad_files: Count = 20
+
+
+class DataSettings(ClipSourceSettings):
+    """What a denoiser is trained on: clips of `manifest`, or `features` of them, a folder that `osp cache`
+    wrote (it has one window of each clip). `caption_dropout`: how often the caption is the empty one.
+    """
+
+    features: Path | None = None
+    caption_dropout: Fraction = 0.1
+    use_aesthetic: bool = False
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -167,11 +172,12 @@ class ValidationSettings(Settings):
     samples: Positive = 16
     sigmas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.2, 0.5, 0.8)
     prompts: tuple[str, ...] = ()
-    frames: Positive = 29
+    frames: Positive = 33
     height: Positive = 288
     width: Positive = 512
     sampling_steps: Positive = 50
     guidance_scale: float = 8.0
+    shift: Annotated[float, Field(gt=0)] | None = None
     fps: Annotated[float, Field(gt=0)] = 24.0
 
     @model_validator(mode="after")
@@ -206,3 +212,75 @@ class TrainSettings(Settings):
     log: LogSettings = LogSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+
+
+class VAEModelSettings(Settings):
+    """The VAE to train: a checkpoint to go on from, or constructor arguments of WFVAE for a new one.
+    `freeze_encoder` trains the decoder alone, so that latents, shift and scale stay what they are.
+    """
+
+    pretrained: Path | None = None
+    config: dict[str, object] | None = None
+    freeze_encoder: bool = False
+
+    @model_validator(mode="after")
+    def _given(self) -> Self:
+        if self.pretrained is None and self.config is None:
+            raise ValueError("a VAE needs `pretrained` (a checkpoint) or `config` (to start from nothing)")
+        if self.freeze_encoder and self.pretrained is None:
+            raise ValueError("freeze_encoder needs `pretrained`: a new encoder has learned nothing yet")
+        return self
+
+
+class VAEClipSettings(ClipSourceSettings):
+    """Clips to train a VAE on, of which random pieces of `frames` x `height` x `width` are cut; `flip`
+    mirrors half of them.
+    """
+
+    frames: Positive = 25
+    height: Positive = 256
+    width: Positive = 256
+    flip: bool = True
+
+
+class VAELossSettings(Settings):
+    """Weights beside the L1 loss of the pixels (arXiv 2411.17459). `adversarial_start`: the step from which
+    a discriminator takes part, with `adversarial` times the adaptive weight; None: never.
+    """
+
+    kl: Annotated[float, Field(ge=0)] = 1e-6
+    wavelet: Annotated[float, Field(ge=0)] = 0.1
+    perceptual: Annotated[float, Field(ge=0)] = 0.0
+    adversarial: Annotated[float, Field(ge=0)] = 0.5
+    adversarial_start: Count | None = None
+    discriminator_lr: Annotated[float, Field(gt=0)] = 1e-5
+
+
+class VAEValidationSettings(Settings):
+    """Every `every` steps (0: never) PSNR and SSIM of `samples` whole clips of `manifest`."""
+
+    every: Count = 0
+    manifest: Path | None = None
+    samples: Positive = 16
+
+
+class VAETrainSettings(Settings):
+    """A whole run of `osp train-vae`. `max_grad_norm` bounds the gradient's norm."""
+
+    output: Path
+    seed: Count = 0
+    device: str | None = None
+    model: VAEModelSettings
+    data: VAEClipSettings
+    loss: VAELossSettings = VAELossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(ema_decay=0.999, eps=1e-8)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    log: LogSettings = LogSettings()
+    validation: VAEValidationSettings = VAEValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _given(self) -> Self:
+        if self.data.manifest is None:
+            raise ValueError("data.manifest is missing: training a VAE needs clips")
+        return self

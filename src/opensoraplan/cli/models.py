@@ -1,42 +1,26 @@
-"""The command `osp`: its verbs and their options. Heavy imports are inside the verbs, so that --help is
-quick.
-
-A user's mistake ends in one line on stderr and exit code 2; a traceback is a bug of ours.
+"""`osp generate`, `convert`, `reconstruct` and `inspect`: options, and what is checked before the job
+begins.
 """
 
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import tyro
-from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+from tyro.conf import OmitArgPrefixes, Positional
+
+from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, check_exists, optional
 
 if TYPE_CHECKING:
     from opensoraplan.convert.assemble import Sources
     from opensoraplan.convert.mindspeed_json import Inference
 
-logger = logging.getLogger("opensoraplan")
+logger = logging.getLogger(__name__)
 
-Dtype = Literal["bf16", "fp16", "fp32"]
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
-
-def optional(metavar: str, hint: str = "") -> Any:  # noqa: ANN401 (a marker for Annotated)
-    """How --help shows an option that may be left out: without None, and with `hint` for what happens
-    then.
-    """
-    return arg(metavar=metavar, help_behavior_hint=hint)
-
-
-OptionalPath = Annotated[Path | None, optional("PATH")]
-OptionalDevice = Annotated[
-    str | None, optional("NAME", "(default: the first accelerator there is, else cpu)")
-]
 
 
 @dataclass(frozen=True)
@@ -74,8 +58,8 @@ class Generate:
 
     prompt: Annotated[Positional[str], optional("PROMPT")] = ""
     """A prompt, or a file of prompts."""
-    model: OptionalPath = None
-    """A diffusers folder, as `osp convert` writes it."""
+    model: Annotated[Path | None, optional("PATH", "(default: the small built-in model)")] = None
+    """A diffusers folder, as `osp convert` and `osp export` write it."""
     config: OptionalPath = None
     """The guide's inference JSON; options given here go before its values."""
     parts: OmitArgPrefixes[Parts] = Parts()
@@ -188,58 +172,6 @@ class Inspect:
     """A file, a folder of shards, a diffusers component, or a folder that `osp convert` wrote."""
 
 
-@dataclass(frozen=True)
-class DataCheck:
-    """Show what training would use of a manifest, and why the rest is dropped."""
-
-    manifest: Positional[Path]
-    """A folder of clips with .txt captions, or a data.txt, .json, .jsonl, .csv or .parquet manifest."""
-    data: OptionalPath = None
-    """The guide's data.json, for what to select; without it, the guide's values."""
-    root: Annotated[Path | None, optional("PATH", "(default: the manifest's folder)")] = None
-    """Where relative paths of clips begin."""
-    csv: OptionalPath = None
-    """Also write every record with its fate and reason to this .csv."""
-    global_batch: Annotated[int | None, optional("N")] = None
-    """Also drop shapes that would fill fewer than 4 batches of so many samples."""
-    all_files: bool = False
-    """Open every file, also where the manifest says all there is to know."""
-    seed: int = 0
-    """Of the random windows and of drop_short_ratio."""
-    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
-    """Other values of the selection, for example num_frames=25 max_height=96 max_width=96."""
-
-
-@dataclass(frozen=True)
-class DataRender:
-    """Render captioned clips of moving shapes, to try things on: mp4 files, annotation.json and data.txt."""
-
-    folder: Positional[Path]
-    """Where to; the same command again, or with a larger count, continues."""
-    count: int = 100
-    """Clips."""
-    seed: int = 0
-    """One seed, one set of clips."""
-    frames: int = 25
-    """8k + 1."""
-    height: int = 96
-    """Pixels, a multiple of 16."""
-    width: int = 96
-    """Pixels, a multiple of 16."""
-    fps: int = 12
-    """Frames a second."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Clips to train on: check those you have, or render some."""
-
-    job: OmitArgPrefixes[
-        Annotated[DataCheck, subcommand("check", prefix_name=False)]
-        | Annotated[DataRender, subcommand("render", prefix_name=False)]
-    ]
-
-
 # Options of `Generate` that are fields of a request; the rest say what makes it.
 REQUEST_OPTIONS = (
     "negative_prompt", "frames", "height", "width", "fps", "steps", "guidance", "guidance_rescale",
@@ -258,13 +190,15 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     given = options_of_parts(options.parts, inference)
     if options.model is not None and given:
         raise ValueError(f"{options.model} has all the parts of a model: leave out {', '.join(given)}")
-    if options.model is None and not given:
-        raise ValueError(
-            "which model? Give --model FOLDER, or the original's files by --config or --transformer, ..."
-        )
-    if options.model is not None:
-        check_model(options.model)
-        paths = {name: options.model / name for name in PARTS}
+    folder = options.model
+    if folder is None and not given:
+        from opensoraplan import builtin
+
+        folder = builtin.folder()
+        logger.info("no --model is given: the small built-in one knows %s", builtin.KNOWS)
+    if folder is not None:
+        check_model(folder)
+        paths = {name: folder / name for name in PARTS}
         check_parts(paths)
     else:
         paths = find_paths(options.parts, inference)
@@ -283,7 +217,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     if options.default_negative_prompt is not None:
         prompts["default_negative_prompt"] = options.default_negative_prompt
 
-    origin = options.model or paths["transformer"]
+    origin = folder or paths["transformer"]
     logger.info("loading %s, %s on %s", origin, str(dtype).removeprefix("torch."), device)
     pipeline = assemble.load_pipeline(
         make_sources(paths, options.parts, inference),
@@ -293,11 +227,11 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         max_text_tokens=inference.max_text_tokens if inference else 512,
     )
     model: str | dict[str, Any] = {name: str(path) for name, path in paths.items()}
-    if options.model is not None:
+    if folder is not None:
         # For its scheduler and settings. Its weights are not left to diffusers, which lets some be missing.
         loaded = {name: pipeline.components[name] for name in PARTS}
-        pipeline = OpenSoraPlanPipeline.from_pretrained(options.model, **loaded, local_files_only=True)
-        model = str(options.model)
+        pipeline = OpenSoraPlanPipeline.from_pretrained(folder, **loaded, local_files_only=True)
+        model = str(folder)
     elif options.parts.ema is not None:
         model["ema"] = options.parts.ema
     pipeline.register_to_config(**prompts)
@@ -399,84 +333,6 @@ def inspect(options: Inspect) -> None:
     sys.stdout.write("\n\n".join(describe(path) for path in paths) + "\n")
 
 
-def data_check(options: DataCheck) -> None:
-    """`osp data check`."""
-    check_exists(options.manifest)
-    if options.data is not None:
-        check_exists(options.data)
-
-    from opensoraplan.convert.mindspeed_json import read_selection
-    from opensoraplan.data.check import check_manifest
-
-    table = check_manifest(
-        options.manifest,
-        settings=read_selection(options.data, changes=options.set),
-        root=options.root,
-        csv_path=options.csv,
-        global_batch=options.global_batch,
-        probing="all" if options.all_files else "missing",
-        seed=options.seed,
-    )
-    sys.stdout.write(table + "\n")
-
-
-def data_render(options: DataRender) -> None:
-    """`osp data render`."""
-    import torch
-
-    from opensoraplan.data.shapes_demo import write_dataset
-
-    torch.set_num_threads(1)  # more only get in each other's way on pictures of this size
-    manifest = write_dataset(
-        options.folder,
-        count=options.count,
-        seed=options.seed,
-        frames=options.frames,
-        height=options.height,
-        width=options.width,
-        fps=options.fps,
-    )
-    logger.info("wrote %s", manifest)
-
-
-def main() -> None:
-    """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger.setLevel(logging.INFO)
-    # transformers reads this when it is imported. Its bars would break into ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        inference = read_config(sys.argv[1:])
-        defaults = Generate(**inference.generate) if inference else Generate()
-        verbs = (
-            Annotated[Generate, subcommand("generate", default=defaults, prefix_name=False)]
-            | Annotated[Convert, subcommand("convert", prefix_name=False)]
-            | Annotated[Reconstruct, subcommand("reconstruct", prefix_name=False)]
-            | Annotated[Inspect, subcommand("inspect", prefix_name=False)]
-            | Annotated[Data, subcommand("data", prefix_name=False)]
-        )  # type: ignore[operator]
-        options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
-        match options:
-            case Generate():
-                generate(options, inference)
-            case Convert():
-                convert(options, inference)
-            case Reconstruct():
-                reconstruct(options)
-            case Inspect():
-                inspect(options)
-            case Data(DataCheck() as job):
-                data_check(job)
-            case Data(DataRender() as job):
-                data_render(job)
-    except KeyboardInterrupt:
-        sys.stderr.write("osp: stopped\n")
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        sys.stderr.write(f"osp: error: {error}\n")
-        sys.exit(2)
-
-
 def read_config(arguments: list[str]) -> "Inference | None":
     """The config that --config names, read before all else: its values become the defaults of the other
     options.
@@ -504,6 +360,28 @@ def read_config(arguments: list[str]) -> "Inference | None":
         known = ", ".join(get_args(Dtype))
         raise ValueError(f"{found.config}: weight_dtype {dtype!r} is not one of {known}")
     return inference
+
+
+def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[str, Any]:
+    """Defaults of `osp generate` that go with the model: those of --config, or those that a folder keeps in
+    generate.json (`osp export` writes it); without any model those of the built-in one.
+    """
+    if inference is not None:
+        return inference.generate
+    if arguments[:1] != ["generate"]:
+        return {}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model", type=Path)
+    for name in PARTS:
+        finder.add_argument(f"--{name.replace('_', '-')}", dest="parts", action="append")
+    found, _ = finder.parse_known_args(arguments)
+    if found.model is None and found.parts:
+        return {}
+
+    from opensoraplan import builtin
+    from opensoraplan.defaults import GenerateDefaults
+
+    return GenerateDefaults.of(found.model or builtin.folder()).model_dump(exclude_none=True)
 
 
 def options_of_parts(parts: Parts, inference: "Inference | None") -> list[str]:
@@ -564,12 +442,3 @@ def check_model(path: Path) -> None:
         raise ValueError(f"{index} is damaged: it does not say which pipeline it is of") from None
     if kind != "OpenSoraPlanPipeline":
         raise ValueError(f"{path} is a {kind}, not an OpenSoraPlanPipeline")
-
-
-def check_exists(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,79 @@
+"""The command `osp`. Heavy imports are inside the verbs, so that --help is quick.
+
+A user's mistake ends in one line on stderr and exit code 2; a traceback is a bug of ours.
+"""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import tyro
+from tyro.conf import subcommand
+
+from opensoraplan.cli.data import Data, DataCheck, DataRender, data_check, data_render
+from opensoraplan.cli.models import (
+    Convert,
+    Generate,
+    Inspect,
+    Reconstruct,
+    convert,
+    generate,
+    inspect,
+    read_config,
+    read_defaults,
+    reconstruct,
+)
+from opensoraplan.cli.training import Cache, Export, Train, TrainVAE, cache, export, train, train_vae
+
+logger = logging.getLogger("opensoraplan")
+
+
+def main() -> None:
+    """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    # transformers reads this when it is imported. Its bars would break into ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        inference = read_config(sys.argv[1:])
+        defaults = Generate(**read_defaults(sys.argv[1:], inference))
+        verbs = (
+            Annotated[Generate, subcommand("generate", default=defaults, prefix_name=False)]
+            | Annotated[Convert, subcommand("convert", prefix_name=False)]
+            | Annotated[Reconstruct, subcommand("reconstruct", prefix_name=False)]
+            | Annotated[Inspect, subcommand("inspect", prefix_name=False)]
+            | Annotated[Data, subcommand("data", prefix_name=False)]
+            | Annotated[Cache, subcommand("cache", prefix_name=False)]
+            | Annotated[Train, subcommand("train", prefix_name=False)]
+            | Annotated[TrainVAE, subcommand("train-vae", prefix_name=False)]
+            | Annotated[Export, subcommand("export", prefix_name=False)]
+        )  # type: ignore[operator]
+        options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
+        match options:
+            case Generate():
+                generate(options, inference)
+            case Convert():
+                convert(options, inference)
+            case Reconstruct():
+                reconstruct(options)
+            case Inspect():
+                inspect(options)
+            case Data(DataCheck() as job):
+                data_check(job)
+            case Data(DataRender() as job):
+                data_render(job)
+            case Cache():
+                cache(options)
+            case Train():
+                train(options)
+            case TrainVAE():
+                train_vae(options)
+            case Export():
+                export(options)
+    except KeyboardInterrupt:
+        sys.stderr.write("osp: stopped\n")
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        sys.stderr.write(f"osp: error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,26 @@
+"""What the verbs' options have in common."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
+def optional(metavar: str, hint: str = "") -> Any:  # noqa: ANN401 (a marker for Annotated)
+    """How --help shows an option that may be left out: without None, and with `hint` for what happens
+    then.
+    """
+    return arg(metavar=metavar, help_behavior_hint=hint)
+
+
+OptionalPath = Annotated[Path | None, optional("PATH")]
+OptionalDevice = Annotated[
+    str | None, optional("NAME", "(default: the first accelerator there is, else cpu)")
+]
+
+
+def check_exists(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")

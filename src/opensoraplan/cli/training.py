@@ -1,0 +1,147 @@
+"""`osp cache`, `train`, `train-vae` and `export`: options, and what is checked before the job begins."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from opensoraplan.cli.options import OptionalPath, check_exists, optional
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the run is."""
+
+    config: Annotated[Positional[Path | None], optional("RUN.toml")] = None
+    """The run's settings; docs/training.md has them all."""
+    model: OptionalPath = None
+    """The guide's model_opensoraplan1_5.json; goes with --data."""
+    data: OptionalPath = None
+    """The guide's data.json."""
+    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train or fine-tune the denoiser on captioned clips, or on the features that `osp cache` made of them.
+
+    SIGTERM and Ctrl-C save a checkpoint and end the run; the same command with --resume latest goes on.
+    """
+
+    files: OmitArgPrefixes[RunFiles] = RunFiles()
+    resume: Annotated[str | None, optional("latest|STEP")] = None
+    """Go on from this checkpoint of the output folder; latest also begins a new run."""
+
+
+@dataclass(frozen=True)
+class TrainVAE:
+    """Train or fine-tune the WF-VAE on clips, without captions. Stopping and resuming as in `osp train`."""
+
+    config: Positional[Path]
+    """The run's settings; docs/training.md has them all."""
+    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
+    resume: Annotated[str | None, optional("latest|STEP")] = None
+    """Go on from this checkpoint of the output folder; latest also begins a new run."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Encode the clips and captions of a run once, so that training needs neither VAE nor text encoders.
+
+    The same command again continues; training with features of another VAE, other text encoders or other
+    clips is refused.
+    """
+
+    files: OmitArgPrefixes[RunFiles] = RunFiles()
+    out: OptionalPath = None
+    """The folder to write; without it, the run's data.features."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Turn a training run, or one of its checkpoints, into a folder for `osp generate`, or the release's files.
+
+    The whole pipeline is written where the run's settings say where VAE and text encoders are.
+    """
+
+    run: Positional[Path]
+    """The output folder of `osp train`."""
+    out: Path
+    """The folder to write; it must be new or empty."""
+    step: Annotated[str, optional("latest|STEP")] = "latest"
+    """Which checkpoint."""
+    ema: bool = True
+    """The averaged weights rather than the last ones."""
+    to: Literal["diffusers", "megatron", "release"] = "diffusers"
+    """What to write."""
+    tp: int = 1
+    """Tensor-parallel size of the Megatron shards."""
+    dtype: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: as trained)")] = None
+    """Precision to write."""
+    max_shard_size: str = "2GB"
+    """Of the diffusers folder's files."""
+    prompt_template: Annotated[str | None, optional("TEXT", "(default: 'high quality, {}')")] = None
+    """What the pipeline puts around a prompt; {} is where it goes, and alone is nothing."""
+    default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the original's)")] = None
+    """The pipeline's negative prompt; '' is none."""
+
+
+def train(options: Train) -> None:
+    """`osp train`."""
+    from opensoraplan.train.files import read_run
+    from opensoraplan.train.trainer import train as job
+
+    files = options.files
+    settings = read_run(files.config, model_json=files.model, data_json=files.data, changes=files.set)
+    logger.info("the last checkpoint is %s", job(settings, resume=options.resume))
+
+
+def train_vae(options: TrainVAE) -> None:
+    """`osp train-vae`."""
+    from opensoraplan.train.config import VAETrainSettings
+    from opensoraplan.train.files import read_settings
+    from opensoraplan.train.vae_trainer import train_vae as job
+
+    settings = read_settings(VAETrainSettings, options.config, changes=options.set)
+    logger.info("wrote %s", job(settings, resume=options.resume))
+
+
+def cache(options: Cache) -> None:
+    """`osp cache`."""
+    from opensoraplan.train.cache import write_cache
+    from opensoraplan.train.files import read_run
+
+    files = options.files
+    settings = read_run(files.config, model_json=files.model, data_json=files.data, changes=files.set)
+    out = options.out or settings.data.features
+    if out is None:
+        raise ValueError("where to? Give --out FOLDER, or data.features in the run's settings")
+    write_cache(settings, out)
+
+
+def export(options: Export) -> None:
+    """`osp export`."""
+    check_exists(options.run)
+    if options.tp != 1 and options.to != "megatron":
+        raise ValueError(f"--tp {options.tp} goes with --to megatron")
+
+    from opensoraplan.device import DTYPES
+    from opensoraplan.train.export import PromptDefaults, export_run
+
+    export_run(
+        options.run,
+        options.out,
+        step=options.step,
+        ema=options.ema,
+        to=options.to,
+        tensor_parallel=options.tp,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        max_shard_size=options.max_shard_size,
+        prompts=PromptDefaults(options.prompt_template, options.default_negative_prompt),
+    )

@@ -1,0 +1,199 @@
+"""Samples as tensors and captions, for a DataLoader: a file that cannot be read costs another sample, not the
+run.
+
+Not here: which samples there are (selection.py) and when each has its turn (buckets.py).
+"""
+
+import hashlib
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import av.error
+import torch
+from torch.utils.data import Dataset
+
+from opensoraplan.data.buckets import Draw, Shape
+from opensoraplan.data.selection import Sample
+from opensoraplan.data.video import Reader, fit, read_numbered
+
+logger = logging.getLogger(__name__)
+
+# Scores up to the first and from the second on are worth a sentence (original.md, section 6).
+_UGLY, _BEAUTIFUL = 4.25, 5.75
+# How many samples are tried for one place of a batch.
+_ATTEMPTS = 5
+
+
+class Failure(NamedTuple):
+    """A file that could not be read, and why."""
+
+    path: Path
+    message: str
+
+
+@dataclass
+class Clip:
+    """`video` float32 [3, T, H, W] in [-1, 1] of `sample`; `failures` are what was tried before."""
+
+    video: torch.Tensor
+    caption: str
+    sample: Sample
+    failures: tuple[Failure, ...]
+
+
+@dataclass
+class Batch:
+    """Clips of one shape: `video` float32 [B, 3, T, H, W] in [-1, 1]."""
+
+    video: torch.Tensor
+    captions: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+
+def all_captions(sample: Sample, *, use_aesthetic: bool) -> tuple[str, ...]:
+    """Everything that `caption_of` may say of a sample, without dropout. Without captions, that is "".
+
+    With `use_aesthetic`, a sentence on its quality follows each caption of a sample whose aesthetic score is
+    at most 4.25 or at least 5.75. The original draws one of ten such sentences and places it before or after;
+    here it is always its first one, after the caption, so that a caption remains one text.
+    """
+    captions = sample.record.captions or ("",)
+    quality = _quality(sample) if use_aesthetic else ""
+    return tuple(f"{caption} {quality}".strip() for caption in captions)
+
+
+def caption_of(sample: Sample, draw: Draw, *, seed: int, dropout: float, use_aesthetic: bool) -> str:
+    """One of `all_captions`, or "" with probability `dropout`, by (seed, epoch, index) of `draw`."""
+    chance = _chance("caption", seed, draw)
+    if chance.random() < dropout:
+        return ""
+    return chance.choice(all_captions(sample, use_aesthetic=use_aesthetic))
+
+
+class ClipDataset(Dataset[Clip]):
+    """Clips by `Draw`. The same draw is always the same clip, in any process.
+
+    With `new_windows`, a clip longer than its sample begins elsewhere in each epoch. `caption_dropout` and
+    `use_aesthetic`: see `caption_of`. In place of a file that cannot be read comes another sample of the same
+    shape, up to five in all; then ValueError.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        seed: int,
+        new_windows: bool = True,
+        caption_dropout: float = 0.1,
+        use_aesthetic: bool = False,
+        reader: Reader = "pyav",
+    ) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._new_windows = new_windows
+        self._caption_dropout = caption_dropout
+        self._use_aesthetic = use_aesthetic
+        self._reader: Reader = reader
+        self._same: dict[Shape, list[int]] = {}
+        for index, sample in enumerate(samples):
+            self._same.setdefault(sample.shape, []).append(index)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, draw: Draw) -> Clip:
+        failures: list[Failure] = []
+        for index in self._candidates(draw):
+            sample = self._placed(draw._replace(index=index))
+            try:
+                video = self._read(sample)
+            except (OSError, ValueError, av.error.FFmpegError) as error:
+                path, message = sample.record.path, str(error)
+                failures.append(Failure(path, message if str(path) in message else f"{path}: {message}"))
+                continue
+            caption = caption_of(
+                sample,
+                draw,
+                seed=self._seed,
+                dropout=self._caption_dropout,
+                use_aesthetic=self._use_aesthetic,
+            )
+            return Clip(video, caption, sample, tuple(failures))
+        shape = "x".join(map(str, self._samples[draw.index].shape))
+        raise ValueError(
+            f"none of {len(failures)} clips of {shape} can be read: "
+            + "; ".join(failure.message for failure in failures)
+        )
+
+    def _candidates(self, draw: Draw) -> list[int]:
+        """The sample drawn, then others of its shape."""
+        same = self._same[self._samples[draw.index].shape]
+        # One more, since the sample itself may be among them.
+        others = _chance("another", self._seed, draw).sample(same, min(_ATTEMPTS, len(same)))
+        return [draw.index, *(index for index in others if index != draw.index)][:_ATTEMPTS]
+
+    def _placed(self, draw: Draw) -> Sample:
+        """The sample with this epoch's window."""
+        sample = self._samples[draw.index]
+        if not self._new_windows or sample.windows == 1:
+            return sample
+        return sample.at(_chance("window", self._seed, draw).randrange(sample.windows))
+
+    def _read(self, sample: Sample) -> torch.Tensor:
+        record = sample.record
+        # Not every reader takes pictures.
+        reader: Reader = "pyav" if record.is_image else self._reader
+        frames = read_numbered(record.path, sample.frame_numbers, crop=record.crop, reader=reader)
+        return fit(frames, height=sample.height, width=sample.width)
+
+
+def collate(clips: Sequence[Clip]) -> Batch:
+    """A DataLoader's collate_fn: clips of one shape as a batch."""
+    return Batch(
+        video=torch.stack([clip.video for clip in clips]),
+        captions=tuple(clip.caption for clip in clips),
+        failures=tuple(failure for clip in clips for failure in clip.failures),
+    )
+
+
+class BadFiles:
+    """The account of unreadable files, in the main process: warns once of each and allows `limit` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._messages: dict[Path, str] = {}
+
+    def __len__(self) -> int:
+        """How many different files could not be read."""
+        return len(self._messages)
+
+    def add(self, failures: Iterable[Failure]) -> None:
+        """Take note; raises ValueError with all of them if there are now more than the limit."""
+        for path, message in failures:
+            if path not in self._messages:
+                self._messages[path] = message
+                logger.warning("another clip takes the place of one that cannot be read: %s", message)
+        if len(self) > self._limit:
+            raise ValueError(
+                f"{len(self)} files cannot be read, {self._limit} are allowed: "
+                + "; ".join(self._messages.values())
+            )
+
+
+def _quality(sample: Sample) -> str:
+    """The sentence that the original's captions have for especially ugly and beautiful clips."""
+    score = sample.record.aesthetic
+    if score is None or _UGLY < score < _BEAUTIFUL:
+        return ""
+    kind = "image" if sample.record.is_image else "video"
+    return f"This {kind} has a {'low' if score <= _UGLY else 'high'} aesthetic quality."
+
+
+def _chance(purpose: str, seed: int, draw: Draw) -> random.Random:
+    """Random numbers for one purpose, of a sample in an epoch."""
+    key = f"{purpose} {seed} {draw.epoch} {draw.index}".encode()
+    return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8]))

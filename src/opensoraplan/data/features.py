@@ -1,0 +1,451 @@
+"""Features that were encoded before training: the folder that `osp cache` fills, and a dataset that reads it.
+
+No models here; encoding is in train/cache.py. C latent channels, L text tokens, D and P the widths of the T5
+and CLIP states. The folder has
+
+    features.json               what it was made from, part by part
+    videos-00000.safetensors    posterior moments [2 C, t, h, w] of so many samples in a row; in the header
+                                what is known of each sample, and of those that could not be read
+    texts-00000.safetensors     KEY.sequence [L, D] and KEY.pooled [P] of so many texts; see `text_key`
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from opensoraplan.data.buckets import Draw
+from opensoraplan.data.dataset import Failure, caption_of
+from opensoraplan.data.record import Record
+from opensoraplan.data.selection import Sample
+from opensoraplan.settings import Settings
+
+DESCRIPTION = "features.json"
+VERSION = 1
+
+# The one entry of a shard's header: with more, safetensors writes them in any order.
+_INDEX = "index"
+# Files that are kept open, of the thousand or so that a process may have.
+_OPEN_FILES = 128
+# Threads that read headers: on a network disk they wait for it most of the time.
+_READERS = 16
+# Letters of a hash that a message shows.
+_SHOWN = 8
+
+Kind = Literal["videos", "texts"]
+
+
+class LeftOut(NamedTuple):
+    """A clip that is not in the cache, and why."""
+
+    path: str
+    error: str
+
+
+class Description(Settings):
+    """What a cache was made from and how it is divided; all of it is known before the first shard.
+
+    `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the VAE's
+    config (with the latents' shift and scale). `left_out` is None until every shard is there.
+    """
+
+    version: int = VERSION
+    parts: dict[str, str]
+    vae: dict[str, Any]
+    use_aesthetic: bool
+    samples: int
+    texts: int
+    videos_per_shard: int
+    texts_per_shard: int
+    left_out: tuple[LeftOut, ...] | None = None
+
+    def shards(self, kind: Kind) -> int:
+        """How many files of `kind` the whole cache has."""
+        if kind == "videos":
+            return -(-self.samples // self.videos_per_shard)
+        return -(-self.texts // self.texts_per_shard)
+
+    def places(self, kind: Kind, shard: int) -> range:
+        """Which samples or texts, counted from 0, are in file number `shard`."""
+        size, total = (
+            (self.videos_per_shard, self.samples) if kind == "videos" else (self.texts_per_shard, self.texts)
+        )
+        return range(shard * size, min(total, (shard + 1) * size))
+
+
+def text_key(text: str) -> str:
+    """The name of a text in the shards: a hash of it."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def shard_path(folder: Path, kind: Kind, shard: int) -> Path:
+    return folder / f"{kind}-{shard:05d}.safetensors"
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+def check_same(folder: Path, parts: Mapping[str, str]) -> None:
+    """Raise ValueError if `folder` has something else than a cache of these `parts`, where it tells of them.
+
+    A folder that does not exist, or is empty, is fine.
+    """
+    if (folder / DESCRIPTION).exists():
+        _refuse_other_parts(folder, _read_description(folder), parts)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no feature cache: give another folder")
+
+
+def begin(folder: Path, description: Description) -> None:
+    """Make the folder and its features.json; go on with one that has the same.
+
+    Raises ValueError for another cache in that place, naming what differs, and where nothing can be written.
+    """
+    check_same(folder, description.parts)
+    if not (folder / DESCRIPTION).exists():
+        with _plain_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        _write_description(folder, description)
+    # Read it again in any case: another process may have begun at the same moment.
+    there = _read_description(folder)
+    _refuse_other_parts(folder, there, description.parts)
+    for name in type(description).model_fields:
+        was, now = getattr(there, name), getattr(description, name)
+        if name != "left_out" and was != now:
+            raise ValueError(f"{folder} has a cache with {name} {was}, not {now}: give another folder")
+
+
+def is_written(folder: Path, kind: Kind, shard: int) -> bool:
+    """Whether that file is there and whole."""
+    try:
+        _header(shard_path(folder, kind, shard))
+    except ValueError:
+        return False
+    return True
+
+
+def write_videos(
+    folder: Path,
+    shard: int,
+    moments: Sequence[tuple[Sample, Tensor]],
+    *,
+    left_out: Sequence[LeftOut] = (),
+) -> None:
+    """Write samples with their moments [2 C, t, h, w] as file number `shard`, or nothing at all.
+
+    Raises ValueError in plain words for a disk that is full or cannot be written to.
+    """
+    index = {
+        "samples": [
+            {
+                "index": sample.index,
+                "path": str(sample.record.path),
+                "captions": sample.record.captions,
+                "aesthetic": sample.record.aesthetic,
+                "shape": sample.shape,
+            }
+            for sample, _ in moments
+        ],
+        "left_out": left_out,
+    }
+    tensors = {_video_name(place): tensor for place, (_, tensor) in enumerate(moments)}
+    _write_shard(shard_path(folder, "videos", shard), tensors, index)
+
+
+def write_texts(folder: Path, shard: int, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write texts with their states [L, D] and [P] as file number `shard`; as `write_videos` does."""
+    tensors: dict[str, Tensor] = {}
+    for text, (sequence, pooled) in states.items():
+        key = text_key(text)
+        tensors |= {f"{key}.sequence": sequence, f"{key}.pooled": pooled}
+    _write_shard(shard_path(folder, "texts", shard), tensors, {"texts": [text_key(text) for text in states]})
+
+
+def missing_shards(folder: Path) -> list[Path]:
+    """The files that are not there yet."""
+    description = _read_description(folder)
+    kinds: tuple[Kind, ...] = ("videos", "texts")
+    wanted = [shard_path(folder, kind, n) for kind in kinds for n in range(description.shards(kind))]
+    there = {entry.name for entry in os.scandir(folder)}
+    return [path for path in wanted if path.name not in there]
+
+
+def read_left_out(folder: Path, shards: Sequence[int]) -> list[LeftOut]:
+    """The clips that are not in these files of videos."""
+    headers = _in_threads(_header, [shard_path(folder, "videos", shard) for shard in shards])
+    return [LeftOut(*entry) for header in headers for entry in header["left_out"]]
+
+
+def finish(folder: Path) -> None:
+    """Once every shard is there: note in features.json what was left out. The same whoever does it."""
+    description = _read_description(folder)
+    left_out = read_left_out(folder, range(description.shards("videos")))
+    _write_description(folder, description.model_copy(update={"left_out": tuple(left_out)}))
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def check_fresh(folder: Path, parts: Mapping[str, str]) -> Description:
+    """Raise ValueError unless `folder` is a whole cache that was made with these `parts`, of those it has.
+
+    `parts`: names and fingerprints of what is used now; the message names each that is another one, or how
+    many shards are missing, and what to do.
+    """
+    description = _read_description(folder)
+    _refuse_other_parts(folder, description, parts)
+    absent = missing_shards(folder)
+    if absent:
+        total = description.shards("videos") + description.shards("texts")
+        raise ValueError(
+            f"{folder} is not finished: {len(absent)} of {total} shards are missing, the first is "
+            f"{absent[0].name}; go on with `osp cache --out {folder}` and the settings that it was begun with"
+        )
+    return description
+
+
+class Features(NamedTuple):
+    """A sample: moments [2 C, t, h, w], and of the caption drawn the states [L, D] and pooled [P]."""
+
+    moments: Tensor
+    sequence: Tensor
+    pooled: Tensor
+    caption: str
+    sample: Sample
+
+
+class FeatureBatch(NamedTuple):
+    """B samples of one shape: moments [B, 2 C, t, h, w], sequence [B, L, D] with zeros after a text's end,
+    mask [B, L] (True: a token), pooled [B, P]. Nothing fails that was encoded before: `failures` is empty.
+    """
+
+    moments: Tensor
+    sequence: Tensor
+    mask: Tensor
+    pooled: Tensor
+    captions: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    failures: tuple[Failure, ...] = ()
+
+
+class FeatureDataset(Dataset[Features]):
+    """The samples of a whole cache. `dataset[draw]` has the caption that training on the clips would draw.
+
+    Nothing is read ahead, and an object sent to another process opens files of its own there. Raises
+    ValueError for a cache that is not finished or damaged, and for one without the captions that
+    `use_aesthetic` asks for.
+    """
+
+    def __init__(self, folder: str | Path, *, seed: int, caption_dropout: float, use_aesthetic: bool) -> None:
+        self.folder = Path(folder)
+        self.description = check_fresh(self.folder, {})
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.use_aesthetic = use_aesthetic
+        self.samples: list[Sample] = []
+        self._files: list[tuple[Path, str]] = []
+        files = _shards(self.folder, self.description, "videos")
+        for file, index in zip(files, _in_threads(_header, files), strict=True):
+            self.samples += [_sample(entry) for entry in index["samples"]]
+            self._files += [(file, _video_name(place)) for place in range(len(index["samples"]))]
+        if not self.samples:
+            raise ValueError(f"{self.folder} has no samples: none of its clips could be read")
+        files = _shards(self.folder, self.description, "texts")
+        self._texts = {
+            key: file
+            for file, index in zip(files, _in_threads(_header, files), strict=True)
+            for key in index["texts"]
+        }
+        self._open = _OpenFiles()
+        if use_aesthetic != self.description.use_aesthetic and any(
+            sample.record.aesthetic is not None for sample in self.samples
+        ):
+            raise ValueError(
+                f"{self.folder} was written with use_aesthetic {self.description.use_aesthetic}, so it has "
+                "other captions: set data.use_aesthetic to that, or write a new cache with `osp cache`"
+            )
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width in pixels of each sample."""
+        return [sample.shape for sample in self.samples]
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """C, D and P: what the denoiser must take. They are read from the first sample."""
+        moments = self._open.tensor(*self._files[0])
+        sequence, pooled = self._states("")
+        return moments.shape[0] // 2, sequence.shape[1], pooled.shape[0]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: Draw) -> Features:
+        sample = self.samples[draw.index]
+        caption = caption_of(
+            sample,
+            draw,
+            seed=self.seed,
+            dropout=self.caption_dropout,
+            use_aesthetic=self.use_aesthetic,
+        )
+        moments = self._open.tensor(*self._files[draw.index])
+        return Features(moments, *self._states(caption), caption, sample)
+
+    def _states(self, caption: str) -> tuple[Tensor, Tensor]:
+        key = text_key(caption)
+        file = self._texts[key]
+        return self._open.tensor(file, f"{key}.sequence"), self._open.tensor(file, f"{key}.pooled")
+
+
+def collate_features(items: Sequence[Features]) -> FeatureBatch:
+    """One batch of samples of one shape. L is the longest text's length."""
+    longest = max(len(item.sequence) for item in items)
+    lengths = torch.tensor([len(item.sequence) for item in items])
+    return FeatureBatch(
+        moments=torch.stack([item.moments for item in items]),
+        sequence=pad_sequence([item.sequence for item in items], batch_first=True),
+        mask=torch.arange(longest) < lengths[:, None],
+        pooled=torch.stack([item.pooled for item in items]),
+        captions=tuple(item.caption for item in items),
+        samples=tuple(item.sample for item in items),
+    )
+
+
+class _OpenFiles:
+    """Tensors of files that stay open, the most recent ones. In another process it starts with none."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._files: OrderedDict[Path, Any] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _OpenFiles, ()
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        if self._process != os.getpid():
+            self._process, self._files = os.getpid(), OrderedDict()
+        with _damage(path):
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+                if len(self._files) > _OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(path)
+            return self._files[path].get_tensor(name)
+
+
+def _sample(entry: Mapping[str, Any]) -> Sample:
+    frames, height, width = entry["shape"]
+    record = Record(Path(entry["path"]), tuple(entry["captions"]), aesthetic=entry["aesthetic"])
+    return Sample(entry["index"], record, num_frames=frames, height=height, width=width)
+
+
+def _video_name(place: int) -> str:
+    return f"{place:05d}.moments"
+
+
+def _shards(folder: Path, description: Description, kind: Kind) -> list[Path]:
+    return [shard_path(folder, kind, shard) for shard in range(description.shards(kind))]
+
+
+def _in_threads(read: Callable[[Path], dict[str, Any]], paths: Sequence[Path]) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(_READERS) as executor:
+        return list(executor.map(read, paths))
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The index in a shard's header; ValueError for a file that is missing, cut off or none of ours."""
+    with _damage(path), safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})[_INDEX])
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}): delete it, then `osp cache --out {path.parent}` with "
+            "the same settings writes it again"
+        ) from None
+
+
+def _read_description(folder: Path) -> Description:
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise ValueError(f"{folder} is no feature cache: it has no {DESCRIPTION}; `osp cache` writes one")
+    description = Description.read_file(path)
+    if description.version != VERSION:
+        raise ValueError(
+            f"{folder} has features of version {description.version}, this program reads version {VERSION}: "
+            "write a new cache with `osp cache`"
+        )
+    return description
+
+
+def _refuse_other_parts(folder: Path, description: Description, parts: Mapping[str, str]) -> None:
+    changed = [
+        f"{name} (was {_short(description.parts.get(name, 'not there'))}, is {_short(now)})"
+        for name, now in parts.items()
+        if description.parts.get(name) != now
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} is stale, it was written with another {', '.join(changed)}: write a new cache with "
+            "`osp cache` into another folder, or go back to what this one was written with"
+        )
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 2 * _SHOWN else value[:_SHOWN]
+
+
+def _write_description(folder: Path, description: Description) -> None:
+    text = json.dumps(description.model_dump(), indent=1) + "\n"  # ASCII
+    _replace(folder / DESCRIPTION, lambda path: path.write_text(text))
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor], index: Mapping[str, object]) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda file: save_file(plain, file, metadata={_INDEX: json.dumps(index)}))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file under another name, flush it to the disk and rename it."""
+    with _plain_errors(path):
+        # What a killed writer of the same file left behind.
+        for old in path.parent.glob(f".{path.name}.*.tmp"):
+            old.unlink(missing_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else str(error)
+        raise ValueError(f"cannot write {path}: {what}; what was written before is whole") from None

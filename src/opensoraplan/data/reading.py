@@ -1,0 +1,512 @@
+"""Reading video by PyAV (or decord, or torchcodec): what a file is, and its frames by time stamp or number.
+
+Not here: the pixel transform, writing (both in video.py), which clips to take. Frames are uint8 [T, H, W, 3]
+RGB, upright, otherwise as stored: pixels that are not square are not stretched, interlaced frames not split,
+HDR not tone-mapped.
+"""
+
+import logging
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from importlib.util import find_spec
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Literal, cast
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.stream import Disposition, Stream
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+logger = logging.getLogger(__name__)
+
+Reader = Literal["pyav", "decord", "torchcodec"]
+
+# swscale's bilinear, full chroma, accurate rounding: exact to half a level of 255, where its default, a fast
+# path, comes out 1 to 2 levels too dark. As numbers, since PyAV names the last two only from version 18 on.
+SWSCALE = 0x2 | 0x2000 | 0x40000
+# Rates that also exist a thousandth slower: 24 -> 24000/1001 = 23.976.
+_NTSC_RATES = (12, 15, 24, 30, 48, 60, 120, 240)
+# Matroska rounds time stamps to milliseconds: two that differ by half of one are the same instant.
+_SAME_INSTANT = Fraction(1, 2000)
+# Decoding so few frames costs no more than looking for a keyframe.
+_NEAR = 32
+# Codecs in which one packet is one frame, so that packets can be counted instead of frames.
+_PACKET_IS_FRAME = frozenset(("h264", "hevc", "vvc", "vp9", "av1", "mpeg2video", "mjpeg", "prores", "ffv1"))
+# The most frames that a decoder holds back to put them in order.
+_REORDERED = 32
+
+
+class _UncertainError(Exception):
+    """Seeking in this file might give other frames than counting."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says of its video.
+
+    `frames` is an estimate, duration times rate (only where the container gives no duration they are
+    counted); `count_frames` is exact. `fps` is the mean rate. `height` and `width` are those of the upright
+    picture, in pixels. `duration` is in seconds. `codec` is FFmpeg's name of the format, such as "h264".
+    """
+
+    frames: int
+    fps: Fraction
+    height: int
+    width: int
+    duration: float
+    codec: str
+
+
+@dataclass(frozen=True)
+class _Shot:
+    """A decoded frame and the time that it is on screen, in seconds from the first frame."""
+
+    start: Fraction
+    end: Fraction
+    frame: VideoFrame
+
+
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """`fps` as an exact rate. A float that is meant as n * 1000/1001 (23.976, 29.97, ...) becomes just that.
+
+    Raises ValueError unless it is from 0.001 to 1000 frames a second.
+    """
+    if not 0.001 <= fps <= 1000:
+        raise ValueError(f"fps must be in 0.001 .. 1000, got {fps}")
+    if isinstance(fps, Fraction):
+        return fps.limit_denominator(100_000)
+    for whole in _NTSC_RATES:
+        if abs(fps - whole / 1.001) < whole / 5000:
+            return Fraction(whole * 1000, 1001)
+    return Fraction(fps).limit_denominator(1001)
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Describe the video in `path` (of several, the one that players choose). Decodes one frame.
+
+    Raises FileNotFoundError, or ValueError for a file without readable video.
+    """
+    with _opened(path) as (container, stream):
+        first = next(_timed(path, container, stream)).frame
+        height, width = first.height, first.width
+        if _orientation(first)[0]:
+            height, width = width, height
+        fps, codec = _mean_rate(stream), _codec(stream)
+        seconds = _promised(container, stream)
+    frames = count_frames(path) if seconds is None else max(1, round(seconds * fps))
+    duration = float(frames / fps if seconds is None else seconds)
+    return VideoInfo(frames=frames, fps=fps, height=height, width=width, duration=duration, codec=codec)
+
+
+def count_frames(path: str | Path, *, fps: float | Fraction | None = None, limit: int | None = None) -> int:
+    """How many frames `iter_frames(path, fps=fps)` yields, found by decoding; stops counting at `limit`.
+
+    Raises FileNotFoundError, or ValueError for a file without readable video or damaged before `limit`.
+    """
+    rate = None if fps is None else frame_rate(fps)
+    return sum(1 for _ in islice(_shots(path, rate=rate), limit))
+
+
+def iter_frames(
+    path: str | Path, *, start: int = 0, count: int | None = None, fps: float | Fraction | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield `count` frames (None: all) from frame `start` on, in the order shown, each uint8 [H, W, 3].
+
+    With `fps`, the video is first resampled by its time stamps: frame j is what is on screen j / fps seconds
+    after the first frame appears, and `start` and `count` are in frames of the new rate. Rotation and
+    mirroring that the file asks for are applied. A repeated frame is the same tensor again.
+
+    Raises FileNotFoundError, and ValueError for a file without readable video, fewer frames than asked for, a
+    size that changes on the way and, once all frames before the damage are out, for a damaged or cut-off
+    file.
+    """
+    if start < 0 or (count is not None and count < 1):
+        raise ValueError(f"start must be at least 0 and count at least 1, got start {start}, count {count}")
+    return _pictures(path, start=start, count=count, rate=None if fps is None else frame_rate(fps))
+
+
+def read_frames(
+    path: str | Path, *, start: int = 0, count: int | None = None, fps: float | Fraction | None = None
+) -> torch.Tensor:
+    """Frames of a video in one tensor, uint8 [T, H, W, 3]. Arguments and errors: see `iter_frames`."""
+    return torch.stack(list(iter_frames(path, start=start, count=count, fps=fps)))
+
+
+def read_numbered(
+    path: str | Path,
+    numbers: Sequence[int],
+    *,
+    crop: tuple[int, int, int, int] | None = None,
+    reader: Reader = "pyav",
+) -> torch.Tensor:
+    """The frames of these numbers, which rise and may repeat, as uint8 [len(numbers), H, W, 3].
+
+    Numbers count the decoded frames of the file from 0 in the order shown. `crop` = (left, right, top,
+    bottom) in pixels of the upright picture. Far into a file, the keyframe before the first frame is sought
+    instead of decoding all before it, if it is certain that this gives the same frames. `reader` "decord" or
+    "torchcodec" decodes with that package, or with PyAV and one line of log if it is not installed.
+
+    Raises FileNotFoundError, and ValueError for a file without readable video, with too few frames, damaged
+    before the last one, frames of several sizes, or a crop outside of the picture.
+    """
+    if not numbers or numbers[0] < 0 or any(later < earlier for earlier, later in pairwise(numbers)):
+        raise ValueError(f"frame numbers must rise from 0 or more, got {list(numbers)}")
+    if crop is not None and not (0 <= crop[0] < crop[1] and 0 <= crop[2] < crop[3]):
+        raise ValueError(f"crop must be [left, right, top, bottom] with left < right, got {list(crop)}")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"video {path} does not exist")
+    if reader != "pyav" and _is_installed(reader):
+        frames = _by_decord(path, numbers) if reader == "decord" else _by_torchcodec(path, numbers)
+        return _cropped(path, frames, crop)
+    if numbers[0] >= _NEAR:
+        try:
+            with _opened(path) as (container, stream):
+                return _chosen(path, _sought(path, container, stream, numbers), numbers, crop=crop)
+        except (_UncertainError, av.error.FFmpegError):
+            logger.debug("%s: frames are counted from the first one on", path)
+    with _opened(path) as (container, stream):
+        frames = enumerate(_decoded(path, container, stream))
+        return _chosen(path, frames, numbers, crop=crop)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its main video stream, closed afterwards."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"video {path} does not exist")
+    try:
+        container = av.open(str(path))
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        size = Path(path).stat().st_size
+        raise ValueError(f"{path} ({size} bytes) is not a video, or is cut off: {error.strerror}") from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or _is_cover(stream):
+            found = ", ".join("cover" if _is_cover(other) else other.type for other in container.streams)
+            raise ValueError(f"{path} ({container.format.name}) has no video; found: {found or 'nothing'}")
+        if cast(VideoCodecContext | None, stream.codec_context) is None:
+            raise ValueError(f"{path} has video of a codec unknown to this FFmpeg, or is cut off")
+        video = cast(VideoStream, stream)
+        video.thread_type = "AUTO"
+        yield container, video
+
+
+def _is_cover(stream: Stream) -> bool:
+    """Whether this is the cover picture of a song, which is a video stream, too."""
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _codec(stream: VideoStream) -> str:
+    return stream.codec_context.codec.canonical_name
+
+
+def _mean_rate(stream: VideoStream) -> Fraction:
+    return stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)
+
+
+def _promised(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """How many seconds of video there are according to the file, if it says."""
+    if stream.duration is not None and stream.time_base is not None:
+        return stream.duration * stream.time_base
+    return None if container.duration is None else Fraction(container.duration, av.time_base)
+
+
+def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """All frames of a stream in the order shown. At damage: those before it, then ValueError."""
+    codec = cast(VideoCodecContext, stream.codec_context)
+    frames = 0
+    damage = None
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                damage = "incomplete packet"
+                break
+            for frame in packet.decode():
+                frames += 1
+                yield cast(VideoFrame, frame)
+    except av.error.FFmpegError as error:
+        damage = error.strerror
+    if damage is not None:
+        # How many frames the decoder still holds depends on its threads; with them, what comes out does not.
+        with suppress(av.error.FFmpegError):
+            for frame in codec.decode(None):
+                frames += 1
+                yield frame
+        raise ValueError(f"{path} is damaged or cut off after {frames} frames: {damage}")
+
+
+def _timed(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[_Shot]:
+    """The frames of a stream with the times that they are on screen; at least one, or ValueError."""
+    origin = None
+    end = Fraction(0)
+    for frame in _decoded(path, container, stream):
+        tick = frame.time_base or stream.time_base or Fraction(0)
+        # Raw streams have no time stamps: each frame follows the one before.
+        stamp = frame.pts * tick if frame.pts is not None else end + (origin or 0)
+        if origin is None:
+            origin = stamp
+        start = stamp - origin
+        end = start + (frame.duration * tick or 1 / _mean_rate(stream))
+        yield _Shot(start=start, end=end, frame=frame)
+    if origin is None:
+        raise ValueError(f"{path} has a video stream ({_codec(stream)}) without frames")
+    promised = _promised(container, stream)
+    whose = stream.duration is not None or len(container.streams) == 1
+    if whose and promised is not None and end < promised * Fraction(9, 10):
+        # No error: a last frame may rightly stay on screen for long, and Matroska counts no frames.
+        logger.warning("%s: frames end after %.2f s of %.2f s; is it cut off?", path, end, promised)
+
+
+def _resampled(shots: Iterable[_Shot], rate: Fraction) -> Iterator[_Shot]:
+    """What is on screen at 0, 1 / rate, 2 / rate, ... seconds; at least one frame if there is any."""
+    shown = None
+    index = 0
+    for shot in shots:
+        while shown is not None and index / rate + _SAME_INSTANT < shot.start:
+            yield shown
+            index += 1
+        shown = shot
+    # Twice the tolerance, since start and duration of the last frame are both rounded.
+    while shown is not None and (index == 0 or index / rate + 2 * _SAME_INSTANT < shown.end):
+        yield shown
+        index += 1
+
+
+def _shots(path: str | Path, *, rate: Fraction | None) -> Iterator[_Shot]:
+    """All frames of a file, resampled if there is a rate, not yet converted to RGB."""
+    with _opened(path) as (container, stream):
+        shots = _timed(path, container, stream)
+        yield from shots if rate is None else _resampled(shots, rate)
+
+
+def _pictures(
+    path: str | Path, *, start: int, count: int | None, rate: Fraction | None
+) -> Iterator[torch.Tensor]:
+    """`iter_frames` after its checks."""
+    stop = None if count is None else start + count
+    seen = 0
+    frame, picture = None, torch.empty(0)
+    for shot in islice(_shots(path, rate=rate), stop):
+        seen += 1
+        if seen <= start:
+            continue
+        if shot.frame is not frame:
+            before, picture = picture, _rgb(shot.frame)
+            if frame is not None and before.shape != picture.shape:
+                sizes = " to ".join(
+                    f"{height} x {width}" for height, width, _ in (before.shape, picture.shape)
+                )
+                raise ValueError(f"{path} changes its size from {sizes} at frame {seen - 1}")
+            frame = shot.frame
+        yield picture
+    if seen < (start + 1 if stop is None else stop):
+        wanted = f"frame {start} on" if stop is None else f"frames {start} to {stop - 1}"
+        at = "" if rate is None else f" at {float(rate):g} a second"
+        raise ValueError(f"{path} has {seen} frames{at}, asked for {wanted}")
+
+
+def _rgb(frame: VideoFrame) -> torch.Tensor:
+    """A decoded frame as an upright picture in its own memory, uint8 [H, W, 3]."""
+    picture = frame.to_ndarray(format="rgb24", interpolation=SWSCALE)
+    transposed, down, across = _orientation(frame)
+    if transposed:
+        picture = picture.transpose(1, 0, 2)
+    return torch.from_numpy(picture[:: -1 if down else 1, :: -1 if across else 1].copy())
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """What turns a frame upright: transpose it?, then reverse its rows?, and its columns?"""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return False, False, False
+    # x' = a x + c y, y' = b x + d y in fixed point (ISO/IEC 14496-12); the rest of the matrix moves and
+    # projects.
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    if max(abs(b), abs(c)) * 50 < min(abs(a), abs(d)):
+        return False, d < 0, a < 0
+    if max(abs(a), abs(d)) * 50 < min(abs(b), abs(c)):
+        return True, b < 0, c < 0
+    raise ValueError(
+        f"the video is to be turned by {frame.rotation} degrees; only multiples of 90 are possible"
+    )
+
+
+def _sought(
+    path: str | Path, container: InputContainer, stream: VideoStream, numbers: Sequence[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with their numbers from a keyframe before the first wanted one on; else _UncertainError."""
+    if _codec(stream) not in _PACKET_IS_FRAME:
+        raise _UncertainError
+    first = next(_sound(path, container, stream), None)
+    if first is None or first.pts is None or first.time_base != stream.time_base:
+        raise _UncertainError
+    last = numbers[-1]
+    stamps = _even_stamps(stream, first=first.pts, last=last)
+    if stamps is None:
+        # Two packets may be one interlaced frame, where the container leaves them apart.
+        if first.interlaced_frame:
+            raise _UncertainError
+        stamps = _listed_stamps(path, first=first.pts, last=last)
+    _seek(container, stream, stamps[numbers[0]])
+    number = None
+    for frame in _sound(path, container, stream):
+        if number is None:
+            # Frames shown before a keyframe may need ones that were not decoded.
+            if not frame.key_frame:
+                continue
+            place = bisect_left(stamps, frame.pts or 0)
+            if place > numbers[0]:
+                raise _UncertainError
+            number = place
+        if number > last:
+            return
+        if frame.pts != stamps[number]:
+            raise _UncertainError
+        yield number, frame
+        number += 1
+    raise _UncertainError
+
+
+def _sound(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """All frames from here on; _UncertainError at damage, so that counting says where it is."""
+    try:
+        yield from _decoded(path, container, stream)
+    except ValueError as error:
+        raise _UncertainError from error
+
+
+def _even_stamps(stream: VideoStream, *, first: int, last: int) -> Sequence[int] | None:
+    """Time stamps of frames 0 to `last` if the container's index shows that they are evenly spaced."""
+    # Not in every PyAV. The index of mp4 is whole, that of Matroska has keyframes only, if any.
+    index = getattr(stream, "index_entries", ())
+    if len(index) <= last:
+        return None
+    entries = list(islice(index, last + _REORDERED))
+    step = entries[1].timestamp - entries[0].timestamp
+    # Decoding times are evenly spaced just where presentation times are: those are these in another order.
+    even = step > 0 and all(b.timestamp - a.timestamp == step for a, b in pairwise(entries))
+    if not even or any(entry.is_discard for entry in entries):
+        return None
+    return range(first, first + (last + 1) * step, step)
+
+
+def _listed_stamps(path: str | Path, *, first: int, last: int) -> Sequence[int]:
+    """Time stamps of frames 0 to `last`, from the file's packets, which are read but not decoded."""
+    stamps: list[int] = []
+    with _opened(path) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.pts is None or packet.dts is None or packet.is_corrupt:
+                raise _UncertainError
+            # What is still to come is shown after it is decoded.
+            if len(stamps) > last and packet.dts > stamps[last]:
+                break
+            if packet.pts >= first:
+                insort(stamps, packet.pts)
+    if len(stamps) <= last or stamps[0] != first or any(a == b for a, b in pairwise(stamps)):
+        raise _UncertainError
+    return stamps
+
+
+def _seek(container: InputContainer, stream: VideoStream, stamp: int) -> None:
+    """Go to a keyframe that is shown at `stamp` or before, or to some packet before it."""
+    at = stamp
+    # Containers find keyframes by decoding time, which may be before `stamp` although they are shown after.
+    for _ in range(4):
+        container.seek(at, stream=stream)
+        packet = next(container.demux(stream))
+        if packet.pts is None or packet.dts is None:
+            break
+        if packet.pts <= stamp:
+            container.seek(at, stream=stream)
+            return
+        at = min(at, packet.dts) - 1
+    raise _UncertainError
+
+
+def _chosen(
+    path: str | Path,
+    frames: Iterator[tuple[int, VideoFrame]],
+    numbers: Sequence[int],
+    *,
+    crop: tuple[int, int, int, int] | None,
+) -> torch.Tensor:
+    """The pictures of these numbers, of frames that come with theirs."""
+    result = torch.empty(0)
+    filled = seen = 0
+    for number, frame in frames:
+        seen = number + 1
+        if number != numbers[filled]:
+            continue
+        picture = _cropped(path, _rgb(frame)[None], crop)[0]
+        if not filled:
+            result = picture.new_empty(len(numbers), *picture.shape)
+        elif picture.shape != result.shape[1:]:
+            sizes = " to ".join(f"{size[0]} x {size[1]}" for size in (result.shape[1:], picture.shape))
+            raise ValueError(f"{path} changes its size from {sizes} before frame {number}")
+        while filled < len(numbers) and numbers[filled] == number:
+            result[filled] = picture
+            filled += 1
+        if filled == len(numbers):
+            return result
+    raise ValueError(f"{path} has {seen} frames, asked for frame {numbers[-1]}")
+
+
+def _cropped(path: str | Path, frames: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
+    """The part (left, right, top, bottom) of frames [T, H, W, 3]."""
+    if crop is None:
+        return frames
+    left, right, top, bottom = crop
+    height, width = frames.shape[1:3]
+    if right > width or bottom > height:
+        raise ValueError(f"{path} is {height} x {width} (height x width), crop is {list(crop)}")
+    return frames[:, top:bottom, left:right]
+
+
+@cache
+def _is_installed(reader: Reader) -> bool:
+    """Whether the package of a reader is there; says so, once a process, if it is not."""
+    found = find_spec(reader) is not None
+    if not found:
+        logger.warning("reader %s is not installed: videos are read with PyAV", reader)
+    return found
+
+
+def _by_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor:
+    import decord  # type: ignore[import-not-found]
+
+    try:
+        video = decord.VideoReader(str(path), ctx=decord.cpu(0))
+        _check_count(path, len(video), numbers)
+        return torch.from_numpy(video.get_batch(list(numbers)).asnumpy())
+    except decord.DECORDError as error:
+        raise ValueError(f"{path} cannot be read by decord: {error}") from error
+
+
+def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
+
+    try:
+        video = VideoDecoder(str(path), dimension_order="NHWC", seek_mode="exact")
+        _check_count(path, len(video), numbers)
+        return video.get_frames_at(indices=list(numbers)).data
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read by torchcodec: {error}") from error
+
+
+def _check_count(path: str | Path, frames: int, numbers: Sequence[int]) -> None:
+    if numbers[-1] >= frames:
+        raise ValueError(f"{path} has {frames} frames, asked for frame {numbers[-1]}")

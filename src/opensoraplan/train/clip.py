@@ -1,0 +1,118 @@
+"""Adaptive gradient clipping: a bound that follows the gradient norm of the run, and what to do beyond it.
+
+Not here: going back to a checkpoint after repeated outliers, which is the trainer's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Outlier = Literal["clip", "skip", "stop"]
+OUTLIERS: tuple[Outlier, ...] = ("clip", "skip", "stop")
+
+CLIP_SIGMAS, OUTLIER_SIGMAS = 3.0, 5.0
+# A norm up to this is never an outlier, and the first mean is never above FIRST_MEAN.
+LEAST_OUTLIER, FIRST_MEAN, FIRST_FACTOR = 5.0, 1.0, 3.0
+
+
+class GradientOutlierError(FloatingPointError):
+    """A gradient norm is not finite or beyond max(mean + 5 sigma, 5), and the run is to stop at that."""
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What to do with the gradients of a step. `scale` is the factor for them (1.0: leave them alone).
+
+    action: "step" with the gradients as they are, "clipped" (step after scaling), or "skip" (no step).
+    `mean` and `std` are the statistics after this norm, `threshold` the bound that it was held against.
+    """
+
+    action: Literal["step", "clipped", "skip"]
+    scale: float
+    threshold: float
+    mean: float
+    std: float
+
+
+class AdaptiveClip:
+    """Clips to threshold = mean + 3 sigma, an exponential mean and variance of the norms of the run so far.
+
+    A norm at or under the threshold moves the mean, then the variance about the new mean; one over it is
+    scaled down to the threshold and leaves them alone. The first finite norm above 0 sets the mean to min(3
+    norm, 1) and is not clipped, however large. A norm that is not finite or is beyond max(mean + 5 sigma, 5)
+    is an outlier, which never moves the statistics: "skip" leaves the step out, "clip" scales it down like
+    any other (one that is not finite cannot be: it is skipped), "stop" raises GradientOutlierError.
+
+    Computes in Python floats, as the original does. Source: original.md section 5, `clip_grad_ema_decay`.
+    """
+
+    def __init__(self, *, ema_decay: float = 0.99, outlier: Outlier = "skip") -> None:
+        if not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}: the original has 0.99")
+        if outlier not in OUTLIERS:
+            raise ValueError(f"outlier must be one of {', '.join(OUTLIERS)}, got {outlier!r}")
+        self.ema_decay = ema_decay
+        self.outlier: Outlier = outlier
+        self._mean: float | None = None
+        self._variance = 0.0
+
+    def decide(self, norm: float) -> Clipping:
+        """Decide about gradients of this global norm, before any clipping, and take it into account."""
+        if self._mean is None:
+            if not math.isfinite(norm):
+                return self._skip(norm, threshold=FIRST_MEAN, limit=LEAST_OUTLIER, mean=0.0)
+            # A mean of 0 would clip every later step to nothing.
+            if norm == 0:
+                return Clipping("step", scale=1.0, threshold=FIRST_MEAN, mean=0.0, std=0.0)
+            self._mean = min(FIRST_FACTOR * norm, FIRST_MEAN)
+            return Clipping("step", scale=1.0, threshold=self._mean, mean=self._mean, std=0.0)
+        mean, std = self._mean, self._variance**0.5
+        threshold = mean + CLIP_SIGMAS * std
+        limit = max(mean + OUTLIER_SIGMAS * std, LEAST_OUTLIER)
+        if not math.isfinite(norm) or (norm > limit and self.outlier != "clip"):
+            return self._skip(norm, threshold=threshold, limit=limit, mean=mean)
+        if norm > threshold:
+            return Clipping("clipped", scale=threshold / norm, threshold=threshold, mean=mean, std=std)
+        share = 1 - self.ema_decay
+        self._mean = self.ema_decay * mean + share * norm
+        self._variance = self.ema_decay * self._variance + share * (norm - self._mean) ** 2
+        return Clipping("step", scale=1.0, threshold=threshold, mean=self._mean, std=self._variance**0.5)
+
+    def _skip(self, norm: float, *, threshold: float, limit: float, mean: float) -> Clipping:
+        std = self._variance**0.5
+        if self.outlier == "stop":
+            raise GradientOutlierError(
+                f"the gradient norm is {norm:.6g}; up to {limit:.6g} is allowed (mean {mean:.6g}, sigma "
+                f"{std:.6g}, threshold {threshold:.6g}): lower the learning rate, or set clip.outlier to skip"
+            )
+        return Clipping("skip", scale=1.0, threshold=threshold, mean=mean, std=std)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The statistics, for JSON; the mean is None before the first norm."""
+        return {"mean": self._mean, "variance": self._variance}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Go on from what `state_dict` gave."""
+        mean, variance = state["mean"], state["variance"]
+        assert variance is not None
+        self._mean, self._variance = mean, variance
+
+
+@torch.no_grad()
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, summed up in fp32; a scalar on their device. 0 for none."""
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).norm()
+
+
+@torch.no_grad()
+def scale_(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiply all gradients by `factor`, in place."""
+    if gradients:
+        torch._foreach_mul_(list(gradients), factor)  # pyright: ignore[reportPrivateImportUsage]

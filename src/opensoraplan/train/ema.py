@@ -1,0 +1,60 @@
+"""A moving average of the weights, kept beside the optimizer and used for validation and export."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """value <- decay * value + (1 - decay) * weight after each step, for all tensors in one foreach pass.
+
+    Early on the decay is (1 + step) / (10 + step), so that the first weights are soon forgotten. The average
+    is in fp32 on `device` (None: where each weight is). `parameters`: the model's, by name.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        decay: float,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.decay = decay
+        self._weights = {name: weight.detach() for name, weight in parameters.items()}
+        self.values = {
+            name: torch.empty_like(weight, dtype=torch.float32, device=device).copy_(weight)
+            for name, weight in self._weights.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step number `step` (from 1)."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        weights = [
+            weight.to(value.device, value.dtype)
+            for weight, value in zip(self._weights.values(), self.values.values(), strict=True)
+        ]
+        torch._foreach_lerp_(list(self.values.values()), weights, share)
+
+    @torch.no_grad()
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside this block, its own again after it, bit for bit."""
+        own = {name: weight.clone() for name, weight in self._weights.items()}
+        try:
+            self._fill(self.values)
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from saved `values`, of the same names and shapes."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(values[name])

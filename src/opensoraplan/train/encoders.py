@@ -1,0 +1,230 @@
+"""The frozen encoders that training and `osp cache` share: pixels to posterior moments, captions to states.
+
+Which videos and captions those are is decided in data/.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opensoraplan.convert.assemble import empty_vae, load_vae
+from opensoraplan.convert.checkpoints import open_checkpoint
+from opensoraplan.device import DTYPES
+from opensoraplan.models import original
+from opensoraplan.models.text import (
+    PromptEmbeds,
+    PromptSettings,
+    encode_prompts,
+    load_text_encoder,
+    load_tokenizer,
+)
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.train.config import TextSettings, VAESettings
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+_PIPELINE = "model_index.json"
+# What of a text encoder's config decides its output, beside the weights. The rest of it changes from one way
+# of saving to the other.
+_T5_KEYS = (
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "feed_forward_proj",
+    "layer_norm_epsilon",
+)
+_CLIP_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoders:
+    """VAE and text encoders in evaluation mode, without gradients, each in its own precision."""
+
+    vae: WFVAE
+    text_encoder: "T5EncoderModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    text_encoder_2: "CLIPTextModelWithProjection"
+    tokenizer_2: "PreTrainedTokenizerBase"
+    max_tokens: int = 512
+    clean: bool = True
+
+    @torch.no_grad()
+    def encode_videos(self, video: Tensor) -> Tensor:
+        """Moments [B, 2 C, t, h, w] of the posterior of clips [B, 3, T, H, W] in [-1, 1], in the VAE's
+        precision and on its device. Clip by clip: a batch is bit-equal to its clips alone.
+        """
+        clips = (clip[None].to(self.vae.device, self.vae.dtype) for clip in video)
+        return torch.cat([self.vae.encode(clip).latent_dist.parameters for clip in clips])
+
+    def encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
+        """States of captions as the original trains on them: cleaned (with `clean`), in no template."""
+        settings = PromptSettings(template=None, negative_prompt="", clean=self.clean)
+        with _without_clip_warnings():
+            return encode_prompts(
+                [settings.positive(caption) for caption in captions],
+                tokenizer=self.tokenizer,
+                text_encoder=self.text_encoder,
+                tokenizer_2=self.tokenizer_2,
+                text_encoder_2=self.text_encoder_2,
+                max_length=self.max_tokens,
+            )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What features depend on, part by part under names for messages; reads all weights once.
+
+        The same weights have the same fingerprint from whatever kind of checkpoint. The VAE's decoder takes
+        no part in it.
+        """
+        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        return {
+            "VAE weights": _hash_of_tensors(self.vae.encoder.state_dict()),
+            "VAE config": _hash(_plain(config)),
+            "VAE precision": _name(self.vae.dtype),
+            "T5": _hash_of_encoder(self.text_encoder, _T5_KEYS),
+            "T5 tokenizer": _hash_of_tokenizer(self.tokenizer),
+            "CLIP": _hash_of_encoder(self.text_encoder_2, _CLIP_KEYS),
+            "CLIP tokenizer": _hash_of_tokenizer(self.tokenizer_2),
+            "text precision": f"{_name(self.text_encoder.dtype)} {_name(self.text_encoder_2.dtype)}",
+            "max_tokens": str(self.max_tokens),
+            "caption cleaning": "on" if self.clean else "off",
+        }
+
+
+def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device | str) -> Encoders:
+    """Load VAE, text encoders and tokenizers from local files; each path may also be a whole pipeline's.
+
+    All settings and paths are checked before anything is loaded. Raises ValueError for a setting that is
+    missing and FileNotFoundError for paths that do not exist, naming each, and what loading the parts raises.
+    """
+    device = torch.device(device)
+    paths = find_parts(vae, text)
+    text_dtype = DTYPES[text.compute]
+    loaded = _load_vae(paths["vae.pretrained"], vae.config, dtype=DTYPES[vae.compute], device=device)
+    return Encoders(
+        vae=loaded.requires_grad_(False).eval(),
+        text_encoder=load_text_encoder(paths["text.t5"], kind="t5", dtype=text_dtype, device=device),
+        tokenizer=load_tokenizer(paths["text.t5_tokenizer"]),
+        text_encoder_2=load_text_encoder(paths["text.clip"], kind="clip", dtype=text_dtype, device=device),
+        tokenizer_2=load_tokenizer(paths["text.clip_tokenizer"]),
+        max_tokens=text.max_tokens,
+        clean=text.clean,
+    )
+
+
+def check_paths(vae: VAESettings, text: TextSettings) -> None:
+    """Raise what `load_encoders` raises for settings that are missing and paths that do not exist."""
+    find_parts(vae, text)
+
+
+def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents [B, C, t, h, w] of posterior moments [B, 2 C, t, h, w] and standard normal noise of the
+    latents' shape: mean + exp(logvar / 2) * noise, with logvar, of the variance, kept in -30 .. 20.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+
+
+def find_parts(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
+    """Where each part is, by its setting."""
+    given = {
+        "vae.pretrained": (vae.pretrained, "vae", "the folder or file of a VAE"),
+        "text.t5": (text.t5, "text_encoder", "the folder of a T5 encoder"),
+        "text.clip": (text.clip, "text_encoder_2", "the folder of a CLIP text model with projection"),
+        "text.t5_tokenizer": (text.t5_tokenizer or text.t5, "tokenizer", ""),
+        "text.clip_tokenizer": (text.clip_tokenizer or text.clip, "tokenizer_2", ""),
+    }
+    missing = [f"{name} ({what})" for name, (path, _, what) in given.items() if path is None and what]
+    if missing:
+        raise ValueError(
+            f"these settings are missing: {', '.join(missing)}; each may also name a whole pipeline"
+        )
+    paths = {name: _part(path, part) for name, (path, part, _) in given.items() if path is not None}
+    absent = [f"{name}: {path}" for name, path in paths.items() if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"these paths do not exist: {'; '.join(absent)}")
+    return paths
+
+
+def _part(path: Path, name: str) -> Path:
+    return path / name if (path / _PIPELINE).is_file() else path
+
+
+def _load_vae(
+    path: Path, config: Mapping[str, Any] | None, *, dtype: torch.dtype, device: torch.device
+) -> WFVAE:
+    if config is None:
+        return load_vae(path, dtype=dtype, device=device)
+    checkpoint = open_checkpoint(path)
+    vae = empty_vae(checkpoint, config)
+    original.load(vae, checkpoint, dtype=dtype)
+    return vae.to(device)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _without_clip_warnings() -> Iterator[None]:
+    """CLIP reads 77 tokens and training captions are longer: as in the original, and no news each time."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and record.args[:1] == ("CLIP",))
+
+    logger = logging.getLogger(encode_prompts.__module__)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _hash_of_encoder(encoder: torch.nn.Module, keys: Sequence[str]) -> str:
+    config: Any = encoder.config
+    known = _plain({key: getattr(config, key) for key in keys})
+    return _hash(f"{known} {_hash_of_tensors(encoder.state_dict())}")
+
+
+def _hash_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Of its rules, not of its files, which are of several kinds. How it pads and cuts is left from its last
+    call.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one without the tokenizers library
+        return _hash(_plain([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]))
+    rules = json.loads(backend.to_str())
+    return _hash(_plain({key: rules[key] for key in rules if key not in ("truncation", "padding")}))
+
+
+def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and every byte, in several threads: hashing lets go of the interpreter."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+        digests = executor.map(_hash_of_tensor, (tensors[name] for name in names))
+        return _hash("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
+
+
+def _hash_of_tensor(tensor: Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.blake2b(f"{_name(plain.dtype)} {list(plain.shape)} ".encode(), digest_size=16)
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash(content: str) -> str:
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

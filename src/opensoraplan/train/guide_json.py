@@ -1,0 +1,408 @@
+"""The guide's two training files, model_opensoraplan1_5.json and data.json, translated to our settings.
+
+Every key is used, or named in a note as having no meaning here; unknown keys and contradictions are errors.
+The architecture keys are in models/original.py. No file is looked for but these two.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from opensoraplan.convert.mindspeed_json import NOT_OF_SELECTION, LocalFolder, read_json, read_selection
+from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.flow import Weighting
+from opensoraplan.models import original
+from opensoraplan.models.strict import check_known_keys
+from opensoraplan.settings import Settings
+
+READING = "dataset_param.preprocess_parameters"
+LOADER = "dataloader_param"
+COLLATE = "dataloader_param.collate_param"
+TRANSFORMS = ["ToTensorVideo", "CenterCropResizeVideo", "ae_norm"]
+READERS = {"decoder": "decord", "decord": "decord", "torchcodec": "torchcodec", "pyav": "pyav"}
+PRECISIONS = ("fp32", "bf16")
+
+# Keys that are read and change nothing: the reason, and where they are.
+MEANINGLESS_IN_MODEL = {
+    "TF32 is torch's own setting, which is left as it is": ["allow_tf32"],
+    "a memory layout of Ascend's operators": ["allow_internal_format"],
+    "each process encodes its own samples": ["enable_encoder_dp"],
+    "the VAE always streams, with the same result": ["ae.use_tiling"],
+    "weights are always read one tensor at a time": [
+        "text_encoder.low_cpu_mem_usage",
+        "text_encoder_2.low_cpu_mem_usage",
+    ],
+    "norms have weights either way, as in the original": ["predictor.norm_elementwise_affine"],
+}
+MEANINGLESS_IN_DATA = {
+    "samples are always shuffled, by the seed": [f"{LOADER}.shuffle"],
+    "batches always have one shape and are full": [
+        f"{LOADER}.drop_last",
+        f"{LOADER}.group_data",
+        f"{COLLATE}.group_data",
+    ],
+    "it changes speed only, on one kind of device": [f"{LOADER}.pin_memory"],
+    "--resume goes on at the right sample by itself": [f"{LOADER}.initial_global_step_for_sampler"],
+    "tokenizers have no weights": [
+        "dataset_param.tokenizer_config.low_cpu_mem_usage",
+        "dataset_param.tokenizer_config_2.low_cpu_mem_usage",
+    ],
+}
+
+
+class Diffusion(Settings):
+    model_id: Literal["OpenSoraPlan"] = "OpenSoraPlan"
+    weighting_scheme: Weighting = "logit_normal"
+    use_dynamic_shifting: bool = False
+    shift: PositiveFloat = 1.0
+
+
+class ModelFile(Settings):
+    """model_opensoraplan1_5.json, key by key. Its defaults are the original's."""
+
+    frames: PositiveInt | None = None
+    allow_tf32: bool = False
+    allow_internal_format: bool = False
+    load_video_features: bool = False
+    load_text_features: bool = False
+    enable_encoder_dp: bool = False
+    weight_dtype: str = "bf16"
+    ae: dict[str, Any]
+    text_encoder: LocalFolder
+    text_encoder_2: LocalFolder
+    predictor: dict[str, Any]
+    diffusion: Diffusion = Diffusion()
+
+
+class Basic(Settings):
+    data_path: Annotated[str, Field(min_length=1)]
+    data_folder: str = ""
+    data_storage_mode: Literal["combine"] = "combine"
+
+
+class Dataset(Settings):
+    dataset_type: Literal["t2v"] = "t2v"
+    basic_parameters: Basic
+    preprocess_parameters: dict[str, Any]
+    use_text_processer: Literal[True] = True
+    enable_text_preprocess: bool = True
+    model_max_length: PositiveInt = 512
+    tokenizer_config: LocalFolder
+    tokenizer_config_2: LocalFolder
+    use_feature_data: bool = False
+    use_img_from_vid: Literal[False] = False
+
+
+class Collate(Settings):
+    model_name: Literal["GroupLength"] = "GroupLength"
+    batch_size: PositiveInt | None = None
+    num_frames: PositiveInt | None = None
+    group_data: bool = True
+    ae_stride: Literal[8] = 8
+    ae_stride_t: PositiveInt | None = None
+    patch_size: PositiveInt | None = None
+    patch_size_t: PositiveInt | None = None
+
+
+class Loader(Settings):
+    dataloader_mode: Literal["sampler"] = "sampler"
+    sampler_type: Literal["LengthGroupedSampler"] = "LengthGroupedSampler"
+    batch_size: PositiveInt | None = None
+    num_workers: Annotated[int, Field(ge=0)] = 4
+    shuffle: bool = False
+    drop_last: bool = True
+    pin_memory: bool = False
+    group_data: bool = True
+    initial_global_step_for_sampler: Annotated[int, Field(ge=0)] = 0
+    gradient_accumulation_size: PositiveInt | None = None
+    collate_param: Collate = Collate()
+
+
+class DataFile(Settings):
+    """data.json, key by key, without preprocess_parameters."""
+
+    dataset_param: Dataset
+    dataloader_param: Loader = Loader()
+
+
+class Pipeline(Settings):
+    video: list[dict[str, Any]]
+    image: list[dict[str, Any]] | None = None
+
+
+class Reading(Settings):
+    """What NOT_OF_SELECTION names of preprocess_parameters."""
+
+    video_reader_type: Literal["decoder", "decord", "torchcodec", "pyav"] = "decoder"
+    image_reader_type: Literal["Image"] = "Image"
+    cfg: Annotated[float, Field(ge=0, le=1)] = 0.1
+    batch_size: PositiveInt | None = None
+    gradient_accumulation_size: PositiveInt | None = None
+    use_aesthetic: bool = False
+    train_pipeline: Pipeline = Pipeline(video=[])
+
+
+class Resize(Settings):
+    size: tuple[PositiveInt, PositiveInt]
+    interpolation_mode: Literal["bicubic"] = "bicubic"
+
+
+class Place(NamedTuple):
+    """A key in one of the two files, by its dotted name."""
+
+    file: Literal["model", "data"]
+    key: str
+
+
+# What the files say in several places.
+TWICE: dict[str, list[Place]] = {
+    "batch_size": [Place("data", f"{section}.batch_size") for section in (READING, LOADER, COLLATE)],
+    "accumulate": [Place("data", f"{section}.gradient_accumulation_size") for section in (READING, LOADER)],
+    "num_frames": [
+        Place("model", "frames"),
+        Place("data", f"{READING}.num_frames"),
+        Place("data", f"{COLLATE}.num_frames"),
+    ],
+    "stride in time": [Place("data", f"{READING}.ae_stride_t"), Place("data", f"{COLLATE}.ae_stride_t")],
+    "patch size": [Place("model", "predictor.patch_size"), Place("data", f"{COLLATE}.patch_size")],
+    "patch size in time": [
+        Place("model", "predictor.patch_size_t"),
+        Place("data", f"{COLLATE}.patch_size_t"),
+    ],
+    "latent channels": [
+        Place("model", "ae.latent_dim"),
+        Place("model", "predictor.in_channels"),
+        Place("model", "predictor.out_channels"),
+    ],
+    "features": [
+        Place("model", "load_video_features"),
+        Place("model", "load_text_features"),
+        Place("data", "dataset_param.use_feature_data"),
+    ],
+}
+# What to do if they differ, where it is more than to make them equal.
+REMEDIES = {
+    "latent channels": "the denoiser takes and gives the latents of the VAE",
+    "features": "osp cache writes both: set all three to true, and data.features, or all to false",
+}
+
+
+class _Files:
+    """Both files as read, for looking up keys and naming them."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = paths
+        self.content = {name: read_json(path) for name, path in paths.items()}
+
+    def get(self, place: Place) -> Any:  # noqa: ANN401 (a JSON value)
+        """The value there; None if there is none."""
+        value: Any = self.content[place.file]
+        for key in place.key.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def has(self, place: Place) -> bool:
+        section, _, key = place.key.rpartition(".")
+        inside = self.get(Place(place.file, section)) if section else self.content[place.file]
+        return isinstance(inside, dict) and key in inside
+
+    def tell(self, place: Place) -> str:
+        return f"{self.name(place)} is {self.get(place)!r}"
+
+    def name(self, place: Place) -> str:
+        return f"{place.key} in {self.paths[place.file]}"
+
+    def idle(self, file: Literal["model", "data"], keys: list[str], reason: str) -> list[str]:
+        """At most one note, of those of the keys that are there."""
+        given = [key for key in keys if self.has(Place(file, key))]
+        name = self.paths[file].name
+        return [f"{name}: without meaning here: {', '.join(given)} ({reason})"] if given else []
+
+
+def read_guide(model_json: Path, data_json: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the two files say as nested values of TrainSettings, and notes to log, one a line.
+
+    Raises ValueError for unknown keys, for values that v1.5.0 does not have, and for contradictions, naming
+    both places. Paths in the files are taken as they are, whether they exist or not. With features there is
+    no data.manifest: the caller has to give data.features.
+    """
+    for path in (model_json, data_json):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist or is no file")
+    files = _Files({"model": model_json, "data": data_json})
+    model = ModelFile.read(files.content["model"], where=str(model_json))
+    data = DataFile.read(files.content["data"], where=str(data_json))
+    given = data.dataset_param.preprocess_parameters
+    where = f"{data_json}, preprocess_parameters"
+    check_known_keys(given, [*SelectionSettings.model_fields, *NOT_OF_SELECTION], where=where)
+    reading = Reading.read({key: given[key] for key in given if key in NOT_OF_SELECTION}, where=where)
+    agreed = _agreed(files)
+    selection, notes = _selection(read_selection(data_json), files, pipeline=reading.train_pipeline)
+
+    values: dict[str, Any] = {
+        "output": f"runs/{model_json.stem}",
+        "model": {
+            "config": original.denoiser_config(model.predictor, where=f"section predictor of {model_json}"),
+            "compute": _precision(files, "predictor.dtype", "weight_dtype"),
+        },
+        "vae": {
+            "config": original.vae_config(model.ae, where=f"section ae of {model_json}"),
+            "compute": _precision(files, "ae.dtype"),
+        },
+        "text": {
+            "t5": str(model.text_encoder.from_pretrained),
+            "clip": str(model.text_encoder_2.from_pretrained),
+            "max_tokens": data.dataset_param.model_max_length,
+            "clean": data.dataset_param.enable_text_preprocess,
+            "compute": _precision(files, "weight_dtype"),
+        },
+        "data": {
+            "selection": selection,
+            "batch_size": agreed["batch_size"],
+            "caption_dropout": reading.cfg,
+            "use_aesthetic": reading.use_aesthetic,
+            "reader": READERS[reading.video_reader_type],
+            "workers": data.dataloader_param.num_workers,
+        },
+        "flow": {
+            "weighting": model.diffusion.weighting_scheme,
+            "shift": "dynamic" if model.diffusion.use_dynamic_shifting else model.diffusion.shift,
+        },
+        "optimizer": {"accumulate": agreed["accumulate"]},
+    }
+    if agreed["num_frames"] is not None:
+        selection["num_frames"] = agreed["num_frames"]
+    if not agreed["features"]:
+        basic = data.dataset_param.basic_parameters
+        values["data"] |= {"manifest": basic.data_path, "root": basic.data_folder or None}
+    else:
+        keys = [f"dataset_param.basic_parameters.{key}" for key in ("data_path", "data_folder")]
+        notes += files.idle("data", keys, "features are loaded, from data.features")
+    for section, config in {"model": model.predictor, "vae": model.ae}.items():
+        if config.get("from_pretrained"):
+            values[section]["pretrained"] = config["from_pretrained"]
+    notes += _tokenizers(values["text"], model, data, files)
+    if model.diffusion.use_dynamic_shifting:
+        notes += files.idle("model", ["diffusion.shift"], "use_dynamic_shifting tells it from the size")
+    for reason, keys in MEANINGLESS_IN_MODEL.items():
+        notes += files.idle("model", keys, reason)
+    for reason, keys in MEANINGLESS_IN_DATA.items():
+        notes += files.idle("data", keys, reason)
+    return _without_none(values), notes
+
+
+def _agreed(files: _Files) -> dict[str, Any]:
+    """The value of each subject of TWICE; None where no place has one."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for subject, places in TWICE.items():
+        given = [place for place in places if files.has(place)]
+        values[subject] = files.get(given[0]) if given else None
+        if any(files.get(place) != values[subject] for place in given):
+            remedy = REMEDIES.get(subject, "make them equal")
+            problems.append(f"{', '.join(map(files.tell, given))}: {remedy}")
+    channels = files.get(Place("model", "ae.latent_dim"))
+    for key in ("ae.shift", "ae.scale"):
+        place = Place("model", key)
+        numbers = files.get(place)
+        if channels is not None and isinstance(numbers, list) and len(numbers) != channels:
+            told = files.tell(Place("model", "ae.latent_dim"))
+            problems.append(
+                f"{files.name(place)} has {len(numbers)} values, but {told}: one for each channel"
+            )
+    if problems:
+        raise ValueError("contradictions: " + "; ".join(problems))
+    return values
+
+
+def _selection(
+    selection: SelectionSettings, files: _Files, *, pipeline: Pipeline
+) -> tuple[dict[str, Any], list[str]]:
+    """The values given of the selection, without those that follow from others, and notes.
+
+    What follows is left out so that a change of the size changes it as well.
+    """
+    values = selection.model_dump(exclude_unset=True)
+    size = (selection.max_height, selection.max_width)
+    notes: list[str] = []
+    if selection.force_resolution:
+        values.pop("max_hxw", None)
+        notes += files.idle("data", [f"{READING}.max_hxw"], "force_resolution sets the size")
+        if selection.min_hxw == size[0] * size[1]:
+            del values["min_hxw"]
+    elif selection.max_hxw is not None:
+        keys = [f"{READING}.{key}" for key in ("max_height", "max_width")]
+        notes += files.idle("data", keys, "without force_resolution max_hxw bounds the size")
+    for kind, steps in pipeline.model_dump().items():
+        if not steps:
+            continue
+        name = f"{READING}.train_pipeline.{kind}"
+        found = _resized(steps, where=f"{name} in {files.paths['data']}")
+        if not selection.force_resolution:
+            notes += files.idle("data", [name], "without force_resolution each sample has its own size")
+        elif found != size:
+            raise ValueError(
+                f"contradictions: {name} in {files.paths['data']} resizes to {list(found)}, but "
+                f"{READING}.max_height x max_width is {size[0]} x {size[1]}: make them equal"
+            )
+    return values, notes
+
+
+def _resized(steps: list[dict[str, Any]], *, where: str) -> tuple[int, int]:
+    """Height and width that the steps of a train_pipeline resize to."""
+    for step in steps:
+        check_known_keys(step, ["trans_type", "param"], where=where)
+    kinds = [step.get("trans_type") for step in steps]
+    if kinds != TRANSFORMS:
+        raise ValueError(
+            f"{where}: what training does has the trans_type {', '.join(TRANSFORMS)}, "
+            f"got {', '.join(map(str, kinds))}"
+        )
+    for step in (steps[0], steps[2]):
+        if step.get("param"):
+            raise ValueError(f"{where}: {step['trans_type']} takes no param, got {step['param']!r}")
+    param = steps[1].get("param")
+    if not isinstance(param, dict):
+        raise ValueError(f"{where}: {TRANSFORMS[1]} needs param with size [height, width], got {param!r}")
+    return Resize.read(param, where=f"{where}, {TRANSFORMS[1]}").size
+
+
+def _precision(files: _Files, *keys: str) -> str | None:
+    """The precision that the first of the keys with a value names; None: no key has one."""
+    for key in keys:
+        place = Place("model", key)
+        name = files.get(place)
+        if name is None:
+            continue
+        if name not in PRECISIONS:
+            why = " (fp16 would need loss scaling)" if name == "fp16" else ""
+            raise ValueError(f"{files.tell(place)}: training is in {' or '.join(PRECISIONS)}{why}")
+        return name
+    return None
+
+
+def _tokenizers(text: dict[str, Any], model: ModelFile, data: DataFile, files: _Files) -> list[str]:
+    """Put tokenizers that are not in their encoder's folder into `text`; notes that say so."""
+    notes: list[str] = []
+    for ours, key, encoder, tokenizer in (
+        ("t5_tokenizer", "tokenizer_config", model.text_encoder, data.dataset_param.tokenizer_config),
+        ("clip_tokenizer", "tokenizer_config_2", model.text_encoder_2, data.dataset_param.tokenizer_config_2),
+    ):
+        if tokenizer.from_pretrained != encoder.from_pretrained:
+            text[ours] = str(tokenizer.from_pretrained)
+            notes.append(
+                f"{files.paths['data'].name}: {key} is not the folder of its encoder: "
+                f"{tokenizer.from_pretrained}, {encoder.from_pretrained}"
+            )
+    return notes
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that nothing was said of. A `config` stays as it is: null has a meaning there."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) and key != "config" else value
+        for key, value in values.items()
+        if value is not None
+    }

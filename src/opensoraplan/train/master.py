@@ -1,0 +1,48 @@
+"""The weights that an optimizer changes, where a model computes in a lower precision than they have."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterWeights:
+    """Copies of a model's weights in `master` precision; the model itself goes over to `compute`.
+
+    Gradients are summed up in the master precision over micro-batches. Where both precisions are the same,
+    `parameters` are the model's own and nothing is copied.
+    """
+
+    def __init__(self, model: nn.Module, *, master: torch.dtype, compute: torch.dtype) -> None:
+        nn.Module.to(model, master)  # diffusers' own warns of modules to keep in fp32, of which we have none
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._computing: dict[str, nn.Parameter] | None = None
+        if master != compute:
+            self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in self.parameters.items()}
+            nn.Module.to(model, compute)
+            self._computing = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Add the model's gradients of a micro-batch to those of the master weights."""
+        if self._computing is None:
+            return
+        for name, computing in self._computing.items():
+            if computing.grad is None:
+                continue
+            master = self.parameters[name]
+            gradient = computing.grad.to(master.dtype)
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            computing.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the model the master weights, rounded, after they have changed."""
+        if self._computing is not None:
+            torch._foreach_copy_(list(self._computing.values()), list(self.parameters.values()))
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+        self.publish()

@@ -1,0 +1,337 @@
+"""What a training run says of itself (metrics.jsonl, TensorBoard, wandb, the console), and its measures.
+
+Not here: what is logged when, which the trainers decide. FLOPs count multiplications and additions of matrix
+products, nothing else.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
+QUARTERS = 4
+
+# Matrices of the benchmark: large enough to fill the device, small enough for its memory and a fraction of a
+# second.
+_CPU_SIDE, _DEVICE_SIDE, _BENCHMARK_SECONDS = 512, 4096, 0.3
+
+
+class Metrics:
+    """Writes the numbers of a run of `steps` steps, of which `start` are done, into the folder `output`.
+
+    Always a line of metrics.jsonl for each `log`; to TensorBoard (in output/tensorboard) and to the wandb
+    project of that name if wanted, with `config` as the run's settings. On the console a progress bar with
+    the numbers named in `shown`, or a line for each `log` where `console` (None: stderr) is no terminal. Log
+    records go around the bar as long as the object is open as a context manager.
+
+    Going on from `start` drops what a broken run logged after that step. Raises ValueError if an optional
+    package is wanted and absent, before any file is touched.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        steps: int,
+        start: int = 0,
+        shown: Sequence[str] = ("loss", "grad_norm", "samples/s"),
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        console: TextIO | None = None,
+    ) -> None:
+        if not 0 <= start <= steps:
+            raise ValueError(f"start must be between 0 and {steps} steps, got {start}")
+        self.steps = steps
+        self.shown = tuple(shown)
+        self._open = ExitStack()
+        writer = _summary_writer() if tensorboard else None
+        wandb = _wandb() if wandb_project is not None else None
+        path = output / FILE
+        output.mkdir(parents=True, exist_ok=True)
+        drop_after(path, start)
+        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
+        self._tensorboard: Any = None
+        if writer is not None:
+            # What has this step or a later one is hidden.
+            self._tensorboard = writer(log_dir=str(output / "tensorboard"), purge_step=start + 1)
+            self._open.callback(self._tensorboard.close)
+        self._wandb: Any = None
+        if wandb is not None:
+            self._wandb = wandb.init(
+                project=wandb_project,
+                dir=str(output),
+                id=_run_id(output / "wandb_id"),
+                resume="allow",
+                config=dict(config or {}),
+            )
+            self._open.callback(self._wandb.finish)
+        console = sys.stderr if console is None else console
+        self._bar: tqdm | None = None
+        if console is not None and console.isatty():
+            self._bar = tqdm(
+                total=steps, initial=start, desc="training", unit="step", file=console, dynamic_ncols=True
+            )
+            self._open.callback(self._bar.close)
+        self._step = self._start = start
+        self._began = time.monotonic()
+
+    def advance(self, step: int) -> None:
+        """Step number `step`, counted from 1, is done."""
+        if self._bar is not None:
+            self._bar.update(step - self._step)
+        self._step = step
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Write `values` of step number `step`, which is done. A number that is not finite becomes null in
+        metrics.jsonl, since JSON has none.
+        """
+        self.advance(step)
+        line = {"step": step, "time": round(time.time(), 3)}
+        line |= {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            # The step is a value among others: wandb's own cannot go back to that of a checkpoint.
+            self._wandb.log({"step": step, **values})
+        shown = {name: _short(values[name]) for name in self.shown if name in values}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        else:
+            said = "".join(f", {name} {value}" for name, value in shown.items())
+            logger.info("step %d of %d%s, %s left", step, self.steps, said, self._left())
+
+    def close(self) -> None:
+        """Close all files and the bar."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._open.enter_context(logging_redirect_tqdm())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _left(self) -> str:
+        done = self._step - self._start
+        if not done:
+            return "?"
+        seconds = (time.monotonic() - self._began) / done * (self.steps - self._step)
+        return tqdm.format_interval(seconds)
+
+
+class Averages:
+    """Means of what was added since the last `take`. Tensors stay on their device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float | Tensor] = defaultdict(float)
+        self._counts: dict[str, float] = defaultdict(float)
+        self._quarters: Tensor | None = None  # [2, QUARTERS] fp32: sums and counts
+
+    def add(self, name: str, value: float | Tensor, *, count: float = 1.0) -> None:
+        """Take in a value, or a scalar tensor, which is the mean of `count` samples."""
+        if isinstance(value, Tensor):
+            value = value.detach().float()
+        self._sums[name] += value * count
+        self._counts[name] += count
+
+    @torch.no_grad()
+    def add_losses(self, losses: Tensor, sigmas: Tensor) -> None:
+        """Take in each sample's loss [B] at its sigma [B]: `loss`, and `loss/sigma_0.25_0.50` and so on, the
+        loss of those samples whose sigmas lie in that quarter of [0, 1].
+        """
+        losses = losses.detach().float()
+        if losses.ndim != 1 or losses.shape != sigmas.shape:
+            raise ValueError(
+                f"losses and sigmas must be [B], got {list(losses.shape)} and {list(sigmas.shape)}"
+            )
+        self.add("loss", losses.mean(), count=len(losses))
+        quarter = (sigmas.detach().to(losses.device) * QUARTERS).long().clamp(0, QUARTERS - 1)
+        if self._quarters is None:
+            self._quarters = losses.new_zeros(2, QUARTERS)
+        self._quarters[0].index_add_(0, quarter, losses)
+        self._quarters[1].index_add_(0, quarter, torch.ones_like(losses))
+
+    def take(self) -> dict[str, float]:
+        """The means by name, and begin anew. What got no sample is absent."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        if self._quarters is not None:
+            for index, (total, count) in enumerate(self._quarters.T.tolist()):
+                if count:
+                    low, high = index / QUARTERS, (index + 1) / QUARTERS
+                    means[f"loss/sigma_{low:.2f}_{high:.2f}"] = total / count
+        self._sums.clear()
+        self._counts.clear()
+        self._quarters = None
+        return means
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Take lines of later steps, and half a line at the end, out of a metrics.jsonl; all of it at step 0.
+
+    The file is replaced whole: nothing is lost if this is broken off. A missing file stays missing.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, step))
+    if kept != content:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):  # half a line, or bytes of a crashed disk
+        return False
+
+
+def _finite(value: float | str) -> float | str | None:
+    return value if isinstance(value, str) or math.isfinite(value) else None
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _run_id(path: Path) -> str:
+    """A run's name for wandb, made once and kept in its folder, so that a resumed run goes on in it."""
+    if not path.exists():
+        path.write_text(os.urandom(6).hex() + "\n")
+    return path.read_text().strip()
+
+
+def _summary_writer() -> Any:  # noqa: ANN401 (a class of an optional package)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "log.tensorboard is set, but the package tensorboard is not installed: "
+            'pip install "opensoraplan[tensorboard]", or leave it out (metrics.jsonl has the same numbers)'
+        ) from None
+    return SummaryWriter
+
+
+def _wandb() -> Any:  # noqa: ANN401 (an optional module)
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(
+            "log.wandb_project is set, but the package wandb is not installed: "
+            'pip install "opensoraplan[wandb]", or leave it out (metrics.jsonl has the same numbers)'
+        ) from None
+    return wandb
+
+
+# --- Speed and memory ---------------------------------------------------------------------------------------
+
+
+def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s that a plain matrix product reaches on `device`, the best of about 0.3 s. The measure of MFU
+    where the maker's figure is not given; on a device that others use it is what they leave.
+    """
+    side = _CPU_SIDE if device.type == "cpu" else _DEVICE_SIDE
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay where they are
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = math.inf
+    end = time.perf_counter() + _BENCHMARK_SECONDS
+    # The first product also loads the library's kernels.
+    while best == math.inf or time.perf_counter() < end:
+        _wait(device)
+        start = time.perf_counter()
+        torch.matmul(a, b, out=out)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best / 1e12
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def forward_flops(
+    config: Mapping[str, Any], *, grid: tuple[int, int, int], text_tokens: int, batch: int = 1
+) -> int:
+    """FLOPs of the matrix products of one forward pass of SparseUMMDiT with this `config` (its constructor
+    arguments, all of them: `model.config`) for latents [batch, C, *grid] and `text_tokens` (after cutting
+    to the longest real length).
+    """
+    depths: Sequence[int] = config["num_layers"]
+    rates: Sequence[int] = config["sparse_n"] or [1] * len(depths)
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    embed, patch = config["timestep_embed_dim"], config["patch_size"]
+    text = text_tokens
+    frames, height, width = grid
+    tokens = frames * (height // patch) * (width // patch)
+
+    # Multiplications, each followed by an addition; the factor 2 comes last.
+    once = tokens * dim * patch**2 * (config["in_channels"] + config["out_channels"])
+    once += text * config["caption_channels"] * dim
+    once += embed * (3 * embed + config["pooled_projection_dim"])
+    once += embed * 2 * dim  # the last modulation
+
+    blocks = 0
+    for stage, (depth, n) in enumerate(zip(depths, rates, strict=True)):
+        padded = math.ceil(tokens / n**2) * n**2
+        both = padded + text
+        block = 2 * embed * 6 * dim  # two modulations
+        block += 3 * both * dim**2  # q, k, v
+        block += 2 * n * (padded // n + text) ** 2 * dim  # scores, and sums of the values
+        block += both * dim**2  # output: of the text, once the n copies are averaged
+        block += both * 8 * dim**2  # feed-forward
+        blocks += depth * block
+        if stage > len(depths) // 2 and config["skip_connection"]:
+            blocks += both * 2 * dim**2
+    blocks -= text * 9 * dim**2  # the last block has no text output and no text feed-forward
+    return 2 * batch * (once + blocks)
+
+
+def training_flops(
+    config: Mapping[str, Any], *, grid: tuple[int, int, int], text_tokens: int, batch: int = 1
+) -> int:
+    """FLOPs of forward and backward of one micro-batch: three times `forward_flops`. What is computed again
+    to save memory does not count, as usual for MFU.
+    """
+    return 3 * forward_flops(config, grid=grid, text_tokens=text_tokens, batch=batch)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes allocated on an accelerator so far; on the CPU, the most that this process had resident."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB

@@ -1,0 +1,36 @@
+"""AdamW over a model's weights as the original groups them, and the learning rate of each step."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from opensoraplan.train.config import OptimizerSettings
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW, fused; biases and other 1-D tensors have no weight decay (original.md, section 5)."""
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    plain = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def learning_rate(step: int, settings: OptimizerSettings) -> float:
+    """The rate of optimizer step `step` (from 0): a linear rise over `warmup_steps`, then the schedule."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return settings.final_lr + (settings.lr - settings.final_lr) * cosine
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

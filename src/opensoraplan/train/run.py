@@ -1,0 +1,116 @@
+"""The folder of a training run and its life: begun once, resumed, stopped by a signal. For every trainer.
+
+config.json      the resolved settings        metrics.jsonl   what was logged
+checkpoints/     see checkpoint.py            .lock           held while the run goes on
+"""
+
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from opensoraplan.settings import Settings
+from opensoraplan.train import checkpoint
+from opensoraplan.train.config import TrainSettings, VAETrainSettings
+from opensoraplan.train.files import refuse_changes
+from opensoraplan.train.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+Run = TypeVar("Run", bound=Settings)
+
+
+@contextmanager
+def begun(output: Path, settings: Run, *, resume: str | None) -> Iterator[int]:
+    """Begin a run in `output`, or go on with the one that is there; yields the step to go on from (0: anew).
+
+    `resume`: None, "latest" or a step. Without it a folder that has a run is refused; with it, a run whose
+    settings differ in what would change its results is refused with the differences. "latest" without a
+    checkpoint begins anew, so that one command line serves for every start of a job. The folder is locked
+    against a second process.
+    """
+    config = output / CONFIG
+    if config.exists() and resume is None:
+        raise ValueError(
+            f"{output} has a training run already: go on with --resume latest, or choose another --output"
+        )
+    step = 0
+    if config.exists():
+        refuse_changes(type(settings).read_file(config), settings)
+        if resume != "latest" or checkpoint.steps(output):
+            step = checkpoint.find(output, resume or "latest")
+    elif resume not in (None, "latest"):
+        checkpoint.find(output, resume)  # raises: there is none
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {output}: {error.strerror}") from None
+    with _locked(output):
+        checkpoint.remove_unfinished(output)
+        _write(config, settings.model_dump_json(indent=1) + "\n")
+        if resume is not None:
+            logger.info("%s: going on after step %d", output, step)
+        yield step
+
+
+def open_metrics(settings: TrainSettings | VAETrainSettings, *, start: int) -> Metrics:
+    """The log of a run that goes on after step `start`."""
+    return Metrics(
+        settings.output,
+        steps=settings.optimizer.steps,
+        start=start,
+        shown=("loss", "psnr", "grad_norm", "samples/s"),
+        tensorboard=settings.log.tensorboard,
+        wandb_project=settings.log.wandb_project,
+        config=settings.model_dump(mode="json"),
+    )
+
+
+class StopRequested:
+    """True once the process got SIGTERM or SIGINT inside `stop_on_signal`; a second SIGINT interrupts."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequested]:
+    """Inside the block SIGTERM and SIGINT only ask to stop, so that the step under way can be saved."""
+    stop = StopRequested()
+
+    def ask(number: int, _frame: object) -> None:
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = signal.Signals(number)
+        logger.warning("%s: stopping after this step, with a checkpoint", stop.signal.name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is training in {output}: wait for it or stop it") from None
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

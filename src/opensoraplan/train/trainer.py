@@ -1,0 +1,235 @@
+"""Training of the denoiser, one loop. What `osp train` does.
+
+A step is a pure function of the state before it and its number: order of clips, captions, sigmas and noise
+come from (seed, step, slot), so that a resumed run continues bit for bit on the CPU.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensoraplan import flow
+from opensoraplan.convert.assemble import load_denoiser
+from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.dataset import BadFiles
+from opensoraplan.device import DTYPES, resolve_device
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.strict import plain_config
+from opensoraplan.train import checkpoint, objective
+from opensoraplan.train.checkpoint import Checkpoint, fill_optimizer, optimizer_tensors
+from opensoraplan.train.clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
+from opensoraplan.train.config import ModelSettings, TrainSettings
+from opensoraplan.train.ema import Ema
+from opensoraplan.train.encoders import sample_posterior
+from opensoraplan.train.loading import micro_batches
+from opensoraplan.train.master import MasterWeights
+from opensoraplan.train.metrics import Averages
+from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
+from opensoraplan.train.run import begun, open_metrics, stop_on_signal
+from opensoraplan.train.sources import Source, open_source
+from opensoraplan.train.speed import Speed
+from opensoraplan.train.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
+    """Train in the folder `settings.output` for `optimizer.steps` steps, or until a signal asks to stop.
+
+    Returns the folder of the last checkpoint. Raises ValueError for settings, data and disks that cannot be,
+    before anything heavy where possible, and GradientOutlierError if `clip.outlier` is "stop".
+    """
+    device = resolve_device(settings.device)
+    optimizer, total = settings.optimizer, settings.optimizer.steps
+    with begun(settings.output, settings, resume=resume) as start:
+        source, encoders = open_source(settings, device=device)
+        sampler = BucketSampler(
+            source.shapes, global_batch=settings.data.batch_size * optimizer.accumulate, seed=settings.seed
+        )
+        validation = None
+        if settings.validation.every:
+            validation = Validation(settings, encoders=encoders, device=device)
+        job = _Job(settings, source, sampler, device=device)
+        if start:
+            job.load(checkpoint.load(settings.output, start))
+        batches = micro_batches(
+            source.dataset,
+            sampler,
+            start=start,
+            stop=total,
+            accumulate=optimizer.accumulate,
+            workers=settings.data.workers,
+            collate=source.collate,
+        )
+        saved = start
+        with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
+            for step in range(start + 1, total + 1):
+                job.step(step, batches)
+                if step % settings.log.every == 0 or step == total:
+                    metrics.log(step, job.report())
+                else:
+                    metrics.advance(step)
+                if validation is not None and (step % settings.validation.every == 0 or step == total):
+                    with job.averaged():
+                        metrics.log(step, validation.run(job.model, step))
+                if stop or step == total or step % settings.checkpoint.every == 0:
+                    job.save(step)
+                    saved = step
+                if stop:
+                    break
+        return checkpoint.path_of(settings.output, saved)
+
+
+class _Job:
+    """Model, optimizer, average and clip of one run, with what is done to them in a step."""
+
+    def __init__(
+        self, settings: TrainSettings, source: Source, sampler: BucketSampler, *, device: torch.device
+    ) -> None:
+        self.settings = settings
+        self.source = source
+        self.sampler = sampler
+        self.device = device
+        self.dtype = DTYPES[settings.model.compute]
+        self.model = build(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
+        self.master = MasterWeights(self.model, master=DTYPES[settings.model.master], compute=self.dtype)
+        source.check_fits(self.model)
+        memory = settings.memory
+        self.model.set_recompute(blocks=memory.recompute_blocks, feed_forwards=memory.recompute_feed_forwards)
+        if memory.compile:
+            self.model.compile_repeated_blocks()
+        self.optimizer = make_optimizer(self.master.parameters, settings.optimizer)
+        decay = settings.optimizer.ema_decay
+        where = "cpu" if settings.optimizer.ema_device == "cpu" else None
+        self.ema = None if decay is None else Ema(self.master.parameters, decay=decay, device=where)
+        self.clip = AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier)
+        self.bad_files = BadFiles(settings.data.max_bad_files)
+        self.outliers_in_a_row = 0
+        self.averages = Averages()
+        self.speed = Speed(settings.log, device=device, dtype=self.dtype)
+
+    def step(self, step: int, batches: Iterator[Any]) -> None:
+        """Do optimizer step number `step`, from 1."""
+        settings, accumulate = self.settings, self.settings.optimizer.accumulate
+        set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
+        self.optimizer.zero_grad(set_to_none=True)
+        for draws in self.sampler.share(step - 1, rank=0, ranks=1, accumulate=accumulate):
+            with self.speed.waiting():
+                batch = next(batches)
+            self.bad_files.add(batch.failures)
+            encoded = self.source.encode(batch)
+            shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
+            drawn = objective.draw(draws, shape, settings.flow, seed=settings.seed).to(self.device)
+            latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
+            losses = objective.losses(
+                self.model, latents, encoded.prompt, sigma=drawn.sigma, noise=drawn.noise, dtype=self.dtype
+            )
+            weights = flow.loss_weight(drawn.sigma, settings.flow.weighting)
+            ((losses * weights).mean() / accumulate).backward()
+            self.master.take_gradients()
+            self.averages.add_losses(losses, drawn.sigma)
+            self.speed.count(self.model, latents, encoded.prompt)
+        self._update(step)
+
+    def _update(self, step: int) -> None:
+        """Take the gradients in, unless their norm is an outlier."""
+        gradients = [p.grad for p in self.master.parameters.values() if p.grad is not None]
+        norm = global_norm(gradients).item()
+        clipping = self.clip.decide(norm)
+        self.averages.add("grad_norm", norm)
+        self.averages.add("clip_threshold", clipping.threshold)
+        self.averages.add("lr", self.optimizer.param_groups[0]["lr"])
+        self.averages.add("clipped", float(clipping.action == "clipped"))
+        self.averages.add("skipped", float(clipping.action == "skip"))
+        if clipping.action == "skip":
+            self._skip(step, norm)
+            return
+        self.outliers_in_a_row = 0
+        if clipping.action == "clipped":
+            scale_(gradients, clipping.scale)
+        self.optimizer.step()
+        self.master.publish()
+        if self.ema is not None:
+            self.ema.update(step)
+
+    def _skip(self, step: int, norm: float) -> None:
+        """Leave the step out; after `clip.patience` of them in a row, go back to the last good state."""
+        self.outliers_in_a_row += 1
+        logger.warning("step %d: gradient norm %.4g is an outlier: the step is left out", step, norm)
+        patience = self.settings.clip.patience
+        if self.outliers_in_a_row % patience:
+            return
+        there = checkpoint.steps(self.settings.output)
+        if not there or self.outliers_in_a_row >= 3 * patience:
+            raise GradientOutlierError(
+                f"step {step}: {self.outliers_in_a_row} gradient norms in a row are outliers, the last one "
+                f"{norm:.4g}, and there is no checkpoint that helps: lower optimizer.lr, or look at the data"
+            )
+        outliers = self.outliers_in_a_row
+        logger.warning("%d outliers in a row: going on from the weights of step %d", outliers, there[-1])
+        self.load(checkpoint.load(self.settings.output, there[-1]))
+        self.outliers_in_a_row = outliers
+
+    def report(self) -> dict[str, float]:
+        """What is logged of the steps since the last report."""
+        return self.averages.take() | self.speed.take() | {"bad_files": len(self.bad_files)}
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.master.parameters,
+            "optimizer": optimizer_tensors(self.optimizer, self.master.parameters),
+        }
+        if self.ema is not None:
+            parts["ema"] = self.ema.values
+        checkpoint.save(
+            self.settings.output,
+            step,
+            parts=parts,
+            state={
+                "model_config": plain_config(self.model),
+                "clip": self.clip.state_dict(),
+                "outliers_in_a_row": self.outliers_in_a_row,
+            },
+            keep=self.settings.checkpoint.keep,
+            keep_every=self.settings.checkpoint.keep_every,
+        )
+
+    def load(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint of the same run."""
+        self.master.load(saved.parts["model"])
+        fill_optimizer(self.optimizer, self.master.parameters, saved.parts["optimizer"])
+        if self.ema is not None:
+            self.ema.load(saved.parts["ema"])
+        self.clip.load_state_dict(saved.state["clip"])
+        self.outliers_in_a_row = saved.state["outliers_in_a_row"]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the EMA's weights inside the block."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.applied():
+            self.master.publish()
+            yield
+        self.master.publish()
+
+
+def build(settings: ModelSettings, *, seed: int) -> SparseUMMDiT:
+    """The denoiser to train: a checkpoint's, or a new one. In fp32, on the CPU."""
+    rates = None if settings.sparse_n is None else list(settings.sparse_n)
+    if settings.pretrained is not None:
+        return load_denoiser(
+            settings.pretrained, config=settings.config, rates=rates, dtype=DTYPES[settings.master]
+        )
+    model = SparseUMMDiT.from_config(settings.config or {})
+    if rates is not None:
+        model.set_sparsity(rates)
+    model.initialize_weights(seed=seed)
+    return model

@@ -1,0 +1,332 @@
+"""Training of WF-VAE: L1, wavelet and KL losses, LPIPS and a discriminator if wanted. What `osp train-vae`
+does.
+
+Everything random is drawn from generators seeded by (seed, step), so that a run resumes exactly.
+"""
+
+import logging
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensoraplan.convert.assemble import load_vae
+from opensoraplan.convert.export import new_folder, write_component
+from opensoraplan.data.buckets import BucketSampler, Draw
+from opensoraplan.data.dataset import BadFiles, Batch, ClipDataset, collate
+from opensoraplan.data.manifest import read_manifest
+from opensoraplan.data.selection import Sample, select
+from opensoraplan.data.video import to_uint8
+from opensoraplan.device import resolve_device
+from opensoraplan.fidelity import Fidelity
+from opensoraplan.models.strict import plain_config
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
+from opensoraplan.train import checkpoint
+from opensoraplan.train.adversarial import (
+    PatchDiscriminator3d,
+    adaptive_weight,
+    hinge_loss,
+    load_lpips,
+    perceptual_loss,
+)
+from opensoraplan.train.checkpoint import Checkpoint, fill_optimizer, optimizer_tensors
+from opensoraplan.train.clip import global_norm, scale_
+from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
+from opensoraplan.train.ema import Ema
+from opensoraplan.train.loading import micro_batches
+from opensoraplan.train.metrics import Averages
+from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
+from opensoraplan.train.run import begun, open_metrics, stop_on_signal
+from opensoraplan.train.vae_losses import Reconstruction, reconstruct
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "vae"
+# How many clips tell the latents' shift and scale.
+_MEASURED = 256
+
+
+def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
+    """Train in the folder `settings.output` for `optimizer.steps` steps, or until a signal asks to stop.
+
+    Returns the folder of the finished VAE (diffusers' format: EMA weights, the latents' shift and scale), or
+    that of the last checkpoint. Raises ValueError for settings, data and disks that cannot be.
+    """
+    piece = settings.data
+    latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
+    samples = _samples(settings.data, settings.data.manifest, seed=settings.seed)
+    held_out: Sequence[Sample] = ()
+    if settings.validation.every:
+        held_out = _samples(settings.data, settings.validation.manifest, seed=settings.seed)
+        held_out = held_out[: settings.validation.samples]
+    device = resolve_device(settings.device)
+    total = settings.optimizer.steps
+    with begun(settings.output, settings, resume=resume) as start:
+        job = _Job(settings, device=device)
+        if start:
+            job.load(checkpoint.load(settings.output, start))
+        sampler = BucketSampler(
+            [sample.shape for sample in samples],
+            global_batch=piece.batch_size * settings.optimizer.accumulate,
+            seed=settings.seed,
+        )
+        batches = micro_batches(
+            ClipDataset(samples, seed=settings.seed, new_windows=piece.new_windows, reader=piece.reader),
+            sampler,
+            start=start,
+            stop=total,
+            accumulate=settings.optimizer.accumulate,
+            workers=piece.workers,
+            collate=collate,
+        )
+        bad_files = BadFiles(piece.max_bad_files)
+        saved = start
+        with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
+            for step in range(start + 1, total + 1):
+                job.step(step, batches, bad_files)
+                if step % settings.log.every == 0 or step == total:
+                    metrics.log(step, job.averages.take())
+                else:
+                    metrics.advance(step)
+                if held_out and (step % settings.validation.every == 0 or step == total):
+                    metrics.log(step, job.validate(held_out))
+                if stop or step == total or step % settings.checkpoint.every == 0:
+                    job.save(step)
+                    saved = step
+                if stop:
+                    break
+        if saved < total:
+            return checkpoint.path_of(settings.output, saved)
+        return job.finish(samples)
+
+
+class _Adversary:
+    """The discriminator, with its optimizer; it plays against the VAE from `start` on."""
+
+    def __init__(self, settings: VAETrainSettings, *, device: torch.device) -> None:
+        self.start = settings.loss.adversarial_start or 0
+        self.factor = settings.loss.adversarial
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed + 1)
+            self.model = PatchDiscriminator3d().to(device).train()
+        self.parameters = dict(self.model.named_parameters())
+        rate = settings.loss.discriminator_lr
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, fused=True)
+
+    def loss(self, made: Reconstruction, l1: Tensor, last_layer: Tensor) -> Tensor:
+        """What the VAE pays for pixels that are told from real ones, weighted against `l1`."""
+        self.model.requires_grad_(False)
+        fooled = -self.model(made.pixels).mean()
+        return adaptive_weight(l1, fooled, last_layer, factor=self.factor) * fooled
+
+    def learn(self, real: Tensor, made: Tensor) -> float:
+        """Take a step towards telling them apart; returns the hinge loss."""
+        self.model.requires_grad_(True)
+        loss = hinge_loss(self.model(real), self.model(made.detach()))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+class _Job:
+    """Model, optimizer and average of one run, with what is done to them."""
+
+    def __init__(self, settings: VAETrainSettings, *, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
+        self.model.encoder.requires_grad_(not settings.model.freeze_encoder)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.parameters, settings.optimizer)
+        decay = settings.optimizer.ema_decay
+        where = "cpu" if settings.optimizer.ema_device == "cpu" else None
+        self.ema = None if decay is None else Ema(self.parameters, decay=decay, device=where)
+        self.lpips = load_lpips(device) if settings.loss.perceptual else None
+        adversarial = settings.loss.adversarial_start is not None
+        self.adversary = _Adversary(settings, device=device) if adversarial else None
+        self.averages = Averages()
+
+    def step(self, step: int, batches: Iterator[Batch], bad_files: BadFiles) -> None:
+        """Do optimizer step number `step`, from 1."""
+        settings, began, waited = self.settings, time.perf_counter(), 0.0
+        rate = learning_rate(step - 1, settings.optimizer)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in range(settings.optimizer.accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            bad_files.add(batch.failures)
+            chance = f"{settings.seed} {step} {micro}"
+            x = _pieces(batch.video, settings.data, chance=chance).to(self.device)
+            for name, value in self._accumulate(x, step, chance=chance).items():
+                self.averages.add(name, value)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = global_norm(gradients).item()
+        if not math.isfinite(norm):
+            raise ValueError(f"step {step}: the gradient is not finite; lower optimizer.lr {rate:g}")
+        if norm > settings.max_grad_norm:
+            scale_(gradients, settings.max_grad_norm / norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(step)
+        seconds = time.perf_counter() - began
+        for name, value in (("grad_norm", norm), ("lr", rate), ("seconds", seconds)):
+            self.averages.add(name, value)
+        self.averages.add("data_wait", waited / seconds)
+
+    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> dict[str, float]:
+        """Gradients of one micro-batch of pixels."""
+        weights, frozen = self.settings.loss, self.settings.model.freeze_encoder
+        generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
+        grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
+        noise = torch.randn(len(x), self.model.config["latent_channels"], *grid, generator=generator)
+        made = reconstruct(self.model, x, noise.to(self.device), freeze_encoder=frozen)
+        loss = made.l1
+        logged = {"l1": made.l1, "wavelet": made.wavelet, "kl": made.kl}
+        if self.lpips is not None:
+            logged["lpips"] = perceptual_loss(self.lpips, x, made.pixels)
+            loss = loss + weights.perceptual * logged["lpips"]
+        adversary = self.adversary if self.adversary and step > self.adversary.start else None
+        total = loss + weights.wavelet * made.wavelet + weights.kl * made.kl
+        if adversary is not None:
+            total = total + adversary.loss(made, loss, self.model.decoder.conv_out.weight)
+        (total / self.settings.optimizer.accumulate).backward()
+        error = (made.pixels.detach().clamp(-1, 1) - x).square().mean().item() / 4
+        values = {"loss": total.item(), "psnr": -10 * math.log10(max(error, 1e-10))}
+        if adversary is not None:
+            values["discriminator"] = adversary.learn(x, made.pixels)
+        return values | {name: value.item() for name, value in logged.items()}
+
+    @torch.no_grad()
+    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """PSNR and SSIM of whole clips, each to the mode of its latents and back, by the averaged weights."""
+        fidelity = Fidelity()
+        with self._averaged():
+            for video in _videos(samples, self.settings):
+                latents = self.model.encode(video.to(self.device)).latent_dist.mode()
+                result = self.model.decode(latents).sample
+                fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
+        return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
+
+    def save(self, step: int) -> None:
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+        }
+        if self.ema is not None:
+            parts["ema"] = self.ema.values
+        if self.adversary is not None:
+            parts["discriminator"] = self.adversary.model.state_dict()
+            parts["discriminator_optimizer"] = optimizer_tensors(
+                self.adversary.optimizer, self.adversary.parameters
+            )
+        wanted = self.settings.checkpoint
+        checkpoint.save(
+            self.settings.output,
+            step,
+            parts=parts,
+            state={"model_config": plain_config(self.model)},
+            keep=wanted.keep,
+            keep_every=wanted.keep_every,
+        )
+
+    def load(self, saved: Checkpoint) -> None:
+        self.model.load_state_dict(saved.parts["model"])
+        fill_optimizer(self.optimizer, self.parameters, saved.parts["optimizer"])
+        if self.ema is not None:
+            self.ema.load(saved.parts["ema"])
+        if self.adversary is not None:
+            self.adversary.model.load_state_dict(saved.parts["discriminator"])
+            fill_optimizer(
+                self.adversary.optimizer, self.adversary.parameters, saved.parts["discriminator_optimizer"]
+            )
+
+    def finish(self, samples: Sequence[Sample]) -> Path:
+        """Write the VAE for use: averaged weights, and the shift and scale of its latents, measured unless
+        the encoder was frozen.
+        """
+        out = self.settings.output / FINISHED
+        with self._averaged():
+            if not self.settings.model.freeze_encoder:
+                shift, scale = self._measured(samples)
+                self.model.register_to_config(shift=shift, scale=scale)
+            tensors = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        shutil.rmtree(out, ignore_errors=True)  # left by a run that was extended; made anew from this one
+        with new_folder(out) as folder:
+            write_component(self.model, {name: name for name in tensors}, tensors, folder)
+        logger.info("wrote the finished VAE to %s", out)
+        return out
+
+    @torch.no_grad()
+    def _measured(self, samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
+        """Per channel the mean of the latents and 1 / their standard deviation, over clips of the data."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        every = max(1, len(samples) // _MEASURED)
+        for video in _videos(samples[::every], self.settings):
+            posterior = self.model.encode(video.to(self.device)).latent_dist
+            mean, variance = posterior.mean.float().cpu(), posterior.var.float().cpu()
+            count += mean.numel() // mean.shape[1]
+            total = total + mean.sum((0, 2, 3, 4))
+            squares = squares + (mean.square() + variance).sum((0, 2, 3, 4))
+        shift = total / count
+        scale = (squares / count - shift.square()).clamp_min(1e-12).rsqrt()
+        return [round(value, 4) for value in shift.tolist()], [round(value, 4) for value in scale.tolist()]
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+
+def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
+    if settings.pretrained is not None:
+        return load_vae(settings.pretrained, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WFVAE.from_config({"shift": None, "scale": None, **(settings.config or {})})
+
+
+def _samples(data: VAEClipSettings, manifest: Path | None, *, seed: int) -> tuple[Sample, ...]:
+    """The clips of a manifest; ValueError if pieces of the wanted size cannot be cut from one of them."""
+    if manifest is None:
+        raise ValueError("validation.manifest is missing: validation needs clips that are not trained on")
+    records = read_manifest(manifest, root=data.root)
+    samples = select(records, data.selection, seed=seed, need_captions=False).kept
+    piece = (data.frames, data.height, data.width)
+    for sample in samples:
+        if any(have < wanted for have, wanted in zip(sample.shape, piece, strict=True)):
+            have, wanted = (" x ".join(map(str, shape)) for shape in (sample.shape, piece))
+            raise ValueError(
+                f"{sample.record.path} gives {have} (frames x height x width), pieces are to be {wanted}: "
+                "lower data.frames, data.height or data.width, or raise data.selection"
+            )
+    return samples
+
+
+def _pieces(video: Tensor, data: VAEClipSettings, *, chance: str) -> Tensor:
+    """A random piece of every clip of [B, 3, T, H, W], in half of the cases mirrored."""
+    rng = random.Random(chance)
+    pieces = []
+    for clip in video:
+        starts = [
+            rng.randint(0, have - wanted)
+            for have, wanted in zip(clip.shape[1:], (data.frames, data.height, data.width), strict=True)
+        ]
+        t, y, x = starts
+        piece = clip[:, t : t + data.frames, y : y + data.height, x : x + data.width]
+        pieces.append(piece.flip(3) if data.flip and rng.random() < 0.5 else piece)
+    return torch.stack(pieces)
+
+
+def _videos(samples: Sequence[Sample], settings: VAETrainSettings) -> Iterator[Tensor]:
+    """Each sample whole, [1, 3, T, H, W]."""
+    clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=settings.data.reader)
+    for index in range(len(samples)):
+        yield clips[Draw(index=index, epoch=0, step=0, slot=0)].video[None]

@@ -1,0 +1,117 @@
+"""What a denoiser is held against in training: its loss on held-out clips, and videos of fixed prompts."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from opensoraplan.data.buckets import Draw
+from opensoraplan.data.video import VideoWriter, to_uint8
+from opensoraplan.device import DTYPES
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+from opensoraplan.shapes import latent_shape
+from opensoraplan.train import objective
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
+from opensoraplan.train.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Held-out clips and prompts of a run, ready to be used every `validation.every` steps.
+
+    The same clips, noise and sigmas each time, and each prompt with its own seed, so that numbers and videos
+    of different steps compare.
+    """
+
+    def __init__(self, settings: TrainSettings, *, encoders: Encoders | None, device: torch.device) -> None:
+        """Open what the settings name; raises ValueError for what is missing. `encoders`: already loaded."""
+        self.settings = settings.validation
+        self.run_settings = settings
+        self.device = device
+        self.source: Source | None = None
+        self.encoders = encoders
+        if self.settings.prompts:
+            latent_shape(self.settings.frames, self.settings.height, self.settings.width)
+            self.encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
+        if self.settings.manifest is not None or self.settings.features is not None:
+            self.source, self.encoders = open_source(
+                settings, device=device, held_out=True, encoders=self.encoders
+            )
+
+    def run(self, model: SparseUMMDiT, step: int) -> dict[str, float]:
+        """Losses at the fixed sigmas and their mean; the videos are written on the way."""
+        model.eval()
+        try:
+            if self.settings.prompts:
+                self._write_videos(model, step)
+            return {} if self.source is None else self._losses(model, self.source)
+        finally:
+            model.train()
+
+    @torch.no_grad()
+    def _losses(self, model: SparseUMMDiT, source: Source) -> dict[str, float]:
+        dtype = DTYPES[self.run_settings.model.compute]
+        sums = dict.fromkeys(self.settings.sigmas, 0.0)
+        count = min(self.settings.samples, len(source.shapes))
+        for index in range(count):
+            place = Draw(index=index, epoch=0, step=0, slot=index)
+            encoded = source.encode(source.collate([source.dataset[place]]))
+            shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
+            drawn = objective.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
+            latents = source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
+            for sigma in self.settings.sigmas:
+                loss = objective.losses(
+                    model,
+                    latents,
+                    encoded.prompt,
+                    sigma=torch.full_like(drawn.sigma, sigma),
+                    noise=drawn.noise,
+                    dtype=dtype,
+                )
+                sums[sigma] += loss.item() / count
+        by_sigma = {f"validation_loss/sigma_{sigma:g}": value for sigma, value in sums.items()}
+        return {"validation_loss": sum(sums.values()) / len(sums), **by_sigma}
+
+    def _write_videos(self, model: SparseUMMDiT, step: int) -> None:
+        """One mp4 a prompt in OUTPUT/samples, named by step and number."""
+        wanted, encoders = self.settings, self.encoders
+        assert encoders is not None
+        pipeline = OpenSoraPlanPipeline(
+            transformer=model,
+            vae=encoders.vae,
+            text_encoder=encoders.text_encoder,
+            tokenizer=encoders.tokenizer,
+            text_encoder_2=encoders.text_encoder_2,
+            tokenizer_2=encoders.tokenizer_2,
+            scheduler=make_scheduler(),
+            prompt_template=None,
+            default_negative_prompt="",
+            clean_prompts=encoders.clean,
+            max_text_tokens=encoders.max_tokens,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        for number, prompt in enumerate(wanted.prompts):
+            (video,) = pipeline(
+                prompt,
+                height=wanted.height,
+                width=wanted.width,
+                num_frames=wanted.frames,
+                num_inference_steps=wanted.sampling_steps,
+                guidance_scale=wanted.guidance_scale,
+                shift=wanted.shift,
+                seed=number,
+                output_type="pt",
+                return_dict=False,
+            )[0]
+            path = self._path(step, number)
+            with VideoWriter(path, fps=wanted.fps, title=prompt) as writer:
+                writer.write(to_uint8(video.transpose(0, 1) * 2 - 1))  # [3, T, H, W]
+            logger.info("step %d: %s -> %s", step, prompt, writer.path)
+
+    def _path(self, step: int, number: int) -> Path:
+        folder = self.run_settings.output / "samples"
+        folder.mkdir(exist_ok=True)
+        return folder / f"step-{step:08d}-{number}.mp4"

@@ -1,0 +1,185 @@
+"""Writing a feature cache from real clips by real, tiny encoders: equal to encoding online, resumable, never
+overwritten.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensoraplan.data.buckets import Draw
+from opensoraplan.data.dataset import ClipDataset
+from opensoraplan.data.features import FeatureDataset, check_fresh, collate_features
+from opensoraplan.data.manifest import read_manifest
+from opensoraplan.data.selection import SelectionSettings, select
+from opensoraplan.data.video import VideoWriter
+from opensoraplan.train.cache import CacheSummary, write_cache
+from opensoraplan.train.config import DataSettings, ModelSettings, TextSettings, TrainSettings, VAESettings
+from opensoraplan.train.encoders import load_encoders
+
+CAPTIONS = ["A Red ball rolls", "a drone view of waves", "the camera moves", "rain is falling", "a red ball"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five clips with captions: of 9 frames, but the last one longer. Read only."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number, caption in enumerate(CAPTIONS):
+        frames = torch.randint(0, 256, (20 if number == 4 else 9, 4, 4, 3), dtype=torch.uint8)
+        with VideoWriter(folder / f"{number}.mp4", fps=24) as writer:
+            writer.write(frames.repeat_interleave(8, 1).repeat_interleave(8, 2))
+        (folder / f"{number}.txt").write_text(caption)
+    read_manifest(folder)  # remember what is in the files, so that one may break later
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(clips: Path, tiny_model: Path) -> TrainSettings:
+    selection = SelectionSettings(num_frames=9, min_num_frames=9, max_height=32, max_width=32)
+    return TrainSettings(
+        output=Path("unused"),
+        device="cpu",
+        model=ModelSettings(config={}),
+        vae=VAESettings(pretrained=tiny_model),
+        text=TextSettings(t5=tiny_model, clip=tiny_model),
+        data=DataSettings(manifest=clips, selection=selection, workers=0, max_bad_files=1),
+    )
+
+
+def write(settings: TrainSettings, out: Path, *, rank: int = 0, ranks: int = 1) -> CacheSummary:
+    return write_cache(settings, out, rank=rank, ranks=ranks, videos_per_shard=2, texts_per_shard=4)
+
+
+@pytest.fixture(scope="module")
+def cache(settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole cache, written at once. Read only."""
+    folder = tmp_path_factory.mktemp("cache") / "features"
+    summary = write(settings, folder)
+    assert (summary.samples, summary.texts, summary.written, summary.present) == (5, 6, 5, 0)
+    assert (summary.missing, summary.left_out) == (0, ())
+    return folder
+
+
+def changed(settings: TrainSettings, **data: object) -> TrainSettings:
+    return settings.model_copy(update={"data": settings.data.model_copy(update=data)})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_cache_equals_online(settings: TrainSettings, clips: Path, cache: Path) -> None:
+    encoders = load_encoders(settings.vae, settings.text, device="cpu")
+    check_fresh(cache, encoders.fingerprint())
+    cached = FeatureDataset(cache, seed=5, caption_dropout=0.4, use_aesthetic=False)
+    samples = select(read_manifest(clips), settings.data.selection, seed=settings.seed).kept
+    assert samples[4].windows == 12
+    online = ClipDataset(
+        samples, seed=5, new_windows=False, caption_dropout=0.4, use_aesthetic=False, reader="pyav"
+    )
+    draws = [Draw(index=slot, epoch=0, step=3, slot=slot) for slot in range(5)]
+    batch = collate_features([cached[draw] for draw in draws])
+    drawn = [online[draw] for draw in draws]
+    assert batch.captions == tuple(clip.caption for clip in drawn)
+    assert 0 < batch.captions.count("") < 5
+    prompts = encoders.encode_captions([clip.caption for clip in drawn])
+    assert torch.equal(batch.moments, encoders.encode_videos(torch.stack([clip.video for clip in drawn])))
+    assert batch.sequence.dtype == prompts.sequence.dtype == torch.bfloat16
+    assert torch.equal(batch.sequence, prompts.sequence)
+    assert torch.equal(batch.mask, prompts.mask)
+    assert torch.equal(batch.pooled, prompts.pooled)
+    assert cached.description.vae["scale"] == encoders.vae.config["scale"]
+
+
+def test_killed_and_gone_on_with_by_two_ranks(settings: TrainSettings, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+
+    def die(step: str, done: int, total: int) -> None:
+        assert total == {"texts": 6, "videos": 5}[step]
+        if (step, done) == ("videos", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(settings, out, progress=die, videos_per_shard=2, texts_per_shard=4)
+    assert sorted(contents(out)) == [
+        "features.json",
+        "texts-00000.safetensors",
+        "texts-00001.safetensors",
+        "videos-00000.safetensors",
+    ]
+    with pytest.raises(ValueError, match="2 of 5 shards are missing"):
+        check_fresh(out, {})
+    first = write(settings, out, rank=1, ranks=2)
+    assert (first.written, first.present, first.missing) == (1, 1, 1)
+    second = write(settings, out, rank=0, ranks=2)
+    assert (second.written, second.present, second.missing) == (1, 2, 0)
+    assert contents(out) == contents(cache)
+
+
+def test_unreadable_clips_are_left_out(settings: TrainSettings, clips: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(clips, broken)
+    read_manifest(broken)
+    (broken / "1.mp4").unlink()
+    settings = changed(settings, manifest=_listed(broken), workers=1)
+    with pytest.raises(ValueError, match=r"1 files cannot be read, data\.max_bad_files is 0: .*1\.mp4"):
+        write(changed(settings, max_bad_files=0), tmp_path / "cache")
+    summary = write(settings, tmp_path / "cache")
+    assert [os.path.basename(entry.path) for entry in summary.left_out] == ["1.mp4"]
+    cached = FeatureDataset(tmp_path / "cache", seed=0, caption_dropout=0.0, use_aesthetic=False)
+    assert [sample.index for sample in cached.samples] == [0, 2, 3, 4]
+    assert cached.description.left_out == summary.left_out
+
+
+def _listed(folder: Path) -> Path:
+    """A manifest that has everything to know of the clips, so that none is opened before it is encoded."""
+    rows = [
+        f"{number}.mp4,{caption},{20 if number == 4 else 9},24,32,32"
+        for number, caption in enumerate(CAPTIONS)
+    ]
+    path = folder / "clips.csv"
+    path.write_text("\n".join(["path,caption,num_frames,fps,height,width", *rows]))
+    return path
+
+
+def test_another_cache_is_not_overwritten(settings: TrainSettings, cache: Path, tmp_path: Path) -> None:
+    before = contents(cache)
+    other = settings.model_copy(update={"text": settings.text.model_copy(update={"max_tokens": 5})})
+    with pytest.raises(
+        ValueError, match=r"stale, it was written with another max_tokens \(was 512, is 5\): "
+    ):
+        write(other, cache)
+    # Found before the encoders are loaded, which are not there.
+    gone = tmp_path / "empty.ckpt"
+    gone.write_bytes(b"")
+    other = changed(settings, selection=settings.data.selection.model_copy(update={"speed_factor": 1.5}))
+    other = other.model_copy(update={"vae": VAESettings(pretrained=gone)})
+    with pytest.raises(
+        ValueError, match=r"another selection\.speed_factor \(was 1\.0, is 1\.5\), clips, win"
+    ):
+        write(other, cache)
+    assert contents(cache) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="mine exists and is no feature cache"):
+        write(settings, tmp_path / "mine")
+
+
+def test_settings_are_checked_first(settings: TrainSettings, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    silent = tmp_path / "silent.csv"
+    silent.write_text("path,num_frames,fps,height,width\na.mp4,9,24,32,32")
+    with pytest.raises(ValueError, match=r"with 2 ranks, rank must be in 0 \.\. 1, got 2"):
+        write(settings, out, rank=2, ranks=2)
+    with pytest.raises(ValueError, match=r"data\.manifest is missing"):
+        write(changed(settings, manifest=None), out)
+    with pytest.raises(ValueError, match=r"missing: vae\.pretrained"):
+        write(settings.model_copy(update={"vae": VAESettings()}), out)
+    with pytest.raises(ValueError, match="all 1 records are dropped: 1 no caption"):
+        write(changed(settings, manifest=silent), out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write .*Not a directory"):
+        write(settings, tmp_path / "file" / "cache")  # found once the encoders are loaded
+    assert not out.exists()

@@ -1,0 +1,61 @@
+"""The moving average of the weights."""
+
+import torch
+from torch import nn
+
+from opensoraplan.train.ema import Ema
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def test_value_after_each_step_is_the_formula() -> None:
+    model = linear()
+    ema = Ema(dict(model.named_parameters()), decay=0.5)
+    expected = model.weight.detach().clone()
+    for step in range(1, 30):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        ema.update(step)
+    torch.testing.assert_close(ema.values["weight"], expected)
+
+
+def test_average_of_bf16_weights_is_fp32() -> None:
+    model = linear().bfloat16()
+    ema = Ema(dict(model.named_parameters()), decay=0.999)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(1000)
+    assert ema.values["weight"].dtype == torch.float32
+    # A thousandth of 1.0 is below what bf16 can add to such numbers.
+    assert not torch.equal(ema.values["weight"], ema.values["weight"].bfloat16().float())
+
+
+def test_applied_gives_the_average_and_then_the_weights_back_bit_for_bit() -> None:
+    model = linear().bfloat16()
+    ema = Ema(dict(model.named_parameters()), decay=0.9)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(1)
+    own = model.weight.detach().clone()
+    with ema.applied():
+        assert torch.equal(model.weight, ema.values["weight"].bfloat16())
+        assert not torch.equal(model.weight, own)
+    assert torch.equal(model.weight, own)
+
+
+def test_loaded_average_goes_on_as_the_saved_one() -> None:
+    model = linear()
+    first = Ema(dict(model.named_parameters()), decay=0.9)
+    with torch.no_grad():
+        model.weight.mul_(2.0)
+    first.update(1)
+    second = Ema(dict(model.named_parameters()), decay=0.9)
+    second.load({name: value.clone() for name, value in first.values.items()})
+    first.update(2)
+    second.update(2)
+    assert torch.equal(first.values["weight"], second.values["weight"])

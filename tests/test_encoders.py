@@ -1,0 +1,121 @@
+"""The frozen encoders: what they make of clips and captions, and their fingerprint."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from opensoraplan.convert.mindspeed_json import read_inference
+from opensoraplan.models.captions import clean_caption
+from opensoraplan.models.text import encode_prompts
+from opensoraplan.train.config import TextSettings, VAESettings
+from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_model: Path) -> Encoders:
+    """Everything from one pipeline folder, text in fp32. Read only."""
+    text = TextSettings(t5=tiny_model, clip=tiny_model, compute="fp32")
+    return load_encoders(VAESettings(pretrained=tiny_model), text, device="cpu")
+
+
+def test_videos(encoders: Encoders) -> None:
+    videos = torch.rand(2, 3, 9, 16, 24) * 2 - 1
+    moments = encoders.encode_videos(videos)
+    assert moments.shape == (2, 8, 2, 2, 3)
+    assert moments.dtype == torch.float32
+    assert not moments.requires_grad
+    for video, expected in zip(videos, moments, strict=True):
+        assert torch.equal(encoders.encode_videos(video[None])[0], expected)
+    expected = encoders.vae.encode(videos).latent_dist.parameters
+    torch.testing.assert_close(moments, expected)
+
+
+def test_everything_is_frozen(encoders: Encoders) -> None:
+    for model in (encoders.vae, encoders.text_encoder, encoders.text_encoder_2):
+        assert not model.training
+        assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_captions_are_cleaned_and_in_no_template(encoders: Encoders) -> None:
+    captions = ["A Red  Ball!! https://x.com/y", ""]
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        return encode_prompts(
+            texts,
+            tokenizer=encoders.tokenizer,
+            text_encoder=encoders.text_encoder,
+            tokenizer_2=encoders.tokenizer_2,
+            text_encoder_2=encoders.text_encoder_2,
+        ).sequence
+
+    assert torch.equal(
+        encoders.encode_captions(captions).sequence, encode([clean_caption(text) for text in captions])
+    )
+    raw = dataclasses.replace(encoders, clean=False).encode_captions(captions)
+    assert torch.equal(raw.sequence, encode(captions))
+    assert raw.mask.sum(1)[1] == 1  # "" is the end token alone
+
+
+def test_long_captions_warn_for_t5_only(encoders: Encoders, caplog: pytest.LogCaptureFixture) -> None:
+    short = dataclasses.replace(encoders, max_tokens=4)
+    with caplog.at_level(logging.WARNING):
+        assert short.encode_captions(["a red ball " * 60]).sequence.shape[1] == 4
+    assert [record.getMessage()[:16] for record in caplog.records] == ["T5 reads 4 token"]
+
+
+def test_fingerprint_is_of_what_is_in_the_files_not_of_their_kind(
+    encoders: Encoders, tiny_release: Path
+) -> None:
+    inference = read_inference(tiny_release / "inference.json")
+    vae = VAESettings(pretrained=tiny_release / "wfvae.ckpt", config=inference.vae_config)
+    text = TextSettings(t5=tiny_release / "t5", clip=tiny_release / "clip", compute="fp32")
+    released = load_encoders(vae, text, device="cpu")
+    released.encode_captions(["calls leave settings in the tokenizers"])
+    assert released.fingerprint() == encoders.fingerprint()
+
+
+def test_fingerprint_names_what_changed(tiny_model: Path, encoders: Encoders) -> None:
+    before = encoders.fingerprint()
+    text = TextSettings(t5=tiny_model, clip=tiny_model, compute="fp32", max_tokens=9, clean=False)
+    other = load_encoders(VAESettings(pretrained=tiny_model, compute="bf16"), text, device="cpu")
+
+    def changed() -> set[str]:
+        return {name for name, value in other.fingerprint().items() if value != before[name]}
+
+    expected = {"VAE weights", "VAE precision", "max_tokens", "caption cleaning"}
+    assert changed() == expected
+    with torch.no_grad():
+        other.vae.decoder.conv_out.weight.add_(1)
+    assert changed() == expected
+    with torch.no_grad():
+        other.text_encoder.encoder.final_layer_norm.weight[0] += 1e-6
+    assert changed() == expected | {"T5"}
+    other.text_encoder_2.config.hidden_act = "quick_gelu"
+    other.tokenizer.add_tokens(["<new>"])
+    other.vae.register_to_config(shift=[0.0] * 4)
+    assert changed() == expected | {"T5", "CLIP", "T5 tokenizer", "VAE config"}
+
+
+def test_settings_are_checked_first(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing: vae\.pretrained \(.*, text\.t5 \(.*, text\.clip \("):
+        load_encoders(VAESettings(), TextSettings(), device="cpu")
+    gone = TextSettings(t5=tmp_path / "gone", clip=tiny_model, clip_tokenizer=tmp_path / "lost")
+    with pytest.raises(FileNotFoundError) as raised:
+        load_encoders(VAESettings(pretrained=tiny_model), gone, device="cpu")
+    parts = (
+        f"text.t5: {tmp_path / 'gone'}",
+        f"text.t5_tokenizer: {tmp_path / 'gone'}",
+        f"text.clip_tokenizer: {tmp_path / 'lost'}",
+    )
+    assert str(raised.value) == "these paths do not exist: " + "; ".join(parts)
+
+
+def test_sample_posterior() -> None:
+    moments = torch.randn(2, 8, 1, 2, 3) * 40  # beyond the bounds of logvar, too
+    noise = torch.randn(2, 4, 1, 2, 3, generator=torch.Generator().manual_seed(3))
+    expected = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(3))
+    assert torch.equal(sample_posterior(moments, noise), expected)

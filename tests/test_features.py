@@ -1,0 +1,210 @@
+"""The feature cache on disk: shards of made-up features, read back, stale, unfinished and damaged."""
+
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from opensoraplan.data import features
+from opensoraplan.data.buckets import Draw
+from opensoraplan.data.dataset import caption_of
+from opensoraplan.data.features import Description, FeatureDataset, LeftOut, check_fresh, collate_features
+from opensoraplan.data.record import Record
+from opensoraplan.data.selection import Sample
+
+TEXTS = ["", "a red ball", "a blue cube rolls", "ein grüner Kegel"]
+PARTS = {"T5": "0123456789abcdef0123456789abcdef", "seed": "0"}
+
+
+def sample(index: int, *, aesthetic: float | None = None) -> Sample:
+    captions = (TEXTS[1 + index % 3], TEXTS[1])
+    record = Record(Path(f"clip{index}.mp4"), captions, aesthetic=aesthetic)
+    return Sample(index, record, num_frames=9, height=16, width=24)
+
+
+def moments(index: int) -> Tensor:
+    return torch.randn(8, 2, 2, 3, generator=torch.Generator().manual_seed(index))
+
+
+def states(place: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + place)
+    sequence = torch.randn(1 + 2 * place, 6, generator=generator).bfloat16()
+    return sequence, torch.randn(5, generator=generator).bfloat16()
+
+
+def description(**changes: object) -> Description:
+    plain = Description(
+        parts=PARTS,
+        vae={"shift": [0.5], "scale": [2.0]},
+        use_aesthetic=False,
+        samples=5,
+        texts=4,
+        videos_per_shard=2,
+        texts_per_shard=3,
+    )
+    return plain.model_copy(update=changes)
+
+
+def write(folder: Path, *, aesthetic: float | None = None) -> Path:
+    """A cache of 5 clips in 3 shards, of which number 2 cannot be read, and of 4 texts in 2 shards."""
+    plan = description()
+    features.begin(folder, plan)
+    for shard in range(plan.shards("videos")):
+        places = plan.places("videos", shard)
+        features.write_videos(
+            folder,
+            shard,
+            [(sample(index, aesthetic=aesthetic), moments(index)) for index in places if index != 2],
+            left_out=[LeftOut("clip2.mp4", "clip2.mp4 is damaged")] if 2 in places else [],
+        )
+    for shard in range(plan.shards("texts")):
+        places = plan.places("texts", shard)
+        features.write_texts(folder, shard, {TEXTS[place]: states(place) for place in places})
+    features.finish(folder)
+    return folder
+
+
+def dataset(folder: Path, *, caption_dropout: float = 0.5, use_aesthetic: bool = False) -> FeatureDataset:
+    return FeatureDataset(folder, seed=3, caption_dropout=caption_dropout, use_aesthetic=use_aesthetic)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    data = dataset(write(tmp_path))
+    assert [item.index for item in data.samples] == [0, 1, 3, 4]
+    assert data.shapes == [(9, 16, 24)] * 4
+    assert data.widths == (4, 6, 5)
+    assert data.description.vae == {"shift": [0.5], "scale": [2.0]}
+    assert data.description.left_out == (LeftOut("clip2.mp4", "clip2.mp4 is damaged"),)
+    drawn = set()
+    for slot in range(20):
+        draw = Draw(index=slot % 4, epoch=slot, step=7, slot=0)
+        item = data[draw]
+        here = data.samples[draw.index]
+        assert item.caption == caption_of(here, draw, seed=3, dropout=0.5, use_aesthetic=False)
+        assert torch.equal(item.moments, moments(here.index))
+        sequence, pooled = states(TEXTS.index(item.caption))
+        assert torch.equal(item.sequence, sequence)
+        assert torch.equal(item.pooled, pooled)
+        assert item.sequence.dtype == torch.bfloat16
+        drawn.add(item.caption)
+    assert drawn == set(TEXTS[:3])
+
+
+def test_collate(tmp_path: Path) -> None:
+    data = dataset(write(tmp_path), caption_dropout=0.0)
+    items = [data[Draw(index=index, epoch=0, step=0, slot=index)] for index in range(4)]
+    batch = collate_features(items)
+    assert batch.moments.shape == (4, 8, 2, 2, 3)
+    lengths = [1 + 2 * TEXTS.index(caption) for caption in batch.captions]
+    assert batch.sequence.shape == (4, max(lengths), 6)
+    assert batch.mask.sum(1).tolist() == lengths
+    for row, item in enumerate(items):
+        assert torch.equal(batch.sequence[row][batch.mask[row]], item.sequence)
+        assert not batch.sequence[row][~batch.mask[row]].any()
+        assert torch.equal(batch.pooled[row], item.pooled)
+    assert batch.failures == ()
+
+
+def test_workers_and_copies_read_the_same(tmp_path: Path) -> None:
+    data = dataset(write(tmp_path))
+    draws = [Draw(index=index, epoch=1, step=2, slot=index) for index in range(4)]
+    expected = collate_features([data[draw] for draw in draws])
+    copy = pickle.loads(pickle.dumps(data))
+    loader = DataLoader(data, batch_sampler=[draws], num_workers=1, collate_fn=collate_features)
+    for batch in (collate_features([copy[draw] for draw in draws]), *loader):
+        assert torch.equal(batch.moments, expected.moments)
+        assert torch.equal(batch.sequence, expected.sequence)
+        assert batch.captions == expected.captions
+
+
+def test_same_bytes_and_no_other_files(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one"), write(tmp_path / "other")
+    names = sorted(os.listdir(one))
+    assert names == [
+        "features.json",
+        *(f"texts-0000{shard}.safetensors" for shard in range(2)),
+        *(f"videos-0000{shard}.safetensors" for shard in range(3)),
+    ]
+    assert names == sorted(os.listdir(other))
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_stale_caches_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path)
+    check_fresh(tmp_path, {"T5": PARTS["T5"]})
+    with pytest.raises(ValueError, match=r"stale, .* another T5 \(was 01234567, is fedcba98\): write a new"):
+        check_fresh(tmp_path, {"T5": "fedcba9876543210fedcba9876543210", "seed": "0"})
+    with pytest.raises(ValueError, match=r"another seed \(was 0, is 1\), CLIP \(was not there, is x\): "):
+        features.begin(tmp_path, description(parts={**PARTS, "seed": "1", "CLIP": "x"}))
+    with pytest.raises(ValueError, match="a cache with videos_per_shard 2, not 3: give another folder"):
+        features.begin(tmp_path, description(videos_per_shard=3))
+    features.begin(tmp_path, description())
+
+
+def test_unfinished_caches_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no feature cache: it has no features\.json"):
+        dataset(tmp_path)
+    write(tmp_path)
+    (tmp_path / "videos-00001.safetensors").unlink()
+    (tmp_path / "texts-00000.safetensors").unlink()
+    expected = (
+        f"2 of 5 shards are missing, the first is videos-00001.safetensors; "
+        f"go on with `osp cache --out {tmp_path}`"
+    )
+    with pytest.raises(ValueError, match=expected):
+        dataset(tmp_path)
+
+
+def test_damaged_shards_are_named(tmp_path: Path) -> None:
+    shard = write(tmp_path) / "videos-00000.safetensors"
+    assert features.is_written(tmp_path, "videos", 0)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4])
+    assert not features.is_written(tmp_path, "videos", 0)
+    with pytest.raises(ValueError, match=r"videos-00000\.safetensors is missing or damaged .* delete it"):
+        dataset(tmp_path)
+    shard.write_bytes(whole)
+    data = dataset(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"videos-00000\.safetensors is missing or damaged"):
+        _ = data[Draw(index=0, epoch=0, step=0, slot=0)]
+
+
+def test_quality_phrases_are_other_captions(tmp_path: Path) -> None:
+    write(tmp_path / "unscored")
+    dataset(tmp_path / "unscored", use_aesthetic=True)
+    write(tmp_path / "scored", aesthetic=6.0)
+    dataset(tmp_path / "scored")
+    with pytest.raises(ValueError, match="written with use_aesthetic False, so it has other captions"):
+        dataset(tmp_path / "scored", use_aesthetic=True)
+
+
+def test_nothing_else_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is no feature cache: give another folder"):
+        features.begin(tmp_path, description())
+    with pytest.raises(ValueError, match=r"cannot write .*mine.*Not a directory"):
+        features.begin(tmp_path / "mine" / "cache", description())
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_a_full_disk_leaves_what_was_written(tmp_path: Path) -> None:
+    write(tmp_path)
+    before = (tmp_path / "videos-00000.safetensors").read_bytes()
+    (tmp_path / ".videos-00000.safetensors.dead.tmp").write_text("left by a killed writer")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond 100 bytes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*videos-00000\.safetensors: .*File too large"):
+            features.write_videos(tmp_path, 0, [(sample(0), moments(0))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "videos-00000.safetensors").read_bytes() == before
+    assert len(os.listdir(tmp_path)) == 6

@@ -1,0 +1,237 @@
+"""Metrics of a run: files that survive a broken run, the console, averages, FLOPs against torch's count."""
+
+import io
+import json
+import logging
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.train.metrics import (
+    Averages,
+    Metrics,
+    drop_after,
+    forward_flops,
+    measured_peak_tflops,
+    peak_memory,
+    training_flops,
+)
+
+CPU = torch.device("cpu")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(output: Path, steps: range, **options: Any) -> None:  # noqa: ANN401
+    with Metrics(output, steps=100, start=steps.start - 1, console=io.StringIO(), **options) as metrics:
+        for step in steps:
+            metrics.log(step, {"loss": 1 / step})
+
+
+def test_a_line_for_each_log_is_there_at_once(tmp_path: Path) -> None:
+    with Metrics(tmp_path / "run", steps=3, console=io.StringIO()) as metrics:
+        metrics.log(1, {"loss": 0.5, "action": "step"})
+        (line,) = lines(tmp_path / "run")
+        assert (line["step"], line["loss"], line["action"]) == (1, 0.5, "step")
+        metrics.log(2, {"loss": 0.25})
+        assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    with Metrics(tmp_path, steps=1, console=io.StringIO()) as metrics:
+        metrics.log(1, {"grad_norm": math.nan, "threshold": math.inf, "loss": 1.0})
+    (line,) = lines(tmp_path)
+    assert (line["grad_norm"], line["threshold"], line["loss"]) == (None, None, 1.0)
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    run(tmp_path, range(6, 11))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 4))
+    run(tmp_path, range(1, 3))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_file_with_nothing_to_drop_is_left_alone(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    before = path.stat()
+    drop_after(path, 3)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    drop_after(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_start_beyond_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="between 0 and 10 steps, got 11"):
+        Metrics(tmp_path, steps=10, start=11)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "extra"),
+    [
+        ("torch.utils.tensorboard", {"tensorboard": True}, r"opensoraplan\[tensorboard\]"),
+        ("wandb", {"wandb_project": "shapes"}, r"opensoraplan\[wandb\]"),
+    ],
+)
+def test_an_absent_package_is_named_before_anything_is_written(
+    module: str, options: dict[str, Any], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, range(1, 4))
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(ValueError, match=extra):
+        run(tmp_path, range(1, 4), **options)
+    assert len(lines(tmp_path)) == 3
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="opensoraplan")
+    console = io.StringIO()
+    with Metrics(tmp_path, steps=20, start=4, console=console) as metrics:
+        metrics.advance(5)
+        metrics.log(6, {"loss": 0.123456, "hidden": 3.0})
+    (message,) = caplog.messages
+    assert re.fullmatch(r"step 6 of 20, loss 0\.1235, \d\d:\d\d left", message)
+    assert console.getvalue() == ""
+
+
+def test_bar_with_numbers_and_log_records_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    console = Terminal()
+    monkeypatch.setattr(sys, "stderr", console)
+    handler = logging.StreamHandler(console)
+    logging.getLogger().addHandler(handler)
+    try:
+        with Metrics(tmp_path, steps=20, start=4) as metrics:
+            metrics.log(6, {"loss": 0.5, "grad_norm": 2.0})
+            logging.getLogger("opensoraplan.test").info("a checkpoint")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    text = console.getvalue()
+    assert "6/20" in text
+    assert "loss=0.5, grad_norm=2" in text
+    assert "\ra checkpoint\n" in text  # at the start of a line, which the bar had left
+
+
+def test_averages_since_the_last_take() -> None:
+    averages = Averages()
+    averages.add("wait", 1.0)
+    averages.add("wait", 3.0)
+    averages.add("norm", torch.tensor(2.0, requires_grad=True), count=3)
+    averages.add("norm", torch.tensor(6.0))
+    assert averages.take() == {"wait": 2.0, "norm": 3.0}
+    averages.add("wait", 7.0)
+    assert averages.take() == {"wait": 7.0}
+    assert averages.take() == {}
+
+
+def test_loss_by_quarter_of_sigma() -> None:
+    averages = Averages()
+    averages.add_losses(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 0.25, 1.0]))
+    averages.add_losses(torch.tensor([5.0]), torch.tensor([0.2499]))
+    means = averages.take()
+    assert means == {"loss": 3.0, "loss/sigma_0.00_0.25": 3.0, "loss/sigma_0.25_0.50": 2.0,
+                     "loss/sigma_0.75_1.00": 4.0}  # fmt: skip
+    averages.add_losses(torch.tensor([8.0]), torch.tensor([0.6]))
+    assert averages.take() == {"loss": 8.0, "loss/sigma_0.50_0.75": 8.0}
+
+
+def test_losses_of_other_samples_than_the_sigmas() -> None:
+    with pytest.raises(ValueError, match=r"got \[3\] and \[2\]"):
+        Averages().add_losses(torch.ones(3), torch.ones(2))
+
+
+# 3 x 4 x 6 latents are 18 tokens: not a multiple of 4, so that sparse stages pad.
+GRID, TEXT, BATCH = (3, 4, 6), 7, 2
+TINY: dict[str, Any] = {
+    "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+    "num_layers": [2, 4, 2], "sparse_n": None, "caption_channels": 24, "pooled_projection_dim": 20,
+    "timestep_embed_dim": 32,
+}  # fmt: skip
+
+
+def counted(model: SparseUMMDiT, *, backward: bool) -> int:
+    inputs = (
+        torch.randn(BATCH, 4, *GRID),
+        torch.full((BATCH,), 500.0),
+        torch.randn(BATCH, TEXT, 24),
+        torch.randn(BATCH, 20),
+    )
+    # torch counts the fused attention of a CPU not at all; that of the plain formula as matrix products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(*inputs).sample
+        if backward:
+            output.square().mean().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sparse_n": [2, 4, 2], "double_ff": False, "skip_connection": False},
+        {"num_layers": [2, 2, 4, 2, 2], "sparse_n": [1, 2, 3, 2, 1], "skip_connection_zero_init": False},
+    ],
+)
+def test_flops_of_a_forward_pass_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    model = SparseUMMDiT(**TINY | changes)
+    flops = forward_flops(model.config, grid=GRID, text_tokens=TEXT, batch=BATCH)
+    assert counted(model, backward=False) == flops
+
+
+@pytest.mark.parametrize("sparse_n", [None, [1, 2, 1]])
+def test_flops_of_training_are_three_forward_passes(sparse_n: list[int] | None) -> None:
+    model = SparseUMMDiT(**TINY)
+    model.set_sparsity(sparse_n)
+    flops = training_flops(model.config, grid=GRID, text_tokens=TEXT, batch=BATCH)
+    # Inputs need no gradient, so that the first layers' backward is half of what is counted.
+    assert counted(model, backward=True) == pytest.approx(flops, rel=0.01)
+
+
+def test_flops_of_the_release_are_near_two_for_each_parameter_and_token() -> None:
+    with torch.device("meta"):
+        config = SparseUMMDiT().config
+    flops = forward_flops(config, grid=(16, 36, 64), text_tokens=512)
+    tokens = 16 * 18 * 32
+    # Video tokens pass half of the parameters, for the other half are the text's; attention comes on top.
+    assert 2 * 4e9 * tokens < flops < 2 * 8e9 * tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_peak(dtype: torch.dtype) -> None:
+    state = torch.get_rng_state()
+    assert 1e-4 < measured_peak_tflops(CPU, dtype) < 100
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_peak_memory_of_this_process() -> None:
+    # torch alone takes more than 50 MiB: a wrong unit would be beyond one of the bounds.
+    assert 50 * 2**20 < peak_memory(CPU) < 2**40
+    status = Path("/proc/self/status")
+    if status.exists():
+        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert peak_memory(CPU) == pytest.approx(int(kib) * 1024, rel=0.05)

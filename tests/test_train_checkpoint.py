@@ -1,0 +1,107 @@
+"""Checkpoints of a training run: whole or not there, rotating, readable, and honest about what is wrong."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from opensoraplan.train import checkpoint
+
+
+def save(output: Path, step: int, *, keep: int = 2, keep_every: int | None = None) -> Path:
+    tensors = {"weight": torch.full((4,), float(step))}
+    return checkpoint.save(
+        output, step, parts={"model": tensors}, state={"note": f"of {step}"}, keep=keep, keep_every=keep_every
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    read = checkpoint.load(tmp_path, 7)
+    assert read.step == 7
+    assert read.state == {"note": "of 7"}
+    assert torch.equal(read.parts["model"]["weight"], torch.full((4,), 7.0))
+
+
+def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
+    parts = {"model": {"a": torch.ones(1)}, "ema": {"a": torch.zeros(1)}}
+    checkpoint.save(tmp_path, 1, parts=parts, state={}, keep=1)
+    assert set(checkpoint.load(tmp_path, 1, only=("ema",)).parts) == {"ema"}
+
+
+def test_oldest_are_removed_save_every_so_manieth(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step, keep=2, keep_every=20)
+    assert checkpoint.steps(tmp_path) == [20, 40, 50]
+
+
+def test_unfinished_folder_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    unfinished = tmp_path / checkpoint.FOLDER / ".unfinished-step-00000020"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"half of it")
+    assert checkpoint.steps(tmp_path) == [10]
+    checkpoint.remove_unfinished(tmp_path)
+    assert not unfinished.exists()
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 10, keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ValueError, match=r"step-00000020: the disk is full; the checkpoints before it are"):
+        save(tmp_path, 20, keep=1)
+    assert checkpoint.steps(tmp_path) == [10]
+    assert not list((tmp_path / checkpoint.FOLDER).glob(".unfinished-*"))
+    assert checkpoint.load(tmp_path, 10).step == 10
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("30", "no checkpoint '30': the nearest is 20"), ("best", "no checkpoint 'best': the nearest is 20")],
+)
+def test_a_step_that_is_not_there_names_the_nearest(tmp_path: Path, wanted: str, message: str) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.find(tmp_path, wanted)
+    assert checkpoint.find(tmp_path, "latest") == 20
+    assert checkpoint.find(tmp_path, "10") == 10
+
+
+def test_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    broken = save(tmp_path, 20) / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"step-00000020 cannot be read .*others: \[10\]"):
+        checkpoint.load(tmp_path, 20)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_optimizer_goes_on_bit_for_bit(fused: bool) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 3)
+
+    def step(model: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    first = nn.Linear(3, 2)
+    first_optimizer = torch.optim.AdamW(first.parameters(), lr=0.1, fused=fused)
+    step(first, first_optimizer)
+    second = nn.Linear(3, 2)
+    second.load_state_dict(first.state_dict())
+    second_optimizer = torch.optim.AdamW(second.parameters(), lr=0.1, fused=fused)
+    tensors = checkpoint.optimizer_tensors(first_optimizer, dict(first.named_parameters()))
+    checkpoint.fill_optimizer(second_optimizer, dict(second.named_parameters()), tensors)
+    for _ in range(3):
+        step(first, first_optimizer)
+        step(second, second_optimizer)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)

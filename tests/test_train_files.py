@@ -1,0 +1,360 @@
+"""Files of a training run: TOML that extends TOML, changes, a run's config.json, and what a resume allows."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from opensoraplan.data.record import Record
+from opensoraplan.data.selection import select
+from opensoraplan.settings import Settings
+from opensoraplan.train.config import TrainSettings, VAETrainSettings
+from opensoraplan.train.files import RESUMABLE_CHANGES, differences, read_run, read_settings, refuse_changes
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = Path(__file__).parent.parent / "configs"
+MODEL_JSON, DATA_JSON = GOLDEN / "guide_model.json", GOLDEN / "guide_data.json"
+RUN = """
+output = "runs/a"
+[model]
+config = { num_layers = [2, 2, 2] }
+[data]
+manifest = "clips"
+selection = { num_frames = 33 }
+[optimizer]
+lr = 2e-5
+"""
+
+
+def write(path: Path, text: str = RUN) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write(tmp_path / "run.toml")
+
+
+def test_toml(run: Path) -> None:
+    settings = read_run(run)
+    assert settings == TrainSettings.read(
+        {
+            "output": "runs/a",
+            "model": {"config": {"num_layers": [2, 2, 2]}},
+            "data": {"manifest": "clips", "selection": {"num_frames": 33}},
+            "optimizer": {"lr": 2e-5},
+        },
+        where="here",
+    )
+    assert settings.output == Path("runs/a")  # from the current folder, not from the file's
+
+
+def test_the_config_that_a_run_writes(run: Path, tmp_path: Path) -> None:
+    settings = read_run(run, changes=["optimizer.ema_decay=none", "flow.shift=3"])
+    written = write(tmp_path / "config.json", settings.model_dump_json(indent=1))
+    assert read_run(written) == settings
+    assert read_run(written, changes=["seed=1"]).seed == 1
+
+
+def test_extends(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    middle = 'extends = "../run.toml"\noutput = "runs/b"\n[data.selection]\nmin_num_frames = 9\n'
+    write(tmp_path / "more" / "middle.toml", middle)
+    top = 'extends = "more/middle.toml"\n[data]\nbatch_size = 2\n[model]\nconfig.num_layers = [4, 4, 4]\n'
+    settings = read_run(write(tmp_path / "top.toml", top))
+    assert settings.output == Path("runs/b")
+    assert (settings.data.selection.num_frames, settings.data.selection.min_num_frames) == (33, 9)
+    assert (settings.data.batch_size, settings.data.manifest) == (2, Path("clips"))
+    assert settings.model.config == {"num_layers": [4, 4, 4]}
+    assert settings.optimizer.lr == 2e-5
+    assert run.read_text() == RUN
+
+
+def test_none_is_no_value(tmp_path: Path) -> None:
+    write(tmp_path / "base.toml", RUN + 'ema_decay = 0.99\n[log]\nwandb_project = "a"\n')
+    over = 'extends = "base.toml"\n[optimizer]\nema_decay = "none"\n[log]\nwandb_project = "None"\n'
+    settings = read_run(write(tmp_path / "over.toml", over))
+    assert settings.optimizer.ema_decay is settings.log.wandb_project is None
+
+
+@pytest.mark.parametrize(
+    ("extends", "problem"),
+    [
+        ('extends = "nowhere.toml"', r"run\.toml extends nowhere\.toml, but \S+nowhere\.toml does not exist"),
+        ('extends = "run.toml"', r"run\.toml extends run\.toml, which is a circle: run\.toml, run\.toml"),
+        (
+            'extends = "b.toml"',
+            r"c\.toml extends run\.toml, which is a circle: run\.toml, b\.toml, c\.toml, r",
+        ),
+        ('extends = ["b.toml", "c.toml"]', r"extends must be the name of one other file, got \['b"),
+        ('extend = "b.toml"', r"unknown key 'extend' \(did you mean 'extends'\?\)"),
+        ('extends = "wrong.toml"', r"/wrong\.toml: unknown key 'optimizer\.stepps' \(did you mean 'steps'"),
+        ('extends = "late.toml"', r"run\.toml over \S+/late\.toml: optimizer\.steps: .*'late'"),
+    ],
+)
+def test_wrong_extends(extends: str, problem: str, tmp_path: Path) -> None:
+    write(tmp_path / "b.toml", 'extends = "c.toml"')
+    write(tmp_path / "c.toml", 'extends = "run.toml"')
+    write(tmp_path / "wrong.toml", "[optimizer]\nstepps = 3")
+    write(tmp_path / "late.toml", '[optimizer]\nsteps = "late"')
+    with pytest.raises(ValueError, match=problem):
+        read_run(write(tmp_path / "run.toml", extends + RUN))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("run.toml", "output = 'a'\nseed 3", r"run\.toml is not valid TOML: .*line 2"),
+        ("run.toml", b"# \xff", r"run\.toml is not UTF-8: .* byte 2"),
+        ("run.json", '{"seed": 3,}', r"run\.json is not valid JSON: .*line 1"),
+        ("run.yaml", "seed: 3", r"run\.yaml: a run is described by a \.toml file"),
+        ("run.toml", "", r"run\.toml: output: Field required; model: Field required; data: Field required"),
+        ("run.toml", "lr = 1e-4" + RUN, r"unknown key 'lr' \(did you mean 'optimizer\.lr'\?\)"),
+        ("run.toml", RUN + "[dta]\nseed = 1", r"run\.toml: unknown key 'dta' \(did you mean 'data'\?\)"),
+        (
+            "run.toml",
+            RUN + "steps = 0\neps = 'a'",
+            r"run\.toml: optimizer\.steps: .*0; optimizer\.eps: .*'a'",
+        ),
+        ("run.toml", RUN + "[log]\nevery = 1.5", r"log\.every: .*got 1\.5"),
+        ("run.toml", RUN.replace('manifest = "clips"', ""), "data needs `manifest`"),
+        (
+            "run.json",
+            '{"predictor": {}}',
+            "is one of the guide's two files: give them",
+        ),
+    ],
+)
+def test_wrong_files(name: str, text: str | bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=problem) as caught:
+        read_run(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_guides_file_in_the_wrong_place() -> None:
+    for path in (MODEL_JSON, DATA_JSON):
+        with pytest.raises(
+            ValueError, match=r"is one of the guide's two files: give them as --model and --data"
+        ):
+            read_run(path)
+
+
+def test_which_run(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which run"):
+        read_run(None)
+    with pytest.raises(ValueError, match=r"nowhere\.toml does not exist"):
+        read_run(tmp_path / "nowhere.toml")
+    with pytest.raises(ValueError, match=r"--data \S+guide_data\.json needs --model"):
+        read_run(run, data_json=DATA_JSON)
+    with pytest.raises(ValueError, match=r"a run is described by a \.toml file"):
+        read_run(tmp_path)
+
+
+def test_changes(run: Path) -> None:
+    settings = read_run(
+        run,
+        changes=[
+            "optimizer.lr=1e-4",
+            "output=runs/2024-01-01",
+            "data.manifest=/a b/x=y.txt",
+            "data.features=2024-01-01",
+            'validation.prompts=["a red ball", "b"]',
+            "model.config.num_layers=[2, 4, 2]",
+            "model.config.double_ff=false",
+            "model.sparse_n = [1, 2, 1]",
+            "optimizer.ema_decay=none",
+            "device=cpu",
+            "seed=1",
+            "seed=2",
+        ],
+    )
+    assert settings.optimizer.lr == 1e-4
+    assert settings.optimizer.ema_decay is None
+    assert settings.output == Path("runs/2024-01-01")
+    assert (settings.data.manifest, settings.data.features) == (Path("/a b/x=y.txt"), Path("2024-01-01"))
+    assert settings.validation.prompts == ("a red ball", "b")
+    assert settings.model.config == {"num_layers": [2, 4, 2], "double_ff": False}
+    assert settings.model.sparse_n == (1, 2, 1)
+    assert (settings.device, settings.seed) == ("cpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("optimizer.lr", r"is written section\.key=value, got 'optimizer\.lr'"),
+        ("=3", r"is written section\.key=value"),
+        ("optimizer..lr=3", r"is written section\.key=value"),
+        ("output=", r"'output=' has no value: write none"),
+        ("optimzer.lr=3", r"'optimzer\.lr=3': unknown key 'optimzer' \(did you mean 'optimizer'"),
+        (
+            "data.selection.max_hight=3",
+            r"unknown key 'data\.selection\.max_hight' \(did you mean 'max_height'",
+        ),
+        ("steps=3", r"unknown key 'steps' \(did you mean 'optimizer\.steps'"),
+        ("optimizer.lr=fast", r"run\.toml with optimizer\.lr=fast: optimizer\.lr: .*'fast'"),
+        ("optimizer.lr.x=3", r"optimizer\.lr: .*'x'"),
+        ("optimizer=3", r"optimizer: .*got 3"),
+        ("output=none", r"output: .*got None"),
+        ("data.reader=opencv", r"data\.reader: .*'pyav', 'decord' or 'torchcodec', got 'opencv'"),
+        ("data.selection.max_height=100", r"data\.selection: .*nearest valid size is 96 x 1024"),
+        ("memory={recompute_blocks = 1, recompute_feed_forwards = 1}", "exclude each other"),
+        ("seed=1\nseed = 2", r"seed: .*got '1\\nseed = 2'"),
+    ],
+)
+def test_wrong_changes(change: str, problem: str, run: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        read_run(run, changes=[change])
+
+
+def test_the_guides_files(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        settings = read_run(None, model_json=MODEL_JSON, data_json=DATA_JSON)
+    assert sum("without meaning here: " in record.getMessage() for record in caplog.records) > 10
+    assert settings.data.reader == "decord"
+    assert settings.optimizer.accumulate == 4
+    assert settings.model.pretrained is None
+    sized = ["data.selection.max_height=96", "data.selection.max_width=160", "data.manifest=clips"]
+    changed = read_run(None, model_json=MODEL_JSON, data_json=DATA_JSON, changes=sized)
+    assert differences(settings, changed) == [
+        "data.manifest: examples/opensoraplan1.5/data.txt -> clips",
+        "data.selection.max_height: 576 -> 96",
+        "data.selection.max_width: 1024 -> 160",
+    ]
+    assert changed.data.selection.smallest_area == 96 * 160
+
+
+def test_a_file_over_the_guides(tmp_path: Path) -> None:
+    over = write(tmp_path / "over.toml", 'output = "runs/c"\n[optimizer]\nsteps = 7\n[text]\nt5 = "t5"\n')
+    settings = read_run(over, model_json=MODEL_JSON, data_json=DATA_JSON, changes=["text.clip=clip"])
+    assert (settings.output, settings.optimizer.steps, settings.optimizer.accumulate) == (
+        Path("runs/c"),
+        7,
+        4,
+    )
+    assert (settings.text.t5, settings.text.clip, settings.text.max_tokens) == (Path("t5"), Path("clip"), 512)
+
+
+def test_features_of_the_guide_need_a_folder(tmp_path: Path) -> None:
+    model, data = (
+        write(
+            tmp_path / path.name,
+            path.read_text(encoding="utf-8").replace(f'{flag}": false', f'{flag}": true'),
+        )
+        for path, flag in ((MODEL_JSON, "_features"), (DATA_JSON, "use_feature_data"))
+    )
+    with pytest.raises(ValueError, match=r"from where\? Give data\.features=FOLDER"):
+        read_run(None, model_json=model, data_json=data)
+    settings = read_run(None, model_json=model, data_json=data, changes=["data.features=cache"])
+    assert (settings.data.features, settings.data.manifest) == (Path("cache"), None)
+
+
+def test_vae_runs(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.toml", 'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\n')
+    settings = read_settings(VAETrainSettings, path, changes=["loss.kl=0", "data.height=64"])
+    assert (settings.loss.kl, settings.data.height) == (0, 64)
+    with pytest.raises(ValueError, match=r"unknown key 'data\.caption_dropout'"):
+        read_settings(VAETrainSettings, path, changes=["data.caption_dropout=0"])
+
+
+def test_differences(run: Path) -> None:
+    old = read_run(run)
+    assert differences(old, read_run(run)) == []
+    changes = [
+        "optimizer.lr=1e-4",
+        "model.config.num_layers=[2]",
+        "model.sparse_n=[1]",
+        "device=cpu",
+        "seed=3",
+    ]
+    assert differences(old, read_run(run, changes=changes)) == [
+        "seed: 0 -> 3",
+        "device: none -> cpu",
+        "model.config.num_layers: [2, 2, 2] -> [2]",
+        "model.sparse_n: none -> [1]",
+        "optimizer.lr: 2e-05 -> 0.0001",
+    ]
+    assert (
+        differences(old, read_run(run, changes=["model.config=none", "model.pretrained=a"]))
+        == [
+            "model.pretrained: none -> a",
+            "model.config.num_layers: [2, 2, 2] -> none",
+            "model.config: none -> none",
+        ][:2]
+    )
+
+
+def test_what_a_resume_allows(run: Path) -> None:
+    old = read_run(run)
+    allowed = [
+        "optimizer.steps=7",
+        "log.every=1",
+        "validation.sigmas=[0.5]",
+        "checkpoint.keep=9",
+        "memory.compile=true",
+        "data.workers=0",
+        "data.reader=decord",
+        "device=cpu",
+    ]
+    refuse_changes(old, read_run(run, changes=allowed))
+    with pytest.raises(ValueError, match="begun with other settings") as caught:
+        refuse_changes(old, read_run(run, changes=[*allowed, "optimizer.lr=1e-4", "data.batch_size=2"]))
+    text = str(caught.value)
+    assert "\n  data.batch_size: 1 -> 2\n  optimizer.lr: 2e-05 -> 0.0001\n" in text
+    assert not any(change.split("=")[0] in text for change in allowed)
+    assert "without --resume" in text
+    assert "another output folder" in text
+
+
+def names(kind: type[Settings], before: str = "") -> list[str]:
+    found = []
+    for key, field in kind.model_fields.items():
+        found.append(f"{before}{key}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            found += names(field.annotation, f"{before}{key}.")
+    return found
+
+
+def test_resumable_changes_are_settings() -> None:
+    known = names(TrainSettings)
+    assert [name for name in RESUMABLE_CHANGES if name.removesuffix(".*") not in known] == []
+
+
+# --- configs/ -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_configs(path: Path) -> None:
+    settings = read_run(path)
+    assert settings.output == Path("runs") / path.stem
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 30
+
+
+def test_the_recipe_goes_from_stage_to_stage() -> None:
+    """Each starts from what the one before made; rates and learning rates are the report's."""
+    stages = [path.stem for path in sorted(CONFIGS.glob("*-[1-9]*.toml"))]
+    assert len(stages) == 10
+    runs = [read_run(CONFIGS / f"{stage}.toml") for stage in stages]
+    assert [run.model.pretrained for run in runs] == [
+        None,
+        *(Path("models") / stage for stage in stages[:-1]),
+    ]
+    assert [run.optimizer.lr for run in runs] == [1e-4] * 4 + [6e-5, 6e-5, 4e-5, 2e-5, 1e-5, 1e-5]
+    assert [set(run.model.sparse_n or ()) == {1} for run in runs] == [True] * 3 + [False] * 7
+    assert [run.data.selection.num_frames for run in runs] == [1] * 4 + [57, 57] + [121] * 4
+    assert [run.data.selection.train_fps for run in runs] == [24] * 5 + [12] + [24] * 4
+    assert all(run.model.config == {} for run in runs)
+
+
+@pytest.mark.parametrize(("stage", "side"), [("image-1-256", 256), ("image-2-384", 384)])
+def test_image_stages_keep_all_five_ratios(stage: str, side: int) -> None:
+    sizes = [(1080, 1920), (1920, 1080), (600, 800), (800, 600), (700, 700)]
+    records = [
+        Record(Path(f"{height}x{width}.jpg"), ("a ball",), num_frames=1, height=height, width=width)
+        for height, width in sizes
+    ]
+    kept = select(records, read_run(CONFIGS / f"{stage}.toml").data.selection).kept
+    assert len(kept) == 5
+    assert all(0.5 * side**2 < sample.height * sample.width <= side**2 for sample in kept)

@@ -1,0 +1,322 @@
+"""The training loop: it learns, resumes bit for bit however it ended, and is honest about what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensoraplan.train import checkpoint
+from opensoraplan.train.cache import write_cache
+from opensoraplan.train.clip import GradientOutlierError
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.trainer import train
+
+MakeRun = Callable[..., TrainSettings]
+
+
+def logged(run: TrainSettings, name: str = "loss") -> list[float]:
+    """The values of that name in metrics.jsonl, in order."""
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def final(run: TrainSettings) -> checkpoint.Checkpoint:
+    return checkpoint.load(run.output, checkpoint.find(run.output, "latest"))
+
+
+def assert_equal_runs(first: TrainSettings, second: TrainSettings) -> None:
+    """Same losses, same weights, average, optimizer and clip state, bit for bit."""
+    assert logged(first) == logged(second)
+    assert logged(first, "grad_norm") == logged(second, "grad_norm")
+    one, two = final(first), final(second)
+    assert one.step == two.step
+    assert one.state == two.state
+    for part, tensors in one.parts.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, two.parts[part][name]), f"{part} {name}"
+
+
+@pytest.fixture
+def undisturbed(tiny_run: MakeRun) -> TrainSettings:
+    run = tiny_run("undisturbed")
+    train(run)
+    return run
+
+
+def test_run_logs_every_step_and_keeps_the_newest_checkpoints(tiny_run: MakeRun) -> None:
+    run = tiny_run(checkpoint={"every": 2, "keep": 2})
+    last = train(run)
+    assert last == checkpoint.path_of(run.output, 6)
+    assert checkpoint.steps(run.output) == [4, 6]
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    wanted = {"loss", "grad_norm", "clip_threshold", "lr", "samples/s", "tokens/s", "TFLOP/s", "MFU", "data_wait"}
+    assert wanted <= set(lines[-1])
+    assert TrainSettings.read_file(run.output / "config.json") == run
+
+
+def test_training_lowers_the_loss(tiny_run: MakeRun) -> None:
+    run = tiny_run(
+        optimizer={"steps": 30, "lr": 3e-3}, checkpoint={"every": 30}, data={"batch_size": 4}, log={"every": 10}
+    )
+    train(run)
+    losses = logged(run)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_resumed_after_sigterm_equals_undisturbed(tiny_run: MakeRun, undisturbed: TrainSettings) -> None:
+    run = tiny_run("stopped")
+    process = start(run)
+    wait_for_lines(run, 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    stopped_at = final(run).step
+    assert 3 <= stopped_at <= 6
+    train(run, resume="latest")
+    assert_equal_runs(run, undisturbed)
+
+
+def test_resumed_after_sigkill_equals_undisturbed(tiny_run: MakeRun, undisturbed: TrainSettings) -> None:
+    run = tiny_run("killed")
+    process = start(run)
+    wait_for_lines(run, 3)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    train(run, resume="latest")
+    assert_equal_runs(run, undisturbed)
+
+
+def test_resumed_after_dying_while_saving_equals_undisturbed(
+    tiny_run: MakeRun, undisturbed: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run("dying")
+    flush = checkpoint._flush
+
+    def die(path: Path) -> None:
+        """What a kill leaves: a folder with another name and half of the files."""
+        if "step-00000004" in str(path):
+            os.chmod(path, 0o600)
+            raise MemoryError
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", die)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(MemoryError):
+        train(run)
+    monkeypatch.undo()
+    assert list((run.output / checkpoint.FOLDER).glob(".unfinished-*"))
+    assert checkpoint.steps(run.output) == [2]
+    train(run, resume="latest")
+    assert_equal_runs(run, undisturbed)
+
+
+def start(run: TrainSettings) -> subprocess.Popen[bytes]:
+    """`osp train` in a process of its own, slowed down so that a signal finds it at work."""
+    config = run.output.with_suffix(".json")
+    config.write_text(run.model_dump_json())
+    slow = (
+        "import sys, time, opensoraplan.train.trainer as t\n"
+        "step = t._Job.step\n"
+        "t._Job.step = lambda *a: (step(*a), time.sleep(0.3))[0]\n"
+        "from opensoraplan.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", slow, "train", str(config)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_lines(run: TrainSettings, count: int) -> None:
+    path = run.output / "metrics.jsonl"
+    for _ in range(600):
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the run logged no {count} steps within a minute")
+
+
+def test_longer_run_can_be_resumed_but_another_learning_rate_is_refused(tiny_run: MakeRun) -> None:
+    train(tiny_run(optimizer={"steps": 2, "lr": 1e-3, "ema_decay": 0.9}))
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.001 -> 0\.002"):
+        train(tiny_run(optimizer={"steps": 4, "lr": 2e-3, "ema_decay": 0.9}), resume="latest")
+    longer = tiny_run(optimizer={"steps": 4, "lr": 1e-3, "ema_decay": 0.9})
+    train(longer, resume="latest")
+    assert checkpoint.steps(longer.output) == [2, 4]
+
+
+def test_existing_run_is_not_overwritten(tiny_run: MakeRun) -> None:
+    run = tiny_run(optimizer={"steps": 2})
+    train(run)
+    with pytest.raises(ValueError, match="has a training run already: go on with --resume latest"):
+        train(run)
+
+
+def test_resume_latest_begins_a_run_that_is_not_there(tiny_run: MakeRun) -> None:
+    run = tiny_run(optimizer={"steps": 2})
+    train(run, resume="latest")
+    assert checkpoint.steps(run.output) == [2]
+
+
+def test_resume_of_a_step_that_is_not_there_is_refused(tiny_run: MakeRun) -> None:
+    run = tiny_run(optimizer={"steps": 2})
+    train(run)
+    with pytest.raises(ValueError, match="no checkpoint '5': the nearest is 2"):
+        train(run, resume="5")
+
+
+def test_training_on_features_equals_training_on_clips(tiny_run: MakeRun, tmp_path: Path) -> None:
+    clips = tiny_run("clips")
+    train(clips)
+    write_cache(clips, tmp_path / "features")
+    features = tiny_run("features_run", data={"features": tmp_path / "features"})
+    train(features)
+    assert logged(features) == logged(clips)
+    assert logged(features, "grad_norm") == logged(clips, "grad_norm")
+
+
+def test_features_of_another_vae_are_refused_by_name(tiny_run: MakeRun, tmp_path: Path) -> None:
+    write_cache(tiny_run("clips"), tmp_path / "features")
+    run = tiny_run(
+        "other",
+        data={"features": tmp_path / "features"},
+        text={"clean": False},
+    )
+    with pytest.raises(ValueError, match="is stale, it was written with another caption cleaning"):
+        train(run)
+
+
+def test_micro_batches_add_up_to_the_batch(tiny_run: MakeRun) -> None:
+    whole = tiny_run("whole", data={"batch_size": 4}, optimizer={"steps": 3})
+    parts = tiny_run("parts", data={"batch_size": 2}, optimizer={"steps": 3, "accumulate": 2})
+    train(whole)
+    train(parts)
+    assert logged(parts) == pytest.approx(logged(whole), rel=1e-5)
+    assert logged(parts, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-4)
+
+
+def test_bf16_compute_keeps_fp32_master_weights(tiny_run: MakeRun) -> None:
+    run = tiny_run(model={"compute": "bf16"}, optimizer={"steps": 2, "lr": 1e-6})
+    train(run)
+    exact = tiny_run("exact", optimizer={"steps": 2, "lr": 1e-6})
+    train(exact)
+    assert logged(run) == pytest.approx(logged(exact), rel=0.05)
+    weight = final(run).parts["model"]["patch_embed.proj.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_recompute_does_not_change_the_losses(tiny_run: MakeRun, undisturbed: TrainSettings) -> None:
+    for name, memory in (("blocks", {"recompute_blocks": 8}), ("ffs", {"recompute_feed_forwards": 8})):
+        run = tiny_run(name, memory=memory)
+        train(run)
+        assert logged(run) == pytest.approx(logged(undisturbed), rel=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [([1, 1, 1], [1, 2, 1]), ([1, 2, 1], [1, 1, 1])])
+def test_dense_goes_on_sparse_and_back(tiny_run: MakeRun, before: list[int], after: list[int]) -> None:
+    """Right after the switch the loss is near what it was: far below that of an untrained model."""
+    first = tiny_run(
+        "first",
+        model={"sparse_n": before},
+        data={"batch_size": 4},
+        optimizer={"steps": 20, "lr": 3e-3},
+        checkpoint={"every": 20},
+    )
+    train(first)
+    from opensoraplan.train.export import export_run
+
+    exported = first.output.with_name("exported")
+    export_run(first.output, exported, ema=False)
+    second = tiny_run(
+        "second",
+        model={"pretrained": exported, "sparse_n": after},
+        data={"batch_size": 8},
+        optimizer={"steps": 1, "lr": 1e-6},
+    )
+    train(second)
+    start, end, switched = logged(first)[0], logged(first)[-1], logged(second)[0]
+    assert switched < end + 0.5 * (start - end)
+
+
+def test_outlier_is_skipped_and_repeated_ones_rewind(tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opensoraplan.train import trainer
+
+    calls = iter([None, None, *[float("nan")] * 2, None, None])
+    norm = trainer.global_norm
+    monkeypatch.setattr(
+        trainer,
+        "global_norm",
+        lambda gradients: norm(gradients) if (value := next(calls)) is None else torch.tensor(value),
+    )
+    run = tiny_run(clip={"patience": 2})
+    train(run)
+    assert logged(run, "skipped") == [0, 0, 1, 1, 0, 0]
+    saved = checkpoint.load(run.output, 2).parts["model"]
+    assert torch.equal(checkpoint.load(run.output, 4).parts["model"]["proj_out.weight"], saved["proj_out.weight"])
+    assert final(run).step == 6
+
+
+def test_outliers_without_end_stop_the_run(tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opensoraplan.train import trainer
+
+    monkeypatch.setattr(trainer, "global_norm", lambda _: torch.tensor(float("inf")))
+    with pytest.raises(GradientOutlierError, match="2 gradient norms in a row are outliers"):
+        train(tiny_run(clip={"patience": 2}))
+
+
+def test_validation_logs_losses_and_writes_videos(tiny_run: MakeRun, tiny_clips: Path) -> None:
+    run = tiny_run(
+        optimizer={"steps": 2},
+        validation={
+            "every": 2,
+            "manifest": tiny_clips,
+            "samples": 2,
+            "prompts": ["a red ball"],
+            "frames": 9,
+            "height": 64,
+            "width": 64,
+            "sampling_steps": 2,
+        },
+    )
+    train(run)
+    assert len(logged(run, "validation_loss")) == 1
+    assert len(logged(run, "validation_loss/sigma_0.5")) == 1
+    assert (run.output / "samples" / "step-00000002-0.mp4").stat().st_size > 0
+
+
+def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": [2, 2, 2],
+        "sparse_n": [1, 2, 1],
+        "in_channels": 4,
+        "out_channels": 4,
+        "caption_channels": 24,
+        "pooled_projection_dim": 20,
+        "timestep_embed_dim": 32,
+    }
+    run = tiny_run(model={"pretrained": None, "config": config}, optimizer={"steps": 2})
+    train(run)
+    # A velocity of zero: the loss of the first step is that of noise - latents, of variance about 2.
+    assert 1.0 < logged(run)[0] < 4.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"pretrained": None, "config": {"heads": 3}}}, "heads"),
+        ({"data": {"manifest": "nowhere.txt"}}, "nowhere.txt does not exist"),
+        ({"vae": {"pretrained": None}}, r"vae\.pretrained"),
+        ({"data": {"batch_size": 9}}, "9"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(tiny_run: MakeRun, changes: dict, message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        train(tiny_run(**changes))
