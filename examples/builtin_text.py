@@ -2,9 +2,10 @@
 
     python examples/builtin_text.py FOLDER
 
-writes FOLDER/text_encoder, tokenizer, text_encoder_2 and tokenizer_2 in the layout of a diffusers pipeline. The
-tokenizers are made from captions. Each encoder learns to name every attribute of a scene from its caption; held
-out combinations are left out, as in the training of the denoiser. About four minutes on two CPU cores.
+writes FOLDER/text_encoder, tokenizer, text_encoder_2 and tokenizer_2 in the layout of a diffusers pipeline.
+The tokenizers are made from captions. Each encoder learns to name every attribute of a scene from its
+caption; held out combinations are left out, as in the training of the denoiser. About four minutes on two CPU
+cores.
 """
 
 import argparse
@@ -24,7 +25,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
-from opensoraplan.data.shapes_demo import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, caption, scene_for
+from opensoraplan.data.shapes_demo import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    caption,
+    scene_for,
+)
 from opensoraplan.models.captions import clean_caption
 from opensoraplan.models.text import load_tokenizer
 
@@ -93,7 +103,12 @@ def write_t5_tokenizer(folder: Path, texts: list[str]) -> None:
         minloglevel=2,
     )
     (folder / "spiece.model").write_bytes(out.getvalue())
-    config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "extra_ids": 0}))
 
 

@@ -12,8 +12,8 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from opensoraplan.data.video import VideoWriter, count_frames, fit, probe, read_frames, to_uint8
-from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.fidelity import Fidelity
+from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.reconstruct import reconstruct
 
 

@@ -57,14 +57,27 @@ def test_run_logs_every_step_and_keeps_the_newest_checkpoints(tiny_run: MakeRun)
     assert checkpoint.steps(run.output) == [4, 6]
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    wanted = {"loss", "grad_norm", "clip_threshold", "lr", "samples/s", "tokens/s", "TFLOP/s", "MFU", "data_wait"}
+    wanted = {
+        "loss",
+        "grad_norm",
+        "clip_threshold",
+        "lr",
+        "samples/s",
+        "tokens/s",
+        "TFLOP/s",
+        "MFU",
+        "data_wait",
+    }
     assert wanted <= set(lines[-1])
     assert TrainSettings.read_file(run.output / "config.json") == run
 
 
 def test_training_lowers_the_loss(tiny_run: MakeRun) -> None:
     run = tiny_run(
-        optimizer={"steps": 30, "lr": 3e-3}, checkpoint={"every": 30}, data={"batch_size": 4}, log={"every": 10}
+        optimizer={"steps": 30, "lr": 3e-3},
+        checkpoint={"every": 30},
+        data={"batch_size": 4},
+        log={"every": 10},
     )
     train(run)
     losses = logged(run)
@@ -244,7 +257,9 @@ def test_dense_goes_on_sparse_and_back(tiny_run: MakeRun, before: list[int], aft
     assert switched < end + 0.5 * (start - end)
 
 
-def test_outlier_is_skipped_and_repeated_ones_rewind(tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outlier_is_skipped_and_repeated_ones_rewind(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from opensoraplan.train import trainer
 
     calls = iter([None, None, *[float("nan")] * 2, None, None])
@@ -258,7 +273,9 @@ def test_outlier_is_skipped_and_repeated_ones_rewind(tiny_run: MakeRun, monkeypa
     train(run)
     assert logged(run, "skipped") == [0, 0, 1, 1, 0, 0]
     saved = checkpoint.load(run.output, 2).parts["model"]
-    assert torch.equal(checkpoint.load(run.output, 4).parts["model"]["proj_out.weight"], saved["proj_out.weight"])
+    assert torch.equal(
+        checkpoint.load(run.output, 4).parts["model"]["proj_out.weight"], saved["proj_out.weight"]
+    )
     assert final(run).step == 6
 
 

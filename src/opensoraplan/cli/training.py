@@ -65,7 +65,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Export:
-    """Turn a training run, or one of its checkpoints, into a folder for `osp generate`, or the release's files.
+    """Turn a training run, or one of its checkpoints, into a folder for `osp generate`, or the release's
+    files.
 
     The whole pipeline is written where the run's settings say where VAE and text encoders are.
     """

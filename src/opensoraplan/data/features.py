@@ -99,14 +99,17 @@ def shard_path(folder: Path, kind: Kind, shard: int) -> Path:
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
-def check_same(folder: Path, parts: Mapping[str, str]) -> None:
-    """Raise ValueError if `folder` has something else than a cache of these `parts`, where it tells of them.
-
-    A folder that does not exist, or is empty, is fine.
+def check_place(folder: Path, parts: Mapping[str, str]) -> None:
+    """Raise ValueError if `folder` cannot be written to, or has something else than a cache of these `parts`,
+    as far as they are given; a folder that does not exist, or is empty, is fine.
     """
+    place = folder.absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write to {there}: give another folder")
     if (folder / DESCRIPTION).exists():
         _refuse_other_parts(folder, _read_description(folder), parts)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is no feature cache: give another folder")
 
 
@@ -115,7 +118,7 @@ def begin(folder: Path, description: Description) -> None:
 
     Raises ValueError for another cache in that place, naming what differs, and where nothing can be written.
     """
-    check_same(folder, description.parts)
+    check_place(folder, description.parts)
     if not (folder / DESCRIPTION).exists():
         with _plain_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

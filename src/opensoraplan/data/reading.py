@@ -319,7 +319,9 @@ def _pictures(
 
 def _rgb(frame: VideoFrame) -> torch.Tensor:
     """A decoded frame as an upright picture in its own memory, uint8 [H, W, 3]."""
-    picture = frame.to_ndarray(format="rgb24", interpolation=SWSCALE)
+    # Threads of its own would outlive the frame until garbage is collected, and in a forked process, which
+    # lacks them, freeing them hangs or crashes.
+    picture = frame.to_ndarray(format="rgb24", interpolation=SWSCALE, threads=1)
     transposed, down, across = _orientation(frame)
     if transposed:
         picture = picture.transpose(1, 0, 2)

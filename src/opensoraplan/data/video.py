@@ -140,6 +140,7 @@ class VideoWriter:
                 dst_colorspace=_BT709,
                 dst_color_range=_LIMITED_RANGE,
                 interpolation=SWSCALE,
+                threads=1,  # see reading.py
             )
             frame.time_base = 1 / self._rate
             frame.pts = self._written

@@ -492,9 +492,9 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
 
     @torch.no_grad()
     def initialize_weights(self, *, seed: int) -> None:
-        """Weights to train from nothing, drawn on the CPU: Xavier-uniform Linears without bias, the condition's
-        normal(0, 0.02), zero for what modulates and for the output, so that every block starts as the
-        identity (AdaLN-zero, arXiv 2212.09748) and the velocity as 0. Skip connections start closed.
+        """Weights to train from nothing, drawn on the CPU: Xavier-uniform Linears without bias, the
+        condition's normal(0, 0.02), zero for what modulates and for the output, so that every block starts as
+        the identity (AdaLN-zero, arXiv 2212.09748) and the velocity as 0. Skip connections start closed.
         """
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():

@@ -21,6 +21,7 @@ from opensoraplan.data.dataset import ClipDataset, all_captions
 from opensoraplan.data.features import Description, Kind, LeftOut
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import Sample, select
+from opensoraplan.data.video import Reader
 from opensoraplan.device import resolve_device
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
@@ -75,7 +76,7 @@ def write_cache(
     device = resolve_device(settings.device)
     samples = _samples(settings, settings.data.manifest)
     preprocessing = preprocessing_parts(settings, samples)
-    features.check_same(out, preprocessing)
+    features.check_place(out, preprocessing)
 
     texts = _texts(samples, use_aesthetic=settings.data.use_aesthetic)
     encoders = load_encoders(settings.vae, settings.text, device=device)
@@ -211,7 +212,7 @@ class _Clips(Dataset[Tensor | LeftOut]):
 
     def __init__(self, samples: Sequence[Sample], data: DataSettings, *, seed: int) -> None:
         self._samples = samples
-        self._reader = data.reader
+        self._reader: Reader = data.reader
         self._seed = seed
 
     def __getitem__(self, place: int) -> Tensor | LeftOut:

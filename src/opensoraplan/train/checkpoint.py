@@ -53,7 +53,9 @@ def path_of(output: Path, step: int) -> Path:
 
 
 def find(output: Path, wanted: str) -> int:
-    """The step that `wanted` names: "latest" or a number. ValueError that lists the steps if there is none."""
+    """The step that `wanted` names: "latest" or a number. ValueError that lists the steps if there is
+    none.
+    """
     there = steps(output)
     if not there:
         raise ValueError(f"{output / FOLDER} has no checkpoint to resume from")
@@ -106,8 +108,8 @@ def save(
 
 
 def load(output: Path, step: int, *, only: Sequence[str] | None = None) -> Checkpoint:
-    """Read checkpoint number `step` of a run, of its parts `only` those named that there are. Raises ValueError
-    for one that is damaged.
+    """Read checkpoint number `step` of a run, of its parts `only` those named that there are. Raises
+    ValueError for one that is damaged.
     """
     folder = path_of(output, step)
     try:

@@ -88,7 +88,7 @@ class DataSettings(ClipSourceSettings):
     @model_validator(mode="after")
     def _given(self) -> Self:
         if self.manifest is None and self.features is None:
-            raise ValueError("data needs `manifest` (clips and captions) or `features` (what osp cache wrote)")
+            raise ValueError("data needs `manifest` (clips with captions) or `features` (from osp cache)")
         return self
 
 

@@ -36,7 +36,7 @@ class Ema:
             weight.to(value.device, value.dtype)
             for weight, value in zip(self._weights.values(), self.values.values(), strict=True)
         ]
-        torch._foreach_lerp_(list(self.values.values()), weights, share)
+        torch._foreach_lerp_(list(self.values.values()), weights, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     @contextmanager

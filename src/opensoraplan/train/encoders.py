@@ -65,7 +65,7 @@ class Encoders:
         precision and on its device. Clip by clip: a batch is bit-equal to its clips alone.
         """
         clips = (clip[None].to(self.vae.device, self.vae.dtype) for clip in video)
-        return torch.cat([self.vae.encode(clip).latent_dist.parameters for clip in clips])
+        return torch.cat([torch.cat(list(self.vae.iter_encode([clip])), dim=2) for clip in clips])
 
     def encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
         """States of captions as the original trains on them: cleaned (with `clean`), in no template."""

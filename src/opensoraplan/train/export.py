@@ -52,8 +52,8 @@ def export_run(
     """Write the denoiser of a run's checkpoint to the new folder `out`.
 
     `to` "diffusers" writes a whole pipeline where the run's settings name VAE and text encoders, else the
-    folder's `transformer` alone. `ema` False takes the last weights. Raises ValueError for a folder that is no
-    run, a step that is not there, and a run without EMA if that is asked for.
+    folder's `transformer` alone. `ema` False takes the last weights. Raises ValueError for a folder that is
+    no run, a step that is not there, and a run without EMA if that is asked for.
     """
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not the output folder of a training run: it has no {CONFIG}")
@@ -82,7 +82,7 @@ def _denoiser(run: Path, step: int, *, ema: bool) -> Opened[SparseUMMDiT]:
     if part not in saved.parts:
         raise ValueError(f"{run} keeps no EMA of the weights (optimizer.ema_decay): give --no-ema")
     with torch.device("meta"):
-        model = SparseUMMDiT.from_config(saved.state["model_config"])
+        model = SparseUMMDiT(**saved.state["model_config"])
     tensors = saved.parts[part]
     return Opened(model, tensors, {name: name for name in tensors})
 

@@ -1,5 +1,6 @@
 """Micro-batches in the order that a sampler gives, read ahead by worker processes."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -46,5 +47,12 @@ def micro_batches(
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals,
     )
     yield from loader
+
+
+def ignore_signals(_worker: int) -> None:
+    """A signal to the whole process group asks the main process to stop; its workers end when it does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

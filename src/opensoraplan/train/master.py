@@ -39,7 +39,9 @@ class MasterWeights:
     def publish(self) -> None:
         """Give the model the master weights, rounded, after they have changed."""
         if self._computing is not None:
-            torch._foreach_copy_(list(self._computing.values()), list(self.parameters.values()))
+            weights: list[Tensor] = list(self._computing.values())
+            masters: list[Tensor] = list(self.parameters.values())
+            torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

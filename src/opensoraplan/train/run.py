@@ -11,7 +11,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from opensoraplan.settings import Settings
 from opensoraplan.train import checkpoint
@@ -22,11 +21,10 @@ from opensoraplan.train.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-Run = TypeVar("Run", bound=Settings)
 
 
 @contextmanager
-def begun(output: Path, settings: Run, *, resume: str | None) -> Iterator[int]:
+def begun(output: Path, settings: Settings, *, resume: str | None) -> Iterator[int]:
     """Begin a run in `output`, or go on with the one that is there; yields the step to go on from (0: anew).
 
     `resume`: None, "latest" or a step. Without it a folder that has a run is refused; with it, a run whose

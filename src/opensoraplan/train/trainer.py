@@ -228,7 +228,9 @@ def build(settings: ModelSettings, *, seed: int) -> SparseUMMDiT:
         return load_denoiser(
             settings.pretrained, config=settings.config, rates=rates, dtype=DTYPES[settings.master]
         )
-    model = SparseUMMDiT.from_config(settings.config or {})
+    config = dict(settings.config or {})
+    SparseUMMDiT.check_keys(config, where="model.config")
+    model = SparseUMMDiT(**config)  # type: ignore[arg-type] (values are checked there)
     if rates is not None:
         model.set_sparsity(rates)
     model.initialize_weights(seed=seed)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,8 +213,8 @@ class _Job:
         fidelity = Fidelity()
         with self._averaged():
             for video in _videos(samples, self.settings):
-                latents = self.model.encode(video.to(self.device)).latent_dist.mode()
-                result = self.model.decode(latents).sample
+                (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
+                (result,) = self.model.decode(posterior.mode(), return_dict=False)
                 fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
         return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
 
@@ -259,10 +260,10 @@ class _Job:
             if not self.settings.model.freeze_encoder:
                 shift, scale = self._measured(samples)
                 self.model.register_to_config(shift=shift, scale=scale)
-            tensors = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-        shutil.rmtree(out, ignore_errors=True)  # left by a run that was extended; made anew from this one
-        with new_folder(out) as folder:
-            write_component(self.model, {name: name for name in tensors}, tensors, folder)
+            shutil.rmtree(out, ignore_errors=True)  # left by a run that was extended; made anew from this one
+            tensors = self.model.state_dict()
+            with new_folder(out) as folder:
+                write_component(self.model, {name: name for name in tensors}, tensors, folder)
         logger.info("wrote the finished VAE to %s", out)
         return out
 
@@ -272,7 +273,7 @@ class _Job:
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         every = max(1, len(samples) // _MEASURED)
         for video in _videos(samples[::every], self.settings):
-            posterior = self.model.encode(video.to(self.device)).latent_dist
+            (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
             mean, variance = posterior.mean.float().cpu(), posterior.var.float().cpu()
             count += mean.numel() // mean.shape[1]
             total = total + mean.sum((0, 2, 3, 4))
@@ -290,7 +291,9 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
         return load_vae(settings.pretrained, dtype=torch.float32, device=torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return WFVAE.from_config({"shift": None, "scale": None, **(settings.config or {})})
+        config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
+        WFVAE.check_keys(config, where="model.config")
+        return WFVAE(**config)
 
 
 def _samples(data: VAEClipSettings, manifest: Path | None, *, seed: int) -> tuple[Sample, ...]:

@@ -2,14 +2,16 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.video import VideoWriter, to_uint8
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput, make_scheduler
 from opensoraplan.shapes import latent_shape
 from opensoraplan.train import objective
 from opensoraplan.train.config import TrainSettings
@@ -94,7 +96,7 @@ class Validation:
         )
         pipeline.set_progress_bar_config(disable=True)
         for number, prompt in enumerate(wanted.prompts):
-            (video,) = pipeline(
+            output = pipeline(
                 prompt,
                 height=wanted.height,
                 width=wanted.width,
@@ -104,11 +106,11 @@ class Validation:
                 shift=wanted.shift,
                 seed=number,
                 output_type="pt",
-                return_dict=False,
-            )[0]
+            )
+            videos = cast(Tensor, cast(VideoOutput, output).frames)
             path = self._path(step, number)
             with VideoWriter(path, fps=wanted.fps, title=prompt) as writer:
-                writer.write(to_uint8(video.transpose(0, 1) * 2 - 1))  # [3, T, H, W]
+                writer.write(to_uint8(videos[0].transpose(0, 1) * 2 - 1))  # [3, T, H, W]
             logger.info("step %d: %s -> %s", step, prompt, writer.path)
 
     def _path(self, step: int, number: int) -> Path:

@@ -1,0 +1,169 @@
+"""Training of the VAE: losses, resuming, the finished folder, a frozen encoder, and the optional
+adversary.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from opensoraplan.convert.assemble import load_vae
+from opensoraplan.models.wfvae import WFVAE, haar, haar_levels
+from opensoraplan.train import checkpoint, vae_losses
+from opensoraplan.train.config import VAETrainSettings
+from opensoraplan.train.vae_trainer import train_vae
+
+CONFIG = {
+    "base_channels": 8,
+    "latent_channels": 4,
+    "encoder_num_resblocks": 1,
+    "decoder_num_resblocks": 1,
+    "encoder_energy_flow_hidden_size": 8,
+    "decoder_energy_flow_hidden_size": 8,
+}
+MakeRun = Callable[..., VAETrainSettings]
+
+
+@pytest.fixture
+def vae_run(tiny_clips: Path, tmp_path: Path) -> MakeRun:
+    def settings(output: str = "run", **changes: dict[str, Any]) -> VAETrainSettings:
+        size = {"num_frames": 9, "min_num_frames": 9, "train_fps": 12, "max_height": 64, "max_width": 64}
+        values: dict[str, Any] = {
+            "model": {"config": CONFIG},
+            "data": {
+                "manifest": tiny_clips,
+                "frames": 9,
+                "height": 32,
+                "width": 32,
+                "workers": 0,
+                "selection": size,
+            },
+            "optimizer": {"steps": 4, "lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9},
+            "log": {"every": 1},
+            "checkpoint": {"every": 2},
+        }
+        for section, over in changes.items():
+            values[section] = {**values.get(section, {}), **over}
+        return VAETrainSettings.read({"output": tmp_path / output, **values}, where="the test's run")
+
+    return settings
+
+
+def logged(run: VAETrainSettings, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def test_losses_are_those_of_the_paper() -> None:
+    torch.manual_seed(0)
+    model = WFVAE(**CONFIG, shift=None, scale=None)
+    x, noise = torch.rand(2, 3, 9, 32, 32) * 2 - 1, torch.randn(2, 4, 2, 4, 4)
+    made = vae_losses.reconstruct(model, x, noise)
+    posterior = model.encode(x).latent_dist
+    z = posterior.mean + posterior.std * noise
+    torch.testing.assert_close(made.pixels, model.decode(z).sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.l1, F.l1_loss(made.pixels, x))
+    torch.testing.assert_close(made.kl * x.numel(), posterior.kl().sum(), rtol=1e-4, atol=1e-3)
+    _, level1, level2 = model.decoder.with_coefficients(z)
+    low = haar(x, None)[:, :3]
+    wavelet = (level1 - haar(low, None)).abs().sum() + (
+        level2 - haar(haar(low, None)[:, :3], None)
+    ).abs().sum()
+    torch.testing.assert_close(made.wavelet * x.numel(), wavelet, rtol=1e-4, atol=1e-2)
+
+
+def test_haar_levels_are_what_the_encoder_sees() -> None:
+    x = torch.rand(1, 3, 9, 32, 32)
+    assert [tuple(level.shape) for level in haar_levels(x)] == [
+        (1, 24, 5, 16, 16),
+        (1, 24, 3, 8, 8),
+        (1, 24, 2, 4, 4),
+    ]
+
+
+def test_training_lowers_the_loss_and_writes_a_vae_with_shift_and_scale(
+    vae_run: MakeRun, tiny_clips: Path
+) -> None:
+    run = vae_run(
+        optimizer={"steps": 40, "lr": 4e-3},
+        validation={"every": 40, "manifest": tiny_clips, "samples": 2},
+        checkpoint={"every": 40},
+    )
+    out = train_vae(run)
+    losses = logged(run, "l1")
+    assert sum(losses[-15:]) < 0.85 * sum(losses[:15])
+    assert len(logged(run, "validation_psnr")) == len(logged(run, "validation_ssim")) == 1
+    vae = load_vae(out, dtype=torch.float32, device=torch.device("cpu"))
+    saved = checkpoint.load(run.output, 40).parts["ema"]
+    assert torch.equal(vae.encoder.conv_out.conv.weight, saved["encoder.conv_out.conv.weight"])
+    from opensoraplan.train.vae_trainer import _samples, _videos
+
+    samples = _samples(run.data, tiny_clips, seed=0)
+    latents = torch.cat([vae.encode(video).latent_dist.mode() for video in _videos(samples, run)])
+    normal = vae.normalize_latents(latents)
+    assert normal.mean((0, 2, 3, 4)).abs().max() < 0.05
+    # Of samples the deviation is 1; of modes it is a little less.
+    assert 0.3 < normal.std((0, 2, 3, 4)).min() <= normal.std((0, 2, 3, 4)).max() < 1.1
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_resumed_run_equals_an_undisturbed_one(
+    vae_run: MakeRun, monkeypatch: pytest.MonkeyPatch, adversarial: bool
+) -> None:
+    loss = {"adversarial_start": 1} if adversarial else {}
+    whole, broken = vae_run("whole", loss=loss), vae_run("broken", loss=loss)
+    train_vae(whole)
+    from opensoraplan.train import vae_trainer
+
+    step = vae_trainer._Job.step
+
+    def die(job: object, number: int, *rest: object) -> None:
+        if number == 4:
+            raise MemoryError
+        step(job, number, *rest)
+
+    monkeypatch.setattr(vae_trainer._Job, "step", die)
+    with pytest.raises(MemoryError):
+        train_vae(broken)
+    monkeypatch.undo()
+    train_vae(broken, resume="latest")
+    assert logged(broken, "loss") == logged(whole, "loss")
+    one, two = (checkpoint.load(run.output, 4).parts for run in (whole, broken))
+    assert set(one) == set(two)
+    assert ("discriminator" in one) == adversarial
+    for part, tensors in one.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, two[part][name]), f"{part} {name}"
+
+
+def test_frozen_encoder_shift_and_scale_stay_as_they_are(vae_run: MakeRun) -> None:
+    first = train_vae(vae_run("first"))
+    run = vae_run("second", model={"config": None, "pretrained": first, "freeze_encoder": True})
+    second = train_vae(run)
+    before, after = (
+        load_vae(path, dtype=torch.float32, device=torch.device("cpu")) for path in (first, second)
+    )
+    for name, tensor in before.encoder.state_dict().items():
+        assert torch.equal(tensor, after.encoder.state_dict()[name]), name
+    assert before.config["shift"] == after.config["shift"]
+    assert before.config["scale"] == after.config["scale"]
+    assert not torch.equal(before.decoder.conv_out.weight, after.decoder.conv_out.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"frames": 10}}, r"frames must be 8k \+ 1 .* got 10: use 9 or 17"),
+        ({"data": {"height": 20}}, "multiples of 8, got height 20"),
+        ({"data": {"height": 128}}, "gives 9 x 64 x 64 .* pieces are to be 9 x 128 x 32"),
+        ({"validation": {"every": 1}}, r"validation\.manifest is missing"),
+        ({"loss": {"perceptual": 1.0}}, "lpips"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(vae_run: MakeRun, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_vae(vae_run(**changes))
