@@ -1,10 +1,12 @@
-# make demo | make test | make lint | make clean. All need only python3 (3.11 or newer), pip and make.
+# make demo | make test | make lint | make train-demo | make clean. All need only python3 (3.11 or newer), pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
+TRAIN := train-demo
+PROMPT := A large red star moves to the right over a green meadow.
 
-.PHONY: demo test lint clean
+.PHONY: demo train-demo test lint clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
@@ -12,20 +14,27 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# A small release with random weights, through the whole path: convert, generate, a rendered clip through the
-# VAE.
+# A video of a prompt of yours by the built-in model, and its frames side by side.
 demo: $(BIN)/.installed
-	rm -rf $(DEMO)
-	$(BIN)/python examples/tiny_release.py $(DEMO)/release
-	$(BIN)/osp inspect $(DEMO)/release/model_ema.pt
-	$(BIN)/osp convert --config $(DEMO)/release/inference.json --out $(DEMO)/model
-	$(BIN)/osp generate "a red ball rolls over green grass" --model $(DEMO)/model --out $(DEMO)/ball.mp4 \
-		--frames 17 --height 128 --width 192 --steps 8 --dtype fp32
-	$(BIN)/osp data render $(DEMO)/shapes --count 4
-	$(BIN)/osp data check $(DEMO)/shapes/data.txt \
-		--set num_frames=25 min_num_frames=25 train_fps=12 max_height=96 max_width=96
-	$(BIN)/osp reconstruct $(DEMO)/shapes/clips/000000.mp4 --vae $(DEMO)/model --out $(DEMO)/reconstruction.mp4
-	@echo "Look at $(DEMO)/ball.mp4 and $(DEMO)/reconstruction.mp4: noise, for the weights are random."
+	$(BIN)/osp generate "$(PROMPT)" --out $(DEMO)/video.mp4
+	$(BIN)/osp data sheet $(DEMO)/*.mp4 --out $(DEMO)/sheet.png
+	@echo "Look at $(DEMO)/video.mp4 and $(DEMO)/sheet.png. Another one: make demo PROMPT='...'"
+
+# Everything that makes the built-in model, in some hours on two CPU cores; stop it whenever you like, the same
+# command goes on. glibc gives memory back to the kernel after every step unless told otherwise: a third slower.
+train-demo: export MALLOC_MMAP_MAX_ = 0
+train-demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+train-demo: $(BIN)/.installed
+	$(BIN)/osp data render $(TRAIN)/clips --count 2040
+	$(BIN)/osp data render $(TRAIN)/held_out --held-out --count 24 --seed 1
+	$(BIN)/python examples/builtin_text.py $(TRAIN)/text
+	$(BIN)/osp train-vae examples/builtin/vae.toml --resume latest
+	$(BIN)/osp train-vae examples/builtin/vae_decoder.toml --resume latest
+	$(BIN)/osp cache examples/builtin/denoiser.toml
+	$(BIN)/osp train examples/builtin/denoiser.toml --resume latest
+	$(BIN)/osp export $(TRAIN)/denoiser --out $(TRAIN)/model --dtype bf16 --max-shard-size 15MB \
+		--prompt-template "{}" --default-negative-prompt ""
+	@echo "The model is in $(TRAIN)/model; the package has its own in src/opensoraplan/builtin/model."
 
 # Tiny models run fastest on one thread each; two processes share the tests.
 test: $(BIN)/.installed

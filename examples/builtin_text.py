@@ -233,9 +233,12 @@ def _clip_pooled(model: CLIPTextModelWithProjection, tokenizer: object, batch: l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if (arguments.folder / "text_encoder_2" / "config.json").exists():  # what is written last
+        logger.info("%s is there already", arguments.folder)
+        return
     train(arguments.folder, steps=arguments.steps)
 
 

@@ -297,7 +297,6 @@ QUICK = {
     "blank prompt": ("generate ' ' --model {model}", "give a prompt"),
     "prompt file": ("generate cats.txt --model {model}", "prompt file cats.txt does not exist .* full stop"),
     "not prompts": ("generate {release}/model_ema.pt --model {model}", "model_ema.pt is a file, but not of"),
-    "no model": ("generate cat", "which model. Give --model FOLDER"),
     "absent model": ("generate cat --model nowhere", "nowhere does not exist"),
     "file as model": ("generate cat --model {release}/model_ema.pt", "it is a file; .* with `osp convert`"),
     "part as model": (

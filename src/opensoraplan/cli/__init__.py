@@ -11,7 +11,15 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from opensoraplan.cli.data import Data, DataCheck, DataRender, data_check, data_render
+from opensoraplan.cli.data import (
+    Data,
+    DataCheck,
+    DataRender,
+    DataSheet,
+    data_check,
+    data_render,
+    data_sheet,
+)
 from opensoraplan.cli.models import (
     Convert,
     Generate,
@@ -63,6 +71,8 @@ def main() -> None:
                 data_check(job)
             case Data(DataRender() as job):
                 data_render(job)
+            case Data(DataSheet() as job):
+                data_sheet(job)
             case Cache():
                 cache(options)
             case Train():

@@ -1,4 +1,4 @@
-"""`osp data`: check clips to train on, or render some."""
+"""`osp data`: check clips to train on, render some, look at many at once."""
 
 import logging
 import sys
@@ -58,12 +58,25 @@ class DataRender:
 
 
 @dataclass(frozen=True)
+class DataSheet:
+    """Put frames of videos side by side into one .png, a row for each video."""
+
+    videos: Positional[tuple[Path, ...]]
+    """Any files that ffmpeg reads."""
+    out: Path = Path("sheet.png")
+    """The picture; it is numbered if it exists."""
+    columns: int = 7
+    """Frames of each video."""
+
+
+@dataclass(frozen=True)
 class Data:
-    """Clips to train on: check those you have, or render some."""
+    """Clips: check those to train on, render some, look at many at once."""
 
     job: OmitArgPrefixes[
         Annotated[DataCheck, subcommand("check", prefix_name=False)]
         | Annotated[DataRender, subcommand("render", prefix_name=False)]
+        | Annotated[DataSheet, subcommand("sheet", prefix_name=False)]
     ]
 
 
@@ -106,3 +119,13 @@ def data_render(options: DataRender) -> None:
         held_out=options.held_out,
     )
     logger.info("wrote %s", manifest)
+
+
+def data_sheet(options: DataSheet) -> None:
+    """`osp data sheet`."""
+    for video in options.videos:
+        check_exists(video)
+
+    from opensoraplan.data.sheet import contact_sheet
+
+    logger.info("wrote %s", contact_sheet(options.videos, options.out, columns=options.columns))

@@ -1,0 +1,47 @@
+"""The model that comes with the package: small, whole, and what `osp generate` uses without a --model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensoraplan import OpenSoraPlanPipeline, builtin, cli
+from opensoraplan.data.video import probe
+from opensoraplan.defaults import GenerateDefaults
+from opensoraplan.shapes import latent_shape
+
+MEBIBYTE = 2**20
+
+
+def test_weights_are_small_enough_to_ship() -> None:
+    files = [path for path in builtin.folder().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 32 * MEBIBYTE
+    assert max(path.stat().st_size for path in files) < 16 * MEBIBYTE
+
+
+def test_pipeline_takes_prompts_as_they_are() -> None:
+    pipeline = OpenSoraPlanPipeline.from_pretrained(builtin.folder())
+    settings = pipeline.prompt_settings
+    assert settings.template is None
+    assert settings.negative("") == ""
+    assert len(pipeline.transformer.config["num_layers"]) == 5
+    assert list(pipeline.transformer.config["sparse_n"]) == [1, 2, 4, 2, 1]
+
+
+def test_defaults_are_a_video_that_can_be_made() -> None:
+    defaults = GenerateDefaults.of(builtin.folder())
+    size = (defaults.frames or 0, defaults.height or 0, defaults.width or 0)
+    assert latent_shape(*size) == (4, 12, 12)
+
+
+def test_generate_without_a_model_uses_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["osp", "generate", "a red ball moves left", "--steps", "1", "--out", "a.mp4"]
+    )
+    cli.main()
+    info = probe(tmp_path / "a.mp4")
+    assert (info.frames, info.height, info.width, info.fps) == (25, 96, 96, 12)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["prompt"] == "a red ball moves left"

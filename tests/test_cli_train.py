@@ -1,0 +1,184 @@
+"""`osp cache`, `train`, `train-vae` and `export` by the command itself; each mistake ends in one message."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensoraplan import OpenSoraPlanPipeline, cli
+from opensoraplan.convert import load_checkpoint
+from opensoraplan.data.video import probe
+from opensoraplan.train import checkpoint
+from opensoraplan.train.config import TrainSettings
+
+MakeRun = Callable[..., TrainSettings]
+Osp = Callable[..., tuple[int, str]]
+GUIDE = Path(__file__).parent / "golden"
+SIZES = """
+[model.config]
+num_attention_heads = 2
+attention_head_dim = 16
+num_layers = [2, 2, 2]
+sparse_n = [1, 2, 1]
+in_channels = 4
+out_channels = 4
+caption_channels = 24
+pooled_projection_dim = 20
+timestep_embed_dim = 32
+"""
+
+
+@pytest.fixture
+def osp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Osp:
+    """Runs the command in this process, in an empty folder; returns its exit code and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, capsys.readouterr().err
+
+    return command
+
+
+def toml_of(run: TrainSettings, path: Path) -> Path:
+    """The run as a file; JSON of the same content is what a run itself writes."""
+    path.write_text(run.model_dump_json())
+    return path
+
+
+def test_clips_to_cache_to_model_to_video(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run("run", optimizer={"steps": 2, "lr": 1e-3, "ema_decay": 0.9}, data={"features": "features"})
+    config = toml_of(run, tmp_path / "run.json")
+    assert osp("cache", config)[0] == 0
+    assert osp("train", config)[0] == 0
+    assert (
+        osp("export", "run", "--out", "model", "--prompt-template", "{}", "--default-negative-prompt", "")[0]
+        == 0
+    )
+    assert osp("generate", "a red ball", "--model", "model", "--steps", "2", "--out", "ball.mp4")[0] == 0
+    info = probe(tmp_path / "ball.mp4")
+    assert (info.frames, info.height, info.width, info.fps) == (9, 64, 64, 12)
+    pipeline = OpenSoraPlanPipeline.from_pretrained("model")
+    assert pipeline.prompt_settings.template is None
+    weights = checkpoint.load(run.output, 2).parts["ema"]
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_export_in_the_originals_formats(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run("run", optimizer={"steps": 1, "lr": 1e-3, "ema_decay": 0.9})
+    assert osp("train", toml_of(run, tmp_path / "run.json"))[0] == 0
+    for ema, part in (("--ema", "ema"), ("--no-ema", "model")):
+        assert osp("export", "run", "--out", part, "--to", "release", ema)[0] == 0
+        assert osp("export", "run", "--out", f"{part}_shards", "--to", "megatron", "--tp", "2", ema)[0] == 0
+        released, merged = load_checkpoint(tmp_path / part), load_checkpoint(tmp_path / f"{part}_shards")
+        weights = checkpoint.load(run.output, 1).parts[part]
+        assert len(released) == len(merged) == len(weights)
+        for name, tensor in released.items():
+            assert torch.equal(tensor, merged[name]), name
+        assert torch.equal(released["proj_out.weight"], weights["proj_out.weight"])
+
+
+def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    """Only paths and sizes are overridden."""
+    run = tiny_run("run")
+    (tmp_path / "sizes.toml").write_text(SIZES)
+    changes = [
+        "output=run",
+        f"data.manifest={run.data.manifest}",
+        f"vae.pretrained={run.vae.pretrained}",
+        "vae.config=none",
+        f"text.t5={run.text.t5}",
+        f"text.clip={run.text.clip}",
+        "text.t5_tokenizer=none",
+        "text.clip_tokenizer=none",
+        "data.workers=0",
+        "data.reader=pyav",
+        "optimizer.steps=1",
+        "data.selection.num_frames=9",
+        "data.selection.min_num_frames=9",
+        "data.selection.train_fps=12",
+        "data.selection.max_height=64",
+        "data.selection.max_width=64",
+    ]
+    arguments = ["--model", GUIDE / "guide_model.json", "--data", GUIDE / "guide_data.json"]
+    code, err = osp("train", "sizes.toml", *arguments, "--set", *changes)
+    assert code == 0, err
+    settings = TrainSettings.read_file(tmp_path / "run" / "config.json")
+    assert settings.optimizer.accumulate == 4
+    assert settings.data.caption_dropout == 0.1
+    assert settings.model.compute == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train", r"which run\? Give a \.toml file"),
+        ("train nowhere.toml", "nowhere.toml does not exist"),
+        ("train --model m.json", "needs --data"),
+        ("train {run} --set optimizer.steps=0", "optimizer.steps: .*got 0"),
+        ("train {run} --set optimiser.lr=1", "unknown key 'optimiser.*did you mean"),
+        ("train {run} --set data.manifest=nowhere", "nowhere does not exist"),
+        (
+            "train {run} --set data.selection.num_frames=17 data.selection.min_num_frames=17",
+            "all 8 records are",
+        ),
+        ("train {run} --set data.batch_size=9", "has the 9 samples of a global batch: 8 of 9x64x64"),
+        (
+            "train {run} --set memory.recompute_blocks=1 memory.recompute_feed_forwards=1",
+            "exclude each other",
+        ),
+        ("train {run} --resume 5", "no checkpoint to resume from"),
+        ("train {run} --set data.features=nowhere", "nowhere is no feature cache"),
+        ("cache {run}", "where to. Give --out FOLDER"),
+        ("train-vae nowhere.toml", "nowhere.toml does not exist"),
+        ("export nowhere --out a", "nowhere does not exist"),
+        ("export . --out a", "not the output folder of a training run"),
+        ("export . --out a --tp 2", "--tp 2 goes with --to megatron"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(
+    osp: Osp, tiny_run: MakeRun, tmp_path: Path, command: str, message: str
+) -> None:
+    config = toml_of(tiny_run("run"), tmp_path / "run.json")
+    code, err = osp(*command.format(run=config).split())
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert err.count("osp: error: ") == 1
+    assert re.search(message, err), err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_captions_that_are_missing_are_said(
+    osp: Osp, tiny_run: MakeRun, tmp_path: Path, tiny_clips: Path
+) -> None:
+    clip = next((tiny_clips.parent / "clips").glob("*.mp4"))
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "a.mp4").write_bytes(clip.read_bytes())
+    config = toml_of(tiny_run("run", data={"manifest": tmp_path / "silent"}), tmp_path / "run.json")
+    code, err = osp("train", config)
+    assert code == 2
+    assert "caption" in err
+
+
+def test_unreadable_clips_stop_the_run_with_the_list(
+    osp: Osp, tiny_run: MakeRun, tmp_path: Path, tiny_clips: Path
+) -> None:
+    shutil.copytree(tiny_clips.parent, tmp_path / "clips")
+    for number in range(3):
+        path = tmp_path / "clips" / "clips" / f"{number:06d}.mp4"
+        path.write_bytes(path.read_bytes()[:200])
+    over = {"manifest": tmp_path / "clips" / "data.txt", "max_bad_files": 1}
+    config = toml_of(tiny_run("run", data=over), tmp_path / "run.json")
+    code, err = osp("train", config)
+    assert code == 2
+    assert "2 files cannot be read, 1 are allowed" in err
