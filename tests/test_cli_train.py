@@ -82,8 +82,8 @@ def test_export_in_the_originals_formats(osp: Osp, tiny_run: MakeRun, tmp_path: 
         assert osp("export", "run", "--out", f"{part}_shards", "--to", "megatron", "--tp", "2", ema)[0] == 0
         released, merged = load_checkpoint(tmp_path / part), load_checkpoint(tmp_path / f"{part}_shards")
         weights = checkpoint.load(run.output, 1).parts[part]
-        assert len(released) == len(merged) == len(weights)
-        for name, tensor in released.items():
+        assert len(released) == len(weights)
+        for name, tensor in released.items():  # the shards have, besides, what nothing reads
             assert torch.equal(tensor, merged[name]), name
         assert torch.equal(released["proj_out.weight"], weights["proj_out.weight"])
 
@@ -177,6 +177,9 @@ def test_unreadable_clips_stop_the_run_with_the_list(
     for number in range(3):
         path = tmp_path / "clips" / "clips" / f"{number:06d}.mp4"
         path.write_bytes(path.read_bytes()[:200])
+    (tmp_path / "clips" / "data.txt").write_text(
+        f"{tmp_path / 'clips'},{tmp_path / 'clips' / 'annotation.json'}\n"
+    )
     over = {"manifest": tmp_path / "clips" / "data.txt", "max_bad_files": 1}
     config = toml_of(tiny_run("run", data=over), tmp_path / "run.json")
     code, err = osp("train", config)
