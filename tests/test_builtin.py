@@ -1,6 +1,7 @@
 """The model that comes with the package: small, whole, and what `osp generate` uses without a --model."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -35,13 +36,17 @@ def test_defaults_are_a_video_that_can_be_made() -> None:
     assert latent_shape(*size) == (4, 12, 12)
 
 
-def test_generate_without_a_model_uses_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_generate_without_a_model_uses_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO, logger="opensoraplan")  # and back, whatever the command sets
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["osp", "generate", "a red ball moves left", "--steps", "1", "--out", "a.mp4"]
     )
     cli.main()
     info = probe(tmp_path / "a.mp4")
+    assert "small built-in one knows coloured shapes" in caplog.text
     assert (info.frames, info.height, info.width, info.fps) == (25, 96, 96, 12)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == "a red ball moves left"

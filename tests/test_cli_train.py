@@ -1,5 +1,6 @@
 """`osp cache`, `train`, `train-vae` and `export` by the command itself; each mistake ends in one message."""
 
+import logging
 import re
 import shutil
 import sys
@@ -33,9 +34,15 @@ timestep_embed_dim = 32
 
 
 @pytest.fixture
-def osp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Osp:
+def osp(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> Osp:
     """Runs the command in this process, in an empty folder; returns its exit code and stderr."""
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="opensoraplan")  # and back, whatever the command sets
 
     def command(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])

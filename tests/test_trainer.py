@@ -170,6 +170,12 @@ def test_existing_run_is_not_overwritten(tiny_run: MakeRun) -> None:
         train(run)
 
 
+def test_run_that_never_began_to_train_can_be_begun_with_other_settings(tiny_run: MakeRun) -> None:
+    with pytest.raises(FileNotFoundError):
+        train(tiny_run(data={"manifest": "nowhere.txt"}))
+    train(tiny_run(optimizer={"steps": 1}))
+
+
 def test_resume_latest_begins_a_run_that_is_not_there(tiny_run: MakeRun) -> None:
     run = tiny_run(optimizer={"steps": 2})
     train(run, resume="latest")

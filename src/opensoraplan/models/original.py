@@ -20,6 +20,8 @@ from opensoraplan.models.strict import Shape, check_known_keys, check_tensors
 logger = logging.getLogger(__name__)
 
 NESTED = "transformer_blocks"
+# Where torch lets its own tensors begin, in bytes.
+_ALIGNMENT = 64
 BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 SKIP = re.compile(r"(skip(?:_enc)?)\.(norm|linear)\.(\w+)")
 SKIP_PARTS = {"norm": "0", "linear": "1"}
@@ -292,4 +294,13 @@ def fill(
 
 def _parameter(value: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
     # A function of its own, so that nothing refers to the tensor as read while the next one is.
-    return nn.Parameter(value if dtype is None else value.to(dtype))
+    return nn.Parameter(aligned(value if dtype is None else value.to(dtype)))
+
+
+def aligned(value: Tensor) -> Tensor:
+    """The tensor, copied if its memory begins where torch itself would not let it begin.
+
+    Tensors from files begin anywhere, and matrix products round differently then: the same run would differ
+    in the last bit from one process to the next.
+    """
+    return value.clone() if value.data_ptr() % _ALIGNMENT else value

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensoraplan.models.captions import clean_caption
+from opensoraplan.models.original import aligned
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
@@ -294,6 +295,8 @@ def load_text_encoder(
             f"cannot load the model in {folder}, its files may be damaged or incomplete: {_short(error)}"
         ) from error
     _check_complete(folder, kind, info)
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -16,6 +16,7 @@ from opensoraplan.settings import Settings
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import refuse_changes
+from opensoraplan.train.metrics import FILE as METRICS
 from opensoraplan.train.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -30,18 +31,18 @@ def begun(output: Path, settings: Settings, *, resume: str | None) -> Iterator[i
     `resume`: None, "latest" or a step. Without it a folder that has a run is refused; with it, a run whose
     settings differ in what would change its results is refused with the differences. "latest" without a
     checkpoint begins anew, so that one command line serves for every start of a job. The folder is locked
-    against a second process.
+    against a second process. A folder in which nothing was trained yet counts as empty.
     """
     config = output / CONFIG
-    if config.exists() and resume is None:
-        raise ValueError(
-            f"{output} has a training run already: go on with --resume latest, or choose another --output"
-        )
     step = 0
-    if config.exists():
+    if checkpoint.steps(output) or (output / METRICS).exists():
+        if resume is None:
+            raise ValueError(
+                f"{output} has a training run already: go on with --resume latest, or choose another output"
+            )
         refuse_changes(type(settings).read_file(config), settings)
         if resume != "latest" or checkpoint.steps(output):
-            step = checkpoint.find(output, resume or "latest")
+            step = checkpoint.find(output, resume)
     elif resume not in (None, "latest"):
         checkpoint.find(output, resume)  # raises: there is none
     try:
