@@ -20,7 +20,6 @@ class GenerateDefaults(Settings):
     steps: Annotated[int, Field(ge=1)] | None = None
     guidance: float | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
-    shift: Annotated[float, Field(gt=0)] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
 
     @classmethod

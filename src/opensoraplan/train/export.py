@@ -127,6 +127,7 @@ def _write_diffusers(
         vae=open_vae(sources.vae, vae.config),
         sources=sources,
         dtype=dtype,
+        scheduler={} if settings.validation.shift is None else {"shift": settings.validation.shift},
         prompts={"max_text_tokens": text.max_tokens, "clean_prompts": text.clean, **prompts.as_config()},
         max_shard_size=max_shard_size,
     )
@@ -144,7 +145,6 @@ def _generate_defaults(settings: TrainSettings) -> GenerateDefaults:
             fps=validation.fps,
             steps=validation.sampling_steps,
             guidance=validation.guidance_scale,
-            shift=validation.shift,
             dtype=settings.model.compute,
         )
     one_size = selection.force_resolution
