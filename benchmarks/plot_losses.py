@@ -1,6 +1,6 @@
 """Draw what training runs logged: python benchmarks/plot_losses.py RUN [RUN ...] --out docs/losses.png
 
-A panel for each run: the smoothed loss, a denoiser's by sigma quarter, a VAE's PSNR, and what validation said.
+A panel for each run: the smoothed loss, a denoiser's by sigma quarter, a VAE's PSNR, and those of validation.
 Needs matplotlib: pip install "opensoraplan[plot]".
 """
 

@@ -28,7 +28,7 @@ from opensoraplan.cli import main
 for line in (
     "--help",
     "generate --help",
-    "generate cat",
+    "generate",
     "generate cat --model nowhere --frames 10",
     "generate nowhere.txt --model nowhere",
     "convert --to megatron --out x",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -141,11 +142,13 @@ def test_building_a_model_changes_nothing_around_it(kind: tuple[type[ModelMixin]
 
 
 def test_set_attention_backend_reaches_every_block() -> None:
-    model = build(KINDS["denoiser"])
-    eager = run(model)
-    model.set_attention_backend("_native_math")
-    assert {str(p._attention_backend) for p in model.attn_processors.values()} == {
-        "AttentionBackendName._NATIVE_MATH"
-    }
-    assert len(model.attn_processors) == sum(DENOISER["num_layers"])
-    torch.testing.assert_close(run(model), eager)
+    # diffusers makes a model's backend that of the whole process; the context gives the old one back.
+    with attention_backend("native"):
+        model = build(KINDS["denoiser"])
+        eager = run(model)
+        model.set_attention_backend("_native_math")
+        assert {str(p._attention_backend) for p in model.attn_processors.values()} == {
+            "AttentionBackendName._NATIVE_MATH"
+        }
+        assert len(model.attn_processors) == sum(DENOISER["num_layers"])
+        torch.testing.assert_close(run(model), eager)
