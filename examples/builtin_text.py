@@ -9,7 +9,6 @@ cores.
 """
 
 import argparse
-import io
 import json
 import logging
 import random
@@ -17,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
 import torch
-from tiny_text import byte_pairs
+from tiny_text import byte_pairs, sentence_pieces
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -44,7 +42,6 @@ WIDTH, LAYERS, HEADS = 192, 3, 6
 POOLED_WIDTH = 128
 PIECES = 420
 BATCH, LEARNING_RATE = 64, 1e-3
-ASCII = "".join(map(chr, range(33, 127)))
 # The attributes of a scene: what each thing is and does, left one first, then how many and where.
 VALUES = (tuple(COLOURS), tuple(SHAPES), tuple(SIZES), MOTIONS)
 UNSAID = -100  # cross_entropy leaves these out
@@ -87,22 +84,7 @@ def questions(seed: int) -> Iterator[Question]:
 
 def write_t5_tokenizer(folder: Path, texts: list[str]) -> None:
     """A unigram tokenizer with T5's special ids (pad 0, end 1, unknown 2), learned from `texts`."""
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*texts, " ".join(ASCII)]),
-        model_writer=out,
-        vocab_size=PIECES,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        required_chars=ASCII,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (folder / "spiece.model").write_bytes(out.getvalue())
+    (folder / "spiece.model").write_bytes(sentence_pieces(texts, count=PIECES))
     config = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from tiny_text import write_text_encoders
 
+from opensoraplan.convert.assemble import Sources
+from opensoraplan.convert.mindspeed_json import read_inference
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
 
@@ -115,6 +117,22 @@ def write_release(folder: Path, *, seed: int = 0, size: tuple[int, int, int] = (
         "# random weights: only the formats are real\n" + json.dumps(config, indent=2), encoding="utf-8"
     )
     return path
+
+
+def sources_of(release: Path) -> Sources:
+    """Where the parts of a release that `write_release` wrote are."""
+    inference = read_inference(release / "inference.json")
+    paths = inference.sources
+    return Sources(
+        transformer=paths["transformer"],
+        vae=paths["vae"],
+        text_encoder=paths["text_encoder"],
+        text_encoder_2=paths["text_encoder_2"],
+        tokenizer=paths["tokenizer"],
+        tokenizer_2=paths["tokenizer_2"],
+        transformer_config=inference.transformer_config,
+        vae_config=inference.vae_config,
+    )
 
 
 if __name__ == "__main__":

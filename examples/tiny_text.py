@@ -45,7 +45,7 @@ def write_text_encoders(
 
 
 def _write_t5(folder: Path, *, width: int) -> None:
-    pieces = _sentence_pieces()
+    pieces = sentence_pieces(_SENTENCES, count=240)
     (folder / "spiece.model").write_bytes(pieces)
     sentinels = [f"<extra_id_{i}>" for i in range(100)]
     tokenizer = {
@@ -84,13 +84,15 @@ def _write_t5(folder: Path, *, width: int) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def _sentence_pieces() -> bytes:
-    """A serialised unigram model with T5's special ids (pad 0, end 1, unknown 2) and text normalisation."""
+def sentence_pieces(texts: Sequence[str], *, count: int) -> bytes:
+    """A serialised unigram model of about `count` pieces, learned from `texts`, with T5's special ids (pad 0,
+    end 1, unknown 2) and text normalisation.
+    """
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*_SENTENCES, " ".join(_ASCII)]),
+        sentence_iterator=iter([*texts, " ".join(_ASCII)]),
         model_writer=out,
-        vocab_size=240,
+        vocab_size=count,
         hard_vocab_limit=False,
         character_coverage=1.0,
         required_chars=_ASCII,

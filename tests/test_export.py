@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_release import sources_of
 from torch import Tensor
 
 from opensoraplan.convert import load_checkpoint, open_checkpoint
@@ -25,7 +26,6 @@ from opensoraplan.convert.assemble import (
 )
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
 from opensoraplan.convert.infer import empty_model
-from opensoraplan.convert.mindspeed_json import read_inference
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
@@ -39,21 +39,6 @@ SPLIT_ROWS = re.compile(
 )
 SPLIT_COLUMNS = re.compile(r"(attn1\.to_out\.0|attn1\.to_add_out|net\.2)\.weight$")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def sources_of(release: Path) -> Sources:
-    inference = read_inference(release / "inference.json")
-    paths = inference.sources
-    return Sources(
-        transformer=paths["transformer"],
-        vae=paths["vae"],
-        text_encoder=paths["text_encoder"],
-        text_encoder_2=paths["text_encoder_2"],
-        tokenizer=paths["tokenizer"],
-        tokenizer_2=paths["tokenizer_2"],
-        transformer_config=inference.transformer_config,
-        vae_config=inference.vae_config,
-    )
 
 
 @pytest.fixture(scope="module")

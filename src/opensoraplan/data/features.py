@@ -9,15 +9,13 @@ and CLIP states. The folder has
     texts-00000.safetensors     KEY.sequence [L, D] and KEY.pooled [P] of so many texts; see `text_key`
 """
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +30,7 @@ from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import Failure, caption_of
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
+from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.settings import Settings
 
 DESCRIPTION = "features.json"
@@ -39,6 +38,8 @@ VERSION = 1
 
 # The one entry of a shard's header: with more, safetensors writes them in any order.
 _INDEX = "index"
+# What a failed write leaves.
+_WHOLE = "what was written before is whole"
 # Files that are kept open, of the thousand or so that a process may have.
 _OPEN_FILES = 128
 # Threads that read headers: on a network disk they wait for it most of the time.
@@ -120,7 +121,7 @@ def begin(folder: Path, description: Description) -> None:
     """
     check_place(folder, description.parts)
     if not (folder / DESCRIPTION).exists():
-        with _plain_errors(folder):
+        with plain_errors(folder, whole=_WHOLE):
             folder.mkdir(parents=True, exist_ok=True)
         _write_description(folder, description)
     # Read it again in any case: another process may have begun at the same moment.
@@ -419,36 +420,11 @@ def _short(value: str) -> str:
 
 def _write_description(folder: Path, description: Description) -> None:
     text = json.dumps(description.model_dump(), indent=1) + "\n"  # ASCII
-    _replace(folder / DESCRIPTION, lambda path: path.write_text(text))
+    with plain_errors(folder / DESCRIPTION, whole=_WHOLE):
+        write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor], index: Mapping[str, object]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda file: save_file(plain, file, metadata={_INDEX: json.dumps(index)}))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name, flush it to the disk and rename it."""
-    with _plain_errors(path):
-        # What a killed writer of the same file left behind.
-        for old in path.parent.glob(f".{path.name}.*.tmp"):
-            old.unlink(missing_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
-        raise ValueError(f"cannot write {path}: {what}; what was written before is whole") from None
+    with plain_errors(path, whole=_WHOLE):
+        write_whole(path, lambda file: save_file(plain, file, metadata={_INDEX: json.dumps(index)}))

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import av.error
 
-from opensoraplan.data.video import probe, temporary_path
+from opensoraplan.data.video import probe
+from opensoraplan.disk import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +168,9 @@ def _load(cache: Path) -> dict[str, _Probed]:
 
 def _save(cache: Path, known: Mapping[str, _Probed]) -> None:
     """Remember, if the folder can be written to; readers see the old file or the new one, never a part."""
-    temporary = temporary_path(cache)
     fields = _Probed.__slots__
     content = {key: {field: getattr(entry, field) for field in fields} for key, entry in known.items()}
     try:
-        temporary.write_text(json.dumps(content, indent=0), encoding="utf-8")
-        temporary.replace(cache)
+        write_whole(cache, lambda file: file.write_text(json.dumps(content, indent=0), encoding="utf-8"))
     except OSError as error:
         logger.info("what was found is not kept for the next time: %s", error)
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opensoraplan.data.video import VideoWriter, frame_rate, temporary_path
+from opensoraplan.data.video import VideoWriter, frame_rate
+from opensoraplan.disk import write_whole
 
 # sRGB. Hues lie at least 22 degrees apart and every colour is far more saturated than any background.
 COLOURS = {
@@ -48,7 +49,7 @@ BACKGROUNDS = {
     "tiles": ("in front of pale tiles", "on a floor of pale tiles", "against a chequered pale wall"),
 }
 # Raise it when the same scene comes out with other pixels or captions: old data sets are then not continued.
-VERSION = 1
+VERSION = 2
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "bright red"),
@@ -138,6 +139,8 @@ _HELD_OUT_ONE_IN = 10
 _TWO_SCALE = 0.8
 # Growing goes from the first multiple of the size's radius to the second; shrinking the other way.
 _GROWTH = (0.70, 1.36)
+# Width of a thing's outline in pixels, as a lens draws it.
+_BLUR = 2.0
 # Towards the light, x to the right, y down, z to the viewer.
 _LIGHT = (-0.46, -0.62, 0.64)
 # Width of the rounded rim that shading sees: 1 makes a ball of a disc, half the band's width a torus of a
@@ -349,8 +352,9 @@ def write_dataset(
                 "scene": asdict(scene),
             }
         )
-    _replace(root / "annotation.json", json.dumps(records, indent=1))
-    _replace(root / "data.txt", f"{root},{root / 'annotation.json'}\n")
+    annotation = json.dumps(records, indent=1)
+    write_whole(root / "annotation.json", lambda file: file.write_text(annotation))
+    write_whole(root / "data.txt", lambda file: file.write_text(f"{root},{root / 'annotation.json'}\n"))
     return root / "data.txt"
 
 
@@ -478,7 +482,8 @@ def _draw(video: Tensor, thing: Thing, track: _Track, x: Tensor, y: Tensor, *, p
     """Draw a shaded thing onto `video` [3, T, H, W] in place."""
     u, v = _local(track, x, y)
     distance = signed_distance(thing.shape, u, v)  # [T, H, W], in radii
-    cover = (0.5 - distance * track.radius / pixel).clamp(0, 1)
+    cover = (0.5 - distance * track.radius / (_BLUR * pixel)).clamp(0, 1)
+    cover = cover * cover * (3 - 2 * cover)
     # The surface's normal leans outward along the distance's gradient, the more the nearer to the outline.
     slope_y, slope_x = torch.gradient(distance, dim=(1, 2))
     length = torch.hypot(slope_x, slope_y).clamp(min=1e-6)
@@ -505,26 +510,26 @@ def _background(name: str, x: Tensor, y: Tensor, rng: random.Random) -> tuple[Te
         horizon = rng.uniform(-0.02, 0.06)
         depth = ((y - horizon) / 0.5).clamp(0, 1)
         grass = _mix((0.62, 0.70, 0.52), (0.44, 0.58, 0.38), depth + 0 * x)
-        grass = grass * (1 + 0.05 * (1 + depth) * _ripple(x, y, rng, across=9, down=14))
+        grass = grass * (1 + 0.05 * (1 + depth) * _ripple(x, y, rng, across=5, down=7))
         sky = _mix((0.66, 0.77, 0.88), (0.86, 0.90, 0.92), ((y + 0.5) / (horizon + 0.5)).clamp(0, 1) + 0 * x)
         return _above(sky, grass, y, horizon), horizon
     if name == "beach":
         horizon = rng.uniform(-0.04, 0.02)
         sand = _mix((0.86, 0.81, 0.70), (0.77, 0.70, 0.58), ((y - horizon) / 0.5).clamp(0, 1) + 0 * x)
-        sand = sand * (1 + 0.03 * _ripple(x, y, rng, across=4, down=11))
+        sand = sand * (1 + 0.03 * _ripple(x, y, rng, across=3, down=6))
         sky = _mix((0.74, 0.83, 0.90), (0.92, 0.91, 0.87), ((y + 0.5) / (horizon + 0.5)).clamp(0, 1) + 0 * x)
         sea = torch.tensor((0.50, 0.63, 0.68))[:, None, None].expand_as(sand)
         return _above(_above(sky, sea, y, horizon - 0.10), sand, y, horizon), horizon
     if name == "table":
         boards = torch.sin(math.pi * (y + rng.uniform(0, 0.25)) / 0.25) + 0 * x
-        seam = torch.exp(-((boards / 0.12) ** 2))
-        grain = _ripple(x, y, rng, across=2, down=26) + 0.6 * _ripple(x, y, rng, across=3, down=9)
+        seam = torch.exp(-((boards / 0.2) ** 2))
+        grain = _ripple(x, y, rng, across=2, down=11) + 0.6 * _ripple(x, y, rng, across=3, down=6)
         wood = _mix((0.62, 0.52, 0.42), (0.72, 0.62, 0.51), 0.5 + 0.3 * grain)
         return wood * (1 - 0.22 * seam) * (1.04 - 0.14 * (x + y)), None
     if name == "night":
         sky = _mix((0.05, 0.06, 0.13), (0.17, 0.18, 0.28), (y + 0.5).clamp(0, 1) ** 1.5 + 0 * x)
-        for _ in range(16):
-            away = ((x - rng.uniform(-0.5, 0.5)) ** 2 + (y - rng.uniform(-0.5, 0.4)) ** 2) / 0.009**2
+        for _ in range(12):
+            away = ((x - rng.uniform(-0.5, 0.5)) ** 2 + (y - rng.uniform(-0.5, 0.4)) ** 2) / 0.015**2
             sky = sky + rng.uniform(0.2, 0.55) * torch.exp(-away)
         return sky.clamp(max=1), None
     if name == "tiles":
@@ -532,7 +537,7 @@ def _background(name: str, x: Tensor, y: Tensor, rng: random.Random) -> tuple[Te
         checks = torch.sin(math.pi * (x + rng.uniform(0, 0.5)) / period) * torch.sin(
             math.pi * (y + rng.uniform(0, 0.5)) / period
         )
-        tiles = _mix((0.70, 0.71, 0.75), (0.86, 0.86, 0.87), 0.5 + 0.5 * torch.tanh(6 * checks))
+        tiles = _mix((0.70, 0.71, 0.75), (0.86, 0.86, 0.87), 0.5 + 0.5 * torch.tanh(3 * checks))
         return tiles * (1 - 0.12 * (x + y)), None
     tone = rng.uniform(0.60, 0.74)
     glow = torch.exp(-((x + 0.15) ** 2 + (y + 0.2) ** 2) / 0.35)
@@ -547,8 +552,8 @@ def _mix(first: tuple[float, ...], second: tuple[float, ...], amount: Tensor) ->
 
 
 def _above(upper: Tensor, lower: Tensor, y: Tensor, edge: float) -> Tensor:
-    """`upper` above the height `edge` and `lower` below it, over about a pixel."""
-    return torch.lerp(upper, lower, (0.5 + (y - edge) / 0.015).clamp(0, 1).expand_as(upper))
+    """`upper` above the height `edge` and `lower` below it, over about two pixels."""
+    return torch.lerp(upper, lower, (0.5 + (y - edge) / 0.025).clamp(0, 1).expand_as(upper))
 
 
 def _ripple(x: Tensor, y: Tensor, rng: random.Random, *, across: float, down: float) -> Tensor:
@@ -563,7 +568,7 @@ def _ripple(x: Tensor, y: Tensor, rng: random.Random, *, across: float, down: fl
 def _settle(path: Path, settings: dict[str, object]) -> None:
     """Write `settings`, or see to it that they are those written before."""
     if not path.exists():
-        _replace(path, json.dumps(settings, indent=1))
+        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=1)))
         return
     before = json.loads(path.read_text())
     changed = [
@@ -575,10 +580,3 @@ def _settle(path: Path, settings: dict[str, object]) -> None:
         raise ValueError(
             f"{path.parent} holds clips made with other settings: {', '.join(changed)}; use another folder"
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is complete at any moment."""
-    temporary = temporary_path(path)
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -6,14 +6,11 @@ Names of tensors are the model's own; the optimizer's are `exp_avg.NAME` and so 
 besides (clip statistics, counters) is in state.json.
 """
 
-import errno
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from opensoraplan.disk import flush, plain_errors
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def save(
     if wanted.exists():  # written by a run that went on from an earlier step; the same by construction
         return wanted
     unfinished = wanted.with_name(f"{_UNFINISHED}{wanted.name}")
-    with _plain_errors(wanted):
+    with plain_errors(wanted, whole="the checkpoints before it are whole"):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
@@ -97,9 +96,9 @@ def save(
                 save_file(contiguous, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
             (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
             for file in unfinished.iterdir():
-                _flush(file)
+                flush(file)
             unfinished.rename(wanted)
-            _flush(wanted.parent)
+            flush(wanted.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -165,21 +164,3 @@ def remove_unfinished(output: Path) -> None:
     folder = output / FOLDER
     for entry in folder.glob(f"{_UNFINISHED}*") if folder.is_dir() else ():
         shutil.rmtree(entry, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
-        raise ValueError(f"cannot save {path}: {what}; the checkpoints before it are whole") from None

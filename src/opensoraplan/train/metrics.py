@@ -23,6 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from opensoraplan.disk import write_whole
+
 logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
@@ -203,12 +205,7 @@ def drop_after(path: Path, step: int) -> None:
     content = path.read_bytes()
     kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, step))
     if kept != content:
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, lambda file: file.write_bytes(kept))
 
 
 def _is_kept(line: bytes, step: int) -> bool:

@@ -6,12 +6,13 @@ checkpoints/     see checkpoint.py            .lock           held while the run
 
 import fcntl
 import logging
-import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.settings import Settings
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
@@ -51,7 +52,9 @@ def begun(output: Path, settings: Settings, *, resume: str | None) -> Iterator[i
         raise ValueError(f"cannot write to {output}: {error.strerror}") from None
     with _locked(output):
         checkpoint.remove_unfinished(output)
-        _write(config, settings.model_dump_json(indent=1) + "\n")
+        text = settings.model_dump_json(indent=1) + "\n"
+        with plain_errors(config, whole="nothing was begun"):
+            write_whole(config, lambda path: path.write_text(text))
         if resume is not None:
             logger.info("%s: going on after step %d", output, step)
         yield step
@@ -68,6 +71,42 @@ def open_metrics(settings: TrainSettings | VAETrainSettings, *, start: int) -> M
         wandb_project=settings.log.wandb_project,
         config=settings.model_dump(mode="json"),
     )
+
+
+class Job(Protocol):
+    """What a trainer does in its loop. Steps count from 1."""
+
+    def step(self, step: int) -> None: ...
+    def report(self) -> Mapping[str, float]: ...
+    def validate(self, step: int) -> Mapping[str, float]: ...
+    def save(self, step: int) -> None: ...
+
+
+def run_steps(job: Job, settings: TrainSettings | VAETrainSettings, *, start: int) -> int:
+    """Do the steps after `start`; log, validate (if `validation.every` says so) and save when it is time.
+
+    SIGTERM and Ctrl-C end it after the step under way, which is saved. Returns the last step saved.
+    """
+    total, saved = settings.optimizer.steps, start
+
+    def due(step: int, every: int) -> bool:
+        return step == total or step % every == 0
+
+    with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
+        for step in range(start + 1, total + 1):
+            job.step(step)
+            if due(step, settings.log.every):
+                metrics.log(step, job.report())
+            else:
+                metrics.advance(step)
+            if settings.validation.every and due(step, settings.validation.every):
+                metrics.log(step, job.validate(step))
+            if stop or due(step, settings.checkpoint.every):
+                job.save(step)
+                saved = step
+            if stop:
+                break
+    return saved
 
 
 class StopRequested:
@@ -107,9 +146,3 @@ def _locked(output: Path) -> Iterator[None]:
         except OSError:
             raise ValueError(f"another process is training in {output}: wait for it or stop it") from None
         yield
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

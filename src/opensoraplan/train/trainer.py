@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from opensoraplan.train.loading import micro_batches
 from opensoraplan.train.master import MasterWeights
 from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from opensoraplan.train.run import begun, open_metrics, stop_on_signal
+from opensoraplan.train.run import begun, run_steps
 from opensoraplan.train.sources import Source, open_source
 from opensoraplan.train.speed import Speed
 from opensoraplan.train.validation import Validation
@@ -45,55 +44,48 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     before anything heavy where possible, and GradientOutlierError if `clip.outlier` is "stop".
     """
     device = resolve_device(settings.device)
-    optimizer, total = settings.optimizer, settings.optimizer.steps
     with begun(settings.output, settings, resume=resume) as start:
         source, encoders = open_source(settings, device=device)
         sampler = BucketSampler(
-            source.shapes, global_batch=settings.data.batch_size * optimizer.accumulate, seed=settings.seed
+            source.shapes,
+            global_batch=settings.data.batch_size * settings.optimizer.accumulate,
+            seed=settings.seed,
         )
         validation = None
         if settings.validation.every:
             validation = Validation(settings, encoders=encoders, device=device)
-        job = _Job(settings, source, sampler, device=device)
+        job = _Job(settings, source, sampler, validation, start=start, device=device)
         if start:
             job.load(checkpoint.load(settings.output, start))
-        batches = micro_batches(
-            source.dataset,
-            sampler,
-            start=start,
-            stop=total,
-            accumulate=optimizer.accumulate,
-            workers=settings.data.workers,
-            collate=source.collate,
-        )
-        saved = start
-        with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
-            for step in range(start + 1, total + 1):
-                job.step(step, batches)
-                if step % settings.log.every == 0 or step == total:
-                    metrics.log(step, job.report())
-                else:
-                    metrics.advance(step)
-                if validation is not None and (step % settings.validation.every == 0 or step == total):
-                    with job.averaged():
-                        metrics.log(step, validation.run(job.model, step))
-                if stop or step == total or step % settings.checkpoint.every == 0:
-                    job.save(step)
-                    saved = step
-                if stop:
-                    break
-        return checkpoint.path_of(settings.output, saved)
+        return checkpoint.path_of(settings.output, run_steps(job, settings, start=start))
 
 
 class _Job:
     """Model, optimizer, average and clip of one run, with what is done to them in a step."""
 
     def __init__(
-        self, settings: TrainSettings, source: Source, sampler: BucketSampler, *, device: torch.device
+        self,
+        settings: TrainSettings,
+        source: Source,
+        sampler: BucketSampler,
+        validation: Validation | None,
+        *,
+        start: int,
+        device: torch.device,
     ) -> None:
         self.settings = settings
         self.source = source
         self.sampler = sampler
+        self.validation = validation
+        self.batches = micro_batches(
+            source.dataset,
+            sampler,
+            start=start,
+            stop=settings.optimizer.steps,
+            accumulate=settings.optimizer.accumulate,
+            workers=settings.data.workers,
+            collate=source.collate,
+        )
         self.device = device
         self.dtype = DTYPES[settings.model.compute]
         self.model = build(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
@@ -113,14 +105,14 @@ class _Job:
         self.averages = Averages()
         self.speed = Speed(settings.log, device=device, dtype=self.dtype)
 
-    def step(self, step: int, batches: Iterator[Any]) -> None:
+    def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
         settings, accumulate = self.settings, self.settings.optimizer.accumulate
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
         for draws in self.sampler.share(step - 1, rank=0, ranks=1, accumulate=accumulate):
             with self.speed.waiting():
-                batch = next(batches)
+                batch = next(self.batches)
             self.bad_files.add(batch.failures)
             encoded = self.source.encode(batch)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
@@ -209,8 +201,14 @@ class _Job:
         self.clip.load_state_dict(saved.state["clip"])
         self.outliers_in_a_row = saved.state["outliers_in_a_row"]
 
+    def validate(self, step: int) -> dict[str, float]:
+        """Losses of the averaged weights on held-out clips; videos are written on the way."""
+        assert self.validation is not None
+        with self._averaged():
+            return self.validation.run(self.model, step)
+
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def _averaged(self) -> Iterator[None]:
         """The model has the EMA's weights inside the block."""
         if self.ema is None:
             yield

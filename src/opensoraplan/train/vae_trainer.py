@@ -20,7 +20,7 @@ from torch import Tensor
 from opensoraplan.convert.assemble import load_vae
 from opensoraplan.convert.export import new_folder, write_component
 from opensoraplan.data.buckets import BucketSampler, Draw
-from opensoraplan.data.dataset import BadFiles, Batch, ClipDataset, collate
+from opensoraplan.data.dataset import BadFiles, ClipDataset, collate
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import Sample, select
 from opensoraplan.data.video import to_uint8
@@ -44,7 +44,7 @@ from opensoraplan.train.ema import Ema
 from opensoraplan.train.loading import micro_batches
 from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from opensoraplan.train.run import begun, open_metrics, stop_on_signal
+from opensoraplan.train.run import begun, run_steps
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 
 logger = logging.getLogger(__name__)
@@ -68,42 +68,12 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
         held_out = _samples(settings.data, settings.validation.manifest, seed=settings.seed)
         held_out = held_out[: settings.validation.samples]
     device = resolve_device(settings.device)
-    total = settings.optimizer.steps
     with begun(settings.output, settings, resume=resume) as start:
-        job = _Job(settings, device=device)
+        job = _Job(settings, samples, held_out, start=start, device=device)
         if start:
             job.load(checkpoint.load(settings.output, start))
-        sampler = BucketSampler(
-            [sample.shape for sample in samples],
-            global_batch=piece.batch_size * settings.optimizer.accumulate,
-            seed=settings.seed,
-        )
-        batches = micro_batches(
-            ClipDataset(samples, seed=settings.seed, new_windows=piece.new_windows, reader=piece.reader),
-            sampler,
-            start=start,
-            stop=total,
-            accumulate=settings.optimizer.accumulate,
-            workers=piece.workers,
-            collate=collate,
-        )
-        bad_files = BadFiles(piece.max_bad_files)
-        saved = start
-        with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
-            for step in range(start + 1, total + 1):
-                job.step(step, batches, bad_files)
-                if step % settings.log.every == 0 or step == total:
-                    metrics.log(step, job.averages.take())
-                else:
-                    metrics.advance(step)
-                if held_out and (step % settings.validation.every == 0 or step == total):
-                    metrics.log(step, job.validate(held_out))
-                if stop or step == total or step % settings.checkpoint.every == 0:
-                    job.save(step)
-                    saved = step
-                if stop:
-                    break
-        if saved < total:
+        saved = run_steps(job, settings, start=start)
+        if saved < settings.optimizer.steps:
             return checkpoint.path_of(settings.output, saved)
         return job.finish(samples)
 
@@ -140,9 +110,33 @@ class _Adversary:
 class _Job:
     """Model, optimizer and average of one run, with what is done to them."""
 
-    def __init__(self, settings: VAETrainSettings, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: VAETrainSettings,
+        samples: Sequence[Sample],
+        held_out: Sequence[Sample],
+        *,
+        start: int,
+        device: torch.device,
+    ) -> None:
         self.settings = settings
+        self.held_out = held_out
         self.device = device
+        data, accumulate = settings.data, settings.optimizer.accumulate
+        self.batches = micro_batches(
+            ClipDataset(samples, seed=settings.seed, new_windows=data.new_windows, reader=data.reader),
+            BucketSampler(
+                [sample.shape for sample in samples],
+                global_batch=data.batch_size * accumulate,
+                seed=settings.seed,
+            ),
+            start=start,
+            stop=settings.optimizer.steps,
+            accumulate=accumulate,
+            workers=data.workers,
+            collate=collate,
+        )
+        self.bad_files = BadFiles(data.max_bad_files)
         self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
         self.model.encoder.requires_grad_(not settings.model.freeze_encoder)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -155,7 +149,7 @@ class _Job:
         self.adversary = _Adversary(settings, device=device) if adversarial else None
         self.averages = Averages()
 
-    def step(self, step: int, batches: Iterator[Batch], bad_files: BadFiles) -> None:
+    def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
         settings, began, waited = self.settings, time.perf_counter(), 0.0
         rate = learning_rate(step - 1, settings.optimizer)
@@ -163,9 +157,9 @@ class _Job:
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(settings.optimizer.accumulate):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = next(self.batches)
             waited += time.perf_counter() - asked
-            bad_files.add(batch.failures)
+            self.bad_files.add(batch.failures)
             chance = f"{settings.seed} {step} {micro}"
             x = _pieces(batch.video, settings.data, chance=chance).to(self.device)
             for name, value in self._accumulate(x, step, chance=chance).items():
@@ -207,12 +201,16 @@ class _Job:
             values["discriminator"] = adversary.learn(x, made.pixels)
         return values | {name: value.item() for name, value in logged.items()}
 
+    def report(self) -> dict[str, float]:
+        """What is logged of the steps since the last report."""
+        return self.averages.take() | {"bad_files": len(self.bad_files)}
+
     @torch.no_grad()
-    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """PSNR and SSIM of whole clips, each to the mode of its latents and back, by the averaged weights."""
+    def validate(self, step: int) -> dict[str, float]:  # noqa: ARG002 (as every trainer's)
+        """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
         fidelity = Fidelity()
         with self._averaged():
-            for video in _videos(samples, self.settings):
+            for video in _videos(self.held_out, self.settings):
                 (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
                 (result,) = self.model.decode(posterior.mode(), return_dict=False)
                 fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
