@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opensoraplan.models import sparse_ummdit
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT, from_group_skip, swap_skip, to_single_skip
+from opensoraplan.models import skiparse
+from opensoraplan.models.skiparse import from_group_skip, swap_skip, to_single_skip
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 
 SMALL = {
     "num_attention_heads": 2,
@@ -61,8 +62,8 @@ def test_attention_reads_only_its_subsequence(model: SparseUMMDiT) -> None:
     block = model.transformer_blocks[2]
     video, text = torch.randn(1, 16, dim), torch.randn(1, 5, dim)
     grid = (1, 4, 4)
-    cos, sin = sparse_ummdit.rotary_tables(grid, 16, torch.device("cpu"))
-    single, group = sparse_ummdit.make_layouts(n, (cos, sin), None, None, (1, 5))
+    cos, sin = skiparse.rotary_tables(grid, 16, torch.device("cpu"))
+    single, group = skiparse.make_layouts(n, (cos, sin), None, None, (1, 5))
     index = torch.arange(16)
     for layout, same in ((single, index % n), (group, index // n % n)):
         x = to_single_skip(video, n)
@@ -75,7 +76,7 @@ def test_attention_reads_only_its_subsequence(model: SparseUMMDiT) -> None:
             for p in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
         )
         q, k = (
-            sparse_ummdit.apply_rotary(norm(x)[None], cos, sin)[0]
+            skiparse.apply_rotary(norm(x)[None], cos, sin)[0]
             for norm, x in ((block.attn1.norm_q, q), (block.attn1.norm_k, k))
         )
         tq, tk, tv = (
@@ -146,13 +147,11 @@ def test_ragged_text_is_each_text_by_itself(model: SparseUMMDiT) -> None:
 
 
 def test_no_mask_where_nothing_is_masked() -> None:
-    tables = sparse_ummdit.rotary_tables((1, 8, 8), 16, torch.device("cpu"))
+    tables = skiparse.rotary_tables((1, 8, 8), 16, torch.device("cpu"))
     for n in (1, 2, 4, 8):
-        assert all(
-            layout.key_mask is None for layout in sparse_ummdit.make_layouts(n, tables, None, None, (1, 5))
-        )
-    padded = sparse_ummdit.rotary_tables((1, 3, 5), 16, torch.device("cpu"))
-    for layout in sparse_ummdit.make_layouts(2, padded, None, None, (3, 5)):
+        assert all(layout.key_mask is None for layout in skiparse.make_layouts(n, tables, None, None, (1, 5)))
+    padded = skiparse.rotary_tables((1, 3, 5), 16, torch.device("cpu"))
+    for layout in skiparse.make_layouts(2, padded, None, None, (3, 5)):
         assert layout.key_mask is not None
         assert layout.key_mask.shape == (2 * 3, 1, 1, 16 // 2 + 5)
 
@@ -186,8 +185,8 @@ def test_fp16_survives_overflow(model: SparseUMMDiT) -> None:
             torch.full((1, 1, 64, 32), torch.inf, dtype=torch.half),
             torch.zeros(1, 6, 32, dtype=torch.half),
             torch.zeros(1, 32),
-            sparse_ummdit.make_layouts(
-                1, sparse_ummdit.rotary_tables((1, 8, 8), 16, torch.device("cpu")), None, None, (1, 6)
+            skiparse.make_layouts(
+                1, skiparse.rotary_tables((1, 8, 8), 16, torch.device("cpu")), None, None, (1, 6)
             )[0],
         )[0]
     ).all()

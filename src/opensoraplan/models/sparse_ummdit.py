@@ -1,15 +1,15 @@
 """SparseUMMDiT ("SUV"): the U-shaped sparse diffusion transformer of Open-Sora Plan v1.5.0, top to bottom.
 
-No parallelism, no file formats, no sampling. Shapes: B batch, C latent channels, T/H/W latent grid, S video
-tokens, L text tokens, D width, H heads (in [.., H, d]), d head width, n the Skiparse rate of a stage. Inside
-a stage the video stream is kept as [n, B, S/n, D]: n subsequences that attend only within themselves.
+No parallelism, no file formats, no sampling; the order of tokens in sparse stages is in skiparse.py. Shapes:
+B batch, C latent channels, T/H/W latent grid, S video tokens, L text tokens, D width, H heads (in
+[.., H, d]), d head width, n the Skiparse rate of a stage.
 """
 
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,76 +24,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
+from opensoraplan.models.skiparse import (
+    Layout,
+    apply_rotary,
+    from_group_skip,
+    make_layouts,
+    rotary_tables,
+    swap_skip,
+    to_single_skip,
+)
 from opensoraplan.models.strict import StrictMixin
 
 logger = logging.getLogger(__name__)
-
-ROPE_THETA = 10000.0
-ROPE_SPLIT = (4, 6, 6)  # of 16: shares of a head's channels that turn with t, y and x
-
-
-# --- Skiparse layouts ---------------------------------------------------------------------------------------
-# A token index is i = a * n^2 + m * n + r. Single-skip attends within each r, ordered by (a, m); group-skip
-# within each m, ordered by (a, r). Swapping r and m is its own inverse, so going from one to the other is one
-# permutation.
-
-
-def to_single_skip(x: Tensor, n: int) -> Tensor:
-    """[B, S, ...] -> [n, B, S'/n, ...], S padded at its end with zeros to S', a multiple of n^2."""
-    padding = -x.shape[1] % n**2
-    if padding:
-        x = torch.cat([x, x.new_zeros(x.shape[0], padding, *x.shape[2:])], dim=1)
-    return x.unflatten(1, (-1, n)).movedim(2, 0).contiguous()
-
-
-def swap_skip(x: Tensor) -> Tensor:
-    """Single-skip to group-skip order and back: [n, B, S'/n, ...] -> the same shape."""
-    n = x.shape[0]
-    return x.unflatten(2, (-1, n)).transpose(0, 3).flatten(2, 3)
-
-
-def from_group_skip(x: Tensor, tokens: int) -> Tensor:
-    """[n, B, S'/n, ...] in group-skip order -> [B, S, ...], the padding dropped."""
-    n = x.shape[0]
-    return x.unflatten(2, (-1, n)).movedim(0, 2).flatten(1, 3)[:, :tokens]
-
-
-class Layout(NamedTuple):
-    """What attention needs to know of one order of the tokens."""
-
-    cos: Tensor  # [n, 1, S'/n, 1, d/2]
-    sin: Tensor
-    key_mask: Tensor | None  # [n * B, 1, 1, S'/n + L] bool, True = attend; None where nothing is masked
-
-
-def rotary_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [1, S, 1, d/2] in fp32 of every token's position (t, y, x), counted from 0."""
-    angles = []
-    for axis, (size, width) in enumerate(zip(grid, rotary_widths(head_dim), strict=True)):
-        channel = torch.arange(0, width, 2, dtype=torch.float32, device=device)
-        position = torch.arange(size, dtype=torch.float32, device=device)
-        angle = torch.outer(position, ROPE_THETA ** (-channel / width))
-        shape = [1, 1, 1, width // 2]
-        shape[axis] = size
-        angles.append(angle.view(shape).expand(*grid, -1))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2)[None, :, None]
-    return angle.cos(), angle.sin()
-
-
-def rotary_widths(head_dim: int) -> list[int]:
-    return [head_dim * share // sum(ROPE_SPLIT) for share in ROPE_SPLIT]
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [n, B, S/n, H, d] (fp32), by half-split rotation inside each of the three parts of a head."""
-    widths = rotary_widths(x.shape[-1])
-    halves = [width // 2 for width in widths]
-    turned = []
-    for part, c, s in zip(x.split(widths, -1), cos.split(halves, -1), sin.split(halves, -1), strict=True):
-        first, second = part.chunk(2, dim=-1)
-        turned += [first * c - second * s, second * c + first * s]
-    return torch.cat(turned, dim=-1)
-
 
 # --- Norms and embeddings: all of these compute and return fp32 ---------------------------------------------
 
@@ -191,31 +133,34 @@ class JointAttnProcessor:
     def __call__(
         self, attn: "JointAttention", video: Tensor, text: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        n, _, s, _ = video.shape
+        def heads(linear: nn.Module, x: Tensor) -> Tensor:
+            return linear(x).unflatten(-1, (-1, attn.head_dim))
+
+        v, text_v = heads(attn.to_v, video), heads(attn.add_v_proj, text)
+        q = apply_rotary(attn.norm_q(heads(attn.to_q, video)), layout.cos, layout.sin).to(v.dtype)
+        k = apply_rotary(attn.norm_k(heads(attn.to_k, video)), layout.cos, layout.sin).to(v.dtype)
+        text_q = attn.norm_added_q(heads(attn.add_q_proj, text)).to(v.dtype)
+        text_k = attn.norm_added_k(heads(attn.add_k_proj, text)).to(v.dtype)
+
+        video, text = self.attend((q, k, v), (text_q, text_k, text_v), layout.key_mask)
+        video = attn.to_out[0](video.flatten(-2))
+        return video, None if attn.to_add_out is None else attn.to_add_out(text.flatten(-2))
+
+    def attend(
+        self,
+        video: tuple[Tensor, Tensor, Tensor],
+        text: tuple[Tensor, Tensor, Tensor],
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries, keys, values of video [n, B, s, H, d] and text [B, L, H, d] -> outputs of these shapes."""
+        n, _, s, _, _ = video[0].shape
         q, k, v = (
-            linear(video).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v)
+            torch.cat([x, text_x.expand(n, *text_x.shape)], dim=2).flatten(0, 1)  # [n * B, s + L, H, d]
+            for x, text_x in zip(video, text, strict=True)
         )
-        q = apply_rotary(attn.norm_q(q), layout.cos, layout.sin).to(v.dtype)
-        k = apply_rotary(attn.norm_k(k), layout.cos, layout.sin).to(v.dtype)
-
-        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (linear(text).unflatten(-1, (attn.heads, -1)) for linear in added)
-        text_q = attn.norm_added_q(text_q).to(v.dtype)
-        text_k = attn.norm_added_k(text_k).to(v.dtype)
-
-        def join(x: Tensor, text_x: Tensor) -> Tensor:  # -> [n * B, s + L, H, d]
-            return torch.cat([x, text_x.expand(n, *text_x.shape)], dim=2).flatten(0, 1)
-
-        out = dispatch_attention_fn(
-            join(q, text_q),
-            join(k, text_k),
-            join(v, text_v),
-            attn_mask=layout.key_mask,
-            backend=self._attention_backend,
-        )
-        out = out.flatten(2, 3).unflatten(0, (n, -1))  # [n, B, s + L, D]
-        video = attn.to_out[0](out[:, :, :s])
-        return video, None if attn.to_add_out is None else attn.to_add_out(out[:, :, s:].mean(0))
+        out = dispatch_attention_fn(q, k, v, attn_mask=key_mask, backend=self._attention_backend)
+        out = out.unflatten(0, (n, -1))
+        return out[:, :, :s], out[:, :, s:].mean(0)
 
 
 class JointAttention(nn.Module, AttentionModuleMixin):
@@ -229,11 +174,11 @@ class JointAttention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, dim: int, *, heads: int, eps: float, text_output: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k = (RMSNorm(dim // heads, eps=eps) for _ in range(2))
-        self.norm_added_q, self.norm_added_k = (RMSNorm(dim // heads, eps=eps) for _ in range(2))
+        self.norm_q, self.norm_k = (RMSNorm(self.head_dim, eps=eps) for _ in range(2))
+        self.norm_added_q, self.norm_added_k = (RMSNorm(self.head_dim, eps=eps) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim) if text_output else None
         self.processor: Any = (
@@ -396,6 +341,53 @@ class AdaNormOut(nn.Module):
         return self.norm(x) * (1 + scale) + shift
 
 
+class Stages(nn.Module):
+    """Tokens through the stages of the U. It has no weights, and is a module so that hooks can give it a part
+    of the tokens and join what comes out: all that it is given counts tokens in the same order.
+    """
+
+    def __init__(self, num_layers: Sequence[int], *, skip_connection: bool) -> None:
+        super().__init__()
+        self.num_layers = tuple(num_layers)
+        self.skip_connection = skip_connection
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        cond: Tensor,
+        tables: tuple[Tensor, Tensor],
+        video_mask: Tensor | None,
+        text_mask: Tensor | None,
+        *,
+        blocks: Iterable[nn.Module],
+        rates: Sequence[int],
+    ) -> Tensor:
+        """Tokens [B, S, D] in natural order -> the same. `tables` [1, S, 1, d/2], masks [B, S] and [B, L]."""
+        tokens, middle = video.shape[1], len(self.num_layers) // 2
+        layouts = {n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2]) for n in set(rates)}
+        rest = iter(blocks)
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for stage, (depth, n) in enumerate(zip(self.num_layers, rates, strict=True)):
+            video = to_single_skip(video, n)
+            kept = None
+            if stage > middle and self.skip_connection:
+                kept_video, kept_text = outputs.pop()
+                kept = to_single_skip(kept_video, n), kept_text
+            for index, block in enumerate(itertools.islice(rest, depth)):
+                if index:
+                    video = swap_skip(video)
+                inputs = (video, text, cond, layouts[n][index % 2], None if index else kept)
+                if block.gradient_checkpointing and torch.is_grad_enabled():
+                    video, text = checkpoint(block, *inputs, use_reentrant=False)
+                else:
+                    video, text = block(*inputs)
+            video = from_group_skip(video, tokens)
+            if stage < middle:
+                outputs.append((video, text))
+        return video
+
+
 # diffusers' pipelines load a class only where they find the name ModelMixin beside it.
 class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
@@ -469,6 +461,7 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             for index in range(sum(num_layers))
         )
 
+        self.stages = Stages(num_layers, skip_connection=skip_connection)
         self.norm_final = NORMS[norm_cls](dim, eps=norm_eps)
         self.norm_out = AdaNormOut(dim, embed_dim=timestep_embed_dim, **norm)
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
@@ -582,50 +575,17 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         cond = self.time_text_embed(timestep, pooled_projections)
         video = self.patch_embed(hidden_states)
         text = self.caption_projection(text)
-        video = self._run_stages(video, text, cond, grid, video_mask, text_mask)
+        tables = rotary_tables(grid, self.config["attention_head_dim"], video.device)
+        rates = self.config["sparse_n"] or [1] * len(self.config["num_layers"])
+        video = self.stages(
+            video, text, cond, tables, video_mask, text_mask, blocks=self.transformer_blocks, rates=rates
+        )
 
         video = self.norm_out(self.norm_final(video).to(video.dtype), cond).to(video.dtype)
         video = self.proj_out(video)
         video = video.unflatten(-1, (patch, patch, -1)).unflatten(1, grid)  # [B, T, H/p, W/p, p, p, C]
         sample = video.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _run_stages(
-        self,
-        video: Tensor,
-        text: Tensor,
-        cond: Tensor,
-        grid: tuple[int, int, int],
-        video_mask: Tensor | None,
-        text_mask: Tensor | None,
-    ) -> Tensor:
-        """Tokens [B, S, D] in natural order through the U and back to natural order."""
-        tokens = video.shape[1]
-        depths = self.config["num_layers"]
-        rates = self.config["sparse_n"] or [1] * len(depths)
-        tables = rotary_tables(grid, self.config["attention_head_dim"], video.device)
-        layouts = {n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2]) for n in set(rates)}
-
-        blocks = iter(self.transformer_blocks)
-        outputs: list[tuple[Tensor, Tensor]] = []
-        for stage, (depth, n) in enumerate(zip(depths, rates, strict=True)):
-            video = to_single_skip(video, n)
-            kept = None
-            if stage > len(depths) // 2 and self.config["skip_connection"]:
-                kept_video, kept_text = outputs.pop()
-                kept = to_single_skip(kept_video, n), kept_text
-            for index, block in enumerate(itertools.islice(blocks, depth)):
-                if index:
-                    video = swap_skip(video)
-                inputs = (video, text, cond, layouts[n][index % 2], None if index else kept)
-                if block.gradient_checkpointing and torch.is_grad_enabled():
-                    video, text = checkpoint(block, *inputs, use_reentrant=False)
-                else:
-                    video, text = block(*inputs)
-            video = from_group_skip(video, tokens)
-            if stage < len(depths) // 2:
-                outputs.append((video, text))
-        return video
 
 
 def trim_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -638,34 +598,6 @@ def trim_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     length = max(int(mask.any(0).nonzero().max()) + 1, 1) if mask.any() else 1
     text, mask = text[:, :length], mask[:, :length]
     return text, None if mask.all() else mask
-
-
-def make_layouts(
-    n: int,
-    tables: tuple[Tensor, Tensor],
-    video_mask: Tensor | None,
-    text_mask: Tensor | None,
-    text_shape: Sequence[int],
-) -> tuple[Layout, Layout]:
-    """The single-skip and the group-skip layout of rate n: rotary tables, and key masks where anything is
-    masked.
-    """
-    cos, sin = (to_single_skip(table, n) for table in tables)
-    tokens, device = tables[0].shape[1], cos.device
-    single_mask = group_mask = None
-    if video_mask is not None or text_mask is not None or tokens % n**2:
-        batch, length = text_shape
-        if video_mask is None:
-            video_mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        if text_mask is None:
-            text_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-        text_keys = text_mask.expand(n, batch, length)
-        single = to_single_skip(video_mask, n)  # padding becomes False
-        single_mask, group_mask = (
-            torch.cat([video_keys, text_keys], dim=-1).flatten(0, 1)[:, None, None]
-            for video_keys in (single, swap_skip(single))
-        )
-    return Layout(cos, sin, single_mask), Layout(swap_skip(cos), swap_skip(sin), group_mask)
 
 
 def check_architecture(*, attention_head_dim: int, num_layers: Sequence[int], norm_cls: str) -> None:
