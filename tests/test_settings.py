@@ -1,7 +1,7 @@
 """Settings that a user writes: unknown keys and wrong values are told by name."""
 
 import pytest
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from opensoraplan.settings import Settings
 
@@ -11,11 +11,23 @@ class Inner(Settings):
     names: tuple[str, ...] = ()
 
 
+class Span(Settings):
+    low: int = 0
+    high: int = 9
+
+    @model_validator(mode="after")
+    def _check(self) -> "Span":
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        return self
+
+
 class Outer(Settings):
     size: int
     rate: float = 0.5
     inner: Inner = Inner()
     other: Inner | None = None
+    span: Span = Span()
 
     @field_validator("rate")
     @classmethod
@@ -47,6 +59,7 @@ def test_values() -> None:
             {"size": 3, "inner": {"depth": 0}},
             "run.toml: inner.depth: Input should be greater than or equal to 1, got 0",
         ),
+        ({"size": 3, "span": {"low": 3, "high": 1}}, "run.toml: span: low 3 is above high 1"),
     ],
 )
 def test_mistakes(values: dict, text: str) -> None:

@@ -47,5 +47,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:  # noqa: ANN401 (pyda
         near = difflib.get_close_matches(str(key), list(model.model_fields), n=1)
         return f"unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    # What contradicts itself in a section is in the message; the whole section would bury it.
+    silent = problem["type"] == "missing" or isinstance(problem["input"], Mapping)
+    got = "" if silent else f", got {problem['input']!r}"
     return f"{name}: {message}{got}" if name else message
