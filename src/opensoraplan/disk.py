@@ -1,13 +1,18 @@
 """Files that appear whole or not at all, and disks that are full told in plain words."""
 
 import errno
+import glob
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+# Seconds without a write after which a temporary file is no live writer's.
+_ABANDONED = 3600
 
 
 def flush(path: Path) -> None:
@@ -22,10 +27,14 @@ def flush(path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file of another name, flush it to the disk, and rename it to `path`.
 
-    What a killed writer of the same file left behind is removed. Errors pass: see `plain_errors`.
+    Several may write the same file at once: the last to finish wins. What a killed writer of it left behind
+    is removed once it is an hour old. Errors pass: see `plain_errors`.
     """
-    for old in path.parent.glob(f".{path.name}.*.tmp"):
-        old.unlink(missing_ok=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # Another writer may rename or remove it at any moment.
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > _ABANDONED:
+                old.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
