@@ -3,8 +3,10 @@
 import gc
 import logging
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from opensoraplan.data import reading
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import (
     BadFiles,
@@ -230,6 +233,21 @@ def threads() -> int:
     """Threads of this process, also those of libraries (Linux)."""
     tasks = Path("/proc/self/task")
     return len(list(tasks.iterdir())) if tasks.exists() else 0
+
+
+@pytest.mark.skipif(find_spec("decord") is not None, reason="decord is installed")
+def test_a_reader_that_is_missing_is_said_once_and_not_by_every_worker(
+    clips: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading._is_installed.cache_clear()  # of other tests in this process
+    handler = logging.StreamHandler(sys.stderr)
+    reading.logger.addHandler(handler)
+    try:
+        dataset = ClipDataset([sample(clips[0])] * 4, seed=0, reader="decord")
+        load(dataset, [[draw(index)] for index in range(4)], workers=2)
+    finally:
+        reading.logger.removeHandler(handler)
+    assert capfd.readouterr().err.count("reader decord is not installed") == 1
 
 
 def test_no_threads_are_left_to_be_forked(damaged: list[Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from av.stream import Disposition
 
+from opensoraplan.data import reading
 from opensoraplan.data.video import (
     Reader,
     VideoWriter,
@@ -493,6 +494,7 @@ def test_a_reader_that_is_missing_is_named_once(
 ) -> None:
     clip = write_clip(tmp_path / "clip.mp4", moving_frames(3))
     every = read_frames(clip)
+    reading._is_installed.cache_clear()  # of other tests in this process
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             difference = read_numbered(clip, [0, 2], reader=reader).int() - every[[0, 2]].int()

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from opensoraplan.data.buckets import Draw, Shape
 from opensoraplan.data.selection import Sample
-from opensoraplan.data.video import Reader, fit, read_numbered
+from opensoraplan.data.video import Reader, fit, installed_reader, read_numbered
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class ClipDataset(Dataset[Clip]):
         self._new_windows = new_windows
         self._caption_dropout = caption_dropout
         self._use_aesthetic = use_aesthetic
-        self._reader: Reader = reader
+        # Here, so that one that is missing is said once and not by every worker.
+        self._reader: Reader = installed_reader(reader)
         self._same: dict[Shape, list[int]] = {}
         for index, sample in enumerate(samples):
             self._same.setdefault(sample.shape, []).append(index)

@@ -165,7 +165,7 @@ def read_numbered(
         raise ValueError(f"crop must be [left, right, top, bottom] with left < right, got {list(crop)}")
     if not Path(path).exists():
         raise FileNotFoundError(f"video {path} does not exist")
-    if reader != "pyav" and _is_installed(reader):
+    if installed_reader(reader) != "pyav":
         frames = _by_decord(path, numbers) if reader == "decord" else _by_torchcodec(path, numbers)
         return _cropped(path, frames, crop)
     if numbers[0] >= _NEAR:
@@ -476,6 +476,11 @@ def _cropped(path: str | Path, frames: torch.Tensor, crop: tuple[int, int, int, 
     if right > width or bottom > height:
         raise ValueError(f"{path} is {height} x {width} (height x width), crop is {list(crop)}")
     return frames[:, top:bottom, left:right]
+
+
+def installed_reader(reader: Reader) -> Reader:
+    """`reader`, or "pyav" in place of one whose package is not installed, which is said once a process."""
+    return reader if reader == "pyav" or _is_installed(reader) else "pyav"
 
 
 @cache
