@@ -307,19 +307,16 @@ def write_dataset(
     """Write scenes 0 .. count - 1 of `scene_for` as mp4 files with the original's manifest.
 
     Makes `folder/clips/000000.mp4`, ..., `folder/annotation.json` (path, cap, num_frames, fps, resolution;
-    `cap` lists `captions` full wordings and a short one) and `folder/data.txt` (line
-    `folder,annotation.json`, absolute), and returns the path of the last. Clips that are there already are
+    `cap` lists `captions` full wordings and a short one) and `folder/data.txt` (line `.,annotation.json`, so
+    that the folder may be moved), and returns the path of the last. Clips that are there already are
     kept, so that a broken-off call can be repeated and a data set be extended with a larger `count`.
 
-    Raises ValueError for a folder that holds clips of other settings, or with a comma in its name (which
-    `data.txt` cannot say), and for numbers that cannot be.
+    Raises ValueError for a folder that holds clips of other settings, and for numbers that cannot be.
     """
     if count < 1 or captions < 1:
         raise ValueError(f"count and captions must be at least 1, got count {count}, captions {captions}")
     _check_size(frames=frames, height=height, width=width)
     root = Path(folder).resolve()
-    if "," in str(root):
-        raise ValueError(f"data.txt cannot name a folder with a comma: {root}")
     clips = root / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -354,7 +351,7 @@ def write_dataset(
         )
     annotation = json.dumps(records, indent=1)
     write_whole(root / "annotation.json", lambda file: file.write_text(annotation))
-    write_whole(root / "data.txt", lambda file: file.write_text(f"{root},{root / 'annotation.json'}\n"))
+    write_whole(root / "data.txt", lambda file: file.write_text(".,annotation.json\n"))
     return root / "data.txt"
 
 
