@@ -2,6 +2,7 @@
 train. Read them, never write.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of eight captioned clips of 9 x 64 x 64."""
     folder = tmp_path_factory.mktemp("tiny") / "clips"
     return write_dataset(folder, count=8, seed=0, frames=9, height=64, width=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_mixed(tiny_clips: Path) -> Path:
+    """The same clips with the first five frames of three of them, and one that is too slow."""
+    whole = json.loads(tiny_clips.with_name("annotation.json").read_text())
+    cut = [{**record, "cut": [0, 5]} for record in whole[:3]]
+    path = tiny_clips.with_name("mixed.json")
+    path.write_text(json.dumps([*whole, *cut, {**whole[0], "fps": 8}]))
+    return path
 
 
 @pytest.fixture

@@ -125,8 +125,8 @@ def test_check_of_real_files(tmp_path: Path) -> None:
     assert "short.mp4: 4 frames give 1, min_num_frames is 9" in table
     assert table.count(str(tmp_path / "broken.mp4")) == 1
     assert table.endswith(f"every record: {tmp_path / 'table.csv'}")
-    again = check_manifest(tmp_path, settings=SETTINGS, global_batch=1, need_captions=False)
-    assert "rare shape" in again
+    again = check_manifest(tmp_path, settings=SETTINGS, global_batch=3, need_captions=False)
+    assert "2 samples of 17x32x48, 3 needed" in again
     assert "no caption" not in again
     assert "Shapes" not in again
     assert "every record" not in again

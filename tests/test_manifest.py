@@ -214,6 +214,16 @@ def test_rare_shapes_are_dropped_where_the_batch_is_known() -> None:
         select(records, settings(), global_batch=0)
 
 
+def test_rare_shapes_stay_where_there_are_no_others() -> None:
+    records = [clip(f"{i}.mp4") for i in range(7)] + [clip(f"{i}.mp4", num_frames=9) for i in range(3)]
+    records.append(clip(num_frames=1, captions=("one",)))
+    selection = select(records, settings(min_num_frames=1), global_batch=2)
+    assert selection.shapes == {(17, 64, 64): 7, (9, 64, 64): 3}
+    assert [drop.detail for drop in selection.dropped] == ["1 samples of 1x64x64, 2 needed"]
+    with pytest.raises(ValueError, match=r"all 11 .* 11 rare shape .* 7 samples of 17x64x64, 8 needed"):
+        select(records, settings(min_num_frames=1), global_batch=8)
+
+
 def test_captions_are_not_needed_for_a_vae() -> None:
     assert select([clip(captions=())], settings(), need_captions=False).kept
 

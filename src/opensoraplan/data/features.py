@@ -12,7 +12,7 @@ and CLIP states. The folder has
 import hashlib
 import json
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import Failure, caption_of
 from opensoraplan.data.record import Record
-from opensoraplan.data.selection import Sample
+from opensoraplan.data.selection import Sample, samples_needed
 from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.settings import Settings
 
@@ -294,6 +294,24 @@ class FeatureDataset(Dataset[Features]):
         moments = self._open.tensor(*self._files[0])
         sequence, pooled = self._states("")
         return moments.shape[0] // 2, sequence.shape[1], pooled.shape[0]
+
+    def drop_rare(self, *, min_batches: int, global_batch: int) -> list[Sample]:
+        """Leave out, and return, the samples of the shapes that `select` would drop for such batches.
+
+        Raises ValueError if none is left.
+        """
+        counts = Counter(self.shapes)
+        enough = samples_needed(counts.values(), min_batches=min_batches, global_batch=global_batch)
+        dropped = [sample for sample in self.samples if counts[sample.shape] < enough]
+        if len(dropped) == len(self.samples):
+            raise ValueError(
+                f"{self.folder}: no shape has the {enough} samples of a global batch, the most are "
+                f"{max(counts.values())}: lower data.batch_size or optimizer.accumulate"
+            )
+        both = zip(self.samples, self._files, strict=True)
+        kept = [(sample, file) for sample, file in both if counts[sample.shape] >= enough]
+        self.samples, self._files = [sample for sample, _ in kept], [file for _, file in kept]
+        return dropped
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal, NamedTuple, Self
@@ -57,7 +57,7 @@ _SENTENCES: Mapping[Reason, str] = {
     Reason.LOW_FPS: "fewer frames a second than train_fps",
     Reason.TOO_SHORT: "no valid number of frames (8k + 1) from min_num_frames on fits into it",
     Reason.SHORT: "fewer than num_frames, and drawn by drop_short_ratio",
-    Reason.RARE_SHAPE: "fewer than min_batches global batches have its shape",
+    Reason.RARE_SHAPE: "too few of its shape to fill min_batches global batches (batch_size x accumulate)",
 }
 
 
@@ -101,7 +101,7 @@ class SelectionSettings(Settings):
     sequence_parallel: int = Field(default=1, ge=1)
     """Latent frames of a video are a multiple of it."""
     min_batches: int = Field(default=4, ge=1)
-    """Shapes that fill fewer global batches are dropped, where `select` is told how large those are."""
+    """Shapes that fill fewer global batches are dropped; see `samples_needed`."""
 
     @property
     def smallest_area(self) -> int:
@@ -272,7 +272,7 @@ def select(
 
     What is random, windows of long clips and which short ones are dropped, depends on `seed` and the record
     only, not on the other records. With `global_batch`, the samples of a step over all ranks, shapes that
-    fill fewer than `min_batches` of them are dropped. `need_captions` False is for training a VAE.
+    have fewer than `samples_needed` are dropped. `need_captions` False is for training a VAE.
 
     Raises ValueError without records and, unless `allow_empty`, if none is kept.
     """
@@ -295,6 +295,18 @@ def select(
     return selection
 
 
+def samples_needed(counts: Iterable[int], *, min_batches: int, global_batch: int) -> int:
+    """How many samples a shape must have to be trained on, where there are `counts` of the shapes.
+
+    Those of `min_batches` global batches, as in the original. Where no shape has so many, those of one
+    batch, so that small sets can be trained on: the original keeps nothing of them.
+    """
+    if global_batch < 1:
+        raise ValueError(f"global_batch must be at least 1, got {global_batch}")
+    enough = min_batches * global_batch
+    return enough if any(count >= enough for count in counts) else global_batch
+
+
 def _reasons(selection: Selection) -> str:
     return "; ".join(
         f"{len(drops)} {reason} ({reason.sentence}), as {drops[0].record.path}: {drops[0].detail}"
@@ -305,10 +317,8 @@ def _reasons(selection: Selection) -> str:
 def _without_rare(
     samples: list[Sample], *, settings: SelectionSettings, global_batch: int
 ) -> tuple[list[Sample], list[Dropped]]:
-    if global_batch < 1:
-        raise ValueError(f"global_batch must be at least 1, got {global_batch}")
     counts = Counter(sample.shape for sample in samples)
-    enough = settings.min_batches * global_batch
+    enough = samples_needed(counts.values(), min_batches=settings.min_batches, global_batch=global_batch)
     rare = [
         Dropped(
             sample.index,

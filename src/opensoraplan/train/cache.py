@@ -2,7 +2,6 @@
 describes.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,12 @@ from opensoraplan.data import features
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import ClipDataset, all_captions
 from opensoraplan.data.features import Description, Kind, LeftOut
-from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import Sample, select
-from opensoraplan.data.video import Reader
+from opensoraplan.data.selection import Sample
+from opensoraplan.data.video import installed_reader
 from opensoraplan.device import resolve_device
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
+from opensoraplan.train.sources import preprocessing_parts, select_clips
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,8 @@ def write_cache(
         raise ValueError("data.manifest is missing: there are no clips to encode")
     check_paths(settings.vae, settings.text)
     device = resolve_device(settings.device)
-    samples = _samples(settings, settings.data.manifest)
+    # Of every shape: how large batches are is for training to say.
+    samples = select_clips(settings.data, settings.data.manifest, seed=settings.seed)
     preprocessing = preprocessing_parts(settings, samples)
     features.check_place(out, preprocessing)
 
@@ -212,7 +212,7 @@ class _Clips(Dataset[Tensor | LeftOut]):
 
     def __init__(self, samples: Sequence[Sample], data: DataSettings, *, seed: int) -> None:
         self._samples = samples
-        self._reader: Reader = data.reader
+        self._reader = installed_reader(data.reader)
         self._seed = seed
 
     def __getitem__(self, place: int) -> Tensor | LeftOut:
@@ -225,39 +225,12 @@ class _Clips(Dataset[Tensor | LeftOut]):
             return LeftOut(_printable(str(sample.record.path)), _printable(str(error)))
 
 
-def _samples(settings: TrainSettings, manifest: Path) -> tuple[Sample, ...]:
-    records = read_manifest(manifest, root=settings.data.root)
-    selection = select(records, settings.data.selection, seed=settings.seed)
-    for reason, drops in selection.reasons().items():
-        logger.info("%d of %d records are dropped: %s", len(drops), len(records), reason.sentence)
-    return selection.kept
-
-
 def _texts(samples: Sequence[Sample], *, use_aesthetic: bool) -> list[str]:
     """Every text once, in the order of the samples; first of all the empty one, for dropped captions."""
     texts = {"": None}
     for sample in samples:
         texts |= dict.fromkeys(all_captions(sample, use_aesthetic=use_aesthetic))
     return list(texts)
-
-
-def preprocessing_parts(settings: TrainSettings, samples: Sequence[Sample]) -> dict[str, str]:
-    """What features depend on beside the encoders, as `Encoders.fingerprint` names parts."""
-    data = settings.data
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        record = sample.record
-        # The file by its name alone: the same data on another disk makes the same features.
-        facts = [record.path.name, record.captions, record.crop, record.aesthetic, sample.shape]
-        digest.update(json.dumps([*facts, sample.frame_numbers]).encode())
-    # Caches are not made of batches.
-    selection = data.selection.model_dump(exclude={"min_batches"})
-    return {
-        **{f"selection.{name}": json.dumps(value) for name, value in selection.items()},
-        "reader": data.reader,
-        "use_aesthetic": str(data.use_aesthetic).lower(),
-        "clips, windows (drawn by seed) and captions": digest.hexdigest(),
-    }
 
 
 def _check_limit(left_out: Sequence[LeftOut], *, limit: int) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ class Encoders:
     tokenizer_2: "PreTrainedTokenizerBase"
     max_tokens: int = 512
     clean: bool = True
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Of T5's states and of CLIP's pooled one: the denoiser's caption_channels and
+        pooled_projection_dim.
+        """
+        return self.text_encoder.config.d_model, self.text_encoder_2.config.projection_dim
+
+    def to(self, device: torch.device) -> Self:
+        """The same models, moved."""
+        for model in (self.vae, self.text_encoder, self.text_encoder_2):
+            model.to(device)  # type: ignore[arg-type]
+        return self
 
     @torch.no_grad()
     def encode_videos(self, video: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Where a trainer's batches come from: clips that are encoded as they come, or features encoded before."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +15,12 @@ from torch.utils.data import Dataset
 from opensoraplan.data.dataset import Batch, ClipDataset, collate
 from opensoraplan.data.features import FeatureBatch, FeatureDataset, check_fresh, collate_features
 from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import Sample, select
+from opensoraplan.data.selection import Reason, Sample, select
+from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.train.cache import preprocessing_parts
-from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.encoders import Encoders, load_encoders
+from opensoraplan.train.config import ClipSourceSettings, TrainSettings, VAETrainSettings
+from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,22 @@ class Encoded(NamedTuple):
 class Source:
     """A dataset, read by workers in batches that `collate` makes, and how a batch is encoded here.
 
-    `shapes` are the samples' (frames, height, width) in pixels, `vae_config` says what the latents are.
+    `samples` are the dataset's, in its order. `vae_config` says what the latents are, `text_widths` how wide
+    the states of T5 and the pooled one of CLIP.
     """
 
     dataset: Dataset[Any]
-    shapes: Sequence[tuple[int, int, int]]
+    samples: Sequence[Sample]
     collate: Callable[[list[Any]], Any]
     encode: Callable[[Any], Encoded]
     vae_config: Mapping[str, Any]
+    text_widths: tuple[int, int]
     device: torch.device
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width in pixels of each sample."""
+        return [sample.shape for sample in self.samples]
 
     def normalize(self, latents: Tensor) -> Tensor:
         """(latents - shift) * scale per channel of [B, C, T, H, W]."""
@@ -52,12 +61,20 @@ class Source:
         return (latents - _per_channel(shift, latents)) * _per_channel(scale, latents)
 
     def check_fits(self, model: SparseUMMDiT) -> None:
-        """Raise ValueError unless the denoiser takes these latents and, as far as known, this text."""
-        have, wanted = self.vae_config["latent_channels"], model.config["in_channels"]
-        if have != wanted:
-            raise ValueError(
-                f"the VAE makes latents of {have} channels, the denoiser has in_channels {wanted}"
-            )
+        """Raise ValueError, with both numbers, unless the denoiser takes these latents and this text."""
+        t5, clip = self.text_widths
+        wanted = {
+            "in_channels": (self.vae_config["latent_channels"], "the VAE makes latents of {} channels"),
+            "caption_channels": (t5, "T5 makes states of width {}"),
+            "pooled_projection_dim": (clip, "CLIP makes a pooled state of width {}"),
+        }
+        problems = [
+            f"{what.format(have)}, the denoiser has {name} {model.config[name]}"
+            for name, (have, what) in wanted.items()
+            if model.config[name] != have
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
@@ -68,25 +85,36 @@ def open_source(
     settings: TrainSettings, *, device: torch.device, held_out: bool = False, encoders: Encoders | None = None
 ) -> tuple[Source, Encoders | None]:
     """The training clips or features of a run, or those of its validation (`held_out`, without dropout), and
-    the encoders if any are loaded: `encoders` if given.
+    the encoders, on `device`, if the run needs them: `encoders` if given.
 
-    Features are held against the clips and encoders that the settings name, if they do. Raises ValueError for
-    data that does not exist, is empty, or was encoded by something else.
+    Features are held against the clips and encoders that the settings name, if they do; the encoders then
+    are loaded on the CPU and, unless validation needs them, let go. Raises ValueError for data that does not
+    exist, is empty, or was encoded by something else.
     """
     data = settings.data
     manifest, features = data.manifest, data.features
     if held_out:
         manifest, features = settings.validation.manifest, settings.validation.features
     dropout = 0.0 if held_out else data.caption_dropout
-    samples = None if manifest is None else training_samples(settings, manifest)
+    global_batch = None if held_out else global_batch_of(settings)
+    named = bool(settings.vae.pretrained and settings.text.t5 and settings.text.clip)
+    if features is None or named:
+        check_paths(settings.vae, settings.text)  # first, for reading a manifest may take minutes
     if features is not None:
-        parts = {} if samples is None else preprocessing_parts(settings, samples)
-        if settings.vae.pretrained and settings.text.t5 and settings.text.clip:
-            encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
-            parts |= encoders.fingerprint()
+        parts: dict[str, str] = {}
+        if manifest is not None:
+            # Without the batch: a cache has the rare shapes, too.
+            parts |= preprocessing_parts(settings, select_clips(data, manifest, seed=settings.seed))
+        if named:
+            loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
+            parts |= loaded.fingerprint()
+            if not held_out and _validation_encodes(settings):
+                encoders = loaded.to(device)
         check_fresh(features, parts)
-        return _features(features, settings, dropout=dropout, device=device), encoders
-    assert samples is not None
+        source = _features(features, settings, dropout=dropout, global_batch=global_batch, device=device)
+        return source, encoders
+    assert manifest is not None
+    samples = select_clips(data, manifest, seed=settings.seed, global_batch=global_batch)
     encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
     dataset = ClipDataset(
         samples,
@@ -101,21 +129,74 @@ def open_source(
         moments = encoders.encode_videos(batch.video)
         return Encoded(moments, encoders.encode_captions(batch.captions))
 
-    shapes = [sample.shape for sample in samples]
-    return Source(dataset, shapes, collate, encode, encoders.vae.config, device), encoders
+    config, widths = encoders.vae.config, encoders.text_widths
+    return Source(dataset, samples, collate, encode, config, widths, device), encoders
 
 
-def training_samples(settings: TrainSettings, manifest: Path) -> tuple[Sample, ...]:
-    """What is kept of a manifest, as `osp data check` says."""
+def global_batch_of(settings: TrainSettings | VAETrainSettings) -> int:
+    """How many samples a step has."""
+    return settings.data.batch_size * settings.optimizer.accumulate
+
+
+def select_clips(
+    data: ClipSourceSettings,
+    manifest: Path,
+    *,
+    seed: int,
+    global_batch: int | None = None,
+    need_captions: bool = True,
+) -> tuple[Sample, ...]:
+    """The clips of a manifest that are used, as `osp data check` shows; how many are not is logged for each
+    reason. Arguments and errors are those of `read_manifest` and `select`.
+    """
+    records = read_manifest(manifest, root=data.root)
     selection = select(
-        read_manifest(manifest, root=settings.data.root), settings.data.selection, seed=settings.seed
+        records, data.selection, seed=seed, global_batch=global_batch, need_captions=need_captions
     )
-    kept, dropped = len(selection.kept), len(selection.dropped)
-    logger.info("%s: %d clips, %d dropped (osp data check says why)", manifest, kept, dropped)
+    logger.info("%s: %d of %d clips are used", manifest, len(selection.kept), len(records))
+    for reason, drops in selection.reasons().items():
+        logger.info("%s: %d dropped, %s: %s", manifest, len(drops), reason, reason.sentence)
     return selection.kept
 
 
-def _features(folder: Path, settings: TrainSettings, *, dropout: float, device: torch.device) -> Source:
+def digest_of(samples: Sequence[Sample]) -> str:
+    """A fingerprint of the clips, their order, captions, sizes and frames. Not of what is in the files, nor
+    of the folders that they are in: the same data on another disk is the same.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        record = sample.record
+        facts = [record.path.name, record.captions, record.crop, record.aesthetic, sample.shape]
+        digest.update(json.dumps([*facts, sample.frame_numbers]).encode())
+    return digest.hexdigest()
+
+
+def preprocessing_parts(settings: TrainSettings, samples: Sequence[Sample]) -> dict[str, str]:
+    """What features depend on beside the encoders, as `Encoders.fingerprint` names parts."""
+    data = settings.data
+    # Caches are not made of batches.
+    selection = data.selection.model_dump(exclude={"min_batches"})
+    return {
+        **{f"selection.{name}": json.dumps(value) for name, value in selection.items()},
+        "reader": installed_reader(data.reader),
+        "use_aesthetic": str(data.use_aesthetic).lower(),
+        "clips, windows (drawn by seed) and captions": digest_of(samples),
+    }
+
+
+def _validation_encodes(settings: TrainSettings) -> bool:
+    wanted = settings.validation
+    return wanted.every > 0 and bool(wanted.prompts or wanted.manifest)
+
+
+def _features(
+    folder: Path,
+    settings: TrainSettings,
+    *,
+    dropout: float,
+    global_batch: int | None,
+    device: torch.device,
+) -> Source:
     dataset = FeatureDataset(
         folder,
         seed=settings.seed,
@@ -123,8 +204,17 @@ def _features(folder: Path, settings: TrainSettings, *, dropout: float, device: 
         use_aesthetic=settings.data.use_aesthetic,
     )
 
+    if global_batch is not None:
+        fewest = settings.data.selection.min_batches
+        rare = dataset.drop_rare(min_batches=fewest, global_batch=global_batch)
+        if rare:
+            reason = Reason.RARE_SHAPE
+            logger.info("%s: %d dropped, %s: %s", folder, len(rare), reason, reason.sentence)
+    _, t5, clip = dataset.widths
+
     def encode(batch: FeatureBatch) -> Encoded:
         prompt = PromptEmbeds(batch.sequence, batch.mask, batch.pooled).to(device)
         return Encoded(batch.moments.to(device), prompt)
 
-    return Source(dataset, dataset.shapes, collate_features, encode, dataset.description.vae, device)
+    vae = dataset.description.vae
+    return Source(dataset, dataset.samples, collate_features, encode, vae, (t5, clip), device)

@@ -21,8 +21,7 @@ from opensoraplan.convert.assemble import load_vae
 from opensoraplan.convert.export import new_folder, write_component
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import BadFiles, ClipDataset, collate
-from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import Sample, select
+from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
 from opensoraplan.device import resolve_device
 from opensoraplan.fidelity import Fidelity
@@ -45,6 +44,7 @@ from opensoraplan.train.loading import micro_batches
 from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from opensoraplan.train.run import begun, run_steps
+from opensoraplan.train.sources import global_batch_of, select_clips
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
     """
     piece = settings.data
     latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
-    samples = _samples(settings.data, settings.data.manifest, seed=settings.seed)
+    samples = _samples(
+        settings.data, settings.data.manifest, seed=settings.seed, global_batch=global_batch_of(settings)
+    )
     held_out: Sequence[Sample] = ()
     if settings.validation.every:
         held_out = _samples(settings.data, settings.validation.manifest, seed=settings.seed)
@@ -294,12 +296,15 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
         return WFVAE(**config)
 
 
-def _samples(data: VAEClipSettings, manifest: Path | None, *, seed: int) -> tuple[Sample, ...]:
-    """The clips of a manifest; ValueError if pieces of the wanted size cannot be cut from one of them."""
+def _samples(
+    data: VAEClipSettings, manifest: Path | None, *, seed: int, global_batch: int | None = None
+) -> tuple[Sample, ...]:
+    """The clips of a manifest, to train on if there is a `global_batch`; ValueError if pieces of the wanted
+    size cannot be cut from one of them.
+    """
     if manifest is None:
         raise ValueError("validation.manifest is missing: validation needs clips that are not trained on")
-    records = read_manifest(manifest, root=data.root)
-    samples = select(records, data.selection, seed=seed, need_captions=False).kept
+    samples = select_clips(data, manifest, seed=seed, global_batch=global_batch, need_captions=False)
     piece = (data.frames, data.height, data.width)
     for sample in samples:
         if any(have < wanted for have, wanted in zip(sample.shape, piece, strict=True)):
