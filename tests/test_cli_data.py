@@ -41,6 +41,73 @@ def test_the_default_selection_names_why_all_are_dropped(
     assert "too small  1  fewer pixels than min_hxw asks for" in printed
 
 
+DENOISER = """
+output = "run"
+model = {{ pretrained = "nowhere" }}
+[data]
+manifest = "{clips}"
+batch_size = 2
+selection = {{ num_frames = 9, min_num_frames = 9, train_fps = 12, max_height = 64, max_width = 64 }}
+[optimizer]
+accumulate = 2
+"""
+VAE = (
+    DENOISER
+    + """
+[loss]
+kl = 1e-2
+"""
+)
+
+
+@pytest.fixture
+def silent(tiny_clips: Path, tmp_path: Path) -> Path:
+    """Three clips of which two have captions."""
+    folder = tmp_path / "silent"
+    folder.mkdir()
+    for number, clip in enumerate(sorted((tiny_clips.parent / "clips").glob("*.mp4"))[:3]):
+        (folder / clip.name).write_bytes(clip.read_bytes())
+        if number:
+            (folder / clip.name).with_suffix(".txt").write_text("a ball")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "expected"),
+    [
+        (DENOISER, [], ["kept     0", "no caption  1", "2 samples of 9x64x64, 4 needed"]),
+        (DENOISER, ["--set", "optimizer.accumulate=1"], ["kept     2", "no caption  1"]),
+        (DENOISER, ["--global-batch", "2"], ["kept     2", "no caption  1"]),
+        (DENOISER, ["--no-captions", "--global-batch", "1"], ["kept     3"]),
+        (VAE, ["--global-batch", "1"], ["kept     3"]),
+        (VAE, ["--set", "data.selection.max_width=96"], ["kept     0", "too small  3"]),
+    ],
+)
+def test_a_run_is_checked_as_it_will_train(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    silent: Path,
+    run: str,
+    options: list[str],
+    expected: list[str],
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(run.format(clips=silent))
+    osp(monkeypatch, "data", "check", str(path), *options)
+    printed = capsys.readouterr().out
+    for part in ["records  3", *expected]:
+        assert part in printed
+
+
+def test_a_folder_for_a_vae_needs_no_captions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], silent: Path
+) -> None:
+    small = ["num_frames=9", "min_num_frames=9", "train_fps=12", "max_height=64", "max_width=64"]
+    osp(monkeypatch, "data", "check", str(silent), "--no-captions", "--set", *small)
+    assert "kept     3" in capsys.readouterr().out
+
+
 def test_selection_from_the_guides_file(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     parameters = {"num_frames": 57, "train_fps": 12, "cfg": 0.1, "video_reader_type": "decoder"}
@@ -59,6 +126,9 @@ def test_selection_from_the_guides_file(tmp_path: Path) -> None:
         (["{clips}", "--data", "{other}"], "has no dataset_param.preprocess_parameters"),
         (["{clips}", "--set", "train_fps"], "a change is written section.key=value, got 'train_fps'"),
         (["{clips}"], "clips"),
+        (["{run}", "--seed", "1"], "is a run, which says that itself: use --set .* instead of --seed"),
+        (["{run}", "--set", "num_frames=9"], "neither a run of osp train .*'data.selection.num_frames'.*"),
+        (["{run}", "--set", "data.manifest=none", "data.features=x"], "has no data.manifest"),
     ],
 )
 def test_mistakes_are_one_message(
@@ -71,7 +141,8 @@ def test_mistakes_are_one_message(
     (tmp_path / "clips").mkdir()
     (tmp_path / "bad.json").write_text('{"dataset_param": {"preprocess_parameters": {"num_frame": 9}}}')
     (tmp_path / "other.json").write_text("{}")
-    names = {"{clips}": "clips", "{bad}": "bad.json", "{other}": "other.json"}
+    (tmp_path / "run.toml").write_text(DENOISER.format(clips=tmp_path / "clips"))
+    names = {"{run}": "run.toml", "{clips}": "clips", "{bad}": "bad.json", "{other}": "other.json"}
     filled = [str(tmp_path / names[a]) if a in names else a for a in arguments]
     with pytest.raises(SystemExit) as stop:
         osp(monkeypatch, "data", "check", *filled)

@@ -4,11 +4,14 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from opensoraplan.cli.options import OptionalPath, check_exists, optional
+
+if TYPE_CHECKING:
+    from opensoraplan.train.config import TrainSettings, VAETrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,9 @@ class DataCheck:
     """Show what training would use of a manifest, and why the rest is dropped."""
 
     manifest: Positional[Path]
-    """A folder of clips with .txt captions, or a data.txt, .json, .jsonl, .csv or .parquet manifest."""
+    """A run of osp train or osp train-vae (RUN.toml), to see what it will use; or a folder of clips with .txt
+    captions, or a data.txt, .json, .jsonl, .csv or .parquet manifest.
+    """
     data: OptionalPath = None
     """The guide's data.json, for what to select; without it, the guide's values."""
     root: Annotated[Path | None, optional("PATH", "(default: the manifest's folder)")] = None
@@ -26,13 +31,19 @@ class DataCheck:
     csv: OptionalPath = None
     """Also write every record with its fate and reason to this .csv."""
     global_batch: Annotated[int | None, optional("N")] = None
-    """Also drop shapes that would fill fewer than 4 batches of so many samples."""
+    """Samples of a step: also drop shapes that are too rare for such batches (see min_batches). A run's own,
+    unless given.
+    """
     all_files: bool = False
     """Open every file, also where the manifest says all there is to know."""
-    seed: int = 0
+    captions: bool = True
+    """Drop clips without a caption; --no-captions is for training a VAE, and a VAE's run has it."""
+    seed: Annotated[int | None, optional("N", "(default: 0)")] = None
     """Of the random windows and of drop_short_ratio."""
     set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
-    """Other values of the selection, for example num_frames=25 max_height=96 max_width=96."""
+    """Other values: of the selection, for example num_frames=25 max_height=96 max_width=96; of a run as in
+    osp train.
+    """
 
 
 @dataclass(frozen=True)
@@ -89,16 +100,60 @@ def data_check(options: DataCheck) -> None:
     from opensoraplan.convert.mindspeed_json import read_selection
     from opensoraplan.data.check import check_manifest
 
+    manifest, root, seed = options.manifest, options.root, options.seed or 0
+    global_batch, need_captions = options.global_batch, options.captions
+    if manifest.suffix == ".toml":
+        from opensoraplan.train.config import TrainSettings
+        from opensoraplan.train.sources import global_batch_of
+
+        run = _read_run(options)
+        manifest, root, seed = run.data.manifest, run.data.root, run.seed
+        if manifest is None:
+            raise ValueError(
+                f"{options.manifest} has no data.manifest: its features were selected by osp cache"
+            )
+        selection = run.data.selection
+        global_batch = global_batch or global_batch_of(run)
+        need_captions = need_captions and isinstance(run, TrainSettings)
+        logger.info("%s: clips of %s, %d a step", options.manifest, manifest, global_batch)
+    else:
+        selection = read_selection(options.data, changes=options.set)
     table = check_manifest(
-        options.manifest,
-        settings=read_selection(options.data, changes=options.set),
-        root=options.root,
+        manifest,
+        settings=selection,
+        root=root,
         csv_path=options.csv,
-        global_batch=options.global_batch,
+        global_batch=global_batch,
+        need_captions=need_captions,
         probing="all" if options.all_files else "missing",
-        seed=options.seed,
+        seed=seed,
     )
     sys.stdout.write(table + "\n")
+
+
+def _read_run(options: DataCheck) -> "TrainSettings | VAETrainSettings":
+    """The run that is to be checked. What both trainers would take is taken as the denoiser's."""
+    from opensoraplan.train.config import TrainSettings, VAETrainSettings
+    from opensoraplan.train.files import read_settings
+
+    path = options.manifest
+    given = {"--data": options.data, "--root": options.root, "--seed": options.seed}
+    twice = [name for name, value in given.items() if value is not None]
+    if twice:
+        raise ValueError(
+            f"{path} is a run, which says that itself: use --set data.root=..., seed=... or "
+            f"data.selection.KEY=... instead of {', '.join(twice)}"
+        )
+    try:
+        return read_settings(TrainSettings, path, changes=options.set)
+    except ValueError as error:
+        mistakes = error
+    try:
+        return read_settings(VAETrainSettings, path, changes=options.set)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is neither a run of osp train ({mistakes}) nor one of osp train-vae ({error})"
+        ) from None
 
 
 def data_render(options: DataRender) -> None:
