@@ -52,6 +52,14 @@ def test_a_line_for_each_log_is_there_at_once(tmp_path: Path) -> None:
         assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
+def test_a_full_disk_is_said_plainly(tmp_path: Path) -> None:
+    with Metrics(tmp_path, steps=2, console=io.StringIO()) as metrics:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: the disk is full; checkpoints are whole"):
+            metrics.log(1, {"loss": 0.5})
+
+
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
     with Metrics(tmp_path, steps=1, console=io.StringIO()) as metrics:
         metrics.log(1, {"grad_norm": math.nan, "threshold": math.inf, "loss": 1.0})
@@ -158,6 +166,21 @@ def test_loss_by_quarter_of_sigma() -> None:
                      "loss/sigma_0.75_1.00": 4.0}  # fmt: skip
     averages.add_losses(torch.tensor([8.0]), torch.tensor([0.6]))
     assert averages.take() == {"loss": 8.0, "loss/sigma_0.50_0.75": 8.0}
+
+
+def test_averages_go_on_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    whole, first, second = Averages(), Averages(), Averages()
+    for step in range(7):
+        losses, sigmas, norm = torch.rand(3), torch.rand(3), torch.rand(()).item()
+        if step == 4:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for averages in (whole, first if step < 4 else second):
+            averages.add_losses(losses, sigmas)
+            averages.add("grad_norm", norm)
+    assert second.take() == whole.take()
+    second.load_state_dict(json.loads(json.dumps(Averages().state_dict())))
+    assert second.take() == {}
 
 
 def test_losses_of_other_samples_than_the_sigmas() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from opensoraplan.disk import write_whole
+from opensoraplan.disk import plain_errors, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Metrics:
     records go around the bar as long as the object is open as a context manager.
 
     Going on from `start` drops what a broken run logged after that step. Raises ValueError if an optional
-    package is wanted and absent, before any file is touched.
+    package is wanted and absent, before any file is touched, and for a full or read-only disk.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Metrics:
         self._open = ExitStack()
         writer = _summary_writer() if tensorboard else None
         wandb = _wandb() if wandb_project is not None else None
-        path = output / FILE
-        output.mkdir(parents=True, exist_ok=True)
-        drop_after(path, start)
-        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
+        self._path = output / FILE
+        with plain_errors(self._path, whole="nothing was changed"):
+            output.mkdir(parents=True, exist_ok=True)
+            drop_after(self._path, start)
+            self._path.touch()
         self._tensorboard: Any = None
         if writer is not None:
             # What has this step or a later one is hidden.
@@ -108,8 +109,9 @@ class Metrics:
         self.advance(step)
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {name: _finite(value) for name, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        # Opened for each line: what could not be written must not be tried again when the file is closed.
+        with plain_errors(self._path, whole="checkpoints are whole"), self._path.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -178,6 +180,7 @@ class Averages:
         quarter = (sigmas.detach().to(losses.device) * QUARTERS).long().clamp(0, QUARTERS - 1)
         if self._quarters is None:
             self._quarters = losses.new_zeros(2, QUARTERS)
+        self._quarters = self._quarters.to(losses.device)
         self._quarters[0].index_add_(0, quarter, losses)
         self._quarters[1].index_add_(0, quarter, torch.ones_like(losses))
 
@@ -193,6 +196,21 @@ class Averages:
         self._counts.clear()
         self._quarters = None
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is summed up so far, for JSON, which keeps every bit of it."""
+        return {
+            "sums": {name: float(total) for name, total in self._sums.items()},
+            "counts": dict(self._counts),
+            "quarters": None if self._quarters is None else self._quarters.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._sums = defaultdict(float, state["sums"])
+        self._counts = defaultdict(float, state["counts"])
+        quarters = state["quarters"]
+        self._quarters = None if quarters is None else torch.tensor(quarters, dtype=torch.float32)
 
 
 def drop_after(path: Path, step: int) -> None:
