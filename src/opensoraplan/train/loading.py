@@ -1,13 +1,17 @@
-"""Micro-batches in the order that a sampler gives, read ahead by worker processes."""
+"""Micro-batches in the order that a sampler gives, read ahead by worker processes; and the account of what
+they could not read.
+"""
 
 import signal
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from opensoraplan.data.buckets import BucketSampler, Draw
+from opensoraplan.data.dataset import BadFiles
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -26,6 +30,22 @@ class _MicroBatches(torch.utils.data.Sampler[list[Draw]]):
             yield from self._sampler.share(step, rank=0, ranks=1, accumulate=self._accumulate)
 
 
+class _Batches(Dataset[Batch | Exception], Generic[Item, Batch]):
+    """Whole micro-batches. An error that tells a user what is wrong with the data is an item like any other:
+    raised in a worker process, it would reach the user as a traceback in text.
+    """
+
+    def __init__(self, dataset: Dataset[Item], collate: Callable[[list[Item]], Batch]) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    def __getitem__(self, draws: list[Draw]) -> Batch | Exception:
+        try:
+            return self._collate([self._dataset[draw] for draw in draws])
+        except (ValueError, OSError) as error:
+            return error
+
+
 def micro_batches(
     dataset: Dataset[Item],
     sampler: BucketSampler,
@@ -38,21 +58,41 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """Yield `accumulate` micro-batches for each step from `start` to before `stop`, always in this order.
 
-    `workers` processes read ahead; 0 reads in this one. What a batch holds depends on its step only.
+    `workers` processes read ahead; 0 reads in this one. What a batch holds depends on its step only. Raises
+    what the dataset raises, ValueError and OSError as they are with any number of workers.
     """
-    order = _MicroBatches(sampler, start=start, stop=stop, accumulate=accumulate)
     loader = DataLoader(
-        dataset,
-        batch_sampler=order,
+        _Batches(dataset, collate),
+        sampler=_MicroBatches(sampler, start=start, stop=stop, accumulate=accumulate),
+        batch_size=None,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_signals,
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def ignore_signals(_worker: int) -> None:
     """A signal to the whole process group asks the main process to stop; its workers end when it does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+class BadFileAccount(BadFiles):
+    """An account of unreadable files that a resumed run goes on with."""
+
+    def state_dict(self) -> dict[str, str]:
+        """What is wrong with each file, by its path, for JSON."""
+        return {str(path): message for path, message in self._messages.items()}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._messages = {Path(path): message for path, message in state.items()}

@@ -1,0 +1,47 @@
+"""Micro-batches: in order, and with plain errors however many processes read them."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.dataset import ClipDataset, Failure, collate
+from opensoraplan.data.record import Record
+from opensoraplan.data.selection import SelectionSettings, select
+from opensoraplan.train.loading import BadFileAccount, micro_batches
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_is_the_same_in_a_worker(workers: int, tmp_path: Path) -> None:
+    path = tmp_path / "cut_off.mp4"
+    path.write_bytes(b"half of it")
+    record = Record(path, ("a ball",), num_frames=9, fps=24, height=64, width=64)
+    size = SelectionSettings(num_frames=9, min_num_frames=9, max_height=64, max_width=64)
+    samples = select([record], size).kept
+    batches = micro_batches(
+        ClipDataset(samples, seed=0),
+        BucketSampler([sample.shape for sample in samples], global_batch=1, seed=0),
+        start=0,
+        stop=1,
+        accumulate=1,
+        workers=workers,
+        collate=collate,
+    )
+    with pytest.raises(
+        ValueError, match=r"^none of 1 clips of 9x64x64 can be read: .*cut_off\.mp4"
+    ) as caught:
+        next(batches)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_an_account_of_bad_files_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    bad = [Failure(Path(f"{number}.mp4"), f"{number}.mp4 is cut off") for number in range(2)]
+    first, second = BadFileAccount(1), BadFileAccount(1)
+    first.add(bad[:1])
+    second.load_state_dict(first.state_dict())
+    with caplog.at_level(logging.WARNING):
+        second.add(bad[:1])
+    assert len(second) == 1
+    with pytest.raises(ValueError, match=r"2 files .*, 1 are allowed: 0\.mp4 is cut off; 1\.mp4"):
+        second.add(bad[1:])
