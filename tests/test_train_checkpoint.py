@@ -37,6 +37,21 @@ def test_oldest_are_removed_save_every_so_manieth(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [20, 40, 50]
 
 
+def test_what_is_set_aside_stays_until_the_next_is_saved(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        save(tmp_path, step, keep=9)
+    checkpoint.set_aside(tmp_path, after=4)
+    assert checkpoint.steps(tmp_path) == [4]
+    aside = sorted((tmp_path / checkpoint.FOLDER).glob(".superseded-*"))
+    assert [folder.name[-2:] for folder in aside] == ["08", "12"]
+    assert all((folder / "model.safetensors").is_file() for folder in aside)
+    # New ones of those numbers, and of lower ones, are there to stay.
+    save(tmp_path, 6)
+    assert not any(folder.exists() for folder in aside)
+    save(tmp_path, 8)
+    assert checkpoint.steps(tmp_path) == [6, 8]
+
+
 def test_unfinished_folder_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
     save(tmp_path, 10)
     unfinished = tmp_path / checkpoint.FOLDER / ".unfinished-step-00000020"

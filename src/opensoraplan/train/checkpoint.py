@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".unfinished-"
+_SUPERSEDED = ".superseded-"
 
 Tensors = Mapping[str, Tensor]
 
@@ -77,16 +78,15 @@ def save(
     keep: int,
     keep_every: int | None = None,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep` and every `keep_every`th.
+    """Write a checkpoint, then remove all but the newest `keep` and every `keep_every`th, and what was
+    `set_aside`.
 
     It is written under another name, flushed to the disk and renamed, so that a run killed at any moment
     leaves earlier checkpoints whole. Raises ValueError in plain words for a full or read-only disk; nothing
     is removed then.
     """
     wanted = path_of(output, step)
-    if wanted.exists():  # written by a run that went on from an earlier step; the same by construction
-        return wanted
-    unfinished = wanted.with_name(f"{_UNFINISHED}{wanted.name}")
+    unfinished = _renamed(output, step, _UNFINISHED)
     with plain_errors(wanted, whole="the checkpoints before it are whole"):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -103,6 +103,7 @@ def save(
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
     _rotate(output, keep=keep, keep_every=keep_every)
+    _remove_all(output, _SUPERSEDED)
     return wanted
 
 
@@ -148,19 +149,38 @@ def fill_optimizer(optimizer: torch.optim.Optimizer, parameters: Tensors, tensor
             }
 
 
-def _rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
-    for step in steps(output)[:-keep]:
-        if keep_every is None or step % keep_every:
-            doomed = path_of(output, step)
-            gone = doomed.with_name(
-                f"{_UNFINISHED}{doomed.name}"
-            )  # so that no half-removed folder has the name
-            doomed.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+def set_aside(output: Path, *, after: int) -> None:
+    """Hide the checkpoints of later steps than `after`, from where a run goes on; the next `save` removes
+    them. Until then they are lost by no accident: their folders only have other names.
+    """
+    later = [step for step in steps(output) if step > after]
+    for step in later:
+        path_of(output, step).rename(_renamed(output, step, _SUPERSEDED))
+    if later:
+        logger.info(
+            "going on from step %d: checkpoints of %s are set aside until the next one is saved", after, later
+        )
 
 
 def remove_unfinished(output: Path) -> None:
     """Clear away what a killed run was writing or removing."""
+    _remove_all(output, _UNFINISHED)
+
+
+def _rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
+    for step in steps(output)[:-keep]:
+        if keep_every is None or step % keep_every:
+            gone = _renamed(output, step, _UNFINISHED)  # so that no half-removed folder has the name
+            path_of(output, step).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _renamed(output: Path, step: int, prefix: str) -> Path:
+    path = path_of(output, step)
+    return path.with_name(f"{prefix}{path.name}")
+
+
+def _remove_all(output: Path, prefix: str) -> None:
     folder = output / FOLDER
-    for entry in folder.glob(f"{_UNFINISHED}*") if folder.is_dir() else ():
+    for entry in folder.glob(f"{prefix}*") if folder.is_dir() else ():
         shutil.rmtree(entry, ignore_errors=True)
