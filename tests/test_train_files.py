@@ -9,7 +9,14 @@ from opensoraplan.data.record import Record
 from opensoraplan.data.selection import select
 from opensoraplan.settings import Settings
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.files import RESUMABLE_CHANGES, differences, read_run, read_settings, refuse_changes
+from opensoraplan.train.files import (
+    RESUMABLE_CHANGES,
+    differences,
+    is_vae_run,
+    read_run,
+    read_settings,
+    refuse_changes,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -149,7 +156,9 @@ def test_which_run(run: Path, tmp_path: Path) -> None:
         read_run(tmp_path / "nowhere.toml")
     with pytest.raises(ValueError, match=r"--data \S+guide_data\.json needs --model"):
         read_run(run, data_json=DATA_JSON)
-    with pytest.raises(ValueError, match=r"a run is described by a \.toml file"):
+    with pytest.raises(
+        ValueError, match=r"a run is described by a \.toml file such as configs/finetune\.toml"
+    ):
         read_run(tmp_path)
 
 
@@ -162,6 +171,7 @@ def test_changes(run: Path) -> None:
             "data.manifest=/a b/x=y.txt",
             "data.features=2024-01-01",
             'validation.prompts=["a red ball", "b"]',
+            "validation.every=100",
             "model.config.num_layers=[2, 4, 2]",
             "model.config.double_ff=false",
             "model.sparse_n = [1, 2, 1]",
@@ -195,7 +205,7 @@ def test_changes(run: Path) -> None:
         ),
         ("steps=3", r"unknown key 'steps' \(did you mean 'optimizer\.steps'"),
         ("optimizer.lr=fast", r"run\.toml with optimizer\.lr=fast: optimizer\.lr: .*'fast'"),
-        ("optimizer.lr.x=3", r"optimizer\.lr: .*'x'"),
+        ("optimizer.lr.x=3", r"optimizer\.lr: .*valid number"),
         ("optimizer=3", r"optimizer: .*got 3"),
         ("output=none", r"output: .*got None"),
         ("data.reader=opencv", r"data\.reader: .*'pyav', 'decord' or 'torchcodec', got 'opencv'"),
@@ -259,6 +269,33 @@ def test_vae_runs(tmp_path: Path) -> None:
         read_settings(VAETrainSettings, path, changes=["data.caption_dropout=0"])
 
 
+def test_a_file_for_the_other_command_is_recognized(run: Path, tmp_path: Path) -> None:
+    vae = write(
+        tmp_path / "vae.toml",
+        'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\nframes = 9\n[loss]\nkl = 0.0\n',
+    )
+    with pytest.raises(ValueError, match=r"has data\.frames, loss: settings of a VAE's run.*osp train-vae$"):
+        read_run(vae)
+    denoiser = write(tmp_path / "denoiser.toml", RUN + '[flow]\nshift = 3\n[text]\nt5 = "t5"\n')
+    with pytest.raises(ValueError, match=r"has flow, text: settings of a denoiser's run.* osp train and"):
+        read_settings(VAETrainSettings, denoiser)
+    config = write(tmp_path / "config.json", read_settings(VAETrainSettings, vae).model_dump_json())
+    assert is_vae_run(config)
+    assert not is_vae_run(write(tmp_path / "config.json", read_run(run).model_dump_json()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (["validation.every=5"], r"validation every 5 steps of what\? Give `manifest` or `features`"),
+        (['validation.prompts=["a ball"]'], r"`prompts` are given, but `every` is 0"),
+    ],
+)
+def test_validation_of_nothing_or_never(changes: list[str], problem: str, run: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        read_run(run, changes=changes)
+
+
 def test_differences(run: Path) -> None:
     old = read_run(run)
     assert differences(old, read_run(run)) == []
@@ -290,6 +327,7 @@ def test_what_a_resume_allows(run: Path) -> None:
     old = read_run(run)
     allowed = [
         "optimizer.steps=7",
+        "clip.outlier=clip",
         "log.every=1",
         "validation.sigmas=[0.5]",
         "checkpoint.keep=9",
@@ -306,6 +344,14 @@ def test_what_a_resume_allows(run: Path) -> None:
     assert not any(change.split("=")[0] in text for change in allowed)
     assert "without --resume" in text
     assert "another output folder" in text
+
+
+def test_a_cosine_schedule_ends_where_it_was_to_end(run: Path) -> None:
+    old = read_run(run, changes=["optimizer.schedule=cosine"])
+    refuse_changes(old, read_run(run, changes=["optimizer.schedule=cosine", "log.every=1"]))
+    longer = read_run(run, changes=["optimizer.schedule=cosine", "optimizer.steps=7"])
+    with pytest.raises(ValueError, match=r"optimizer\.steps: 1000 -> 7, .*cosine has another learning rate"):
+        refuse_changes(old, longer)
 
 
 def names(kind: type[Settings], before: str = "") -> list[str]:
@@ -346,6 +392,21 @@ def test_the_recipe_goes_from_stage_to_stage() -> None:
     assert [run.data.selection.num_frames for run in runs] == [1] * 4 + [57, 57] + [121] * 4
     assert [run.data.selection.train_fps for run in runs] == [24] * 5 + [12] + [24] * 4
     assert all(run.model.config == {} for run in runs)
+
+
+def test_the_recipe_has_the_batches_and_steps_of_its_table() -> None:
+    text = (CONFIGS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in text.splitlines() if "| `" in row]
+    table = {row[0]: row for row in rows if (CONFIGS / f"{row[0]}.toml").is_file()}
+    assert len(table) == 10
+    for stage, (_, size, attention, rate, steps, batch) in table.items():
+        run = read_run(CONFIGS / f"{stage}.toml")
+        assert run.data.batch_size * run.optimizer.accumulate == int(batch)
+        assert run.optimizer.steps == int(steps.replace(",", ""))
+        assert run.optimizer.lr == float(rate)
+        assert (set(run.model.sparse_n or ()) == {1}) == (attention == "dense")
+        if "576" in size:
+            assert (run.data.selection.max_height, run.data.selection.max_width) == (576, 1024)
 
 
 @pytest.mark.parametrize(("stage", "side"), [("image-1-256", 256), ("image-2-384", 384)])

@@ -122,7 +122,7 @@ class OptimizerSettings(Settings):
 class ClipSettings(Settings):
     """Adaptive gradient clipping (original.md, section 5): see train/clip.py. `outlier` is what happens to a
     step whose gradient norm is not finite or beyond max(mean + 5 sigma, 5). "skip" leaves the step out and,
-    after `patience` such steps in a row, goes back to the last checkpoint.
+    after `patience` such steps in a row, goes back to the last checkpoint that was made before them.
     """
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
@@ -163,7 +163,8 @@ class LogSettings(Settings):
 
 class ValidationSettings(Settings):
     """Every `every` steps (0: never) the EMA's loss on `samples` held-out clips of `manifest` or `features`,
-    at fixed sigmas and noise, and a video of each of `prompts` (`frames` x `height` x `width`).
+    at fixed sigmas and noise, and a video of each of `prompts` (`frames` x `height` x `width`), or one of
+    both.
     """
 
     every: Count = 0
@@ -184,6 +185,13 @@ class ValidationSettings(Settings):
     def _possible(self) -> Self:
         if self.manifest is not None and self.features is not None:
             raise ValueError("validation takes `manifest` or `features`, not both")
+        if self.every and self.manifest is None and self.features is None and not self.prompts:
+            raise ValueError(
+                f"validation every {self.every} steps of what? Give `manifest` or `features` (held-out "
+                "clips), or `prompts` (videos), or set `every` to 0"
+            )
+        if self.prompts and not self.every:
+            raise ValueError("`prompts` are given, but `every` is 0, which is never: give validation.every")
         return self
 
 

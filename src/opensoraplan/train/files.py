@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from opensoraplan.convert.mindspeed_json import read_json
 from opensoraplan.settings import Settings
-from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.guide_json import read_guide
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,16 @@ NOTHING = ("none", "null")
 # Sections that only the guide's files have.
 OF_THE_GUIDE = ("predictor", "dataset_param", "dataloader_param")
 
+# What describes which run, for messages.
+KINDS: Mapping[type[Settings], str] = {
+    TrainSettings: "a denoiser's run, which is for osp train and osp cache",
+    VAETrainSettings: "a VAE's run, which is for osp train-vae",
+}
+# To begin with one's own.
+EXAMPLE = "configs/finetune.toml"
+
 # What may be different when a run is resumed: it changes how long, how fast and how loud, not what is
-# learned at a step.
+# learned at a step. What happens to outliers is the remedy for a run that they have stopped.
 RESUMABLE_CHANGES = (
     "output",
     "device",
@@ -37,6 +45,8 @@ RESUMABLE_CHANGES = (
     "data.max_bad_files",
     "optimizer.steps",
     "optimizer.ema_device",
+    "clip.outlier",
+    "clip.patience",
     "memory.*",
     "log.*",
     "validation.*",
@@ -62,7 +72,10 @@ def read_run(
         raise ValueError(f"{given} {model_json or data_json} needs {other}: the guide's files go together")
     if model_json is None or data_json is None:
         if path is None:
-            raise ValueError("which run? Give a .toml file, or the guide's two files: --model and --data")
+            raise ValueError(
+                f"which run? Give a .toml file such as {EXAMPLE}, or the guide's two files: --model and "
+                "--data"
+            )
         return read_settings(TrainSettings, path, changes=changes)
     values, notes = read_guide(model_json, data_json)
     for note in notes:
@@ -90,6 +103,12 @@ def read_settings(kind: type[Run], path: Path, *, changes: Sequence[str] = ()) -
     return kind.read(_changed(values, changes, kind=kind), where=_with_changes(where, changes))
 
 
+def is_vae_run(config: Path) -> bool:
+    """Whether a run's config.json is that of `osp train-vae`."""
+    values = _load(config)
+    return bool(_unknown(values, TrainSettings)) and not _unknown(values, VAETrainSettings)
+
+
 def differences(old: Settings, new: Settings) -> list[str]:
     """A line for each value that differs, as "optimizer.lr: 1e-05 -> 0.0001"."""
     return [f"{name}: {before} -> {after}" for name, (before, after) in _different(old, new).items()]
@@ -97,13 +116,19 @@ def differences(old: Settings, new: Settings) -> list[str]:
 
 def refuse_changes(old: Settings, new: Settings) -> None:
     """Raise ValueError if `new` cannot go on with what `old` began: something but RESUMABLE_CHANGES
-    differs.
+    differs, or the end of a schedule that tells the learning rate of every step before it.
     """
     lines = [
         f"  {name}: {before} -> {after}"
         for name, (before, after) in _different(old, new).items()
         if not any(fnmatchcase(name, pattern) for pattern in RESUMABLE_CHANGES)
     ]
+    steps = _different(old, new).get("optimizer.steps")
+    if steps is not None and dict(_flat(old.model_dump())).get("optimizer.schedule") == "cosine":
+        lines.append(
+            f"  optimizer.steps: {steps[0]} -> {steps[1]}, with which optimizer.schedule cosine has another "
+            "learning rate at every step"
+        )
     if lines:
         raise ValueError(
             "this run was begun with other settings, and would not be the same run any more:\n"
@@ -142,7 +167,10 @@ def _read_file(path: Path, *, kind: type[Settings], chain: Sequence[Path] = ()) 
     content = _load(path)
     base = content.pop(EXTENDS, None)
     if problems := _unknown(content, kind):
-        raise ValueError(f"{path}: " + "; ".join(problems))
+        for other, name in KINDS.items():
+            if not _unknown(content, other):
+                raise ValueError(f"{path} has {', '.join(problems)}: settings of {name}")
+        raise ValueError(f"{path}: " + "; ".join(problems.values()))
     if base is None:
         return content, str(path)
     if not isinstance(base, str):
@@ -163,7 +191,9 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.suffix not in (".toml", ".json") or not path.is_file():
-        raise ValueError(f"{path}: a run is described by a .toml file, or by the config.json of a run")
+        raise ValueError(
+            f"{path}: a run is described by a .toml file such as {EXAMPLE}, or by the config.json of a run"
+        )
     try:
         if path.suffix == ".json":
             content = read_json(path)
@@ -217,7 +247,7 @@ def _changed(values: dict[str, Any], changes: Sequence[str], *, kind: type[Setti
         for key in reversed(keys):
             nested = {key: nested}
         if problems := _unknown(nested, kind):
-            raise ValueError(f"{change!r}: " + "; ".join(problems))
+            raise ValueError(f"{change!r}: " + "; ".join(problems.values()))
         values = _merged(values, nested)
     return values
 
@@ -232,16 +262,16 @@ def _value(text: str) -> Any:  # noqa: ANN401 (a TOML value)
     return text if len(content) > 1 or isinstance(value, datetime.date | datetime.time) else value
 
 
-def _unknown(values: Mapping[str, Any], kind: type[Settings]) -> list[str]:
-    """What is said of each key that the settings do not have, with the nearest that they have."""
+def _unknown(values: Mapping[str, Any], kind: type[Settings]) -> dict[str, str]:
+    """The keys that the settings do not have, and what is said of each, with the nearest that they have."""
     known = dict(_sections(kind))
-    problems: list[str] = []
+    problems: dict[str, str] = {}
 
     def look(section: Mapping[str, Any], before: str) -> None:
         for key, value in section.items():
             name = before + key
             if key not in known[before]:
-                problems.append(f"unknown key {name!r}{_hint(key, before, known)}")
+                problems[name] = f"unknown key {name!r}{_hint(key, before, known)}"
             elif isinstance(value, Mapping) and f"{name}." in known:
                 look(value, f"{name}.")
 
