@@ -14,7 +14,7 @@ from opensoraplan import OpenSoraPlanPipeline, cli
 from opensoraplan.convert import load_checkpoint
 from opensoraplan.data.video import probe
 from opensoraplan.train import checkpoint
-from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.config import TrainSettings, VAETrainSettings
 
 MakeRun = Callable[..., TrainSettings]
 Osp = Callable[..., tuple[int, str]]
@@ -150,6 +150,9 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
         ("train-vae nowhere.toml", "nowhere.toml does not exist"),
         ("export nowhere --out a", "nowhere does not exist"),
         ("export . --out a", "not the output folder of a training run"),
+        ("train {folder}", r"a \.toml file such as configs/finetune\.toml"),
+        ("train {run} --set optimizer.lr=fast --set seed=1", "optimizer.lr: .*'fast'"),
+        ("train-vae {run}", "settings of a denoiser's run, which is for osp train"),
         ("export . --out a --tp 2", "--tp 2 goes with --to megatron"),
     ],
 )
@@ -157,12 +160,29 @@ def test_mistakes_are_told_in_one_message(
     osp: Osp, tiny_run: MakeRun, tmp_path: Path, command: str, message: str
 ) -> None:
     config = toml_of(tiny_run("run"), tmp_path / "run.json")
-    code, err = osp(*command.format(run=config).split())
+    code, err = osp(*command.format(run=config, folder=tmp_path).split())
     assert code == 2, err
     assert "Traceback" not in err
     assert err.count("osp: error: ") == 1
     assert re.search(message, err), err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_vae_run_has_nothing_to_export(osp: Osp, tiny_clips: Path, tmp_path: Path) -> None:
+    values = {"output": "run", "model": {"config": {}}, "data": {"manifest": tiny_clips}}
+    (tmp_path / "run").mkdir()
+    settings = VAETrainSettings.read(values, where="the test's run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(settings.model_dump_json())
+    code, err = osp("export", "run", "--out", "model")
+    assert code == 2
+    assert (
+        "run is a run of osp train-vae, which has nothing to export: the VAE that it made is run/vae" in err
+    )
+    code, err = osp("train", config)
+    assert code == 2
+    assert "has data.frames, data.height, data.width, data.flip, loss" in err
+    assert err.endswith("settings of a VAE's run, which is for osp train-vae\n")
 
 
 def test_captions_that_are_missing_are_said(

@@ -1,11 +1,12 @@
 """The training loop: it learns, resumes bit for bit however it ended, and is honest about what goes wrong."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,11 @@ def test_resumed_after_a_signal_equals_undisturbed(slow_run: MakeRun) -> None:
     process = start(stopped)
     wait_until(lambda: lines(stopped) >= 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 0
+    assert process.wait(300) == 128 + signal.SIGTERM
     assert 2 <= final(stopped).step < 6
+    message = process.stderr.read().decode() if process.stderr else ""
+    assert f"stopped after step {final(stopped).step} of 6, saved in {stopped.output}" in message
+    assert "--resume latest goes on" in message
     train(stopped, resume="latest")
     assert_equal_runs(stopped, undisturbed)
 
@@ -152,7 +156,7 @@ def start(run: TrainSettings) -> subprocess.Popen[bytes]:
     config = run.output.with_suffix(".json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "opensoraplan.cli", "train", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def lines(run: TrainSettings) -> int:
@@ -170,6 +174,38 @@ def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "the run did not come so far within five minutes"
+
+
+def test_resumed_from_an_older_step_is_the_run_from_there(
+    tiny_run: MakeRun, undisturbed: TrainSettings
+) -> None:
+    """Also its log, whose averages are those of steps on both sides of the break."""
+    run = tiny_run("older", log={"every": 4}, checkpoint={"every": 1, "keep": 3, "keep_every": 3})
+    train(run)
+    assert checkpoint.steps(run.output) == [3, 4, 5, 6]
+    before = {name: logged(run, name) for name in ("loss", "grad_norm", "loss/sigma_0.25_0.50")}
+    assert len(before["loss"]) == 2
+    train(run, resume="3")
+    assert checkpoint.steps(run.output) == [3, 4, 5, 6]
+    assert not list((run.output / checkpoint.FOLDER).glob(".*"))
+    assert {name: logged(run, name) for name in before} == before
+    assert torch.equal(
+        final(run).parts["model"]["proj_out.weight"], final(undisturbed).parts["model"]["proj_out.weight"]
+    )
+
+
+def test_new_checkpoints_stay_when_older_ones_have_higher_numbers(tiny_run: MakeRun) -> None:
+    run = tiny_run(checkpoint={"every": 2, "keep": 2, "keep_every": 2})
+    train(run)
+    shorter = tiny_run(optimizer={"steps": 3}, checkpoint={"every": 1, "keep": 1})
+    with pytest.raises(
+        ValueError, match=r"step 6 of .* is beyond optimizer\.steps 3: .* \(there are: \[2\]\)"
+    ):
+        train(shorter, resume="latest")
+    assert checkpoint.steps(run.output) == [2, 4, 6]
+    train(shorter, resume="2")
+    assert checkpoint.steps(run.output) == [3]
+    assert train(shorter, resume="latest") == checkpoint.path_of(run.output, 3)  # nothing is left to do
 
 
 def test_longer_run_can_be_resumed_but_another_learning_rate_is_refused(tiny_run: MakeRun) -> None:
@@ -279,12 +315,15 @@ def test_dense_goes_on_sparse_and_back(tiny_run: MakeRun, before: list[int], aft
     assert switched < end + 0.5 * (start - end)
 
 
-def spoil(run: TrainSettings, folder: Path, *, step: int | None) -> TrainSettings:
-    """The run on features of which those that `step` draws, or all of them, are not finite."""
+def spoil(run: TrainSettings, folder: Path, *, steps: Sequence[int] | None) -> TrainSettings:
+    """The run on features of which those that `steps` draw, or all of them, are not finite."""
     write_cache(run, folder)
     run = run.model_copy(update={"data": run.data.model_copy(update={"features": folder})})
-    sampler = BucketSampler([(9, 64, 64)] * 8, global_batch=run.data.batch_size, seed=run.seed)
-    places = range(8) if step is None else [draw.index for draw in sampler.global_batch(step - 1)]
+    batch = run.data.batch_size * run.optimizer.accumulate
+    sampler = BucketSampler([(9, 64, 64)] * 8, global_batch=batch, seed=run.seed)
+    places: Sequence[int] = range(8)
+    if steps is not None:
+        places = [draw.index for step in steps for draw in sampler.global_batch(step - 1)]
     shard = features.shard_path(folder, "videos", 0)
     with safe_open(shard, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -296,7 +335,7 @@ def spoil(run: TrainSettings, folder: Path, *, step: int | None) -> TrainSetting
 
 
 def test_outlier_is_skipped(tiny_run: MakeRun, tmp_path: Path) -> None:
-    run = spoil(tiny_run(optimizer={"steps": 4}, checkpoint={"every": 1}), tmp_path / "features", step=4)
+    run = spoil(tiny_run(optimizer={"steps": 4}, checkpoint={"every": 1}), tmp_path / "features", steps=[4])
     train(run)
     assert logged(run, "skipped") == [0, 0, 0, 1]
     before, after = (checkpoint.load(run.output, step).parts["model"] for step in (3, 4))
@@ -305,7 +344,7 @@ def test_outlier_is_skipped(tiny_run: MakeRun, tmp_path: Path) -> None:
 
 def test_repeated_outliers_rewind_to_the_last_checkpoint(tiny_run: MakeRun, tmp_path: Path) -> None:
     plain = tiny_run(optimizer={"steps": 4}, checkpoint={"every": 2}, clip={"patience": 1})
-    run = spoil(plain, tmp_path / "features", step=4)
+    run = spoil(plain, tmp_path / "features", steps=[4])
     train(run)
     assert logged(run, "skipped") == [0, 0, 0, 1]
     # Step 3 changed the weights; step 4 went back to those of step 2, the last that were saved.
@@ -313,10 +352,49 @@ def test_repeated_outliers_rewind_to_the_last_checkpoint(tiny_run: MakeRun, tmp_
     assert torch.equal(before["proj_out.weight"], after["proj_out.weight"])
 
 
-def test_outliers_without_end_stop_the_run(tiny_run: MakeRun, tmp_path: Path) -> None:
-    run = spoil(tiny_run(clip={"patience": 2}), tmp_path / "features", step=None)
-    with pytest.raises(GradientOutlierError, match="2 gradient norms in a row are outliers"):
+def test_rewind_passes_over_checkpoints_made_between_outliers(
+    tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps 3 and 4 are outliers. The checkpoint of step 3 has the weights of step 2, but not its merit."""
+    plain = tiny_run(optimizer={"steps": 4, "lr": 1e-3}, checkpoint={"every": 1}, clip={"patience": 2})
+    run = spoil(plain, tmp_path / "features", steps=[3, 4])
+    with caplog.at_level(logging.WARNING):
         train(run)
+    assert logged(run, "skipped") == [0, 0, 1, 1]
+    assert [checkpoint.load(run.output, step).state["outliers_in_a_row"] for step in (2, 3, 4)] == [0, 1, 2]
+    assert "2 outliers in a row: going on from the weights of step 2" in caplog.messages
+
+
+def test_outliers_without_end_stop_the_run(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = spoil(tiny_run(clip={"patience": 2}), tmp_path / "features", steps=None)
+    with pytest.raises(
+        GradientOutlierError, match=r'2 gradient norms in a row are outliers.* clip\.outlier="clip"'
+    ):
+        train(run)
+    # What is saved is the state before the last of them, with which another attempt begins.
+    assert checkpoint.steps(run.output) == [1]
+    assert final(run).state["outliers_in_a_row"] == 1
+
+
+def test_an_error_in_mid_run_costs_no_step(tiny_run: MakeRun, tmp_path: Path) -> None:
+    plain = tiny_run(
+        optimizer={"steps": 4, "lr": 1e-3, "accumulate": 2},
+        data={"batch_size": 1},
+        checkpoint={"every": 9},
+        log={"every": 9},
+        clip={"outlier": "stop"},
+    )
+    run = spoil(plain, tmp_path / "features", steps=[4])
+    with pytest.raises(GradientOutlierError, match="the gradient norm is"):
+        train(run)
+    saved = final(run)
+    assert saved.step == 3
+    assert saved.state["averages"]["counts"]["grad_norm"] == 3
+    assert saved.state["averages"]["counts"]["loss"] == 6
+    remedy = run.model_copy(update={"clip": run.clip.model_copy(update={"outlier": "skip"})})
+    train(remedy, resume="latest")
+    assert len(logged(remedy)) == 1
+    assert logged(remedy, "skipped") == [1 / 4]
 
 
 def test_validation_logs_losses_and_writes_videos(tiny_run: MakeRun, tiny_clips: Path) -> None:

@@ -3,6 +3,7 @@ adversary.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from opensoraplan.convert.assemble import load_vae
+from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.video import fit, read_frames
 from opensoraplan.models.wfvae import WFVAE, haar, haar_levels
 from opensoraplan.train import checkpoint, vae_losses
@@ -125,6 +127,52 @@ def test_resumed_run_equals_an_undisturbed_one(vae_run: MakeRun, adversarial: bo
     for part, tensors in one.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, two[part][name]), f"{part} {name}"
+
+
+def test_an_error_in_mid_run_costs_no_step(vae_run: MakeRun, tiny_clips: Path, tmp_path: Path) -> None:
+    """Also the discriminator is that of the step before, though some clips of the failed one were read."""
+    common: dict[str, Any] = {
+        "loss": {"adversarial_start": 0},
+        "optimizer": {"steps": 3, "lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9, "accumulate": 2},
+    }
+    whole = vae_run("whole", **common, checkpoint={"every": 1})
+    train_vae(whole)
+    shutil.copytree(tiny_clips.parent, tmp_path / "clips")
+    bad = BucketSampler([(9, 64, 64)] * 8, global_batch=2, seed=0).global_batch(2)[1].index
+    path = tmp_path / "clips" / "clips" / f"{bad:06d}.mp4"
+    path.write_bytes(path.read_bytes()[:200])
+    manifest = tmp_path / "clips" / "data.txt"
+    manifest.write_text(f"{tmp_path / 'clips'},{tmp_path / 'clips' / 'annotation.json'}\n")
+    data = {"manifest": manifest, "max_bad_files": 0}
+    broken = vae_run("broken", **common, checkpoint={"every": 9}, log={"every": 9}, data=data)
+    with pytest.raises(ValueError, match=f"1 files cannot be read, 0 are allowed.*{bad:06d}"):
+        train_vae(broken)
+    assert checkpoint.steps(broken.output) == [2]
+    one, two = (checkpoint.load(run.output, 2) for run in (whole, broken))
+    for part, tensors in one.parts.items():
+        for name, tensor in tensors.items():
+            # Running statistics of the discriminator's norms are written and never read.
+            if "running" not in name and "num_batches" not in name:
+                assert torch.equal(tensor, two.parts[part][name]), f"{part} {name}"
+    assert two.state["bad_files"] == {}
+    assert two.state["averages"]["counts"]["loss"] == 4
+
+
+def test_an_extended_run_keeps_its_vae_until_the_new_one_is_whole(vae_run: MakeRun) -> None:
+    first = train_vae(vae_run(optimizer={"steps": 1}))
+    written = (first / "diffusion_pytorch_model.safetensors").read_bytes()
+    longer = vae_run(optimizer={"steps": 2})
+    in_the_way = [longer.output / name for name in (".vae.partial", "..vae.new.partial")]
+    for path in in_the_way:
+        path.touch()
+    with pytest.raises(ValueError, match="cannot write to"):
+        train_vae(longer, resume="latest")
+    assert (first / "diffusion_pytorch_model.safetensors").read_bytes() == written
+    for path in in_the_way:
+        path.unlink()
+    assert train_vae(longer, resume="latest") == first
+    assert (first / "diffusion_pytorch_model.safetensors").read_bytes() != written
+    assert [path.name for path in longer.output.glob("*vae*")] == ["vae"]
 
 
 def test_frozen_encoder_shift_and_scale_stay_as_they_are(vae_run: MakeRun) -> None:

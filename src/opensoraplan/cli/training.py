@@ -1,15 +1,23 @@
 """`osp cache`, `train`, `train-vae` and `export`: options, and what is checked before the job begins."""
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from opensoraplan.cli.options import OptionalPath, check_exists, optional
 
 logger = logging.getLogger(__name__)
+
+
+# One --set for several values, or one for each.
+Changes = UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class RunFiles:
     """The guide's model_opensoraplan1_5.json; goes with --data."""
     data: OptionalPath = None
     """The guide's data.json."""
-    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
     """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
 
 
@@ -30,7 +38,8 @@ class RunFiles:
 class Train:
     """Train or fine-tune the denoiser on captioned clips, or on the features that `osp cache` made of them.
 
-    SIGTERM and Ctrl-C save a checkpoint and end the run; the same command with --resume latest goes on.
+    SIGTERM and Ctrl-C save a checkpoint and end the run, with exit code 143 or 130; the same command with
+    --resume latest goes on.
     """
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
@@ -44,7 +53,7 @@ class TrainVAE:
 
     config: Positional[Path]
     """The run's settings; docs/training.md has them all."""
-    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
     """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
     resume: Annotated[str | None, optional("latest|STEP")] = None
     """Go on from this checkpoint of the output folder; latest also begins a new run."""
@@ -99,8 +108,11 @@ def train(options: Train) -> None:
     from opensoraplan.train.trainer import train as job
 
     files = options.files
-    settings = read_run(files.config, model_json=files.model, data_json=files.data, changes=files.set)
-    logger.info("the last checkpoint is %s", job(settings, resume=options.resume))
+    settings = read_run(
+        files.config, model_json=files.model, data_json=files.data, changes=[*chain(*files.set)]
+    )
+    with _stop_is_no_success():
+        logger.info("the last checkpoint is %s", job(settings, resume=options.resume))
 
 
 def train_vae(options: TrainVAE) -> None:
@@ -109,8 +121,21 @@ def train_vae(options: TrainVAE) -> None:
     from opensoraplan.train.files import read_settings
     from opensoraplan.train.vae_trainer import train_vae as job
 
-    settings = read_settings(VAETrainSettings, options.config, changes=options.set)
-    logger.info("wrote %s", job(settings, resume=options.resume))
+    settings = read_settings(VAETrainSettings, options.config, changes=[*chain(*options.set)])
+    with _stop_is_no_success():
+        logger.info("wrote %s", job(settings, resume=options.resume))
+
+
+@contextmanager
+def _stop_is_no_success() -> Iterator[None]:
+    """A run that a signal ended is not finished: exit code 128 + its number, as shells and schedulers do."""
+    from opensoraplan.train.run import RunStoppedError
+
+    try:
+        yield
+    except RunStoppedError as stop:
+        sys.stderr.write(f"osp: {stop}\n")
+        sys.exit(128 + stop.signal)
 
 
 def cache(options: Cache) -> None:
@@ -119,7 +144,9 @@ def cache(options: Cache) -> None:
     from opensoraplan.train.files import read_run
 
     files = options.files
-    settings = read_run(files.config, model_json=files.model, data_json=files.data, changes=files.set)
+    settings = read_run(
+        files.config, model_json=files.model, data_json=files.data, changes=[*chain(*files.set)]
+    )
     out = options.out or settings.data.features
     if out is None:
         raise ValueError("where to? Give --out FOLDER, or data.features in the run's settings")
@@ -134,6 +161,14 @@ def export(options: Export) -> None:
 
     from opensoraplan.device import DTYPES
     from opensoraplan.train.export import PromptDefaults, export_run
+    from opensoraplan.train.files import is_vae_run
+    from opensoraplan.train.run import CONFIG
+
+    if (options.run / CONFIG).is_file() and is_vae_run(options.run / CONFIG):
+        raise ValueError(
+            f"{options.run} is a run of osp train-vae, which has nothing to export: the VAE that it made is "
+            f"{options.run / 'vae'}, and vae.pretrained takes it as it is"
+        )
 
     export_run(
         options.run,

@@ -4,46 +4,67 @@ config.json      the resolved settings        metrics.jsonl   what was logged
 checkpoints/     see checkpoint.py            .lock           held while the run goes on
 """
 
+import copy
 import fcntl
 import logging
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from opensoraplan.disk import plain_errors, write_whole
-from opensoraplan.settings import Settings
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.files import refuse_changes
+from opensoraplan.train.files import read_settings, refuse_changes
+from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.metrics import FILE as METRICS
-from opensoraplan.train.metrics import Metrics
+from opensoraplan.train.metrics import Averages, Metrics
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 
+RunSettings = TrainSettings | VAETrainSettings
+
+
+class RunStoppedError(Exception):
+    """A signal ended a run before its last step; what it has learned is saved. The text says how to go on."""
+
+    def __init__(self, by: signal.Signals, *, step: int, steps: int, saved: Path) -> None:
+        super().__init__(
+            f"{by.name}: stopped after step {step} of {steps}, saved in {saved}: the same command with "
+            "--resume latest goes on"
+        )
+        self.signal = by
+
 
 @contextmanager
-def begun(output: Path, settings: Settings, *, resume: str | None) -> Iterator[int]:
+def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterator[int]:
     """Begin a run in `output`, or go on with the one that is there; yields the step to go on from (0: anew).
 
     `resume`: None, "latest" or a step. Without it a folder that has a run is refused; with it, a run whose
-    settings differ in what would change its results is refused with the differences. "latest" without a
-    checkpoint begins anew, so that one command line serves for every start of a job. The folder is locked
-    against a second process. A folder in which nothing was trained yet counts as empty.
+    settings differ in what would change its results is refused with the differences, and so is a step beyond
+    `optimizer.steps`. "latest" without a checkpoint begins anew, so that one command line serves for every
+    start of a job. The folder is locked against a second process. A folder in which nothing was trained yet
+    counts as empty.
     """
     config = output / CONFIG
-    step = 0
+    step, total = 0, settings.optimizer.steps
     if checkpoint.steps(output) or (output / METRICS).exists():
         if resume is None:
             raise ValueError(
                 f"{output} has a training run already: go on with --resume latest, or choose another output"
             )
-        refuse_changes(type(settings).read_file(config), settings)
+        refuse_changes(read_settings(type(settings), config), settings)
         if resume != "latest" or checkpoint.steps(output):
             step = checkpoint.find(output, resume)
+        if step > total:
+            earlier = [there for there in checkpoint.steps(output) if there <= total]
+            raise ValueError(
+                f"step {step} of {output} is beyond optimizer.steps {total}: raise optimizer.steps to go on, "
+                f"or --resume an earlier step (there are: {earlier or 'none'})"
+            )
     elif resume not in (None, "latest"):
         checkpoint.find(output, resume)  # raises: there is none
     try:
@@ -56,11 +77,11 @@ def begun(output: Path, settings: Settings, *, resume: str | None) -> Iterator[i
         with plain_errors(config, whole="nothing was begun"):
             write_whole(config, lambda path: path.write_text(text))
         if resume is not None:
-            logger.info("%s: going on after step %d", output, step)
+            logger.info("%s: going on after step %d of %d", output, step, total)
         yield step
 
 
-def open_metrics(settings: TrainSettings | VAETrainSettings, *, start: int) -> Metrics:
+def open_metrics(settings: RunSettings, *, start: int) -> Metrics:
     """The log of a run that goes on after step `start`."""
     return Metrics(
         settings.output,
@@ -74,7 +95,14 @@ def open_metrics(settings: TrainSettings | VAETrainSettings, *, start: int) -> M
 
 
 class Job(Protocol):
-    """What a trainer does in its loop. Steps count from 1."""
+    """What a trainer does in its loop. Steps count from 1.
+
+    A step that raises ValueError, OSError or FloatingPointError has changed nothing that is saved but the two
+    counts.
+    """
+
+    averages: Averages
+    bad_files: BadFileAccount
 
     def step(self, step: int) -> None: ...
     def report(self) -> Mapping[str, float]: ...
@@ -82,10 +110,23 @@ class Job(Protocol):
     def save(self, step: int) -> None: ...
 
 
-def run_steps(job: Job, settings: TrainSettings | VAETrainSettings, *, start: int) -> int:
+def counted(job: Job) -> dict[str, Any]:
+    """What a checkpoint's state has of the two counts."""
+    return {"averages": job.averages.state_dict(), "bad_files": job.bad_files.state_dict()}
+
+
+def go_on_counting(job: Job, state: Mapping[str, Any]) -> None:
+    """Take over the counts of a checkpoint's state, if it has them: the first runs did not save them."""
+    if "averages" in state:
+        job.averages.load_state_dict(state["averages"])
+        job.bad_files.load_state_dict(state["bad_files"])
+
+
+def run_steps(job: Job, settings: RunSettings, *, start: int) -> None:
     """Do the steps after `start`; log, validate (if `validation.every` says so) and save when it is time.
 
-    SIGTERM and Ctrl-C end it after the step under way, which is saved. Returns the last step saved.
+    SIGTERM and Ctrl-C end it after the step under way, which is saved: RunStoppedError. What else ends it and
+    can be helped by a user is raised, with the last whole step saved.
     """
     total, saved = settings.optimizer.steps, start
 
@@ -93,20 +134,42 @@ def run_steps(job: Job, settings: TrainSettings | VAETrainSettings, *, start: in
         return step == total or step % every == 0
 
     with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
+        # No sooner: up to here a run that cannot begin after all has changed nothing.
+        checkpoint.set_aside(settings.output, after=start)
         for step in range(start + 1, total + 1):
-            job.step(step)
+            with _saved_on_error(job, step - 1, saved=saved):
+                job.step(step)
             if due(step, settings.log.every):
                 metrics.log(step, job.report())
             else:
                 metrics.advance(step)
             if settings.validation.every and due(step, settings.validation.every):
-                metrics.log(step, job.validate(step))
+                with _saved_on_error(job, step, saved=saved):
+                    metrics.log(step, job.validate(step))
             if stop or due(step, settings.checkpoint.every):
                 job.save(step)
                 saved = step
-            if stop:
-                break
-    return saved
+            if stop.signal and step < total:
+                where = checkpoint.path_of(settings.output, step)
+                raise RunStoppedError(stop.signal, step=step, steps=total, saved=where)
+
+
+@contextmanager
+def _saved_on_error(job: Job, step: int, *, saved: int) -> Iterator[None]:
+    """If the block raises what a user can help, save `step`, the last one done, unless it is `saved`."""
+    counts = copy.deepcopy((job.averages, job.bad_files))
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError):
+        if step > saved:
+            job.averages, job.bad_files = counts
+            try:
+                job.save(step)
+            except ValueError as error:  # the one that ended the run says more
+                logger.warning("%s", error)
+            else:
+                logger.warning("the run ends early; step %d is saved, --resume latest goes on after it", step)
+        raise
 
 
 class StopRequested:

@@ -34,6 +34,13 @@ class Speed:
         yield
         self._waited += time.perf_counter() - began
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What the block takes, such as saving, is no training and counts in no rate."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
     def count(self, model: SparseUMMDiT, latents: Tensor, prompt: PromptEmbeds) -> None:
         """A micro-batch of latents [B, C, T, H, W] went forward and backward."""
         batch, _, frames, height, width = latents.shape

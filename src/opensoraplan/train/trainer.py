@@ -15,7 +15,6 @@ from torch import Tensor
 from opensoraplan import flow
 from opensoraplan.convert.assemble import load_denoiser
 from opensoraplan.data.buckets import BucketSampler
-from opensoraplan.data.dataset import BadFiles
 from opensoraplan.device import DTYPES, resolve_device
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
@@ -25,11 +24,11 @@ from opensoraplan.train.clip import AdaptiveClip, GradientOutlierError, global_n
 from opensoraplan.train.config import ModelSettings, TrainSettings
 from opensoraplan.train.ema import Ema
 from opensoraplan.train.encoders import sample_posterior
-from opensoraplan.train.loading import micro_batches
+from opensoraplan.train.loading import BadFileAccount, micro_batches
 from opensoraplan.train.master import MasterWeights
 from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from opensoraplan.train.run import begun, run_steps
+from opensoraplan.train.run import begun, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import Source, open_source
 from opensoraplan.train.speed import Speed
 from opensoraplan.train.validation import Validation
@@ -41,7 +40,8 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     """Train in the folder `settings.output` for `optimizer.steps` steps, or until a signal asks to stop.
 
     Returns the folder of the last checkpoint. Raises ValueError for settings, data and disks that cannot be,
-    before anything heavy where possible, and GradientOutlierError if `clip.outlier` is "stop".
+    before anything heavy where possible, GradientOutlierError if `clip.outlier` is "stop", RunStoppedError
+    for a signal. What was learned until then is saved.
     """
     device = resolve_device(settings.device)
     with begun(settings.output, settings, resume=resume) as start:
@@ -57,7 +57,8 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
         job = _Job(settings, source, sampler, validation, start=start, device=device)
         if start:
             job.load(checkpoint.load(settings.output, start))
-        return checkpoint.path_of(settings.output, run_steps(job, settings, start=start))
+        run_steps(job, settings, start=start)
+        return checkpoint.path_of(settings.output, settings.optimizer.steps)
 
 
 class _Job:
@@ -100,7 +101,7 @@ class _Job:
         where = "cpu" if settings.optimizer.ema_device == "cpu" else None
         self.ema = None if decay is None else Ema(self.master.parameters, decay=decay, device=where)
         self.clip = AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier)
-        self.bad_files = BadFiles(settings.data.max_bad_files)
+        self.bad_files = BadFileAccount(settings.data.max_bad_files)
         self.outliers_in_a_row = 0
         self.averages = Averages()
         self.speed = Speed(settings.log, device=device, dtype=self.dtype)
@@ -151,21 +152,27 @@ class _Job:
 
     def _skip(self, step: int, norm: float) -> None:
         """Leave the step out; after `clip.patience` of them in a row, go back to the last good state."""
-        self.outliers_in_a_row += 1
+        outliers, patience = self.outliers_in_a_row + 1, self.settings.clip.patience
         logger.warning("step %d: gradient norm %.4g is an outlier: the step is left out", step, norm)
-        patience = self.settings.clip.patience
-        if self.outliers_in_a_row % patience:
-            return
-        there = checkpoint.steps(self.settings.output)
-        if not there or self.outliers_in_a_row >= 3 * patience:
-            raise GradientOutlierError(
-                f"step {step}: {self.outliers_in_a_row} gradient norms in a row are outliers, the last one "
-                f"{norm:.4g}, and there is no checkpoint that helps: lower optimizer.lr, or look at the data"
-            )
-        outliers = self.outliers_in_a_row
-        logger.warning("%d outliers in a row: going on from the weights of step %d", outliers, there[-1])
-        self.load(checkpoint.load(self.settings.output, there[-1]))
+        if outliers % patience == 0:
+            good = self._last_before_outliers()
+            if good is None or outliers >= 3 * patience:
+                raise GradientOutlierError(
+                    f"step {step}: {outliers} gradient norms in a row are outliers, the last one {norm:.4g}, "
+                    "and there is no checkpoint that helps: look at the data, resume with clip.outlier="
+                    '"clip", which scales such gradients down, or begin again with a lower optimizer.lr'
+                )
+            logger.warning("%d outliers in a row: going on from the weights of step %d", outliers, good)
+            self._restore(checkpoint.load(self.settings.output, good))
         self.outliers_in_a_row = outliers
+
+    def _last_before_outliers(self) -> int | None:
+        """The newest checkpoint that was not made between outliers."""
+        output = self.settings.output
+        for step in reversed(checkpoint.steps(output)):
+            if checkpoint.load(output, step, only=()).state["outliers_in_a_row"] == 0:
+                return step
+        return None
 
     def report(self) -> dict[str, float]:
         """What is logged of the steps since the last report."""
@@ -179,32 +186,41 @@ class _Job:
         }
         if self.ema is not None:
             parts["ema"] = self.ema.values
-        checkpoint.save(
-            self.settings.output,
-            step,
-            parts=parts,
-            state={
-                "model_config": plain_config(self.model),
-                "clip": self.clip.state_dict(),
-                "outliers_in_a_row": self.outliers_in_a_row,
-            },
-            keep=self.settings.checkpoint.keep,
-            keep_every=self.settings.checkpoint.keep_every,
-        )
+        state = {
+            "model_config": plain_config(self.model),
+            "clip": self.clip.state_dict(),
+            "outliers_in_a_row": self.outliers_in_a_row,
+            **counted(self),
+        }
+        wanted = self.settings.checkpoint
+        with self.speed.apart():
+            checkpoint.save(
+                self.settings.output,
+                step,
+                parts=parts,
+                state=state,
+                keep=wanted.keep,
+                keep_every=wanted.keep_every,
+            )
 
     def load(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint of the same run."""
+        self._restore(saved)
+        self.outliers_in_a_row = saved.state["outliers_in_a_row"]
+        go_on_counting(self, saved.state)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Take over what was learned, without what is counted."""
         self.master.load(saved.parts["model"])
         fill_optimizer(self.optimizer, self.master.parameters, saved.parts["optimizer"])
         if self.ema is not None:
             self.ema.load(saved.parts["ema"])
         self.clip.load_state_dict(saved.state["clip"])
-        self.outliers_in_a_row = saved.state["outliers_in_a_row"]
 
     def validate(self, step: int) -> dict[str, float]:
         """Losses of the averaged weights on held-out clips; videos are written on the way."""
         assert self.validation is not None
-        with self._averaged():
+        with self.speed.apart(), self._averaged():
             return self.validation.run(self.model, step)
 
     @contextmanager

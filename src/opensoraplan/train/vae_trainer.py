@@ -20,7 +20,7 @@ from torch import Tensor
 from opensoraplan.convert.assemble import load_vae
 from opensoraplan.convert.export import new_folder, write_component
 from opensoraplan.data.buckets import BucketSampler, Draw
-from opensoraplan.data.dataset import BadFiles, ClipDataset, collate
+from opensoraplan.data.dataset import ClipDataset, collate
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
 from opensoraplan.device import resolve_device
@@ -40,10 +40,10 @@ from opensoraplan.train.checkpoint import Checkpoint, fill_optimizer, optimizer_
 from opensoraplan.train.clip import global_norm, scale_
 from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
 from opensoraplan.train.ema import Ema
-from opensoraplan.train.loading import micro_batches
+from opensoraplan.train.loading import BadFileAccount, micro_batches
 from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from opensoraplan.train.run import begun, run_steps
+from opensoraplan.train.run import begun, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import global_batch_of, select_clips
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 
@@ -57,8 +57,9 @@ _MEASURED = 256
 def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
     """Train in the folder `settings.output` for `optimizer.steps` steps, or until a signal asks to stop.
 
-    Returns the folder of the finished VAE (diffusers' format: EMA weights, the latents' shift and scale), or
-    that of the last checkpoint. Raises ValueError for settings, data and disks that cannot be.
+    Returns the folder of the finished VAE (diffusers' format: EMA weights, the latents' shift and scale).
+    Raises ValueError for settings, data and disks that cannot be, RunStoppedError for a signal. What was
+    learned until then is saved.
     """
     piece = settings.data
     latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
@@ -74,9 +75,7 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
         job = _Job(settings, samples, held_out, start=start, device=device)
         if start:
             job.load(checkpoint.load(settings.output, start))
-        saved = run_steps(job, settings, start=start)
-        if saved < settings.optimizer.steps:
-            return checkpoint.path_of(settings.output, saved)
+        run_steps(job, settings, start=start)
         return job.finish(samples)
 
 
@@ -138,7 +137,7 @@ class _Job:
             workers=data.workers,
             collate=collate,
         )
-        self.bad_files = BadFiles(data.max_bad_files)
+        self.bad_files = BadFileAccount(data.max_bad_files)
         self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
         self.model.encoder.requires_grad_(not settings.model.freeze_encoder)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -157,6 +156,7 @@ class _Job:
         rate = learning_rate(step - 1, settings.optimizer)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
+        played: list[tuple[Tensor, Tensor]] = []
         for micro in range(settings.optimizer.accumulate):
             asked = time.perf_counter()
             batch = next(self.batches)
@@ -164,7 +164,9 @@ class _Job:
             self.bad_files.add(batch.failures)
             chance = f"{settings.seed} {step} {micro}"
             x = _pieces(batch.video, settings.data, chance=chance).to(self.device)
-            for name, value in self._accumulate(x, step, chance=chance).items():
+            values, pixels = self._accumulate(x, step, chance=chance)
+            played.append((x, pixels))
+            for name, value in values.items():
                 self.averages.add(name, value)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = global_norm(gradients).item()
@@ -172,7 +174,12 @@ class _Job:
             raise ValueError(f"step {step}: the gradient is not finite; lower optimizer.lr {rate:g}")
         if norm > settings.max_grad_norm:
             scale_(gradients, settings.max_grad_norm / norm)
+        # What may raise is above, so that a failed step leaves the state before it: the discriminator, too,
+        # learns only now. (Its norms have running statistics that nothing reads.)
         self.optimizer.step()
+        if (adversary := self._adversary_at(step)) is not None:
+            for real, made in played:
+                self.averages.add("discriminator", adversary.learn(real, made))
         if self.ema is not None:
             self.ema.update(step)
         seconds = time.perf_counter() - began
@@ -180,8 +187,11 @@ class _Job:
             self.averages.add(name, value)
         self.averages.add("data_wait", waited / seconds)
 
-    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> dict[str, float]:
-        """Gradients of one micro-batch of pixels."""
+    def _adversary_at(self, step: int) -> _Adversary | None:
+        return self.adversary if self.adversary is not None and step > self.adversary.start else None
+
+    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> tuple[dict[str, float], Tensor]:
+        """Gradients of one micro-batch of pixels; returns what is logged, and the pixels made of it."""
         weights, frozen = self.settings.loss, self.settings.model.freeze_encoder
         generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
         grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
@@ -192,16 +202,14 @@ class _Job:
         if self.lpips is not None:
             logged["lpips"] = perceptual_loss(self.lpips, x, made.pixels)
             loss = loss + weights.perceptual * logged["lpips"]
-        adversary = self.adversary if self.adversary and step > self.adversary.start else None
+        adversary = self._adversary_at(step)
         total = loss + weights.wavelet * made.wavelet + weights.kl * made.kl
         if adversary is not None:
             total = total + adversary.loss(made, loss, self.model.decoder.conv_out.weight)
         (total / self.settings.optimizer.accumulate).backward()
         error = (made.pixels.detach().clamp(-1, 1) - x).square().mean().item() / 4
         values = {"loss": total.item(), "psnr": -10 * math.log10(max(error, 1e-10))}
-        if adversary is not None:
-            values["discriminator"] = adversary.learn(x, made.pixels)
-        return values | {name: value.item() for name, value in logged.items()}
+        return values | {name: value.item() for name, value in logged.items()}, made.pixels.detach()
 
     def report(self) -> dict[str, float]:
         """What is logged of the steps since the last report."""
@@ -235,7 +243,7 @@ class _Job:
             self.settings.output,
             step,
             parts=parts,
-            state={"model_config": plain_config(self.model)},
+            state={"model_config": plain_config(self.model), **counted(self)},
             keep=wanted.keep,
             keep_every=wanted.keep_every,
         )
@@ -250,20 +258,27 @@ class _Job:
             fill_optimizer(
                 self.adversary.optimizer, self.adversary.parameters, saved.parts["discriminator_optimizer"]
             )
+        go_on_counting(self, saved.state)
 
     def finish(self, samples: Sequence[Sample]) -> Path:
         """Write the VAE for use: averaged weights, and the shift and scale of its latents, measured unless
         the encoder was frozen.
         """
         out = self.settings.output / FINISHED
+        fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
         with self._averaged():
             if not self.settings.model.freeze_encoder:
                 shift, scale = self._measured(samples)
                 self.model.register_to_config(shift=shift, scale=scale)
-            shutil.rmtree(out, ignore_errors=True)  # left by a run that was extended; made anew from this one
             tensors = self.model.state_dict()
-            with new_folder(out) as folder:
+            shutil.rmtree(fresh, ignore_errors=True)
+            with new_folder(fresh) as folder:
                 write_component(self.model, {name: name for name in tensors}, tensors, folder)
+        if out.exists():  # left by a run that was extended: there until the new one is whole
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        fresh.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
         logger.info("wrote the finished VAE to %s", out)
         return out
 
