@@ -1,6 +1,7 @@
 """Files of a training run: TOML that extends TOML, changes, a run's config.json, and what a resume allows."""
 
 import logging
+import runpy
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,9 @@ def test_vae_runs(tmp_path: Path) -> None:
     path = write(tmp_path / "vae.toml", 'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\n')
     settings = read_settings(VAETrainSettings, path, changes=["loss.kl=0", "data.height=64"])
     assert (settings.loss.kl, settings.data.height) == (0, 64)
+    # A VAE's own defaults stay where another key of the section is given.
+    optimizer = read_settings(VAETrainSettings, path, changes=["optimizer.lr=1e-4"]).optimizer
+    assert (optimizer.lr, optimizer.ema_decay, optimizer.eps) == (1e-4, 0.999, 1e-8)
     with pytest.raises(ValueError, match=r"unknown key 'data\.caption_dropout'"):
         read_settings(VAETrainSettings, path, changes=["data.caption_dropout=0"])
 
@@ -361,6 +365,13 @@ def names(kind: type[Settings], before: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             found += names(field.annotation, f"{before}{key}.")
     return found
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    docs = CONFIGS.parent / "docs"
+    page = runpy.run_path(str(docs / "make_settings.py"))["page"]()
+    assert (docs / "settings.md").read_text(encoding="utf-8") == page, "run python docs/make_settings.py"
+    assert "| `accumulate` | `1` | whole number >= 1 |" in page
 
 
 def test_resumable_changes_are_settings() -> None:

@@ -272,6 +272,13 @@ class VAEValidationSettings(Settings):
     samples: Positive = 16
 
 
+class VAEOptimizerSettings(OptimizerSettings):
+    """As for the denoiser, but for two defaults."""
+
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
+
+
 class VAETrainSettings(Settings):
     """A whole run of `osp train-vae`. `max_grad_norm` bounds the gradient's norm."""
 
@@ -281,7 +288,7 @@ class VAETrainSettings(Settings):
     model: VAEModelSettings
     data: VAEClipSettings
     loss: VAELossSettings = VAELossSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(ema_decay=0.999, eps=1e-8)
+    optimizer: VAEOptimizerSettings = VAEOptimizerSettings()
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     log: LogSettings = LogSettings()
     validation: VAEValidationSettings = VAEValidationSettings()
