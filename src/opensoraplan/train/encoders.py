@@ -64,7 +64,9 @@ class Encoders:
         """Of T5's states and of CLIP's pooled one: the denoiser's caption_channels and
         pooled_projection_dim.
         """
-        return self.text_encoder.config.d_model, self.text_encoder_2.config.projection_dim
+        t5: Any = self.text_encoder.config
+        clip: Any = self.text_encoder_2.config
+        return t5.d_model, clip.projection_dim
 
     def to(self, device: torch.device) -> Self:
         """The same models, moved."""
