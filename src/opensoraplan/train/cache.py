@@ -19,7 +19,7 @@ from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import ClipDataset, all_captions
 from opensoraplan.data.features import Description, Kind, LeftOut
 from opensoraplan.data.selection import Sample
-from opensoraplan.data.video import installed_reader
+from opensoraplan.data.video import Reader, installed_reader
 from opensoraplan.device import resolve_device
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
@@ -212,7 +212,7 @@ class _Clips(Dataset[Tensor | LeftOut]):
 
     def __init__(self, samples: Sequence[Sample], data: DataSettings, *, seed: int) -> None:
         self._samples = samples
-        self._reader = installed_reader(data.reader)
+        self._reader: Reader = installed_reader(data.reader)
         self._seed = seed
 
     def __getitem__(self, place: int) -> Tensor | LeftOut:
