@@ -181,7 +181,7 @@ def test_a_vae_run_has_nothing_to_export(osp: Osp, tiny_clips: Path, tmp_path: P
     )
     code, err = osp("train", config)
     assert code == 2
-    assert "has data.frames, data.height, data.width, data.flip, loss" in err
+    assert "data.frames, data.height, data.width, data.flip, loss" in err
     assert err.endswith("settings of a VAE's run, which is for osp train-vae\n")
 
 
