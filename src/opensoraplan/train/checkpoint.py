@@ -10,21 +10,25 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensoraplan.disk import flush, plain_errors
+from opensoraplan.parallel import shards
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+STATE = "state.json"
+# What a failed write leaves.
+WHOLE = "the checkpoints before it are whole"
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".unfinished-"
 _SUPERSEDED = ".superseded-"
@@ -85,68 +89,86 @@ def save(
     leaves earlier checkpoints whole. Raises ValueError in plain words for a full or read-only disk; nothing
     is removed then.
     """
-    wanted = path_of(output, step)
-    unfinished = _renamed(output, step, _UNFINISHED)
-    with plain_errors(wanted, whole="the checkpoints before it are whole"):
+    wanted, unfinished = path_of(output, step), unfinished_path(output, step)
+    with plain_errors(wanted, whole=WHOLE):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
             for name, tensors in parts.items():
                 contiguous = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
                 save_file(contiguous, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
-            (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-            for file in unfinished.iterdir():
-                flush(file)
-            unfinished.rename(wanted)
-            flush(wanted.parent)
+            write_state(unfinished, step, state)
+            finish(output, step)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-    _rotate(output, keep=keep, keep_every=keep_every)
-    _remove_all(output, _SUPERSEDED)
+    rotate(output, keep=keep, keep_every=keep_every)
     return wanted
+
+
+def unfinished_path(output: Path, step: int) -> Path:
+    """Where a checkpoint is written, before `finish` gives it its name."""
+    return _renamed(output, step, _UNFINISHED)
+
+
+def write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+    (folder / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
+
+
+def finish(output: Path, step: int) -> None:
+    """Flush what was written to `unfinished_path` to the disk, and rename it."""
+    unfinished, wanted = unfinished_path(output, step), path_of(output, step)
+    for path in unfinished.rglob("*"):
+        flush(path)
+    unfinished.rename(wanted)
+    flush(wanted.parent)
 
 
 def load(output: Path, step: int, *, only: Sequence[str] | None = None) -> Checkpoint:
     """Read checkpoint number `step` of a run, of its parts `only` those named that there are. Raises
     ValueError for one that is damaged.
     """
+    state = read_state(output, step)
     folder = path_of(output, step)
-    try:
-        state = json.loads((folder / "state.json").read_text())
+    with _damage_told(output, step):
+        if shards.are_in(folder):
+            return Checkpoint(step, shards.read_whole(folder, only=only), state)
         files = [file for file in folder.glob("*.safetensors") if only is None or file.stem in only]
-        parts = {file.stem: load_file(file) for file in files}
-    except (OSError, ValueError, SafetensorError) as error:
+        return Checkpoint(step, {file.stem: load_file(file) for file in files}, state)
+
+
+def read_state(output: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint has beside tensors. Raises ValueError for one that is damaged."""
+    with _damage_told(output, step):
+        state = json.loads((path_of(output, step) / STATE).read_text())
+        del state["step"]
+        return state
+
+
+def read_into(output: Path, step: int, parts: Mapping[str, Tensors]) -> None:
+    """Fill the tensors of `parts` in place, sharded ones with what this rank has of them, from a checkpoint
+    that any number of ranks wrote. All ranks call this. Raises ValueError for one that is damaged.
+    """
+    folder = path_of(output, step)
+    with _damage_told(output, step):
+        if shards.are_in(folder):
+            shards.read_into(folder, parts)
+            return
+        for part, tensors in parts.items():
+            with safe_open(folder / f"{part}.safetensors", framework="pt") as file:
+                for name, tensor in tensors.items():
+                    shards.fill(tensor, file.get_tensor(name))
+
+
+@contextmanager
+def _damage_told(output: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         others = [other for other in steps(output) if other != step]
         raise ValueError(
-            f"checkpoint {folder} cannot be read ({error}); others: {others or 'none'}"
+            f"checkpoint {path_of(output, step)} cannot be read ({error}); others: {others or 'none'}"
         ) from None
-    return Checkpoint(step=state.pop("step"), parts=parts, state=state)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Tensors) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named `KIND.PARAMETER`; `parameters` are its own, by name."""
-    return {
-        f"{kind}.{name}": value
-        for name, parameter in parameters.items()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def fill_optimizer(optimizer: torch.optim.Optimizer, parameters: Tensors, tensors: Tensors) -> None:
-    """The inverse of `optimizer_tensors`: put saved state into a new optimizer of the same parameters."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, name = key.partition(".")
-        by_name.setdefault(name, {})[kind] = value
-    optimizer.state.clear()
-    for name, parameter in parameters.items():
-        if name in by_name:
-            optimizer.state[parameter] = {
-                # A step count is on the CPU in AdamW, except in its fused form, which moves it by itself.
-                kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
-                for kind, value in by_name[name].items()
-            }
 
 
 def set_aside(output: Path, *, after: int) -> None:
@@ -167,7 +189,9 @@ def remove_unfinished(output: Path) -> None:
     _remove_all(output, _UNFINISHED)
 
 
-def _rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
+def rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and every `keep_every`th, and what was `set_aside`."""
+    _remove_all(output, _SUPERSEDED)
     for step in steps(output)[:-keep]:
         if keep_every is None or step % keep_every:
             gone = _renamed(output, step, _UNFINISHED)  # so that no half-removed folder has the name

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from opensoraplan.parallel.shards import local
 
 Outlier = Literal["clip", "skip", "stop"]
 OUTLIERS: tuple[Outlier, ...] = ("clip", "skip", "stop")
@@ -104,15 +108,38 @@ class AdaptiveClip:
 
 @torch.no_grad()
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, summed up in fp32; a scalar on their device. 0 for none."""
-    if not gradients:
-        return torch.zeros(())
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.stack(norms).norm()
+    """The 2-norm of all gradients together, summed up in fp32; a scalar on their device. 0 for none.
+
+    Of sharded gradients, that of the whole ones: all ranks ask.
+    """
+    norms = [_whole_norm(like, parts) for like, parts in _by_sharding(gradients)]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
+
+
+def _by_sharding(gradients: Sequence[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
+    """Local parts of gradients that are sharded alike, with one of the gradients."""
+    groups: dict[object, tuple[Tensor, list[Tensor]]] = {}
+    for gradient in gradients:
+        key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        groups.setdefault(key, (gradient, []))[1].append(local(gradient))
+    return list(groups.values())
+
+
+def _whole_norm(like: Tensor, parts: list[Tensor]) -> Tensor:
+    """The norm of whole gradients, sharded as `like` is, of which this rank has `parts`."""
+    norms = torch._foreach_norm(parts, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    norm = torch.stack(norms).norm()
+    if not isinstance(like, DTensor):
+        return norm
+    total = norm.square()
+    for dim, placement in enumerate(like.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(total, group=like.device_mesh.get_group(dim))
+    return total.sqrt()
 
 
 @torch.no_grad()
 def scale_(gradients: Sequence[Tensor], factor: float) -> None:
     """Multiply all gradients by `factor`, in place."""
     if gradients:
-        torch._foreach_mul_(list(gradients), factor)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)  # pyright: ignore[reportPrivateImportUsage]

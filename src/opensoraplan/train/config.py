@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.flow import Weighting
+from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.settings import Settings
 
 Precision = Literal["fp32", "bf16"]
@@ -149,6 +150,19 @@ class MemorySettings(Settings):
         return self
 
 
+class ParallelSettings(MeshSettings):
+    """How several processes, started by torchrun or `osp launch`, are arranged: see parallel/mesh.py.
+
+    `cpu_offload` keeps shards, gradients and optimizer state in host memory. `encoder_dp`: processes that
+    work on the same sample encode different ones in turn, instead of all the same. `timeout_s`: how long a
+    process waits for the others before it takes the job down.
+    """
+
+    cpu_offload: bool = False
+    encoder_dp: bool = True
+    timeout_s: Annotated[float, Field(gt=0)] = 600
+
+
 class LogSettings(Settings):
     """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted.
 
@@ -217,6 +231,7 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     clip: ClipSettings = ClipSettings()
     memory: MemorySettings = MemorySettings()
+    parallel: ParallelSettings = ParallelSettings()
     log: LogSettings = LogSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

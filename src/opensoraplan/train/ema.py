@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from opensoraplan.parallel.shards import local
+
 
 class Ema:
     """value <- decay * value + (1 - decay) * weight after each step, for all tensors in one foreach pass.
@@ -32,11 +34,12 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step` (from 1)."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
+        values = [local(value) for value in self.values.values()]
         weights = [
-            weight.to(value.device, value.dtype)
-            for weight, value in zip(self._weights.values(), self.values.values(), strict=True)
+            local(weight).to(value.device, value.dtype)
+            for weight, value in zip(self._weights.values(), values, strict=True)
         ]
-        torch._foreach_lerp_(list(self.values.values()), weights, share)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(values, weights, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     @contextmanager

@@ -40,6 +40,8 @@ EXAMPLE = "configs/finetune.toml"
 RESUMABLE_CHANGES = (
     "output",
     "device",
+    "data.batch_size",  # the checkpoint knows how many samples a step has, in all processes
+    "optimizer.accumulate",
     "data.workers",
     "data.reader",
     "data.max_bad_files",
@@ -48,6 +50,7 @@ RESUMABLE_CHANGES = (
     "clip.outlier",
     "clip.patience",
     "memory.*",
+    "parallel.*",
     "log.*",
     "validation.*",
     "checkpoint.*",

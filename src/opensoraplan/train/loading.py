@@ -18,16 +18,13 @@ Batch = TypeVar("Batch")
 
 
 class _MicroBatches(torch.utils.data.Sampler[list[Draw]]):
-    """The draws of each micro-batch of steps `start` to `stop` of one process."""
+    """The draws of micro-batches, begun anew by each loader."""
 
-    def __init__(self, sampler: BucketSampler, *, start: int, stop: int, accumulate: int) -> None:
-        self._sampler = sampler
-        self._steps = range(start, stop)
-        self._accumulate = accumulate
+    def __init__(self, order: Callable[[], Iterator[list[Draw]]]) -> None:
+        self._order = order
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        for step in self._steps:
-            yield from self._sampler.share(step, rank=0, ranks=1, accumulate=self._accumulate)
+        return self._order()
 
 
 class _Batches(Dataset[Batch | Exception], Generic[Item, Batch]):
@@ -46,24 +43,27 @@ class _Batches(Dataset[Batch | Exception], Generic[Item, Batch]):
             return error
 
 
+def shares_of_steps(sampler: BucketSampler, steps: range, *, accumulate: int) -> Iterator[list[Draw]]:
+    """The micro-batches of each of these steps, for one process alone."""
+    for step in steps:
+        yield from sampler.share(step, rank=0, ranks=1, accumulate=accumulate)
+
+
 def micro_batches(
     dataset: Dataset[Item],
-    sampler: BucketSampler,
+    order: Callable[[], Iterator[list[Draw]]],
     *,
-    start: int,
-    stop: int,
-    accumulate: int,
     workers: int,
     collate: Callable[[list[Item]], Batch],
 ) -> Iterator[Batch]:
-    """Yield `accumulate` micro-batches for each step from `start` to before `stop`, always in this order.
+    """Yield the micro-batches whose draws `order` gives, in that order.
 
-    `workers` processes read ahead; 0 reads in this one. What a batch holds depends on its step only. Raises
-    what the dataset raises, ValueError and OSError as they are with any number of workers.
+    `workers` processes read ahead; 0 reads in this one. Raises what the dataset raises, ValueError and
+    OSError as they are with any number of workers.
     """
     loader = DataLoader(
         _Batches(dataset, collate),
-        sampler=_MicroBatches(sampler, start=start, stop=stop, accumulate=accumulate),
+        sampler=_MicroBatches(order),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,

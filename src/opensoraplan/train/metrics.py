@@ -24,6 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.parallel.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,22 @@ class Metrics:
         return tqdm.format_interval(seconds)
 
 
+class Silence:
+    """Takes what `Metrics` takes and says nothing."""
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class Averages:
     """Means of what was added since the last `take`. Tensors stay on their device until then."""
 
@@ -184,14 +201,16 @@ class Averages:
         self._quarters[0].index_add_(0, quarter, losses)
         self._quarters[1].index_add_(0, quarter, torch.ones_like(losses))
 
-    def take(self) -> dict[str, float]:
-        """The means by name, and begin anew. What got no sample is absent."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+    def take(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """The means over all processes by name, and begin anew. What got no sample is absent."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        counts = dict(self._counts)
         if self._quarters is not None:
             for index, (total, count) in enumerate(self._quarters.T.tolist()):
-                if count:
-                    low, high = index / QUARTERS, (index + 1) / QUARTERS
-                    means[f"loss/sigma_{low:.2f}_{high:.2f}"] = total / count
+                name = f"loss/sigma_{index / QUARTERS:.2f}_{(index + 1) / QUARTERS:.2f}"
+                sums[name], counts[name] = total, count
+        sums, counts = ranks.summed(sums), ranks.summed(counts)
+        means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
         self._sums.clear()
         self._counts.clear()
         self._quarters = None

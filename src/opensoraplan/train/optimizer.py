@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensoraplan.train.config import OptimizerSettings
 
@@ -17,7 +17,31 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: OptimizerSe
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    begin_state(optimizer)
+    return optimizer
+
+
+def begin_state(optimizer: torch.optim.AdamW) -> None:
+    """Give a fused AdamW the state that it has before its first step, where checkpoints can be read into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named `KIND.PARAMETER`; `parameters` are its own, by name."""
+    return {
+        f"{kind}.{name}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+    }
 
 
 def learning_rate(step: int, settings: OptimizerSettings) -> float:

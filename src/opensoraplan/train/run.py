@@ -9,17 +9,19 @@ import fcntl
 import logging
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import read_settings, refuse_changes
 from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.metrics import FILE as METRICS
-from opensoraplan.train.metrics import Averages, Metrics
+from opensoraplan.train.metrics import Averages, Metrics, Silence
+from opensoraplan.train.writers import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,13 @@ class RunStoppedError(Exception):
             "--resume latest goes on"
         )
         self.signal = by
+
+
+@contextmanager
+def begun_together(output: Path, settings: RunSettings, *, resume: str | None, ranks: Ranks) -> Iterator[int]:
+    """`begun` by the first of several processes, for all of them."""
+    with ExitStack() as stack:
+        yield ranks.agree(lambda: stack.enter_context(begun(output, settings, resume=resume)))
 
 
 @contextmanager
@@ -81,8 +90,10 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
         yield step
 
 
-def open_metrics(settings: RunSettings, *, start: int) -> Metrics:
-    """The log of a run that goes on after step `start`."""
+def open_metrics(settings: RunSettings, *, start: int, ranks: Ranks) -> Metrics | Silence:
+    """The log of a run that goes on after step `start`; of several processes, the first has it."""
+    if not ranks.first:
+        return Silence()
     return Metrics(
         settings.output,
         steps=settings.optimizer.steps,
@@ -103,6 +114,7 @@ class Job(Protocol):
 
     averages: Averages
     bad_files: BadFileAccount
+    writer: Writer
 
     def step(self, step: int) -> None: ...
     def report(self) -> Mapping[str, float]: ...
@@ -122,41 +134,50 @@ def go_on_counting(job: Job, state: Mapping[str, Any]) -> None:
         job.bad_files.load_state_dict(state["bad_files"])
 
 
-def run_steps(job: Job, settings: RunSettings, *, start: int) -> None:
+def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:
     """Do the steps after `start`; log, validate (if `validation.every` says so) and save when it is time.
 
     SIGTERM and Ctrl-C end it after the step under way, which is saved: RunStoppedError. What else ends it and
-    can be helped by a user is raised, with the last whole step saved.
+    can be helped by a user is raised, with the last whole step saved; not so in one of several processes,
+    whose others cannot save without it: there the message says which it was.
     """
     total, saved = settings.optimizer.steps, start
 
     def due(step: int, every: int) -> bool:
         return step == total or step % every == 0
 
-    with open_metrics(settings, start=start) as metrics, stop_on_signal() as stop:
+    with open_metrics(settings, start=start, ranks=ranks) as metrics, stop_on_signal() as stop:
         # No sooner: up to here a run that cannot begin after all has changed nothing.
-        checkpoint.set_aside(settings.output, after=start)
+        ranks.agree(lambda: checkpoint.set_aside(settings.output, after=start))
         for step in range(start + 1, total + 1):
-            with _saved_on_error(job, step - 1, saved=saved):
+            with _saved_on_error(job, step - 1, saved=saved, ranks=ranks):
                 job.step(step)
             if due(step, settings.log.every):
                 metrics.log(step, job.report())
             else:
                 metrics.advance(step)
             if settings.validation.every and due(step, settings.validation.every):
-                with _saved_on_error(job, step, saved=saved):
+                with _saved_on_error(job, step, saved=saved, ranks=ranks):
                     metrics.log(step, job.validate(step))
-            if stop or due(step, settings.checkpoint.every):
+            stopping = ranks.any(bool(stop))
+            if stopping or due(step, settings.checkpoint.every):
                 job.save(step)
                 saved = step
-            if stop.signal and step < total:
+            if stopping and step < total:
+                job.writer.wait()
                 where = checkpoint.path_of(settings.output, step)
-                raise RunStoppedError(stop.signal, step=step, steps=total, saved=where)
+                by = stop.signal or signal.SIGTERM  # the signal may have come to another process
+                raise RunStoppedError(by, step=step, steps=total, saved=where)
+        job.writer.wait()
 
 
 @contextmanager
-def _saved_on_error(job: Job, step: int, *, saved: int) -> Iterator[None]:
+def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
     """If the block raises what a user can help, save `step`, the last one done, unless it is `saved`."""
+    if ranks.mesh is not None:
+        with _told_by_rank(step, ranks):
+            yield
+        return
     counts = copy.deepcopy((job.averages, job.bad_files))
     try:
         yield
@@ -170,6 +191,15 @@ def _saved_on_error(job: Job, step: int, *, saved: int) -> Iterator[None]:
             else:
                 logger.warning("the run ends early; step %d is saved, --resume latest goes on after it", step)
         raise
+
+
+@contextmanager
+def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
+    """Errors say in which process and after which step they came, those of hung collectives, too."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        raise type(error)(f"rank {ranks.rank} of {ranks.count}, after step {step}: {error}") from error
 
 
 class StopRequested:

@@ -82,10 +82,16 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def open_source(
-    settings: TrainSettings, *, device: torch.device, held_out: bool = False, encoders: Encoders | None = None
+    settings: TrainSettings,
+    *,
+    device: torch.device,
+    global_batch: int | None = None,
+    held_out: bool = False,
+    encoders: Encoders | None = None,
 ) -> tuple[Source, Encoders | None]:
     """The training clips or features of a run, or those of its validation (`held_out`, without dropout), and
-    the encoders, on `device`, if the run needs them: `encoders` if given.
+    the encoders, on `device`, if the run needs them: `encoders` if given. `global_batch` is how many samples
+    a step has in all processes (None: in this one alone).
 
     Features are held against the clips and encoders that the settings name, if they do; the encoders then
     are loaded on the CPU and, unless validation needs them, let go. Raises ValueError for data that does not
@@ -93,10 +99,11 @@ def open_source(
     """
     data = settings.data
     manifest, features = data.manifest, data.features
+    if global_batch is None and not held_out:
+        global_batch = global_batch_of(settings)
     if held_out:
         manifest, features = settings.validation.manifest, settings.validation.features
     dropout = 0.0 if held_out else data.caption_dropout
-    global_batch = None if held_out else global_batch_of(settings)
     named = bool(settings.vae.pretrained and settings.text.t5 and settings.text.clip)
     if features is None or named:
         check_paths(settings.vae, settings.text)  # first, for reading a manifest may take minutes
@@ -134,7 +141,7 @@ def open_source(
 
 
 def global_batch_of(settings: TrainSettings | VAETrainSettings) -> int:
-    """How many samples a step has."""
+    """How many samples a step has, of those processes that work on the same ones."""
     return settings.data.batch_size * settings.optimizer.accumulate
 
 

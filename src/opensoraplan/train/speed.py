@@ -10,6 +10,7 @@ from torch import Tensor
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train.config import LogSettings
 from opensoraplan.train.metrics import measured_peak_tflops, peak_memory, training_flops
 
@@ -53,13 +54,15 @@ class Speed:
             batch=batch,
         )
 
-    def take(self) -> dict[str, float]:
-        """Rates since the last `take`; `data_wait` is the share of the time spent waiting for data."""
+    def take(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Rates of all processes together since the last `take`, TFLOP/s and MFU those of each device, memory
+        this one's; `data_wait` is the share of the time spent waiting for data.
+        """
         seconds = time.perf_counter() - self._began
-        tflops = self._flops / seconds / 1e12
+        tflops = self._flops / ranks.sample_ranks / seconds / 1e12
         rates = {
-            "samples/s": self._samples / seconds,
-            "tokens/s": self._tokens / seconds,
+            "samples/s": self._samples * ranks.data_ranks / seconds,
+            "tokens/s": self._tokens * ranks.data_ranks / seconds,
             "TFLOP/s": tflops,
             "MFU": tflops / self._peak,
             "data_wait": self._waited / seconds,

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +19,28 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, resolve_device
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
+from opensoraplan.parallel.plan import parallelize, set_gradient_sync
+from opensoraplan.parallel.ranks import Ranks, device_of_rank, joined
 from opensoraplan.train import checkpoint, objective
-from opensoraplan.train.checkpoint import Checkpoint, fill_optimizer, optimizer_tensors
 from opensoraplan.train.clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
 from opensoraplan.train.config import ModelSettings, TrainSettings
 from opensoraplan.train.ema import Ema
 from opensoraplan.train.encoders import sample_posterior
-from opensoraplan.train.loading import BadFileAccount, micro_batches
+from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.master import MasterWeights
 from opensoraplan.train.metrics import Averages
-from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from opensoraplan.train.run import begun, counted, go_on_counting, run_steps
-from opensoraplan.train.sources import Source, open_source
+from opensoraplan.train.optimizer import (
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from opensoraplan.train.run import begun_together, counted, go_on_counting, run_steps
+from opensoraplan.train.sources import Source, global_batch_of, open_source
 from opensoraplan.train.speed import Speed
+from opensoraplan.train.turns import encoded_batches
 from opensoraplan.train.validation import Validation
+from opensoraplan.train.writers import ShardedWriter, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +52,21 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     before anything heavy where possible, GradientOutlierError if `clip.outlier` is "stop", RunStoppedError
     for a signal. What was learned until then is saved.
     """
-    device = resolve_device(settings.device)
-    with begun(settings.output, settings, resume=resume) as start:
-        source, encoders = open_source(settings, device=device)
-        sampler = BucketSampler(
-            source.shapes,
-            global_batch=settings.data.batch_size * settings.optimizer.accumulate,
-            seed=settings.seed,
-        )
+    device = device_of_rank(resolve_device(settings.device))
+    with (
+        joined(settings.parallel, device, timeout=settings.parallel.timeout_s) as ranks,
+        begun_together(settings.output, settings, resume=resume, ranks=ranks) as start,
+    ):
+        global_batch = global_batch_of(settings) * ranks.data_ranks
+        source, encoders = open_source(settings, device=device, global_batch=global_batch)
+        sampler = BucketSampler(source.shapes, global_batch=global_batch, seed=settings.seed)
         validation = None
         if settings.validation.every:
-            validation = Validation(settings, encoders=encoders, device=device)
-        job = _Job(settings, source, sampler, validation, start=start, device=device)
+            validation = Validation(settings, encoders=encoders, device=device, writes=ranks.first)
+        job = _Job(settings, source, sampler, validation, ranks, start=start, device=device)
         if start:
-            job.load(checkpoint.load(settings.output, start))
-        run_steps(job, settings, start=start)
+            job.load(start)
+        run_steps(job, settings, start=start, ranks=ranks)
         return checkpoint.path_of(settings.output, settings.optimizer.steps)
 
 
@@ -70,6 +79,7 @@ class _Job:
         source: Source,
         sampler: BucketSampler,
         validation: Validation | None,
+        ranks: Ranks,
         *,
         start: int,
         device: torch.device,
@@ -78,24 +88,13 @@ class _Job:
         self.source = source
         self.sampler = sampler
         self.validation = validation
-        self.batches = micro_batches(
-            source.dataset,
-            sampler,
-            start=start,
-            stop=settings.optimizer.steps,
-            accumulate=settings.optimizer.accumulate,
-            workers=settings.data.workers,
-            collate=source.collate,
-        )
+        self.ranks = ranks
         self.device = device
         self.dtype = DTYPES[settings.model.compute]
-        self.model = build(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
-        self.master = MasterWeights(self.model, master=DTYPES[settings.model.master], compute=self.dtype)
+        self.model = build(settings.model, seed=settings.seed).train()
         source.check_fits(self.model)
-        memory = settings.memory
-        self.model.set_recompute(blocks=memory.recompute_blocks, feed_forwards=memory.recompute_feed_forwards)
-        if memory.compile:
-            self.model.compile_repeated_blocks()
+        self.master = self._master_weights()
+        self.batches = encoded_batches(source, sampler, settings, ranks, start=start)
         self.optimizer = make_optimizer(self.master.parameters, settings.optimizer)
         decay = settings.optimizer.ema_decay
         where = "cpu" if settings.optimizer.ema_device == "cpu" else None
@@ -105,17 +104,39 @@ class _Job:
         self.outliers_in_a_row = 0
         self.averages = Averages()
         self.speed = Speed(settings.log, device=device, dtype=self.dtype)
+        self.writer = Writer(settings.output, settings.checkpoint)
+        if ranks.mesh is not None:
+            self.writer = ShardedWriter(settings.output, settings.checkpoint, ranks)
+
+    def _master_weights(self) -> MasterWeights:
+        """The model goes where it computes: to the device, or in shards to those of all ranks."""
+        memory, master = self.settings.memory, DTYPES[self.settings.model.master]
+        self.model.set_recompute(blocks=memory.recompute_blocks, feed_forwards=memory.recompute_feed_forwards)
+        if self.ranks.mesh is not None:
+            parallelize(
+                self.model.to(master),  # type: ignore[arg-type]
+                self.ranks.mesh,
+                compute=self.dtype,
+                compile_blocks=memory.compile,
+                cpu_offload=self.settings.parallel.cpu_offload,
+            )
+            return MasterWeights(self.model, master=master, compute=master)
+        self.model.to(self.device)  # type: ignore[arg-type]
+        if memory.compile:
+            self.model.compile_repeated_blocks()
+        return MasterWeights(self.model, master=master, compute=self.dtype)
 
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
         settings, accumulate = self.settings, self.settings.optimizer.accumulate
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
-        for draws in self.sampler.share(step - 1, rank=0, ranks=1, accumulate=accumulate):
+        for micro in range(accumulate):
             with self.speed.waiting():
-                batch = next(self.batches)
-            self.bad_files.add(batch.failures)
-            encoded = self.source.encode(batch)
+                draws, encoded, failures = next(self.batches)
+            self.bad_files.add(failures)
+            if self.ranks.mesh is not None:
+                set_gradient_sync(self.model, now=micro == accumulate - 1)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
             drawn = objective.draw(draws, shape, settings.flow, seed=settings.seed).to(self.device)
             latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
@@ -163,59 +184,72 @@ class _Job:
                     '"clip", which scales such gradients down, or begin again with a lower optimizer.lr'
                 )
             logger.warning("%d outliers in a row: going on from the weights of step %d", outliers, good)
-            self._restore(checkpoint.load(self.settings.output, good))
+            self._restore(good)
         self.outliers_in_a_row = outliers
 
     def _last_before_outliers(self) -> int | None:
         """The newest checkpoint that was not made between outliers."""
         output = self.settings.output
         for step in reversed(checkpoint.steps(output)):
-            if checkpoint.load(output, step, only=()).state["outliers_in_a_row"] == 0:
+            if checkpoint.read_state(output, step)["outliers_in_a_row"] == 0:
                 return step
         return None
 
     def report(self) -> dict[str, float]:
         """What is logged of the steps since the last report."""
-        return self.averages.take() | self.speed.take() | {"bad_files": len(self.bad_files)}
+        bad_files = self.ranks.summed({"bad_files": len(self.bad_files)})
+        return self.averages.take(self.ranks) | self.speed.take(self.ranks) | bad_files
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "model": self.master.parameters,
-            "optimizer": optimizer_tensors(self.optimizer, self.master.parameters),
-        }
-        if self.ema is not None:
-            parts["ema"] = self.ema.values
         state = {
             "model_config": plain_config(self.model),
             "clip": self.clip.state_dict(),
             "outliers_in_a_row": self.outliers_in_a_row,
+            "global_batch": len(self.sampler.global_batch(0)),
             **counted(self),
         }
-        wanted = self.settings.checkpoint
         with self.speed.apart():
-            checkpoint.save(
-                self.settings.output,
-                step,
-                parts=parts,
-                state=state,
-                keep=wanted.keep,
-                keep_every=wanted.keep_every,
-            )
+            self.writer.save(step, parts=self._parts(), state=state)
 
-    def load(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run."""
-        self._restore(saved)
-        self.outliers_in_a_row = saved.state["outliers_in_a_row"]
-        go_on_counting(self, saved.state)
+    def _parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors that a checkpoint has; reading one fills them in place."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.master.parameters,
+            "optimizer": optimizer_tensors(self.optimizer, self.master.parameters),
+        }
+        return parts if self.ema is None else {**parts, "ema": self.ema.values}
 
-    def _restore(self, saved: Checkpoint) -> None:
-        """Take over what was learned, without what is counted."""
-        self.master.load(saved.parts["model"])
-        fill_optimizer(self.optimizer, self.master.parameters, saved.parts["optimizer"])
-        if self.ema is not None:
-            self.ema.load(saved.parts["ema"])
-        self.clip.load_state_dict(saved.state["clip"])
+    def load(self, step: int) -> None:
+        """Go on from a checkpoint of the same run, made by any number of processes."""
+        state = self._restore(step)
+        self.outliers_in_a_row = state["outliers_in_a_row"]
+        go_on_counting(self, state)
+
+    def _restore(self, step: int) -> dict[str, Any]:
+        """Take over what was learned until then, without what is counted; returns the checkpoint's state."""
+        state = checkpoint.read_state(self.settings.output, step)
+        self._check_global_batch(state.get("global_batch"))
+        checkpoint.read_into(self.settings.output, step, self._parts())
+        self.master.publish()
+        self.clip.load_state_dict(state["clip"])
+        return state
+
+    def _check_global_batch(self, before: int | None) -> None:
+        """Raise ValueError unless steps have as many samples as when the checkpoint was made."""
+        now, ranks = len(self.sampler.global_batch(0)), self.ranks.data_ranks
+        if before in (None, now):
+            return
+        if before % ranks:
+            possible = [n for n in range(1, before + 1) if before % n == 0]
+            advice = f"use a number of processes with different samples that divides it: {possible}"
+        else:
+            advice = f"set data.batch_size x optimizer.accumulate to {before // ranks}"
+        raise ValueError(
+            f"the run has {before} samples a step, and would have {now} with {ranks} processes x "
+            f"data.batch_size {self.settings.data.batch_size} x optimizer.accumulate "
+            f"{self.settings.optimizer.accumulate}: {advice}"
+        )
 
     def validate(self, step: int) -> dict[str, float]:
         """Losses of the averaged weights on held-out clips; videos are written on the way."""

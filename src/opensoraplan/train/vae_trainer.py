@@ -36,16 +36,22 @@ from opensoraplan.train.adversarial import (
     load_lpips,
     perceptual_loss,
 )
-from opensoraplan.train.checkpoint import Checkpoint, fill_optimizer, optimizer_tensors
 from opensoraplan.train.clip import global_norm, scale_
 from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
 from opensoraplan.train.ema import Ema
-from opensoraplan.train.loading import BadFileAccount, micro_batches
+from opensoraplan.train.loading import BadFileAccount, micro_batches, shares_of_steps
 from opensoraplan.train.metrics import Averages
-from opensoraplan.train.optimizer import learning_rate, make_optimizer, set_learning_rate
+from opensoraplan.train.optimizer import (
+    begin_state,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from opensoraplan.train.run import begun, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import global_batch_of, select_clips
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
+from opensoraplan.train.writers import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +80,7 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
     with begun(settings.output, settings, resume=resume) as start:
         job = _Job(settings, samples, held_out, start=start, device=device)
         if start:
-            job.load(checkpoint.load(settings.output, start))
+            job.load(start)
         run_steps(job, settings, start=start)
         return job.finish(samples)
 
@@ -91,6 +97,7 @@ class _Adversary:
         self.parameters = dict(self.model.named_parameters())
         rate = settings.loss.discriminator_lr
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, fused=True)
+        begin_state(self.optimizer)
 
     def loss(self, made: Reconstruction, l1: Tensor, last_layer: Tensor) -> Tensor:
         """What the VAE pays for pixels that are told from real ones, weighted against `l1`."""
@@ -124,16 +131,14 @@ class _Job:
         self.held_out = held_out
         self.device = device
         data, accumulate = settings.data, settings.optimizer.accumulate
+        sampler = BucketSampler(
+            [sample.shape for sample in samples],
+            global_batch=data.batch_size * accumulate,
+            seed=settings.seed,
+        )
         self.batches = micro_batches(
             ClipDataset(samples, seed=settings.seed, new_windows=data.new_windows, reader=data.reader),
-            BucketSampler(
-                [sample.shape for sample in samples],
-                global_batch=data.batch_size * accumulate,
-                seed=settings.seed,
-            ),
-            start=start,
-            stop=settings.optimizer.steps,
-            accumulate=accumulate,
+            lambda: shares_of_steps(sampler, range(start, settings.optimizer.steps), accumulate=accumulate),
             workers=data.workers,
             collate=collate,
         )
@@ -149,6 +154,7 @@ class _Job:
         adversarial = settings.loss.adversarial_start is not None
         self.adversary = _Adversary(settings, device=device) if adversarial else None
         self.averages = Averages()
+        self.writer = Writer(settings.output, settings.checkpoint)
 
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
@@ -227,6 +233,12 @@ class _Job:
         return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
 
     def save(self, step: int) -> None:
+        self.writer.save(
+            step, parts=self._parts(), state={"model_config": plain_config(self.model), **counted(self)}
+        )
+
+    def _parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors that a checkpoint has; reading one fills them in place."""
         parts: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
@@ -238,27 +250,12 @@ class _Job:
             parts["discriminator_optimizer"] = optimizer_tensors(
                 self.adversary.optimizer, self.adversary.parameters
             )
-        wanted = self.settings.checkpoint
-        checkpoint.save(
-            self.settings.output,
-            step,
-            parts=parts,
-            state={"model_config": plain_config(self.model), **counted(self)},
-            keep=wanted.keep,
-            keep_every=wanted.keep_every,
-        )
+        return parts
 
-    def load(self, saved: Checkpoint) -> None:
-        self.model.load_state_dict(saved.parts["model"])
-        fill_optimizer(self.optimizer, self.parameters, saved.parts["optimizer"])
-        if self.ema is not None:
-            self.ema.load(saved.parts["ema"])
-        if self.adversary is not None:
-            self.adversary.model.load_state_dict(saved.parts["discriminator"])
-            fill_optimizer(
-                self.adversary.optimizer, self.adversary.parameters, saved.parts["discriminator_optimizer"]
-            )
-        go_on_counting(self, saved.state)
+    def load(self, step: int) -> None:
+        """Go on from a checkpoint of the same run."""
+        checkpoint.read_into(self.settings.output, step, self._parts())
+        go_on_counting(self, checkpoint.read_state(self.settings.output, step))
 
     def finish(self, samples: Sequence[Sample]) -> Path:
         """Write the VAE for use: averaged weights, and the shift and scale of its latents, measured unless

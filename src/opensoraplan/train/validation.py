@@ -28,11 +28,16 @@ class Validation:
     of different steps compare.
     """
 
-    def __init__(self, settings: TrainSettings, *, encoders: Encoders | None, device: torch.device) -> None:
-        """Open what the settings name; raises ValueError for what is missing. `encoders`: already loaded."""
+    def __init__(
+        self, settings: TrainSettings, *, encoders: Encoders | None, device: torch.device, writes: bool = True
+    ) -> None:
+        """Open what the settings name; raises ValueError for what is missing. `encoders`: already loaded.
+        `writes`: whether videos are written here; of several processes, one does.
+        """
         self.settings = settings.validation
         self.run_settings = settings
         self.device = device
+        self.writes = writes
         self.source: Source | None = None
         self.encoders = encoders
         if self.settings.prompts:
@@ -107,6 +112,8 @@ class Validation:
                 seed=number,
                 output_type="pt",
             )
+            if not self.writes:
+                continue
             videos = cast(Tensor, cast(VideoOutput, output).frames)
             path = self._path(step, number)
             with VideoWriter(path, fps=wanted.fps, title=prompt) as writer:

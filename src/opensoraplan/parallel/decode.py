@@ -1,0 +1,107 @@
+"""Decoding one video on several devices: each rank has some rows of every frame, and gets from its neighbours
+the rows next to its own where a layer looks beyond them. Exact, unlike tiles. Applied from outside, by hooks.
+
+Shapes: [B, C, T, H, W], of which a rank has H / ranks rows at every stage.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensoraplan.models.wfvae import WFVAE, CausalConv3d, FrameAttention, FrameConv2d, Upsample
+from opensoraplan.parallel.collectives import Group, gather, part_of
+
+ROWS = 3
+
+
+def share_decoding(vae: WFVAE, group: Group) -> None:
+    """From now on every rank of `group` decodes some rows; `decode_rows` is then what decodes."""
+    if vae.tiling is not None:
+        raise ValueError("tiles and sharing out the rows of a frame exclude each other: disable_tiling()")
+    within_upsampling = {id(layer.conv) for layer in vae.decoder.modules() if isinstance(layer, Upsample)}
+    for layer in vae.decoder.modules():
+        if isinstance(layer, Upsample):
+            _Halo(group, grown=2).hook(layer)
+            layer.conv.register_forward_pre_hook(_outside_is_zero(group))
+        elif isinstance(layer, FrameAttention):
+            layer.register_forward_pre_hook(
+                lambda _layer, args: (gather(args[0], dim=ROWS, group=group), *args[1:])
+            )
+            layer.register_forward_hook(partial(_own_rows, group=group))
+        elif _looks_beyond(layer) and id(layer) not in within_upsampling:
+            _Halo(group, grown=1).hook(layer)
+
+
+@torch.no_grad()
+def decode_rows(vae: WFVAE, latents: Tensor, group: Group) -> Iterator[Tensor]:
+    """Pixels [B, 3, t, 8h, 8w] chunk by chunk, whole on every rank, of latents [B, C, t, h, w] (not
+    normalised) that all ranks have. ValueError unless the rows can be shared out evenly.
+    """
+    rows, ranks = latents.shape[ROWS], group.size()
+    if rows % ranks:
+        possible = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise ValueError(
+            f"{rows} rows of latents cannot be shared out over {ranks} ranks: "
+            f"use {', '.join(map(str, possible))}"
+        )
+    for pixels in vae.iter_decode(part_of(latents, dim=ROWS, group=group)):
+        yield gather(pixels, dim=ROWS, group=group)
+
+
+def _own_rows(_layer: nn.Module, _args: tuple[Any, ...], out: Tensor, *, group: Group) -> Tensor:
+    return part_of(out, dim=ROWS, group=group)
+
+
+def _looks_beyond(layer: nn.Module) -> bool:
+    """Whether a row of the layer's output depends on the rows next to it."""
+    return isinstance(layer, FrameConv2d) or (
+        isinstance(layer, CausalConv3d) and layer.conv.kernel_size[1] > 1
+    )
+
+
+class _Halo:
+    """Hooks that give a layer one row more above and below, and cut from its output what comes of them."""
+
+    def __init__(self, group: Group, *, grown: int) -> None:
+        self.group = group
+        self.grown = grown  # rows of output for one row of input
+        self.repeats_edge = grown > 1  # interpolation sees the frame's edge again, a convolution sees zeros
+
+    def hook(self, layer: nn.Module) -> None:
+        layer.register_forward_pre_hook(self.widen)
+        layer.register_forward_hook(self.cut)
+
+    def widen(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        rank, last = self.group.rank(), self.group.size() - 1
+        edges = torch.stack([x[..., :1, :], x[..., -1:, :]])  # what the neighbours need: [2, B, C, T, 1, W]
+        everyones = gather(edges, dim=0, group=self.group).unflatten(0, (-1, 2))
+        above = everyones[rank - 1, 1] if rank else self._outside(edges[0])
+        below = everyones[rank + 1, 0] if rank < last else self._outside(edges[1])
+        return torch.cat([above, x, below], dim=ROWS), *args[1:]
+
+    def cut(self, _layer: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out[..., self.grown : -self.grown, :]
+
+    def _outside(self, edge: Tensor) -> Tensor:
+        return edge if self.repeats_edge else torch.zeros_like(edge)
+
+
+def _outside_is_zero(group: Group) -> Any:  # noqa: ANN401 (a hook)
+    """Of an upsampled part with its halo, rows that lie outside of the frame are zero to the convolution."""
+    rank, last = group.rank(), group.size() - 1
+
+    def hook(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        if rank in (0, last):
+            x = x.clone()
+            if rank == 0:
+                x[..., :2, :] = 0
+            if rank == last:
+                x[..., -2:, :] = 0
+        return x, *args[1:]
+
+    return hook

@@ -1,0 +1,56 @@
+"""Everything that is done to a denoiser to run it on a mesh, in the one order that works.
+
+Tensor parallelism splits weights first; then tokens are shared out; recompute is the model's own, set before;
+blocks are compiled; FSDP comes last, for it moves what the others leave.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.parallel.mesh import SEQUENCE, TENSOR, Mesh
+from opensoraplan.parallel.sequence import share_tokens
+from opensoraplan.parallel.tensor import shard_blocks
+
+
+def parallelize(
+    model: SparseUMMDiT,
+    mesh: Mesh,
+    *,
+    compute: torch.dtype,
+    compile_blocks: bool = False,
+    cpu_offload: bool = False,
+) -> None:
+    """Share a denoiser out over `mesh`, for training. All ranks must have the same weights, in the precision
+    of the optimizer; blocks compute in `compute`, gradients are reduced in fp32. With `cpu_offload`, shards,
+    gradients and the optimizer's state are in host memory.
+
+    Raises ValueError for a mesh that does not fit the model.
+    """
+    mesh.settings.check_model(model.config["num_attention_heads"])
+    share_sample(model, mesh)
+    if compile_blocks:
+        model.compile_repeated_blocks()
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )  # fp32 islands get fp32 inputs
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for block in model.transformer_blocks:
+        fully_shard(block, mesh=mesh.for_weights, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh.for_weights, mp_policy=policy, offload_policy=offload)
+
+
+def share_sample(model: SparseUMMDiT, mesh: Mesh) -> None:
+    """Let the ranks of one sample share its work (tp, sp): all that generating needs."""
+    tp = mesh.group(TENSOR) if mesh.size(TENSOR) > 1 else None
+    sp = mesh.group(SEQUENCE) if mesh.size(SEQUENCE) > 1 else None
+    if tp is not None:
+        shard_blocks(model, mesh.devices[TENSOR])
+    if tp is not None or sp is not None:
+        share_tokens(model, sp=sp, tp=tp)
+
+
+def set_gradient_sync(model: nn.Module, *, now: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks: only the last one of a step has to."""
+    model.set_requires_gradient_sync(now)  # type: ignore[operator] (of FSDP)

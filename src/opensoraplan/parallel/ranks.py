@@ -1,0 +1,122 @@
+"""The processes of a job as one: begun by torchrun, agreeing on what happens. One alone is a job, too."""
+
+import datetime
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from opensoraplan.parallel.mesh import DATA, SAMPLE, Mesh, MeshSettings
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+# By type of device; control messages go over the CPU in any case.
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+class Ranks:
+    """What a trainer needs to know of the job's processes. `mesh` is None where there is only this one."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh = mesh
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def count(self) -> int:
+        return 1 if self.mesh is None else dist.get_world_size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of each global batch is this process's; processes of one sample have the same."""
+        return 0 if self.mesh is None else self.mesh.rank(DATA)
+
+    @property
+    def data_ranks(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size(DATA)
+
+    @property
+    def sample_ranks(self) -> int:
+        """How many processes work on the same sample."""
+        return 1 if self.mesh is None else self.mesh.size(SAMPLE)
+
+    def agree(self, decide: Callable[[], Value]) -> Value:
+        """What `decide` returns in the first process, in all; what it raises there is raised in all."""
+        if self.mesh is None:
+            return decide()
+        box: list[Value | Exception | None] = [None]
+        if self.first:
+            try:
+                box[0] = decide()
+            except (ValueError, OSError) as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process. All of them ask."""
+        if self.mesh is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags)
+        return bool(flags)
+
+    def summed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the processes with different samples. All of them ask, perhaps with different names."""
+        if self.mesh is None:
+            return dict(values)
+        everyones: list[dict[str, float]] = [{} for _ in range(self.data_ranks)]
+        dist.all_gather_object(everyones, dict(values), group=self.mesh.group(DATA))
+        names = dict.fromkeys(name for one in everyones for name in one)
+        return {name: sum(one.get(name, 0.0) for one in everyones) for name in names}
+
+
+ALONE = Ranks(None)
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device of this process: of several on a machine, the one with its local rank's number."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, int(local))
+
+
+@contextmanager
+def joined(settings: MeshSettings, device: torch.device, *, timeout: float) -> Iterator[Ranks]:
+    """Join the job that torchrun started, arranged as `settings` say; without torchrun, be the only process.
+
+    A collective that takes more than `timeout` seconds, since another process hangs or has failed, raises.
+    Only the first process logs what is no warning. Raises ValueError for processes that cannot be arranged.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        settings.filled(1)
+        yield ALONE
+        return
+    if device.type not in _BACKENDS:
+        raise ValueError(f"several processes need a device of {', '.join(_BACKENDS)}, got {device.type}")
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device)
+    dist.init_process_group(_BACKENDS[device.type], timeout=datetime.timedelta(seconds=timeout))
+    try:
+        ranks = Ranks(Mesh.build(settings, device_type=device.type))
+        if not ranks.first:
+            logging.getLogger("opensoraplan").setLevel(logging.WARNING)
+        yield ranks
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,117 @@
+"""Sequence parallelism of the denoiser: each rank has a part of a sample's tokens between attentions, and a
+part of the heads inside them (Ulysses, arXiv 2309.14509).
+
+A part is a run of whole n^2 groups for every rate n, so that Skiparse regroups it locally: the subsequences
+of all ranks' parts, joined in the order of ranks, are those of all tokens. Tokens are padded once where they
+cannot be divided so. The text is on every rank. Applied from outside, by hooks; it composes with tensor
+parallelism, whose ranks share the tokens of their sp rank in turn.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opensoraplan.models.sparse_ummdit import JointAttention, JointAttnProcessor, SparseUMMDiT
+from opensoraplan.parallel.collectives import (
+    Group,
+    exchange,
+    gather,
+    gather_copies,
+    part_of,
+    part_of_copies,
+)
+
+TOKENS, HEADS = 2, 3  # of [n, B, s, H, d]
+
+
+def padded_tokens(tokens: int, *, ranks: int, rates: Sequence[int]) -> int:
+    """How many tokens are shared out: the least multiple of ranks * n^2 for all rates n."""
+    unit = ranks * math.lcm(*(n**2 for n in rates))
+    return math.ceil(tokens / unit) * unit
+
+
+def share_tokens(model: SparseUMMDiT, *, sp: Group | None, tp: Group | None) -> None:
+    """Let each rank run its part of the tokens through the stages; the model still takes whole samples."""
+    _TokenSharing(sp=sp, tp=tp).hook(model.stages)
+    if sp is not None:
+        for module in model.modules():
+            if isinstance(module, JointAttention):
+                module.set_processor(UlyssesProcessor(sp))  # type: ignore[arg-type]
+
+
+class _TokenSharing:
+    """Hooks of the stages: parts going in, the whole coming out."""
+
+    def __init__(self, *, sp: Group | None, tp: Group | None) -> None:
+        self.sp = sp
+        self.tp = tp
+        self.ranks = (sp.size() if sp else 1) * (tp.size() if tp else 1)
+        self._tokens: list[int] = []  # of the samples whose forward pass has begun
+
+    def hook(self, stages: nn.Module) -> None:
+        stages.register_forward_pre_hook(self.divide, with_kwargs=True)
+        stages.register_forward_hook(self.join)
+
+    def divide(
+        self, _stages: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        video, text, cond, tables, video_mask, text_mask = args
+        tokens = video.shape[1]
+        self._tokens.append(tokens)
+        padding = padded_tokens(tokens, ranks=self.ranks, rates=kwargs["rates"]) - tokens
+        if padding:
+            if video_mask is None:
+                video_mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
+            video_mask = F.pad(video_mask, (0, padding))
+            video = F.pad(video, (0, 0, 0, padding))
+            tables = tuple(F.pad(table, (0, 0, 0, 0, 0, padding)) for table in tables)
+        if self.sp is not None:
+            video = part_of(video, dim=1, group=self.sp)
+            tables = tuple(part_of(table, dim=1, group=self.sp) for table in tables)
+            if video_mask is not None:
+                video_mask = part_of(video_mask, dim=1, group=self.sp)
+        if (
+            self.tp is not None
+        ):  # tables and mask stay whole: tensor parallelism joins the tokens for attention
+            video = part_of_copies(video, dim=1, group=self.tp)
+        return (video, text, cond, tables, video_mask, text_mask), kwargs
+
+    def join(self, _stages: nn.Module, _args: tuple[Any, ...], video: Tensor) -> Tensor:
+        if self.tp is not None:
+            video = gather_copies(video, dim=1, group=self.tp)
+        if self.sp is not None:
+            video = gather(video, dim=1, group=self.sp)
+        return video[:, : self._tokens.pop()]
+
+
+class UlyssesProcessor(JointAttnProcessor):
+    """Attention of which each rank of a group computes a part of the heads, for the tokens of all ranks."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def attend(
+        self,
+        video: tuple[Tensor, Tensor, Tensor],
+        text: tuple[Tensor, Tensor, Tensor],
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        group, own_tokens = self.group, video[0].shape[TOKENS]
+        q, k, v = (exchange(x, split=HEADS, join=TOKENS, group=group) for x in video)
+        text_q, text_k, text_v = (part_of(x, dim=2, group=group) for x in text)
+        if key_mask is not None:  # [n * B, 1, 1, s + L]
+            of_tokens, of_text = key_mask[..., :own_tokens], key_mask[..., own_tokens:]
+            key_mask = torch.cat([_gathered_mask(of_tokens, group), of_text], dim=-1)
+        out, text_out = super().attend((q, k, v), (text_q, text_k, text_v), key_mask)
+        return (
+            exchange(out, split=TOKENS, join=HEADS, group=group),
+            gather(text_out, dim=2, group=group),
+        )
+
+
+def _gathered_mask(mask: Tensor, group: Group) -> Tensor:
+    return gather(mask.to(torch.uint8), dim=-1, group=group).bool()

@@ -1,0 +1,161 @@
+"""Tensor parallelism of the denoiser's blocks, with Megatron-style sequence parallelism of their norms (arXiv
+2205.05198).
+
+Weights become DTensors on the tp mesh, split as the original splits them: attention by heads, feed-forwards
+by their inner width, AdaLN by its outputs. Between attention and feed-forward each rank has a part of the
+video tokens (from `sequence.share_tokens`) and a copy of the text. Layers compute with the local shards; what
+crosses ranks is written out here: video tokens are gathered before attention and feed-forward and
+reduce-scattered after it, the text is summed. Weights that are whole but see a part of the tokens or heads
+have gradients that are summed over ranks.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from opensoraplan.models.sparse_ummdit import (
+    AdaNormZero,
+    FeedForward,
+    JointAttention,
+    SparseUMMDiT,
+    SparseUMMDiTBlock,
+)
+from opensoraplan.parallel.collectives import (
+    Group,
+    gather,
+    gather_copies,
+    sum_parts,
+    sum_to_copies,
+    use_copies,
+)
+
+TOKENS = 2  # of the video [n, B, s, D]; the text is [B, L, D]
+VIDEO_DIMS = 4
+
+
+def shard_blocks(model: SparseUMMDiT, mesh: DeviceMesh) -> None:
+    """Split the weights of all blocks, and of the last modulation, over the ranks of `mesh`.
+
+    All ranks must have the same weights. Tokens have to be shared out by `share_tokens`, too.
+    """
+    group = mesh.get_group()
+    for module in list(model.modules()):
+        if isinstance(module, JointAttention):
+            _shard_attention(module, mesh, group)
+        elif isinstance(module, FeedForward):
+            _shard_feed_forward(module, mesh, group)
+        elif isinstance(module, AdaNormZero):
+            _shard_modulation(module.linear, mesh, group, video_share=0.5)
+            _see_a_part(module.norm, mesh)
+    for block in cast(Iterable[SparseUMMDiTBlock], model.transformer_blocks):
+        if block.skip is not None:
+            _see_a_part(block.skip.linear, mesh)
+            if block.skip.norm is not None:
+                _see_a_part(block.skip.norm, mesh)
+    # Applied to whole samples, when all tokens are together again.
+    _shard_modulation(model.norm_out.linear, mesh, group, video_share=0.0)
+
+
+def _shard_attention(attention: JointAttention, mesh: DeviceMesh, group: Group) -> None:
+    for linear in (attention.to_q, attention.to_k, attention.to_v):
+        _split_outputs(linear, mesh)
+    for linear in (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj):
+        _split_outputs(linear, mesh)
+    for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
+        _see_a_part(norm, mesh)
+    _split_inputs(cast(nn.Linear, attention.to_out[0]), mesh, group)
+    if attention.to_add_out is not None:
+        _split_inputs(attention.to_add_out, mesh, group)
+
+    def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        video, text, layout = args
+        return _enter(video, group), _enter(text, group), layout
+
+    attention.register_forward_pre_hook(enter)
+
+
+def _shard_feed_forward(ff: FeedForward, mesh: DeviceMesh, group: Group) -> None:
+    _split_outputs(cast(Any, ff.net[0]).proj, mesh)
+    _split_inputs(cast(nn.Linear, ff.net[2]), mesh, group)
+    ff.register_forward_pre_hook(lambda _module, args: (_enter(args[0], group),))
+
+
+def _shard_modulation(linear: nn.Linear, mesh: DeviceMesh, group: Group, *, video_share: float) -> None:
+    """Split the outputs and join them again; the first `video_share` modulate a part of the tokens."""
+    _split_outputs(linear, mesh)
+    video_width = int(linear.out_features * video_share)
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
+        out = gather_copies(out, dim=-1, group=group)
+        if not video_width:
+            return out
+        video, text = out[..., :video_width], out[..., video_width:]
+        return torch.cat([use_copies(video, group=group), text], dim=-1)
+
+    linear.register_forward_pre_hook(lambda _module, args: (use_copies(args[0], group=group),))
+    linear.register_forward_hook(leave)
+
+
+def _enter(x: Tensor, group: Group) -> Tensor:
+    """Whole input for layers whose outputs are split: all tokens of the video, the copy of the text."""
+    return gather(x, dim=TOKENS, group=group) if x.ndim == VIDEO_DIMS else use_copies(x, group=group)
+
+
+def _split_outputs(linear: nn.Linear, mesh: DeviceMesh) -> None:
+    """Each rank computes a part of the outputs."""
+    _distribute(linear, mesh, {"weight": Shard(0), "bias": Shard(0)})
+    _run_as(linear, partial(_local_linear, linear))
+
+
+def _split_inputs(linear: nn.Linear, mesh: DeviceMesh, group: Group) -> None:
+    """Each rank has a part of the inputs: a sum over ranks, of which video tokens are shared out again."""
+    _distribute(linear, mesh, {"weight": Shard(1), "bias": Replicate()})
+    _run_as(linear, partial(_summed_linear, linear, group))
+
+
+def _see_a_part(module: nn.Module, mesh: DeviceMesh) -> None:
+    """The module's own weights are whole, but this rank's gradients of them are of a part of its inputs."""
+    _distribute(module, mesh, {name: Replicate() for name, _ in module.named_parameters(recurse=False)})
+    plain = copy.copy(module)  # shares the weights, without the new forward
+    _run_as(module, partial(_forward_of_a_part, plain))
+
+
+def _run_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    module.forward = forward  # hooks, names and weights stay
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
+    for name, weight in list(module.named_parameters(recurse=False)):
+        value = distribute_tensor(weight.detach(), mesh, [placements[name]], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=weight.requires_grad))
+
+
+def _local(weight: Tensor, *, of_a_part: bool = False) -> Tensor:
+    assert isinstance(weight, DTensor)
+    return weight.to_local(grad_placements=[Partial()] if of_a_part else None)
+
+
+def _local_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if linear.bias is None else _local(linear.bias)
+    return F.linear(x, _local(linear.weight), bias)
+
+
+def _summed_linear(linear: nn.Linear, group: Group, x: Tensor) -> Tensor:
+    product = F.linear(x, _local(linear.weight))
+    of_a_part = x.ndim == VIDEO_DIMS
+    together = partial(sum_parts, dim=TOKENS) if of_a_part else sum_to_copies
+    out = together(product, group=group)
+    return out if linear.bias is None else out + _local(linear.bias, of_a_part=of_a_part)
+
+
+def _forward_of_a_part(plain: nn.Module, x: Tensor) -> Tensor:
+    weights = {name: _local(weight, of_a_part=True) for name, weight in plain.named_parameters(recurse=False)}
+    return functional_call(plain, weights, (x,))

@@ -1,0 +1,88 @@
+"""Micro-batches with their latents and text states, for every process that works on them.
+
+Processes of one sample (tp, sp) would all encode the same. With `parallel.encoder_dp` they take turns
+instead: each reads and encodes every so many micro-batches, and shares the results when it is their turn.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opensoraplan.data.buckets import BucketSampler, Draw
+from opensoraplan.data.dataset import Failure
+from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.parallel.mesh import SAMPLE
+from opensoraplan.parallel.ranks import Ranks
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.loading import micro_batches
+from opensoraplan.train.sources import Encoded, Source
+
+
+class Turn(NamedTuple):
+    """A micro-batch, and what this process could not read for it."""
+
+    draws: Sequence[Draw]
+    encoded: Encoded
+    failures: Sequence[Failure] = ()
+
+
+def encoded_batches(
+    source: Source, sampler: BucketSampler, settings: TrainSettings, ranks: Ranks, *, start: int
+) -> Iterator[Turn]:
+    """The micro-batches of this process's share of every step from `start` on, in order."""
+    accumulate, steps = settings.optimizer.accumulate, range(start, settings.optimizer.steps)
+
+    def order() -> Iterator[list[Draw]]:
+        for step in steps:
+            yield from sampler.share(
+                step, rank=ranks.data_rank, ranks=ranks.data_ranks, accumulate=accumulate
+            )
+
+    mesh = ranks.mesh
+    turns = ranks.sample_ranks if settings.parallel.encoder_dp else 1
+    own = 0 if turns == 1 or mesh is None else mesh.rank(SAMPLE)
+    batches = micro_batches(
+        source.dataset,
+        lambda: islice(order(), own, None, turns),
+        workers=settings.data.workers,
+        collate=source.collate,
+    )
+    rest = order()
+    while draws := list(islice(rest, turns)):
+        mine = None
+        if own < len(draws):
+            batch = next(batches)
+            mine = Turn(draws[own], source.encode(batch), batch.failures)
+        for turn, drawn in enumerate(draws):
+            own_turn = mine if turn == own else None
+            if mesh is not None and turns > 1:
+                own_turn = _shared(own_turn, drawn, turn, group=mesh.group(SAMPLE), device=source.device)
+            assert own_turn is not None
+            yield own_turn
+
+
+def _shared(
+    mine: Turn | None, draws: Sequence[Draw], turn: int, *, group: dist.ProcessGroup, device: torch.device
+) -> Turn:
+    """In all processes of the group, what number `turn` of them, which has it as `mine`, has encoded."""
+    tensors = None
+    if mine is not None:
+        prompt = mine.encoded.prompt
+        tensors = [mine.encoded.moments, prompt.sequence, prompt.mask, prompt.pooled]
+    like = [None if tensors is None else [(tensor.shape, tensor.dtype) for tensor in tensors]]
+    dist.broadcast_object_list(like, group=group, group_src=turn)
+    assert like[0] is not None
+    received: list[Tensor] = []
+    for place, (shape, dtype) in enumerate(like[0]):
+        tensor = torch.empty(shape, dtype=dtype, device=device) if tensors is None else tensors[place]
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, group=group, group_src=turn)
+        received.append(tensor)
+    if mine is not None:
+        return mine
+    moments, sequence, mask, pooled = received
+    return Turn(draws, Encoded(moments, PromptEmbeds(sequence, mask, pooled)))

@@ -1,0 +1,109 @@
+"""A tiny denoiser and its training on a mesh; what the ranks of the tests run."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.parallel.mesh import DATA, Mesh, MeshSettings
+from opensoraplan.parallel.plan import parallelize
+
+BATCH, STEPS, TEXT = 4, 5, 6
+CONFIG: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": [2, 2, 2],
+    "sparse_n": [1, 2, 1],
+    "caption_channels": 12,
+    "pooled_projection_dim": 10,
+    "timestep_embed_dim": 16,
+}
+# Tokens of the grids: 48, which 4 ranks share in whole groups of rate 2; 45, which have to be padded.
+WHOLE, RAGGED = (3, 8, 8), (3, 6, 10)
+
+
+class Result(NamedTuple):
+    """Losses of all steps, and the first and last step's gradients by name."""
+
+    losses: list[float]
+    gradients: list[dict[str, Tensor]]
+
+
+def make_model(**changes: object) -> SparseUMMDiT:
+    """The same weights every time, none of which is zero."""
+    model = SparseUMMDiT(**{**CONFIG, **changes})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * (0.1 if weight.ndim > 1 else 0.2) + (0 if weight.ndim > 1 else 0.5))
+    return model
+
+
+def make_batch(grid: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Inputs of four samples with texts of different lengths, and what the output should be."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    lengths = torch.tensor([3, 5, 6, 4])
+    return {
+        "hidden_states": random(BATCH, 4, *grid),
+        "timestep": torch.tensor([100.0, 400.0, 700.0, 900.0]),
+        "encoder_hidden_states": random(BATCH, TEXT, 12),
+        "pooled_projections": random(BATCH, 10),
+        "encoder_attention_mask": (torch.arange(TEXT) < lengths[:, None]).float(),
+        "target": random(BATCH, 4, *grid),
+    }
+
+
+def train(
+    sizes: dict[str, int] | None,
+    *,
+    grid: tuple[int, int, int] = WHOLE,
+    recompute: int = 0,
+    backend: str | None = None,
+    **changes: object,
+) -> Result:
+    """Losses and gradients of five steps of AdamW; on a mesh of these sizes, or in one process (None)."""
+    model = make_model(**changes).train()
+    model.set_recompute(blocks=recompute)
+    batch, share, shares = make_batch(grid), 0, 1
+    if sizes is not None:
+        mesh = Mesh.build(MeshSettings(**sizes), device_type="cpu")  # type: ignore[arg-type]
+        if backend is not None:
+            for block in model.transformer_blocks:
+                block.compile(backend=backend)
+        parallelize(model, mesh, compute=torch.float32)
+        share, shares = mesh.rank(DATA), mesh.size(DATA)
+    own = {name: value.chunk(shares)[share] for name, value in batch.items()}
+    target = own.pop("target")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    losses, gradients = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (output,) = model(**own, return_dict=False)
+        loss = (output - target).square().mean()
+        loss.backward()
+        losses.append(_mean_over_data(loss.detach(), mesh if sizes is not None else None))
+        if step in (0, STEPS - 1):
+            gradients.append({name: _whole(p.grad) for name, p in model.named_parameters()})
+        optimizer.step()
+    return Result(losses, gradients)
+
+
+def _whole(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+
+
+def _mean_over_data(loss: Tensor, mesh: Mesh | None) -> float:
+    if mesh is not None:
+        torch.distributed.all_reduce(loss, group=mesh.group(DATA))
+        loss = loss / mesh.size(DATA)
+    return loss.item()

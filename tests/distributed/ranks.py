@@ -1,0 +1,71 @@
+"""Processes that run a function together, as ranks of one job, again and again without being started anew."""
+
+import datetime
+import itertools
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 300
+
+
+class Ranks:
+    """`count` processes; calling this runs a function of a module in the first `ranks` of them."""
+
+    def __init__(self, count: int) -> None:
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._jobs = itertools.count()
+        self._ask = [context.SimpleQueue() for _ in range(count)]
+        self._answers = context.Queue()
+        self._processes = [
+            context.Process(target=_serve, args=(rank, self._ask[rank], self._answers), daemon=True)
+            for rank in range(count)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, ranks: int) -> list[Any]:  # noqa: ANN401
+        """What `function(*args)` returns on each rank; AssertionError with the traceback of one."""
+        meeting = Path(self._folder.name) / str(next(self._jobs))
+        for rank in range(ranks):
+            self._ask[rank].put((function, args, ranks, str(meeting)))
+        results: dict[int, Any] = {}
+        while len(results) < ranks:
+            rank, result, failure = self._answers.get(timeout=TIMEOUT)
+            assert failure is None, f"rank {rank} of {ranks}: {failure}"
+            results[rank] = result
+        return [results[rank] for rank in range(ranks)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, ask: Any, answers: Any) -> None:  # noqa: ANN401 (queues)
+    torch.set_num_threads(1)
+    while True:
+        function, args, ranks, meeting = ask.get()
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meeting}",
+            rank=rank,
+            world_size=ranks,
+            timeout=datetime.timedelta(seconds=TIMEOUT),
+        )
+        try:
+            answers.put((rank, function(*args), None))
+        except Exception:
+            answers.put((rank, None, traceback.format_exc()))
+        finally:
+            dist.destroy_process_group()

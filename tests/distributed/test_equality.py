@@ -1,0 +1,64 @@
+"""Every mesh trains as one process does: the same losses and gradients, step by step."""
+
+import functools
+
+import denoising
+import pytest
+import torch
+from denoising import RAGGED, WHOLE, Result
+from ranks import Ranks
+
+MESHES = {
+    "fsdp 4": {"dp_shard": 4},
+    "hsdp 2 x 2": {"dp_replicate": 2, "dp_shard": 2},
+    "sp 2": {"sp": 2},
+    "sp 4": {"sp": 4},
+    "tp 2": {"tp": 2},
+    "tp 2 x sp 2": {"sp": 2, "tp": 2},
+    "fsdp 2 x sp 2": {"dp_shard": 2, "sp": 2},
+    "fsdp 2 x tp 2": {"dp_shard": 2, "tp": 2},
+}
+# fp32 sums in another order; relative to the largest value of a tensor.
+CLOSE = 1e-5
+
+
+def run(sizes: dict[str, int], options: dict[str, object]) -> Result:
+    return denoising.train(sizes, **options)  # type: ignore[arg-type]
+
+
+@functools.cache
+def one_process(grid: tuple[int, int, int], double_ff: bool, dense: bool) -> Result:
+    torch.set_num_threads(1)
+    return denoising.train(None, grid=grid, double_ff=double_ff, **({"sparse_n": None} if dense else {}))
+
+
+def assert_equal(result: Result, reference: Result) -> None:
+    assert result.losses == pytest.approx(reference.losses, rel=CLOSE)
+    assert result.losses[-1] < result.losses[0]
+    for step, wanted in zip(result.gradients, reference.gradients, strict=True):
+        for name, gradient in wanted.items():
+            error = (step[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-6)
+            assert error < CLOSE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("grid", [WHOLE, RAGGED], ids=["whole", "padded"])
+def test_mesh_equals_one_process(ranks: Ranks, mesh: str, grid: tuple[int, int, int]) -> None:
+    sizes = MESHES[mesh]
+    count = torch.tensor(list(sizes.values())).prod().item()
+    for result in ranks(run, sizes, {"grid": grid}, ranks=int(count)):
+        assert_equal(result, one_process(grid, True, False))
+
+
+@pytest.mark.parametrize("mesh", ["tp 2 x sp 2", "fsdp 2 x sp 2"])
+def test_dense_model_with_one_feed_forward_equals_one_process(ranks: Ranks, mesh: str) -> None:
+    options = {"sparse_n": None, "double_ff": False}
+    for result in ranks(run, MESHES[mesh], options, ranks=4):
+        assert_equal(result, one_process(WHOLE, False, True))
+
+
+def test_recompute_and_compiled_blocks_equal_one_process(ranks: Ranks) -> None:
+    for options in ({"recompute": 3}, {"backend": "aot_eager"}):
+        for mesh in ("tp 2", "sp 2"):
+            for result in ranks(run, MESHES[mesh], options, ranks=2):
+                assert_equal(result, one_process(WHOLE, True, False))
