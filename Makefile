@@ -36,9 +36,10 @@ train-demo: $(BIN)/.installed
 		--prompt-template "{}" --default-negative-prompt ""
 	@echo "The model is in $(TRAIN)/model; the package has its own in src/opensoraplan/builtin/model."
 
-# Tiny models run fastest on one thread each; two processes share the tests.
+# Tiny models run fastest on one thread each; two processes share the tests, but for those that start up to four.
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -139,7 +139,8 @@ def _stop_is_no_success() -> Iterator[None]:
 
 
 def cache(options: Cache) -> None:
-    """`osp cache`."""
+    """`osp cache`; of several processes that torchrun started, each writes some of the shards."""
+    from opensoraplan.parallel.ranks import place_in_job
     from opensoraplan.train.cache import write_cache
     from opensoraplan.train.files import read_run
 
@@ -150,7 +151,8 @@ def cache(options: Cache) -> None:
     out = options.out or settings.data.features
     if out is None:
         raise ValueError("where to? Give --out FOLDER, or data.features in the run's settings")
-    write_cache(settings, out)
+    rank, ranks = place_in_job()
+    write_cache(settings, out, rank=rank, ranks=ranks)
 
 
 def export(options: Export) -> None:

@@ -89,6 +89,11 @@ class Ranks:
 ALONE = Ranks(None)
 
 
+def place_in_job() -> tuple[int, int]:
+    """This process's number, and how many torchrun started; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def device_of_rank(device: torch.device) -> torch.device:
     """The device of this process: of several on a machine, the one with its local rank's number."""
     local = os.environ.get("LOCAL_RANK")
@@ -104,7 +109,7 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float) -> I
     A collective that takes more than `timeout` seconds, since another process hangs or has failed, raises.
     Only the first process logs what is no warning. Raises ValueError for processes that cannot be arranged.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ:
         settings.filled(1)
         yield ALONE
         return

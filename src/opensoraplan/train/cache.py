@@ -21,6 +21,7 @@ from opensoraplan.data.features import Description, Kind, LeftOut
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, installed_reader
 from opensoraplan.device import resolve_device
+from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
 from opensoraplan.train.sources import preprocessing_parts, select_clips
@@ -72,7 +73,7 @@ def write_cache(
     if settings.data.manifest is None:
         raise ValueError("data.manifest is missing: there are no clips to encode")
     check_paths(settings.vae, settings.text)
-    device = resolve_device(settings.device)
+    device = device_of_rank(resolve_device(settings.device))
     # Of every shape: how large batches are is for training to say.
     samples = select_clips(settings.data, settings.data.manifest, seed=settings.seed)
     preprocessing = preprocessing_parts(settings, samples)

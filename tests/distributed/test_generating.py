@@ -1,0 +1,114 @@
+"""A video that several ranks make together is the one that one process makes."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from denoising import RAGGED, WHOLE, make_batch, make_model
+from ranks import Ranks
+from torch import Tensor
+
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.branches import share_branches
+from opensoraplan.parallel.decode import decode_rows, share_decoding
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
+from opensoraplan.parallel.plan import share_sample
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+
+CLOSE = 1e-4
+
+
+def video(model: Path, *, branches: bool = False, **sizes: int) -> Tensor:
+    """Frames of a prompt by the pipeline in `model`, on a mesh of these sizes or with shared branches."""
+    pipeline = OpenSoraPlanPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    if branches:
+        share_branches(pipeline.transformer, dist.group.WORLD)
+    elif sizes:
+        share_sample(pipeline.transformer, Mesh.build(MeshSettings(dp_shard=1, **sizes), device_type="cpu"))
+    output = pipeline(
+        "a fox", height=64, width=64, num_frames=9, num_inference_steps=3, seed=1,
+        batched_guidance=branches, output_type="pt",
+    )  # fmt: skip
+    assert isinstance(output, VideoOutput)
+    return output.frames
+
+
+def on_ranks(model: Path, branches: bool, sizes: dict[str, int]) -> Tensor:
+    return video(model, branches=branches, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("count", "branches", "sizes"),
+    [(2, False, {"sp": 2}), (2, False, {"tp": 2}), (2, True, {})],
+    ids=["sp 2", "tp 2", "guidance"],
+)
+def test_video_equals_one_process(
+    ranks: Ranks, tiny_model: Path, count: int, branches: bool, sizes: dict[str, int]
+) -> None:
+    reference = video(tiny_model)
+    for frames in ranks(on_ranks, tiny_model, branches, sizes, ranks=count):
+        assert (frames - reference).abs().max() < CLOSE
+
+
+def velocity(grid: tuple[int, int, int], sizes: dict[str, int] | None) -> Tensor:
+    model = make_model().eval()
+    if sizes is not None:
+        share_sample(model, Mesh.build(MeshSettings(dp_shard=1, **sizes), device_type="cpu"))
+    batch = make_batch(grid)
+    del batch["target"]
+    with torch.no_grad():
+        return model(**batch, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("grid", [WHOLE, RAGGED], ids=["whole", "padded"])
+def test_velocity_on_four_ranks_equals_one_process(ranks: Ranks, grid: tuple[int, int, int]) -> None:
+    reference = velocity(grid, None)
+    for sizes in ({"sp": 4}, {"sp": 2, "tp": 2}):
+        for result in ranks(velocity, grid, sizes, ranks=4):
+            assert (result - reference).abs().max() < CLOSE * reference.abs().max()
+
+
+@functools.cache
+def make_vae() -> WFVAE:
+    torch.manual_seed(0)
+    return WFVAE(
+        base_channels=8,
+        latent_channels=4,
+        encoder_energy_flow_hidden_size=8,
+        decoder_energy_flow_hidden_size=8,
+        shift=None,
+        scale=None,
+    )
+
+
+def decoded_rows(latents: Tensor, chunk: int | None) -> Tensor:
+    vae = make_vae()
+    if chunk is None:
+        vae.disable_streaming()
+    else:
+        vae.enable_streaming(latent_frames=chunk)
+    share_decoding(vae, dist.group.WORLD)
+    pixels = torch.cat(list(decode_rows(vae, latents, dist.group.WORLD)), dim=2)
+    make_vae.cache_clear()  # its hooks belong to this job's group
+    return pixels
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2], ids=["whole", "chunks of 1", "chunks of 2"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_rows_decoded_on_ranks_equal_the_whole(ranks: Ranks, count: int, chunk: int | None) -> None:
+    latents = torch.randn(1, 4, 4, 8, 6, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        reference = make_vae().decode(latents).sample
+    for pixels in ranks(decoded_rows, latents, chunk, ranks=count):
+        assert (pixels - reference).abs().max() < 1e-5 * reference.abs().max()
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(ranks: Ranks) -> None:
+    latents = torch.zeros(1, 4, 1, 6, 6)
+    with pytest.raises(
+        AssertionError, match="6 rows of latents cannot be shared out over 4 ranks: use 1, 2, 3, 6"
+    ):
+        ranks(decoded_rows, latents, None, ranks=4)
