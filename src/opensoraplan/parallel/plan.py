@@ -4,6 +4,9 @@ Tensor parallelism splits weights first; then tokens are shared out; recompute i
 blocks are compiled; FSDP comes last, for it moves what the others leave.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -12,6 +15,8 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.mesh import SEQUENCE, TENSOR, Mesh
 from opensoraplan.parallel.sequence import share_tokens
 from opensoraplan.parallel.tensor import shard_blocks
+
+_CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
 
 def parallelize(
@@ -32,13 +37,23 @@ def parallelize(
     share_sample(model, mesh)
     if compile_blocks:
         model.compile_repeated_blocks()
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )  # fp32 islands get fp32 inputs
+    # Not all inputs are to be cast: timesteps, rotary tables and the condition stay in fp32.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    model.register_forward_pre_hook(partial(_cast_inputs, dtype=compute), with_kwargs=True)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for block in model.transformer_blocks:
         fully_shard(block, mesh=mesh.for_weights, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh.for_weights, mp_policy=policy, offload_policy=offload)
+
+
+def _cast_inputs(
+    _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Who asks a sharded model for its dtype is told that of the optimizer."""
+    return args, {
+        name: value.to(dtype) if name in _CAST and value is not None else value
+        for name, value in kwargs.items()
+    }
 
 
 def share_sample(model: SparseUMMDiT, mesh: Mesh) -> None:

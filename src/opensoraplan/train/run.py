@@ -196,10 +196,12 @@ def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterato
 @contextmanager
 def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
     """Errors say in which process and after which step they came, those of hung collectives, too."""
+    kinds = (ValueError, OSError, FloatingPointError, RuntimeError)
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        raise type(error)(f"rank {ranks.rank} of {ranks.count}, after step {step}: {error}") from error
+    except kinds as error:
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"rank {ranks.rank} of {ranks.count}, after step {step}: {error}") from error
 
 
 class StopRequested:
