@@ -32,6 +32,7 @@ from opensoraplan.cli.models import (
     read_defaults,
     reconstruct,
 )
+from opensoraplan.cli.plan import Launch, Plan, launch, plan
 from opensoraplan.cli.training import Cache, Export, Train, TrainVAE, cache, export, train, train_vae
 
 logger = logging.getLogger("opensoraplan")
@@ -56,6 +57,8 @@ def main() -> None:
             | Annotated[Train, subcommand("train", prefix_name=False)]
             | Annotated[TrainVAE, subcommand("train-vae", prefix_name=False)]
             | Annotated[Export, subcommand("export", prefix_name=False)]
+            | Annotated[Plan, subcommand("plan", prefix_name=False)]
+            | Annotated[Launch, subcommand("launch", prefix_name=False)]
         )  # type: ignore[operator]
         options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
         match options:
@@ -81,6 +84,10 @@ def main() -> None:
                 train_vae(options)
             case Export():
                 export(options)
+            case Plan():
+                plan(options)
+            case Launch():
+                launch(options)
     except KeyboardInterrupt:
         sys.stderr.write("osp: stopped\n")
         sys.exit(130)

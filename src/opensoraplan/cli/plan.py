@@ -1,0 +1,446 @@
+"""`osp plan` and `osp launch`: what a run needs of how many devices, and the line that starts it on them."""
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from opensoraplan.cli.options import check_exists, optional
+from opensoraplan.cli.training import Changes
+
+if TYPE_CHECKING:
+    from opensoraplan.parallel.estimate import Job, Model, Shape
+    from opensoraplan.parallel.mesh import MeshSettings
+    from opensoraplan.train.config import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+GB = 1e9
+# Frozen parts of the release, in numbers: what is on the device beside the denoiser.
+T5_NUMBERS, CLIP_NUMBERS, VAE_NUMBERS = 1_223_527_424, 694_659_840, 227_035_624
+
+Ema = Literal["same", "cpu", "none"]
+OptionalInt = Annotated[int | None, optional("INT", "(default: the run's, else 1)")]
+
+
+@dataclass(frozen=True)
+class PlanMesh:
+    """How devices are arranged; without any of these, the run's own arrangement, or a suggestion."""
+
+    devices: Annotated[int | None, optional("INT", "(default: the product of the sizes)")] = None
+    """How many there are."""
+    dp_replicate: OptionalInt = None
+    """Groups that have all weights."""
+    dp_shard: Annotated[int | None, optional("INT", "(default: what the others leave)")] = None
+    """Devices that share weights and have different samples."""
+    sp: OptionalInt = None
+    """Devices that share the tokens of a sample."""
+    tp: OptionalInt = None
+    """Devices that share the layers of a sample."""
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """How it is trained, where it is not as the run says."""
+
+    batch: OptionalInt = None
+    """Samples of a micro-batch of the devices that share samples."""
+    accumulate: OptionalInt = None
+    """Micro-batches of a step."""
+    recompute_blocks: Annotated[int | None, optional("INT", "(default: the run's, else 0)")] = None
+    """Blocks that are computed again in the backward pass."""
+    recompute_feed_forwards: Annotated[int | None, optional("INT", "(default: the run's, else 0)")] = None
+    """Blocks whose feed-forwards are computed again in the backward pass."""
+    ema: Annotated[Ema | None, optional("same|cpu|none", "(default: the run's)")] = None
+    """Where the average of the weights is."""
+    cpu_offload: Annotated[bool | None, optional("True|False", "(default: the run's)")] = None
+    """Keep shards, gradients and optimizer in the host's memory."""
+    compute: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: the run's)")] = None
+    """Precision of forward and backward pass."""
+    master: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: the run's)")] = None
+    """Precision of the weights that the optimizer changes."""
+    encoders: Annotated[bool | None, optional("True|False", "(default: unless the run has features)")] = None
+    """VAE and text encoders are on the device, too."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict what training needs: bytes of each device, FLOPs and time of a step. Nothing is run.
+
+    With --memory, also the cheapest arrangement of devices that fits. Formulas, not measurements: see
+    benchmarks/plan_accuracy.py for how far off they are.
+    """
+
+    model: Annotated[Positional[Path | None], optional("RUN.toml|MODEL", "(default: the release)")] = None
+    """A run's settings, a checkpoint, a model's folder or its config.json."""
+    set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
+    """Other values of the run."""
+    frames: Annotated[int | None, optional("INT", "(default: the run's, else 121)")] = None
+    """8k + 1."""
+    height: Annotated[int | None, optional("INT", "(default: the run's, else 576)")] = None
+    """Pixels, a multiple of 16."""
+    width: Annotated[int | None, optional("INT", "(default: the run's, else 1024)")] = None
+    """Pixels, a multiple of 16."""
+    text_tokens: Annotated[int | None, optional("INT", "(default: the run's most, else 512)")] = None
+    """Of the longest caption of a batch."""
+    mesh: OmitArgPrefixes[PlanMesh] = PlanMesh()
+    job: OmitArgPrefixes[PlanJob] = PlanJob()
+    memory: Annotated[float | None, optional("GB")] = None
+    """Of each device, 1 GB = 10^9 bytes: suggests the cheapest mesh that fits."""
+    machine: int = 8
+    """Devices of one machine; tp stays within it."""
+    tflops: Annotated[float | None, optional("FLOAT")] = None
+    """TFLOP/s that a device achieves, as the log's TFLOP/s says: predicts times."""
+    samples: Annotated[int | None, optional("INT")] = None
+    """Of an epoch, for its time and the size of the feature cache."""
+    generate: bool = False
+    """Predict what generating one video on one device needs instead."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Run the command after -- in several processes by torchrun: osp launch --processes 8 -- train RUN.toml
+
+    With several machines, the same command on each with its --node-rank. See docs/clusters.md.
+    """
+
+    command: Positional[tuple[str, ...]]
+    """A verb of osp and its options, after --."""
+    processes: int
+    """On each machine, one for each device."""
+    nodes: int = 1
+    """How many machines."""
+    node_rank: Annotated[int | None, optional("INT")] = None
+    """Which of them this is, from 0."""
+    master: Annotated[str | None, optional("HOST:PORT")] = None
+    """Where the machines meet: the first of them, and a free port."""
+    max_restarts: int = 0
+    """How often all processes are started again after one has died; goes with --resume latest."""
+    print: bool = False
+    """Only print the line."""
+
+
+# --- Plan ---------------------------------------------------------------------------------------------------
+
+
+def plan(options: Plan) -> None:
+    """`osp plan`."""
+    from opensoraplan.parallel.estimate import Shape, cheapest_mesh
+    from opensoraplan.shapes import latent_shape
+
+    _check_positive(options, "memory", "tflops", "samples", "machine", "text_tokens")
+    _check_positive(options.job, "batch", "accumulate")
+    run = _run_of(options)
+    selection = None if run is None else run.data.selection
+    frames = options.frames or (selection.num_frames if selection else 121)
+    height = options.height or (selection.max_height if selection else 576)
+    width = options.width or (selection.max_width if selection else 1024)
+    text = options.text_tokens or (run.text.max_tokens if run else 512)
+    shape = Shape(
+        latent_shape(frames, height, width),
+        text=text,
+        batch=options.job.batch or (run.data.batch_size if run else 1),
+    )
+    model = _model_of(options, run)
+    said = f"{frames} x {height} x {width}, {text} text tokens"
+    if options.generate:
+        _write(_generation_lines(model, shape, options, said=said))
+        return
+    job = _job_of(options.job, run)
+    encoders = _encoder_bytes(options.job, run)
+    mesh = _mesh_of(options, run)
+    if mesh is None and options.memory is not None:
+        mesh = cheapest_mesh(
+            model,
+            shape,
+            job,
+            memory=int(options.memory * GB),
+            machine=options.machine,
+            others=encoders,
+        )
+        said += "; the cheapest mesh that fits"
+    _write(_training_lines(model, shape, mesh or _one_device(), job, options, encoders=encoders, said=said))
+
+
+def _run_of(options: Plan) -> "TrainSettings | None":
+    from opensoraplan.train.files import read_run
+
+    changes = [change for group in options.set for change in group]
+    if options.model is not None and options.model.suffix == ".toml":
+        return read_run(options.model, changes=changes)
+    if changes:
+        raise ValueError(f"--set {' '.join(changes)} goes with a run's .toml")
+    return None
+
+
+def _model_of(options: Plan, run: "TrainSettings | None") -> "Model":
+    from opensoraplan.parallel.estimate import Model
+
+    if run is None and options.model is None:
+        return Model({})
+    if run is None:
+        assert options.model is not None
+        return Model(_config_in(options.model))
+    settings = run.model
+    if settings.pretrained is not None and settings.pretrained.exists():
+        config = _config_in(settings.pretrained, settings.config)
+    elif settings.config is not None:  # planning comes before weights are there
+        config = dict(settings.config)
+    else:
+        raise ValueError(
+            f"model.pretrained {settings.pretrained} does not exist, and there is no model.config"
+        )
+    if settings.sparse_n is not None:
+        config["sparse_n"] = list(settings.sparse_n)
+    return Model(config)
+
+
+def _config_in(path: Path, config: dict[str, object] | None = None) -> dict[str, Any]:
+    """The config of a denoiser in a config.json, a model's or pipeline's folder, or any checkpoint."""
+    from opensoraplan.convert.assemble import empty_denoiser
+    from opensoraplan.convert.checkpoints import open_checkpoint
+    from opensoraplan.convert.stored import read_json_object
+    from opensoraplan.models.strict import plain_config
+
+    check_exists(path)
+    for file in (path, path / "transformer" / "config.json", path / "config.json"):
+        if file.is_file() and file.suffix == ".json":
+            return {key: value for key, value in read_json_object(file).items() if not key.startswith("_")}
+    return plain_config(empty_denoiser(open_checkpoint(path), config))
+
+
+def _job_of(given: PlanJob, run: "TrainSettings | None") -> "Job":
+    from opensoraplan.parallel.estimate import Job
+
+    optimizer = None if run is None else run.optimizer
+    ema = given.ema or "same"
+    if given.ema is None and optimizer is not None:
+        ema = "none" if optimizer.ema_decay is None else optimizer.ema_device
+    offload = given.cpu_offload
+    if offload is None:
+        offload = run.parallel.cpu_offload if run else False
+    blocks, feed_forwards = given.recompute_blocks, given.recompute_feed_forwards
+    if blocks is None and feed_forwards is None and run:
+        blocks, feed_forwards = run.memory.recompute_blocks, run.memory.recompute_feed_forwards
+    return Job(
+        compute=given.compute or (run.model.compute if run else "bf16"),
+        master=given.master or (run.model.master if run else "fp32"),
+        accumulate=given.accumulate or (optimizer.accumulate if optimizer else 1),
+        recompute_blocks=blocks or 0,
+        recompute_feed_forwards=feed_forwards or 0,
+        ema={"same": "device", "cpu": "host", "none": None}[ema],
+        cpu_offload=offload,
+    )
+
+
+def _encoder_bytes(given: PlanJob, run: "TrainSettings | None") -> int:
+    """Of the release's VAE and text encoders, where clips are encoded while training."""
+    from opensoraplan.parallel.estimate import BYTES
+
+    wanted = given.encoders
+    if wanted is None:
+        wanted = run is not None and run.data.features is None
+    if not wanted:
+        return 0
+    vae, text = (run.vae.compute, run.text.compute) if run else ("fp32", "bf16")
+    return VAE_NUMBERS * BYTES[vae] + (T5_NUMBERS + CLIP_NUMBERS) * BYTES[text]
+
+
+def _mesh_of(options: Plan, run: "TrainSettings | None") -> "MeshSettings | None":
+    """The mesh that is asked for, all of its sizes known; None: none is."""
+    from opensoraplan.parallel.mesh import NAMES, MeshSettings
+
+    given = {name: size for name in NAMES if (size := getattr(options.mesh, name)) is not None}
+    own = {name: getattr(run.parallel, name) for name in NAMES} if run else {}
+    if options.mesh.devices is None and not given and all(size in (1, -1) for size in own.values()):
+        return None
+    settings = MeshSettings.read({**own, **given}, where="the mesh")
+    known = 1
+    for size in settings.sizes().values():
+        known *= max(size, 1)
+    return settings.filled(options.mesh.devices or known)
+
+
+def _one_device() -> "MeshSettings":
+    from opensoraplan.parallel.mesh import MeshSettings
+
+    return MeshSettings(dp_shard=1)
+
+
+def _training_lines(
+    model: "Model",
+    shape: "Shape",
+    mesh: "MeshSettings",
+    job: "Job",
+    options: Plan,
+    *,
+    encoders: int,
+    said: str,
+) -> Iterable[str]:
+    from opensoraplan.parallel.estimate import (
+        cache_bytes,
+        devices_of,
+        sent_by_step,
+        shared_tokens,
+        stage_activations,
+        training_memory,
+    )
+    from opensoraplan.parallel.mesh import said as sizes_said
+    from opensoraplan.train.metrics import training_flops
+
+    memory = training_memory(model, shape, mesh, job)
+    devices, samples = devices_of(mesh), mesh.dp_replicate * mesh.dp_shard * shape.batch * job.accumulate
+    yield f"{model.numbers():,} parameters; {said}"
+    yield f"{_count(devices, 'device')}: {sizes_said(mesh.sizes())}; {job.compute}, weights {job.master}"
+    yield f"batch {shape.batch} x accumulate {job.accumulate}: {_count(samples, 'sample')} a step"
+    yield ""
+    yield "GB of a device"
+    where = " (host)" if job.cpu_offload else ""
+    average = " (host)" if job.ema == "host" or job.cpu_offload else ""
+    yield _row("parameters" + where, memory.parameters / GB)
+    yield _row("gradients" + where, memory.gradients / GB)
+    yield _row("optimizer" + where, memory.optimizer / GB)
+    yield _row("EMA" + average, memory.ema / GB)
+    if encoders:
+        yield _row("VAE and text encoders", encoders / GB)
+    yield _row("activations", memory.activations / GB)
+    for number, stage in enumerate(stage_activations(model, shape, mesh, job), 1):
+        yield _row(f"  stage {number}, {stage.depth} blocks of rate {stage.rate}", stage.kept / GB)
+    yield _row("working memory of backward", memory.working / GB)
+    peak = memory.peak + encoders
+    yield _row("most at one moment", peak / GB) + _verdict(peak, options.memory)
+    if memory.host:
+        yield _row("of the host", memory.host / GB)
+    yield ""
+    flops = training_flops(model.config, grid=shape.grid, text_tokens=shape.text, batch=shape.batch)
+    flops = flops * job.accumulate // (mesh.sp * mesh.tp)
+    tokens = shared_tokens(model, shape, mesh)
+    yield f"{tokens:,} video tokens a sample"
+    sent = sent_by_step(model, shape, mesh, job)
+    yield f"{flops / 1e12:,.1f} TFLOP of a device a step; it sends {sent / GB:,.2f} GB"
+    if options.tflops is not None:
+        seconds = flops / (options.tflops * 1e12)
+        yield f"{_time(seconds)} a step at {options.tflops:g} TFLOP/s"
+        if options.samples is not None:
+            yield f"{_time(seconds * options.samples / samples)} an epoch of {options.samples:,} samples"
+    one = cache_bytes(model, shape)
+    if options.samples is not None:
+        yield f"feature cache: {one * options.samples / GB:,.1f} GB on disk"
+    else:
+        yield f"feature cache: {one / 1e6:,.1f} MB a sample on disk"
+
+
+def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: str) -> Iterable[str]:
+    from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory
+    from opensoraplan.train.metrics import forward_flops
+
+    compute = options.job.compute or "bf16"
+    size = BYTES[compute]
+    denoiser, text = model.numbers() * size, (T5_NUMBERS + CLIP_NUMBERS) * size
+    vae = VAE_NUMBERS * size
+    forward = forward_memory(model, shape, compute)
+    decode = decoding_memory(shape, compute)
+    yield f"{model.numbers():,} parameters; generating {said}, in {compute}; GB of one device"
+    yield _row("denoiser", denoiser / GB)
+    yield _row("T5 and CLIP", text / GB)
+    yield _row("VAE", vae / GB)
+    yield _row("activations of the denoiser", forward / GB)
+    yield _row("activations of decoding", decode / GB)
+    peak = denoiser + text + vae + max(forward, decode)
+    yield _row("most at one moment", peak / GB) + _verdict(peak, options.memory)
+    yield _row("without the text encoders", (peak - text) / GB) + _verdict(peak - text, options.memory)
+    flops = 2 * forward_flops(model.config, grid=shape.grid, text_tokens=shape.text, batch=shape.batch)
+    yield f"{flops / 1e12:,.1f} TFLOP a guided step"
+    if options.tflops is not None:
+        yield f"{_time(flops / options.tflops / 1e12)} a guided step at {options.tflops:g} TFLOP/s"
+
+
+def _row(name: str, gigabytes: float) -> str:
+    return f"{name:<36}{gigabytes:>10.3f}"
+
+
+def _verdict(peak: int, memory: float | None) -> str:
+    if memory is None:
+        return ""
+    return f"   {'fits' if peak <= memory * GB else 'does NOT fit'} into {memory:g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _write(lines: Iterable[str]) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _check_positive(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+
+
+# --- Launch -------------------------------------------------------------------------------------------------
+
+
+def launch(options: Launch) -> None:
+    """`osp launch`."""
+    line = launch_line(options)
+    if options.print:
+        sys.stdout.write(shlex.join(line) + "\n")
+        return
+    os.execvp(line[0], line)
+
+
+def launch_line(options: Launch) -> list[str]:
+    """The torchrun command. Raises ValueError for numbers that start nothing."""
+    for name, least in (("processes", 1), ("nodes", 1), ("max_restarts", 0)):
+        value = getattr(options, name)
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not options.command:
+        raise ValueError("what is to be run? For example: osp launch --processes 8 -- train RUN.toml")
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
+    if options.nodes == 1:
+        if options.node_rank or options.master:
+            raise ValueError("--node-rank and --master go with --nodes 2 or more")
+        line.append("--standalone")
+    else:
+        line += _meeting(options)
+    if options.max_restarts:
+        line.append(f"--max-restarts={options.max_restarts}")
+    return [*line, "-m", "opensoraplan.cli", *options.command]
+
+
+def _meeting(options: Launch) -> list[str]:
+    """How the processes of several machines find each other."""
+    rank, nodes = options.node_rank, options.nodes
+    if rank is None or not 0 <= rank < nodes:
+        got = "none" if rank is None else rank
+        raise ValueError(f"with --nodes {nodes}, --node-rank must be 0 to {nodes - 1}, got {got}")
+    host, _, port = (options.master or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"with --nodes {nodes}, --master must be HOST:PORT of the first, got {options.master}"
+        )
+    # By c10d, not torchrun's static meeting: there, other machines do not hear of a process that died.
+    return [
+        f"--nnodes={nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={options.master}",
+        f"--rdzv-conf=is_host={str(rank == 0).lower()}",
+        "--rdzv-id=osp",
+    ]

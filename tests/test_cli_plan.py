@@ -1,0 +1,146 @@
+"""`osp plan` and `osp launch` by the command itself."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opensoraplan import cli
+
+Osp = Callable[..., tuple[int, str, str]]
+
+RUN = """
+output = "run"
+[model]
+compute = "fp32"
+[model.config]
+num_attention_heads = 4
+attention_head_dim = 16
+num_layers = [2, 2, 2]
+sparse_n = [1, 2, 1]
+[data]
+features = "features"
+batch_size = 3
+[data.selection]
+num_frames = 9
+min_num_frames = 9
+max_height = 64
+max_width = 64
+[memory]
+recompute_blocks = 6
+"""
+
+
+@pytest.fixture
+def osp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Osp:
+    """Runs the command in this process; returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_plan_of_the_release(osp: Osp) -> None:
+    code, said, _ = osp("plan", "--dp-shard", 8, "--recompute-blocks", 32, "--tflops", 300, "--samples", 1000)
+    assert code == 0
+    assert "8,504,661,120 parameters; 121 x 576 x 1024, 512 text tokens" in said
+    assert "8 devices: dp_replicate 1 x dp_shard 8 x sp 1 x tp 1" in said
+    assert "1,472.3 TFLOP of a device a step" in said  # performance.md: 1472 a sample
+    assert "4.91 s a step at 300 TFLOP/s" in said
+    assert "10.2 minutes an epoch of 1,000 samples" in said
+    assert "feature cache: 39.8 GB on disk" in said
+
+
+def test_plan_of_a_run_takes_its_settings(osp: Osp, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+    code, said, _ = osp("plan", "run.toml", "--set", "optimizer.accumulate=2")
+    assert code == 0
+    assert "9 x 64 x 64, 512 text tokens" in said
+    assert "batch 3 x accumulate 2: 6 samples a step" in said
+    assert "stage 2, 2 blocks of rate 2" in said
+
+
+def test_plan_suggests_a_mesh_that_fits(osp: Osp) -> None:
+    code, said, _ = osp("plan", "--recompute-blocks", 32, "--memory", 80)
+    assert code == 0
+    assert "the cheapest mesh that fits" in said
+    assert "fits into 80" in said
+
+
+def test_plan_of_a_model_folder_and_of_generating(osp: Osp, tmp_path: Path) -> None:
+    config = {"_class_name": "SparseUMMDiT", "num_attention_heads": 4, "attention_head_dim": 16}
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(config))
+    code, said, _ = osp("plan", "model", "--generate", "--frames", 9, "--height", 64, "--width", 64)
+    assert code == 0
+    assert "activations of decoding" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", 5], "sp 1 x tp 5 = 5 must divide the model's 24 attention heads"),
+        (["--devices", 8, "--sp", 3], "8 processes cannot be arranged"),
+        (["--memory", 0], "--memory must be more than 0"),
+        (["--memory", 1], "the least is"),
+        (["--frames", 120], "frames must be 8k + 1"),
+        (["--recompute-blocks", 40], "between 0 and 32"),
+        (["nothing.toml"], "nothing.toml"),
+        (["nothing"], "nothing does not exist"),
+        (["--set", "a=1"], "goes with a run's .toml"),
+    ],
+)
+def test_plan_refuses(osp: Osp, arguments: list[object], message: str) -> None:
+    code, said, error = osp("plan", *arguments)
+    assert (code, said) == (2, "")
+    assert message in error
+
+
+def test_unknown_keys_of_a_model_are_named(osp: Osp, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_head": 4}')
+    code, _, error = osp("plan", "config.json")
+    assert code == 2
+    assert "'num_attention_head' (did you mean 'num_attention_heads'?)" in error
+
+
+def test_launch_prints_the_line(osp: Osp) -> None:
+    train = ["--", "train", "RUN.toml", "--resume", "latest"]
+    code, said, _ = osp("launch", "--processes", 8, "--max-restarts", 3, "--print", *train)
+    assert code == 0
+    assert said.split()[1:] == [
+        *("-m", "torch.distributed.run", "--nproc-per-node=8", "--standalone", "--max-restarts=3"),
+        *("-m", "opensoraplan.cli", "train", "RUN.toml", "--resume", "latest"),
+    ]
+    several = ["--nodes", 2, "--node-rank", 1, "--master", "a:29500"]
+    _, said, _ = osp("launch", "--processes", 8, *several, "--print", *train)
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=a:29500 --rdzv-conf=is_host=false" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", 0], "--processes must be at least 1, got 0"),
+        (["--processes", 2, "--max-restarts", -1], "--max-restarts must be at least 0"),
+        (["--processes", 2, "--nodes", 2], "--node-rank must be 0 to 1, got none"),
+        (["--processes", 2, "--nodes", 2, "--node-rank", 2], "got 2"),
+        (
+            ["--processes", 2, "--nodes", 2, "--node-rank", 0, "--master", "a"],
+            "--master must be HOST:PORT of the first",
+        ),
+        (["--processes", 2, "--master", "a:1"], "go with --nodes 2 or more"),
+    ],
+)
+def test_launch_refuses(osp: Osp, arguments: list[object], message: str) -> None:
+    code, _, error = osp("launch", *arguments, "--print", "--", "train", "RUN.toml")
+    assert code == 2
+    assert message in error

@@ -1,0 +1,215 @@
+"""What a step needs, by formula, against what is alive in a real one, and against real weights."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.estimate import (
+    Job,
+    Model,
+    Shape,
+    cheapest_mesh,
+    collectives_of_block,
+    decoding_memory,
+    forward_memory,
+    kept_by_block,
+    kept_outside,
+    sent_by_step,
+    training_memory,
+)
+from opensoraplan.parallel.mesh import MeshSettings
+
+TINY: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": [2, 2, 2],
+    "sparse_n": [1, 2, 1],
+    "caption_channels": 12,
+    "pooled_projection_dim": 10,
+    "timestep_embed_dim": 16,
+}
+GRID, TEXT, BATCH = (4, 8, 16), 6, 2
+ONE = MeshSettings(dp_shard=1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Alive(TorchDispatchMode):
+    """Counts bytes of storages that operations made and that something still refers to: tensors saved for
+    backward, and what recompute's closures hold, which hooks of saved tensors do not see. `peak` is the most
+    after any operation.
+    """
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def bytes(self) -> int:
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        return sum(size for _, size in self._made.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.bytes())
+        return output
+
+
+def counted(job: Job, *, grid: tuple[int, int, int], text: int, **changes: object) -> tuple[int, int]:
+    """Bytes that a real forward pass and its loss keep for backward, and the most of a step, but for weights
+    and what is handed in.
+    """
+    config, dtype = {**TINY, **changes}, DTYPES[job.compute]
+    model = nn.Module.to(SparseUMMDiT(**config), dtype).train()
+    model.set_recompute(blocks=job.recompute_blocks, feed_forwards=job.recompute_feed_forwards)
+    latents, target = torch.randn(BATCH, 4, *grid), torch.randn(BATCH, 4, *grid)
+    states, pooled = torch.randn(BATCH, text, 12, dtype=dtype), torch.randn(BATCH, 10, dtype=dtype)
+    timestep, noisy = torch.rand(BATCH) * 1000, latents.to(dtype)
+    with Alive(*model.parameters(), latents, noisy, target, timestep) as alive:
+        (output,) = model(noisy, timestep, states, pooled, return_dict=False)
+        loss = (output.float() - target).square().flatten(1).mean(1).mean()
+        del output
+        kept = alive.bytes()
+        loss.backward()
+    return kept, alive.peak
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all blocks again": {"recompute_blocks": 6},
+    "some blocks again": {"recompute_blocks": 3},
+    "feed-forwards again": {"recompute_feed_forwards": 6},
+    "one feed-forward": {"double_ff": False, "recompute_feed_forwards": 4},
+    "dense": {"sparse_n": None, "recompute_blocks": 6},
+    "padded, other rates": {"sparse_n": [1, 4, 2], "grid": (3, 6, 10)},
+    "sparse from the start": {"sparse_n": [2, 4, 2], "recompute_blocks": 6},
+    "long text": {"text": 70},
+    "rms, normed skips": {"norm_cls": "rms_norm", "skip_connection_zero_init": False},
+    "no skips": {"skip_connection": False},
+}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_what_a_forward_pass_keeps(case: str, compute: Literal["fp32", "bf16"]) -> None:
+    changes = dict(CASES[case])
+    grid, text = changes.pop("grid", GRID), changes.pop("text", TEXT)
+    recompute = {name: changes.pop(name) for name in list(changes) if name.startswith("recompute_")}
+    job = Job(compute=compute, master=compute, **recompute)
+    model, shape = Model({**TINY, **changes}), Shape(grid, text, BATCH)
+    kept, peak = counted(job, grid=grid, text=text, **changes)
+    predicted = sum(kept_by_block(model, shape, ONE, job)) + kept_outside(model, shape, ONE, job)
+    assert predicted == pytest.approx(kept, rel=0.01)
+    memory = training_memory(model, shape, ONE, job)
+    most = memory.peak - memory.parameters - memory.optimizer - memory.ema
+    assert most == pytest.approx(peak, rel=0.06)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_generating_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"]) -> None:
+    dtype, shape = DTYPES[compute], Shape((4, 16, 16), 8)
+    model = nn.Module.to(SparseUMMDiT(**TINY), dtype).eval()
+    inputs = torch.randn(1, 4, *shape.grid), torch.rand(1), torch.randn(1, 8, 12), torch.randn(1, 10)
+    with torch.no_grad(), Alive(*model.parameters()) as alive:
+        model(*(tensor.to(dtype) for tensor in inputs))
+    assert forward_memory(Model(TINY), shape, compute) == pytest.approx(alive.peak, rel=0.15)
+
+    vae = nn.Module.to(WFVAE(base_channels=48, latent_channels=4, shift=None, scale=None), dtype)
+    for frames in (1, 3, 10):
+        latents = torch.randn(1, 4, frames, 2, 4, dtype=dtype)
+        with torch.no_grad(), Alive(*vae.parameters()) as alive:
+            for pixels in vae.iter_decode(latents):
+                del pixels
+        predicted = decoding_memory(Shape((frames, 2, 4), 1), compute, base=48)
+        assert predicted == pytest.approx(alive.peak, rel=0.2)
+
+
+def test_parameters_are_those_of_the_release() -> None:
+    model, shape, job = Model({}), Shape((16, 72, 128), 512), Job()
+    assert model.numbers() == 8_504_661_120
+    alone = training_memory(model, shape, ONE, job)
+    assert alone.parameters == 8_504_661_120 * (4 + 2)  # and bf16 copies
+    assert alone.optimizer == 2 * alone.gradients == 8 * 8_504_661_120
+    eight = training_memory(model, shape, MeshSettings(dp_shard=8), job)
+    assert eight.parameters * 8 == pytest.approx(4 * 8_504_661_120, rel=1e-3)
+
+
+def test_recompute_and_sharing_need_less() -> None:
+    model, shape = Model({}), Shape((16, 72, 128), 512)
+
+    def need(job: Job, **sizes: int) -> int:
+        return training_memory(model, shape, MeshSettings(**{"dp_shard": 1, **sizes}), job).peak
+
+    plain, feed_forwards, blocks = Job(), Job(recompute_feed_forwards=32), Job(recompute_blocks=32)
+    assert need(blocks, dp_shard=8) < need(feed_forwards, dp_shard=8) < need(plain, dp_shard=8)
+    assert need(plain, sp=8) < need(plain, sp=4, dp_shard=2) < need(plain, dp_shard=8)
+    assert need(Job(cpu_offload=True), sp=8) < need(plain, sp=8)
+    assert need(Job(ema="host"), dp_shard=8) < need(plain, dp_shard=8)
+    assert need(Job(accumulate=2), dp_shard=8) > need(plain, dp_shard=8)  # gradients stay whole until the end
+
+
+def test_collectives_of_a_block_count_what_each_kind_of_parallelism_sends() -> None:
+    model, shape, job = Model(TINY), Shape((4, 8, 16), 8, BATCH), Job(compute="fp32")
+    block = model.blocks[0]
+    tokens, numbers = 4 * 4 * 8, 4 * BATCH * 64
+    sp = collectives_of_block(model, block, shape, MeshSettings(dp_shard=1, sp=4), job)
+    exchanged = [one.sent for one in sp if one.kind == "exchange"]
+    assert exchanged == [tokens // 4 * numbers * 3 // 4] * 8  # q, k, v, output; and back
+    tp = collectives_of_block(model, block, shape, MeshSettings(dp_shard=1, tp=4), job)
+    whole = [one.whole for one in tp if one.whole == tokens * numbers]
+    assert len(whole) == 8  # a gather and a sum around attention and feed-forward; and back
+    both = collectives_of_block(model, block, shape, MeshSettings(dp_shard=1, sp=2, tp=2), job)
+    assert {one.group for one in both} == {"sp", "tp"}
+    assert not collectives_of_block(model, block, shape, MeshSettings(dp_shard=4), job)
+    assert sent_by_step(model, shape, ONE, job) == 0
+
+
+def test_the_cheapest_mesh_has_the_fewest_devices() -> None:
+    model, shape, job = Model(TINY), Shape(GRID, TEXT, BATCH), Job()
+    need = training_memory(model, shape, ONE, job).peak
+    assert cheapest_mesh(model, shape, job, memory=need) == ONE
+    smaller = cheapest_mesh(model, shape, job, memory=need - 1)
+    assert training_memory(model, shape, smaller, job).peak < need
+    assert smaller.dp_replicate * smaller.dp_shard * smaller.sp * smaller.tp > 1
+
+
+def test_memory_that_no_mesh_fits_into_says_what_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"no mesh of up to 16 devices fits into 0\.0 GB: the least is"):
+        cheapest_mesh(Model(TINY), Shape(GRID, TEXT, BATCH), Job(), memory=1000, most_devices=16)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Model({"heads": 4}), "unknown key in the model's config: 'heads'"),
+        (lambda: Shape((1, 3, 4), 8).tokens(2), "multiples of 2, got 3 x 4"),
+        (lambda: Job(recompute_blocks=2, recompute_feed_forwards=1).check(Model(TINY)), "not both"),
+        (lambda: Job(recompute_blocks=7).check(Model(TINY)), "between 0 and 6, the model's blocks, got 7"),
+        (
+            lambda: training_memory(Model(TINY), Shape(GRID, 8), MeshSettings(dp_shard=1, sp=3), Job()),
+            "must divide the model's 4 attention heads",
+        ),
+        (
+            lambda: training_memory(Model(TINY), Shape(GRID, 8), ONE, Job(cpu_offload=True)),
+            "at least 2 devices",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
