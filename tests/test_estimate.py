@@ -64,9 +64,10 @@ class Alive(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
+                made = self._made.get(storage._cdata)
+                if storage._cdata not in self._known and (made is None or made[0].expired()):
                     self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.bytes())
+                    self.peak = max(self.peak, self.bytes())
         return output
 
 
@@ -129,13 +130,13 @@ def test_generating_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"]
         model(*(tensor.to(dtype) for tensor in inputs))
     assert forward_memory(Model(TINY), shape, compute) == pytest.approx(alive.peak, rel=0.15)
 
-    vae = nn.Module.to(WFVAE(base_channels=48, latent_channels=4, shift=None, scale=None), dtype)
-    for frames in (1, 3, 10):
+    vae = nn.Module.to(WFVAE(base_channels=32, latent_channels=4, shift=None, scale=None), dtype)
+    for frames in (1, 10):
         latents = torch.randn(1, 4, frames, 2, 4, dtype=dtype)
         with torch.no_grad(), Alive(*vae.parameters()) as alive:
             for pixels in vae.iter_decode(latents):
                 del pixels
-        predicted = decoding_memory(Shape((frames, 2, 4), 1), compute, base=48)
+        predicted = decoding_memory(Shape((frames, 2, 4), 1), compute, base=32)
         assert predicted == pytest.approx(alive.peak, rel=0.2)
 
 

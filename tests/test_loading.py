@@ -9,7 +9,7 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.dataset import ClipDataset, Failure, collate
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import SelectionSettings, select
-from opensoraplan.train.loading import BadFileAccount, micro_batches
+from opensoraplan.train.loading import BadFileAccount, micro_batches, shares_of_steps
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -19,12 +19,10 @@ def test_an_error_of_the_data_is_the_same_in_a_worker(workers: int, tmp_path: Pa
     record = Record(path, ("a ball",), num_frames=9, fps=24, height=64, width=64)
     size = SelectionSettings(num_frames=9, min_num_frames=9, max_height=64, max_width=64)
     samples = select([record], size).kept
+    sampler = BucketSampler([sample.shape for sample in samples], global_batch=1, seed=0)
     batches = micro_batches(
         ClipDataset(samples, seed=0),
-        BucketSampler([sample.shape for sample in samples], global_batch=1, seed=0),
-        start=0,
-        stop=1,
-        accumulate=1,
+        lambda: shares_of_steps(sampler, range(1), accumulate=1),
         workers=workers,
         collate=collate,
     )

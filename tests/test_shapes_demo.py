@@ -90,8 +90,7 @@ def test_a_thing_is_seen_whole_and_is_all_that_is_saturated(shape: str, backgrou
     assert 250 < area["small"] < area["medium"] < area["large"]
     for motion in ("left", "up", "growing"):
         scene = one("red", shape, motion, size="large", background=background)
-        frames = render(scene, frames=9, height=64, width=64)
-        seen = coloured(frames)
+        seen = coloured(render(scene, frames=9))
         assert seen.flatten(1).any(dim=1).all()
         for edge in (seen[:, 0], seen[:, -1], seen[:, :, 0], seen[:, :, -1]):
             assert not edge.any()

@@ -338,13 +338,17 @@ def test_what_a_resume_allows(run: Path) -> None:
         "memory.compile=true",
         "data.workers=0",
         "data.reader=decord",
+        "data.batch_size=2",
+        "parallel.sp=2",
         "device=cpu",
     ]
     refuse_changes(old, read_run(run, changes=allowed))
     with pytest.raises(ValueError, match="begun with other settings") as caught:
-        refuse_changes(old, read_run(run, changes=[*allowed, "optimizer.lr=1e-4", "data.batch_size=2"]))
+        refuse_changes(
+            old, read_run(run, changes=[*allowed, "optimizer.lr=1e-4", "data.caption_dropout=0.2"])
+        )
     text = str(caught.value)
-    assert "\n  data.batch_size: 1 -> 2\n  optimizer.lr: 2e-05 -> 0.0001\n" in text
+    assert "\n  data.caption_dropout: 0.1 -> 0.2\n  optimizer.lr: 2e-05 -> 0.0001\n" in text
     assert not any(change.split("=")[0] in text for change in allowed)
     assert "without --resume" in text
     assert "another output folder" in text

@@ -98,7 +98,7 @@ def test_training_lowers_the_loss_and_writes_a_vae_with_shift_and_scale(
     )
     out = train_vae(run)
     losses = logged(run, "l1")
-    assert sum(losses[-15:]) < 0.85 * sum(losses[:15])
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
     assert len(logged(run, "validation_psnr")) == len(logged(run, "validation_ssim")) == 1
     vae = load_vae(out, dtype=torch.float32, device=torch.device("cpu"))
     saved = checkpoint.load(run.output, 40).parts["ema"]
@@ -106,11 +106,14 @@ def test_training_lowers_the_loss_and_writes_a_vae_with_shift_and_scale(
     videos = (
         fit(read_frames(path), height=64, width=64) for path in (tiny_clips.parent / "clips").glob("*.mp4")
     )
-    latents = torch.cat([vae.encode(video[None]).latent_dist.mode() for video in videos])
-    normal = vae.normalize_latents(latents)
+    posteriors = [vae.encode(video[None]).latent_dist for video in videos]
+    normal = torch.cat([vae.normalize_latents(posterior.mode()) for posterior in posteriors])
+    spread = torch.cat([posterior.var for posterior in posteriors])
     assert normal.mean((0, 2, 3, 4)).abs().max() < 0.05
-    # Of samples the deviation is 1; of modes it is a little less.
-    assert 0.3 < normal.std((0, 2, 3, 4)).min() <= normal.std((0, 2, 3, 4)).max() < 1.1
+    # Of samples the variance is 1: what the modes have of it, and the posteriors around them.
+    scale = torch.tensor(vae.config["scale"])
+    variance = normal.var((0, 2, 3, 4)) + spread.mean((0, 2, 3, 4)) * scale**2
+    assert (variance - 1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("adversarial", [False, True])

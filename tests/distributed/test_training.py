@@ -2,14 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from opensoraplan.train import checkpoint
@@ -88,16 +85,6 @@ def test_encoders_that_take_turns_give_the_same_losses(six: MakeRun) -> None:
     assert losses(runs[0]) == losses(runs[1])
 
 
-def test_job_goes_on_by_itself_when_a_process_is_killed(six: MakeRun) -> None:
-    undisturbed, disturbed = (six(output=name, ranks=2) for name in ("undisturbed", "disturbed"))
-    finish(launch(undisturbed, processes=2))
-    job = launch(disturbed, processes=2, restarts=1)
-    wait_for_step(disturbed.output, 4)
-    psutil.Process(job.pid).children()[-1].send_signal(signal.SIGKILL)
-    finish(job)
-    assert losses(disturbed) == losses(undisturbed)
-
-
 def test_cache_of_two_processes_has_the_files_of_one(tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run()
     write_cache(run, tmp_path / "one")
@@ -106,13 +93,6 @@ def test_cache_of_two_processes_has_the_files_of_one(tiny_run: MakeRun, tmp_path
     assert names == {path.name for path in (tmp_path / "two").iterdir()}
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def wait_for_step(output: Path, step: int) -> None:
-    end = time.monotonic() + TIMEOUT
-    while not (checkpoint.steps(output) or [0])[-1] >= step:
-        assert time.monotonic() < end, f"no checkpoint of step {step}"
-        time.sleep(0.05)
 
 
 def test_other_global_batch_is_refused_with_what_would_fit(six: MakeRun) -> None:

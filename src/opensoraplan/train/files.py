@@ -40,8 +40,6 @@ EXAMPLE = "configs/finetune.toml"
 RESUMABLE_CHANGES = (
     "output",
     "device",
-    "data.batch_size",  # the checkpoint knows how many samples a step has, in all processes
-    "optimizer.accumulate",
     "data.workers",
     "data.reader",
     "data.max_bad_files",
@@ -55,6 +53,10 @@ RESUMABLE_CHANGES = (
     "validation.*",
     "checkpoint.*",
 )
+
+
+# A denoiser's checkpoints know how many samples a step has, in all processes; what makes them up may change.
+KNOWN_TO_CHECKPOINTS = ("data.batch_size", "optimizer.accumulate")
 
 
 def read_run(
@@ -121,10 +123,11 @@ def refuse_changes(old: Settings, new: Settings) -> None:
     """Raise ValueError if `new` cannot go on with what `old` began: something but RESUMABLE_CHANGES
     differs, or the end of a schedule that tells the learning rate of every step before it.
     """
+    allowed = RESUMABLE_CHANGES + (KNOWN_TO_CHECKPOINTS if isinstance(new, TrainSettings) else ())
     lines = [
         f"  {name}: {before} -> {after}"
         for name, (before, after) in _different(old, new).items()
-        if not any(fnmatchcase(name, pattern) for pattern in RESUMABLE_CHANGES)
+        if not any(fnmatchcase(name, pattern) for pattern in allowed)
     ]
     steps = _different(old, new).get("optimizer.steps")
     if steps is not None and dict(_flat(old.model_dump())).get("optimizer.schedule") == "cosine":
