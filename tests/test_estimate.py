@@ -1,12 +1,15 @@
 """What a step needs, by formula, against what is alive in a real one, and against real weights."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,14 +21,18 @@ from opensoraplan.parallel.estimate import (
     Shape,
     cheapest_mesh,
     collectives_of_block,
+    collectives_outside,
     decoding_memory,
+    devices_of,
     forward_memory,
     kept_by_block,
     kept_outside,
     sent_by_step,
     training_memory,
 )
-from opensoraplan.parallel.mesh import MeshSettings
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
+from opensoraplan.parallel.plan import parallelize, share_sample
+from opensoraplan.parallel.shards import local
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 4,
@@ -40,6 +47,12 @@ TINY: dict[str, Any] = {
 }
 GRID, TEXT, BATCH = (4, 8, 16), 6, 2
 ONE = MeshSettings(dp_shard=1)
+COLLECTIVES = {
+    "exchange": "all_to_all_single",
+    "gather": "all_gather_into_tensor",
+    "sum_parts": "reduce_scatter_tensor",
+    "sum": "all_reduce",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -122,7 +135,7 @@ def test_activations_are_what_a_forward_pass_keeps(case: str, compute: Literal["
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_generating_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"]) -> None:
+def test_a_forward_pass_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"]) -> None:
     dtype, shape = DTYPES[compute], Shape((4, 16, 16), 8)
     model = nn.Module.to(SparseUMMDiT(**TINY), dtype).eval()
     inputs = torch.randn(1, 4, *shape.grid), torch.rand(1), torch.randn(1, 8, 12), torch.randn(1, 10)
@@ -130,14 +143,15 @@ def test_generating_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"]
         model(*(tensor.to(dtype) for tensor in inputs))
     assert forward_memory(Model(TINY), shape, compute) == pytest.approx(alive.peak, rel=0.15)
 
-    vae = nn.Module.to(WFVAE(base_channels=32, latent_channels=4, shift=None, scale=None), dtype)
-    for frames in (1, 10):
-        latents = torch.randn(1, 4, frames, 2, 4, dtype=dtype)
-        with torch.no_grad(), Alive(*vae.parameters()) as alive:
-            for pixels in vae.iter_decode(latents):
-                del pixels
-        predicted = decoding_memory(Shape((frames, 2, 4), 1), compute, base=32)
-        assert predicted == pytest.approx(alive.peak, rel=0.2)
+
+@pytest.mark.parametrize("frames", [1, 10])
+def test_decoding_needs_what_is_alive_at_most(frames: int) -> None:
+    vae = WFVAE(base_channels=32, latent_channels=4, shift=None, scale=None)
+    latents = torch.randn(1, 4, frames, 2, 4)
+    with torch.no_grad(), Alive(*vae.parameters()) as alive:
+        for pixels in vae.iter_decode(latents):
+            del pixels
+    assert decoding_memory(Shape((frames, 2, 4), 1), "fp32", base=32) == pytest.approx(alive.peak, rel=0.2)
 
 
 def test_parameters_are_those_of_the_release() -> None:
@@ -178,6 +192,77 @@ def test_collectives_of_a_block_count_what_each_kind_of_parallelism_sends() -> N
     assert {one.group for one in both} == {"sp", "tp"}
     assert not collectives_of_block(model, block, shape, MeshSettings(dp_shard=4), job)
     assert sent_by_step(model, shape, ONE, job) == 0
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[MeshSettings], tuple[Mesh, Counter[str]]]]:
+    """Makes this process the first of a mesh whose collectives do nothing but are counted: "name bytes"."""
+    sent: Counter[str] = Counter()
+
+    def counting(name: str) -> Callable[..., object]:
+        run = getattr(dist, name)
+
+        def collective(*args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+            whole = max(args[:2], key=lambda arg: arg.numel() if isinstance(arg, Tensor) else 0)
+            sent[f"{name} {whole.nbytes}"] += 1
+            return run(*args, **kwargs)
+
+        return collective
+
+    def make(settings: MeshSettings) -> tuple[Mesh, Counter[str]]:
+        dist.init_process_group("fake", rank=0, world_size=devices_of(settings), store=FakeStore())
+        mesh = Mesh.build(settings, device_type="cpu")
+        for name in COLLECTIVES.values():
+            monkeypatch.setattr(dist, name, counting(name))
+        return mesh, sent
+
+    yield make
+    monkeypatch.undo()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [{"sp": 2}, {"tp": 2}, {"sp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("grid", [GRID, (3, 6, 10)], ids=["whole", "padded"])
+def test_ranks_keep_and_send_what_is_predicted(
+    ranks: Callable[[MeshSettings], tuple[Mesh, Counter[str]]],
+    sizes: dict[str, int],
+    grid: tuple[int, int, int],
+) -> None:
+    settings, job = MeshSettings(**{"dp_shard": 1, **sizes}), Job(compute="fp32")
+    mesh, sent = ranks(settings)
+    network = SparseUMMDiT(**TINY).train()
+    share_sample(network, mesh)
+    weights = [local(weight) for weight in network.parameters()]
+    latents, states = torch.randn(BATCH, 4, *grid), torch.randn(BATCH, TEXT, 12)
+    timestep, pooled = torch.rand(BATCH), torch.randn(BATCH, 10)
+    with Alive(latents, states, timestep, pooled, *weights) as alive:
+        (output,) = network(latents, timestep, states, pooled, return_dict=False)
+        loss = (output - latents).square().mean()
+        del output
+        kept = alive.bytes()
+    loss.backward()
+
+    model, shape = Model(TINY), Shape(grid, TEXT, BATCH)
+    assert model.numbers(tp=settings.tp) == sum(weight.numel() for weight in weights)
+    predicted = sum(kept_by_block(model, shape, settings, job)) + kept_outside(model, shape, settings, job)
+    assert predicted == pytest.approx(kept, rel=0.01)
+    collectives = collectives_outside(model, shape, settings, job)
+    for block in model.blocks:
+        collectives += collectives_of_block(model, block, shape, settings, job)
+    assert sent == Counter(f"{COLLECTIVES[one.kind]} {one.whole}" for one in collectives)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"dp_shard": 3}, {"dp_shard": 2, "tp": 2}, {"dp_shard": 2, "sp": 2}], ids=str
+)
+def test_shards_have_as_many_numbers_as_predicted(
+    ranks: Callable[[MeshSettings], tuple[Mesh, Counter[str]]], sizes: dict[str, int]
+) -> None:
+    settings = MeshSettings(**sizes)
+    network = SparseUMMDiT(**TINY)
+    parallelize(network, ranks(settings)[0], compute=torch.float32)
+    predicted = Model(TINY).numbers(tp=settings.tp, shards=settings.dp_shard * settings.sp)
+    assert predicted == sum(local(weight).numel() for weight in network.parameters())
 
 
 def test_the_cheapest_mesh_has_the_fewest_devices() -> None:

@@ -380,30 +380,32 @@ def _backward_peak(model: Model, shape: Shape, mesh: MeshSettings, job: Job, *, 
     """Activations, gradients and what FSDP gathers, at the worst moment of a backward pass."""
     alone, shards = devices_of(mesh) == 1, mesh.dp_shard * mesh.sp
     master, compute = BYTES[job.master], BYTES[job.compute]
-    held, gathered, gradients = sum(kept) + _kept_before(model, shape, mesh, job), 0, 0
-    largest = max(model.numbers(unit=index, tp=mesh.tp) for index in range(len(model.blocks)))
-    if not alone:
-        # What is outside of blocks stays whole all the time; of the blocks there are one that computes, the
-        # next one, and the buffer that it came in. Then the gradients of a block, and what is sent of them.
-        gathered = (model.numbers(unit=ROOT, tp=mesh.tp) + 3 * largest) * compute
-        gathered += largest * (compute + FP32)
+    whole = [model.numbers(unit=index, tp=mesh.tp) for index in range(len(model.blocks))]
+    held, gradients = sum(kept) + _kept_before(model, shape, mesh, job), 0
+    if not alone:  # what is outside of blocks stays whole all the time
+        held += model.numbers(unit=ROOT, tp=mesh.tp) * compute
     if job.accumulate > 1:
         # From the micro-batches before. FSDP, which reduces them in the last one only, keeps them whole.
         gradients = model.numbers(tp=mesh.tp) * (master if alone else FP32)
     # In the last norm two tensors in fp32.
-    behind = _kept_behind(model, shape, job) + 2 * FP32 * model.dim * shape.batch * shape.tokens(
-        model.config["patch_size"]
-    )
-    most = held + behind + gradients
+    numbers = model.dim * shape.batch * shape.tokens(model.config["patch_size"])
+    most = held + _kept_behind(model, shape, job) + 2 * FP32 * numbers + gradients
     for index in reversed(range(len(model.blocks))):
+        gathered = 0
+        if not alone:
+            # This block's weights and gradients, the next one's weights, which come already, and gradients
+            # of the one before on their way to other ranks.
+            ahead = whole[index - 1] if index else 0
+            before = whole[index + 1] if index + 1 < len(whole) else 0
+            gathered = (2 * whole[index] + ahead) * compute + before * FP32
         again = working_memory(model, index, shape, mesh, job)
-        most = max(most, held + again + gradients)
+        most = max(most, held + again + gathered + gradients)
         held -= kept[index]
         if alone and (job.master != job.compute or job.accumulate == 1):
-            gradients += model.numbers(unit=index) * compute
+            gradients += whole[index] * compute
         elif not alone and not job.cpu_offload and job.accumulate == 1:
             gradients += model.numbers(unit=index, tp=mesh.tp, shards=shards) * master
-    return max(most, gradients) + gathered
+    return max(most, gradients)
 
 
 def working_memory(model: Model, index: int, shape: Shape, mesh: MeshSettings, job: Job) -> int:
@@ -495,6 +497,23 @@ def collectives_of_block(
     return found
 
 
+def collectives_outside(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> list[Collective]:
+    """What ranks of one sample send each other outside of blocks: tokens are joined behind the last one, and
+    the last modulation.
+    """
+    c, dim, batch = BYTES[job.compute], model.dim, shape.batch
+    video = batch * shared_tokens(model, shape, mesh) * dim * c
+    found: list[Collective] = []
+    if mesh.tp > 1:  # behind the stages every rank has a copy, whose gradient is what the others' is
+        found += [Collective("tp", "gather", video // mesh.sp, mesh.tp, back) for back in (False, True)]
+        found.append(Collective("tp", "gather", batch * 2 * dim * c, mesh.tp))
+        found.append(Collective("tp", "sum", batch * model.config["timestep_embed_dim"] * c, mesh.tp, True))
+    if mesh.sp > 1:
+        found.append(Collective("sp", "gather", video, mesh.sp))
+        found.append(Collective("sp", "sum_parts", video, mesh.sp, True))
+    return found
+
+
 def collectives_of_weights(model: Model, unit: int, mesh: MeshSettings, job: Job) -> list[Collective]:
     """What FSDP sends of one unit in the micro-batch that ends a step. Others do not send gradients."""
     if devices_of(mesh) == mesh.tp:
@@ -513,7 +532,8 @@ def collectives_of_weights(model: Model, unit: int, mesh: MeshSettings, job: Job
 
 def sent_by_step(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> int:
     """Bytes that a rank sends in a whole step of all its micro-batches."""
-    total = 0
+    outside = collectives_outside(model, shape, mesh, job)
+    total = sum(collective.sent for collective in outside) * job.accumulate
     for index, block in enumerate(model.blocks):
         again = 2 if index < job.recompute_blocks else 1
         for collective in collectives_of_block(model, block, shape, mesh, job):
