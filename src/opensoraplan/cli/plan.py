@@ -92,7 +92,7 @@ class Plan:
     mesh: OmitArgPrefixes[PlanMesh] = PlanMesh()
     job: OmitArgPrefixes[PlanJob] = PlanJob()
     memory: Annotated[float | None, optional("GB")] = None
-    """Of each device, 1 GB = 10^9 bytes: suggests the cheapest mesh that fits."""
+    """Of each device, less what its driver and allocator take; suggests the cheapest mesh that fits."""
     machine: int = 8
     """Devices of one machine; tp stays within it."""
     tflops: Annotated[float | None, optional("FLOAT")] = None
