@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 WIDTH, LAYERS, HEADS = 192, 3, 6
 POOLED_WIDTH = 128
-PIECES = 420
+PIECES = 600
 BATCH, LEARNING_RATE = 64, 1e-3
 # The attributes of a scene: what each thing is and does, left one first, then how many and where.
 VALUES = (tuple(COLOURS), tuple(SHAPES), tuple(SIZES), MOTIONS)
@@ -83,8 +84,9 @@ def questions(seed: int) -> Iterator[Question]:
 
 
 def write_t5_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A unigram tokenizer with T5's special ids (pad 0, end 1, unknown 2), learned from `texts`."""
-    (folder / "spiece.model").write_bytes(sentence_pieces(texts, count=PIECES))
+    """A unigram tokenizer with T5's special ids (pad 0, end 1, unknown 2) and the words of `texts` whole."""
+    words = sorted({word for text in texts for word in re.findall(r"[a-z-]+", text)})
+    (folder / "spiece.model").write_bytes(sentence_pieces(texts, count=PIECES, words=words))
     config = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",

@@ -84,9 +84,9 @@ def _write_t5(folder: Path, *, width: int) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def sentence_pieces(texts: Sequence[str], *, count: int) -> bytes:
+def sentence_pieces(texts: Sequence[str], *, count: int, words: Sequence[str] = ()) -> bytes:
     """A serialised unigram model of about `count` pieces, learned from `texts`, with T5's special ids (pad 0,
-    end 1, unknown 2) and text normalisation.
+    end 1, unknown 2) and text normalisation. Each of `words` is one piece at the start of a word.
     """
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -96,6 +96,7 @@ def sentence_pieces(texts: Sequence[str], *, count: int) -> bytes:
         hard_vocab_limit=False,
         character_coverage=1.0,
         required_chars=_ASCII,
+        user_defined_symbols=[f"\u2581{word}" for word in words],
         pad_id=0,
         eos_id=1,
         unk_id=2,
