@@ -16,6 +16,10 @@ from opensoraplan.data.shapes_demo import write_dataset
 from opensoraplan.train.config import TrainSettings
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="how often tests/distributed kills a rank")
+
+
 @pytest.fixture(scope="session")
 def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that examples/tiny_release.py writes."""

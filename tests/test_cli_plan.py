@@ -117,7 +117,9 @@ def test_launch_prints_the_line(osp: Osp) -> None:
     train = ["--", "train", "RUN.toml", "--resume", "latest"]
     code, said, _ = osp("launch", "--processes", 8, "--max-restarts", 3, "--print", *train)
     assert code == 0
-    assert said.split()[1:] == [
+    words = said.split()
+    assert words[:2] == ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]  # or restarts hang
+    assert words[3:] == [
         *("-m", "torch.distributed.run", "--nproc-per-node=8", "--standalone", "--max-restarts=3"),
         *("-m", "opensoraplan.cli", "train", "RUN.toml", "--resume", "latest"),
     ]

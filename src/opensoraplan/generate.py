@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opensoraplan.models.text import PromptEmbeds
+    from opensoraplan.parallel.ranks import Ranks
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 logger = logging.getLogger(__name__)
@@ -250,28 +252,40 @@ def run(
     *,
     model: str | dict[str, Any],
     resume: bool,
+    ranks: "Ranks | None" = None,
+    all_decode: bool = False,
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
     No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
     already among those is passed over, so that the same command continues where it was stopped. `model`, a
-    folder or the files of its parts, goes into the metadata. Raises NonFiniteLatentsError if latents become
-    NaN, after writing the last good ones beside the video, and MemoryError for a size that does not fit.
+    folder or the files of its parts, goes into the metadata. Of several `ranks`, which all call this, the
+    first writes; `all_decode`: the others have a share in decoding.
+
+    Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
+    MemoryError for a size that does not fit.
     """
+    from opensoraplan.parallel.ranks import ALONE
+
+    ranks = ranks or ALONE
     written: list[Path] = []
     embeds = PromptCache(pipeline)
     total = len(requests)
     try:
         for number, (request, wanted) in enumerate(zip(requests, paths, strict=True), start=1):
             record = make_record(pipeline, request, model)
-            if resume and (done := find_done(wanted, record)) is not None:
+            done = ranks.agree(partial(find_done, wanted, record)) if resume else None
+            if done is not None:
                 logger.info("%d of %d is done: %s", number, total, done)
                 written.append(done)
                 continue
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
             with explained_memory(request):
-                written.append(make_video(pipeline, request, embeds, wanted, record))
-            logger.info("wrote %s", written[-1])
+                if ranks.first:
+                    written.append(make_video(pipeline, request, embeds, wanted, record))
+                    logger.info("wrote %s", written[-1])
+                else:
+                    help_make_video(pipeline, request, embeds, decode=all_decode)
     except KeyboardInterrupt:
         hint = ": the same command continues with the next" if resume else ""
         logger.info("stopped, %d of %d done%s", len(written), total, hint)
@@ -343,41 +357,59 @@ def make_video(
 
     If sampling or decoding fails, the last latents that were good are kept beside it.
     """
-    from torch import Tensor
+    from opensoraplan.pipeline import NonFiniteLatentsError
 
-    from opensoraplan.pipeline import NonFiniteLatentsError, VideoOutput
-
-    guided = request.guidance > 1
     try:
-        output = pipeline(
-            prompt_embeds=embeds.get(request.prompt),
-            negative_prompt_embeds=embeds.get(request.negative_prompt, negative=True) if guided else None,
-            num_frames=request.frames,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            guidance_rescale=request.guidance_rescale,
-            guidance_interval=request.guidance_interval,
-            batched_guidance=request.batched_guidance,
-            shift=request.shift,
-            use_dynamic_shifting=request.dynamic_shift,
-            use_linear_quadratic_schedule=request.linear_quadratic,
-            seed=request.seed,
-            output_type="latent",
-        )
+        latents = denoise(pipeline, request, embeds)
     except NonFiniteLatentsError as error:
         saved = save_latents(error.last_good, wanted, {**record, "step": error.step - 1})
         logger.error("the last good latents, of step %d, are in %s", error.step - 1, saved)
         raise
-    assert isinstance(output, VideoOutput)
-    assert isinstance(output.frames, Tensor)
     try:
-        return write_frames(pipeline, output.frames, wanted, record, fps=request.fps)
+        return write_frames(pipeline, latents, wanted, record, fps=request.fps)
     except Exception:
-        saved = save_latents(output.frames, wanted, {**record, "step": request.steps})
+        saved = save_latents(latents, wanted, {**record, "step": request.steps})
         logger.error("the latents, which are finished, are in %s", saved)
         raise
+
+
+def help_make_video(
+    pipeline: "OpenSoraPlanPipeline", request: Request, embeds: PromptCache, *, decode: bool
+) -> None:
+    """What the other processes of a job do while the first makes a video."""
+    latents = denoise(pipeline, request, embeds)
+    if decode:
+        for _ in pipeline.iter_decode(latents):
+            pass
+
+
+def denoise(pipeline: "OpenSoraPlanPipeline", request: Request, embeds: PromptCache) -> "Tensor":
+    """Normalised latents [1, C, T, H, W] of a request."""
+    from torch import Tensor
+
+    from opensoraplan.pipeline import VideoOutput
+
+    guided = request.guidance > 1
+    output = pipeline(
+        prompt_embeds=embeds.get(request.prompt),
+        negative_prompt_embeds=embeds.get(request.negative_prompt, negative=True) if guided else None,
+        num_frames=request.frames,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        guidance_rescale=request.guidance_rescale,
+        guidance_interval=request.guidance_interval,
+        batched_guidance=request.batched_guidance,
+        shift=request.shift,
+        use_dynamic_shifting=request.dynamic_shift,
+        use_linear_quadratic_schedule=request.linear_quadratic,
+        seed=request.seed,
+        output_type="latent",
+    )
+    assert isinstance(output, VideoOutput)
+    assert isinstance(output.frames, Tensor)
+    return output.frames
 
 
 def write_frames(

@@ -68,6 +68,7 @@ def train(
     grid: tuple[int, int, int] = WHOLE,
     recompute: int = 0,
     backend: str | None = None,
+    compute: torch.dtype = torch.float32,
     **changes: object,
 ) -> Result:
     """Losses and gradients of five steps of AdamW; on a mesh of these sizes, or in one process (None)."""
@@ -79,7 +80,7 @@ def train(
         if backend is not None:
             for block in model.transformer_blocks:
                 block.compile(backend=backend)
-        parallelize(model, mesh, compute=torch.float32)
+        parallelize(model, mesh, compute=compute)
         share, shares = mesh.rank(DATA), mesh.size(DATA)
     own = {name: value.chunk(shares)[share] for name, value in batch.items()}
     target = own.pop("target")

@@ -66,3 +66,11 @@ def test_recompute_equals_one_process(ranks: Ranks, mesh: str) -> None:
 def test_compiled_blocks_equal_one_process(ranks: Ranks) -> None:
     for result in ranks(run, MESHES["tp 2"], {"backend": "eager"}, ranks=2):
         assert_equal(result, one_process(WHOLE, True, False))
+
+
+def test_bf16_on_a_mesh_learns_as_one_process_in_bf16(ranks: Ranks) -> None:
+    """Weights are gathered in bf16, gradients reduced in fp32: no worse than rounding."""
+    options = {"compute": torch.bfloat16}
+    for mesh in ("fsdp 2 x sp 2", "fsdp 2 x tp 2"):
+        for result in ranks(run, MESHES[mesh], options, ranks=4):
+            assert result.losses == pytest.approx(one_process(WHOLE, True, False).losses, rel=0.02)

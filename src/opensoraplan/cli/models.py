@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from tyro.conf import OmitArgPrefixes, Positional
 
 from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, check_exists, optional
+from opensoraplan.shapes import SPATIAL_STRIDE
 
 if TYPE_CHECKING:
+    import torch
+
     from opensoraplan.convert.assemble import Sources
     from opensoraplan.convert.mindspeed_json import Inference
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +52,23 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """Of the processes that `osp launch` started, which make every video together."""
+
+    branch_ranks: Literal[1, 2] = 1
+    """2: half of the processes denoise with the prompt, half without."""
+    tp: int = 1
+    """So many share every layer's weights; the rest share the video's tokens."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Make videos (or, with one frame, pictures) from prompts.
 
     The model is a folder that `osp convert` wrote (--model), or the original's files by --config or one by
     one. A .txt (a prompt a line), .jsonl or .csv file (column prompt; others set options) gives many prompts,
-    and the same command again continues where it was stopped. Nothing that exists is overwritten.
+    and the same command again continues where it was stopped. Nothing that exists is overwritten. Several
+    devices make each video together: osp launch --processes 4 -- generate "..." --branch-ranks 2
     """
 
     prompt: Annotated[Positional[str], optional("PROMPT")] = ""
@@ -109,6 +124,7 @@ class Generate:
     """Clean prompts as the training captions were."""
     tiling: bool = False
     """Decode in blended tiles: less memory for large frames, not exact."""
+    sharing: OmitArgPrefixes[Sharing] = Sharing()
 
 
 @dataclass(frozen=True)
@@ -186,6 +202,8 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     if not options.prompt.strip():
         raise ValueError('give a prompt or a file of prompts: osp generate "a cat on a beach" --model FOLDER')
     settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
+    if options.sharing.branch_ranks > 1:
+        settings["batched_guidance"] = True  # what the ranks share out
     requests = job.read_requests(options.prompt, settings, copies=options.videos_per_prompt)
     given = options_of_parts(options.parts, inference)
     if options.model is not None and given:
@@ -204,12 +222,37 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         paths = find_paths(options.parts, inference)
     targets = job.check_targets(requests, options.out)
 
+    from opensoraplan.device import resolve_device
+    from opensoraplan.parallel.generating import generating_mesh, share_generating
+    from opensoraplan.parallel.ranks import device_of_rank, joined
+
+    device = device_of_rank(resolve_device(options.device))
+    mesh = generating_mesh(branches=options.sharing.branch_ranks, tp=options.sharing.tp)
+    resume = job.is_prompt_file(options.prompt) or len(requests) > 1
+    with joined(mesh, device) as ranks:
+        pipeline, model = _load_pipeline(options, inference, paths, folder=folder, device=device)
+        all_decode = False
+        if ranks.mesh is not None:
+            rows = {request.height // SPATIAL_STRIDE for request in requests}
+            all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
+        pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not ranks.first)
+        job.run(pipeline, requests, targets, model=model, resume=resume, ranks=ranks, all_decode=all_decode)
+
+
+def _load_pipeline(
+    options: Generate,
+    inference: "Inference | None",
+    paths: dict[str, Path],
+    *,
+    folder: Path | None,
+    device: "torch.device",
+) -> "tuple[OpenSoraPlanPipeline, str | dict[str, Any]]":
+    """The pipeline of these parts, or of a whole `folder`, and what its videos say of where it came from."""
     from opensoraplan.convert import assemble
-    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.device import resolve_dtype
     from opensoraplan.models.text import PromptSettings
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
-    device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     prompts: dict[str, Any] = {} if options.clean_prompts else {"clean_prompts": False}
     if options.prompt_template is not None:
@@ -239,9 +282,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         pipeline.vae.disable_streaming()
     if options.tiling:
         pipeline.vae.enable_tiling()
-    pipeline.set_progress_bar_config(desc="denoising", unit="step")
-    resume = job.is_prompt_file(options.prompt) or len(requests) > 1
-    job.run(pipeline, requests, targets, model=model, resume=resume)
+    return pipeline, model
 
 
 def convert(options: Convert, inference: "Inference | None") -> None:

@@ -407,6 +407,8 @@ def launch(options: Launch) -> None:
 
 def launch_line(options: Launch) -> list[str]:
     """The torchrun command. Raises ValueError for numbers that start nothing."""
+    from opensoraplan.parallel.ranks import OWN_STORE
+
     for name, least in (("processes", 1), ("nodes", 1), ("max_restarts", 0)):
         value = getattr(options, name)
         if value < least:
@@ -421,7 +423,7 @@ def launch_line(options: Launch) -> list[str]:
     else:
         line += _meeting(options)
     if options.max_restarts:
-        line.append(f"--max-restarts={options.max_restarts}")
+        line = ["env", f"{OWN_STORE}=1", *line, f"--max-restarts={options.max_restarts}"]
     return [*line, "-m", "opensoraplan.cli", *options.command]
 
 

@@ -70,6 +70,8 @@ class Cache:
     files: OmitArgPrefixes[RunFiles] = RunFiles()
     out: OptionalPath = None
     """The folder to write; without it, the run's data.features."""
+    engine: Literal["torchrun", "ray"] = "torchrun"
+    """Who shares the work out: nobody or torchrun, or the workers of a Ray cluster."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,14 @@ def cache(options: Cache) -> None:
     if out is None:
         raise ValueError("where to? Give --out FOLDER, or data.features in the run's settings")
     rank, ranks = place_in_job()
-    write_cache(settings, out, rank=rank, ranks=ranks)
+    if options.engine == "torchrun":
+        write_cache(settings, out, rank=rank, ranks=ranks)
+        return
+    if ranks > 1:
+        raise ValueError(f"--engine ray starts its own workers: leave out torchrun, which started {ranks}")
+    from opensoraplan.train.cache_ray import write_cache_by_ray
+
+    write_cache_by_ray(settings, out)
 
 
 def export(options: Export) -> None:

@@ -1,7 +1,7 @@
 """A whole pipeline from the files in which its parts exist: in memory, or as a diffusers folder, and back."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -93,6 +93,19 @@ class Opened(Generic[Model]):
     model: Model
     tensors: Mapping[str, Tensor]
     names: Mapping[str, str]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Our names and the tensors, each read when it is its turn."""
+        return ((ours, self.tensors[theirs]) for ours, theirs in self.names.items())
+
+
+def open_denoiser(
+    path: Path, config: Mapping[str, Any] | None = None, *, rates: Sequence[int] | None = None
+) -> Opened[SparseUMMDiT]:
+    """A denoiser of any dialect, or that of a diffusers folder, its weights unread."""
+    checkpoint = open_checkpoint(_component(path, "transformer"))
+    denoiser = empty_denoiser(checkpoint, config, rates=rates)
+    return Opened(denoiser, checkpoint, original.match(denoiser, checkpoint))
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVAE]:
@@ -226,10 +239,9 @@ def load_denoiser(
     dtype: torch.dtype,
 ) -> SparseUMMDiT:
     """A denoiser from a checkpoint of any dialect, or from a diffusers folder that has one, on the CPU."""
-    checkpoint = open_checkpoint(_component(path, "transformer"))
-    denoiser = empty_denoiser(checkpoint, config, rates=rates)
-    original.load(denoiser, checkpoint, dtype=dtype)
-    return denoiser
+    opened = open_denoiser(path, config, rates=rates)
+    original.fill(opened.model, opened.names, opened.tensors, dtype=dtype)
+    return opened.model
 
 
 def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:

@@ -532,9 +532,7 @@ def _background(name: str, x: Tensor, y: Tensor) -> tuple[Tensor, float | None]:
         return sky.clamp(max=1), None
     if name == "tiles":
         period = 0.25
-        checks = torch.sin(math.pi * (x + 0.125) / period) * torch.sin(
-            math.pi * (y + 0.125) / period
-        )
+        checks = torch.sin(math.pi * (x + 0.125) / period) * torch.sin(math.pi * (y + 0.125) / period)
         tiles = _mix((0.70, 0.71, 0.75), (0.86, 0.86, 0.87), 0.5 + 0.5 * torch.tanh(3 * checks))
         return tiles * (1 - 0.12 * (x + y)), None
     tone = 0.67

@@ -7,7 +7,7 @@ B batch, C latent channels, T/H/W latent grid, S video tokens, L text tokens, D 
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -485,28 +485,39 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
 
     @torch.no_grad()
     def initialize_weights(self, *, seed: int) -> None:
-        """Weights to train from nothing, drawn on the CPU: Xavier-uniform Linears without bias, the
-        condition's normal(0, 0.02), zero for what modulates and for the output, so that every block starts as
-        the identity (AdaLN-zero, arXiv 2212.09748) and the velocity as 0. Skip connections start closed.
+        """Fill the model with `initial_weights`."""
+        for name, value in self.initial_weights(seed=seed):
+            self.get_parameter(name).copy_(value)
+
+    def initial_weights(self, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of weights to train from nothing, on the CPU whatever the model is on; of a name
+        that comes twice the last one counts.
+
+        Xavier-uniform Linears without bias, the condition's normal(0, 0.02), zero for what modulates and for
+        the output, so that every block starts as the identity (AdaLN-zero, arXiv 2212.09748) and the velocity
+        as 0. Skip connections start closed.
         """
         generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                weight = torch.empty(module.weight.shape)
+                weight = torch.empty(module.weight.shape, device="cpu")
                 nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
-                module.weight.copy_(weight)
-                if module.bias is not None:
-                    module.bias.zero_()
-        for mlp in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
-            for linear in (mlp.linear_1, mlp.linear_2):
-                weight = torch.empty(linear.weight.shape)
-                linear.weight.copy_(weight.normal_(0, 0.02, generator=generator))
-        for module in self.modules():
+                yield f"{name}.weight", weight
+            elif isinstance(module, LayerNorm | RMSNorm):
+                yield f"{name}.weight", torch.ones(module.weight.shape)
+            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+                yield f"{name}.bias", torch.zeros(bias.shape)
+        for mlp in ("timestep_embedder", "text_embedder"):
+            for linear in ("linear_1", "linear_2"):
+                name = f"time_text_embed.{mlp}.{linear}.weight"
+                weight = torch.empty(self.get_parameter(name).shape, device="cpu")
+                yield name, weight.normal_(0, 0.02, generator=generator)
+        for name, module in self.named_modules():
             if isinstance(module, AdaNormZero | AdaNormOut):
-                module.linear.weight.zero_()
+                yield f"{name}.linear.weight", torch.zeros(module.linear.weight.shape)
             elif isinstance(module, SkipLinear) and module.norm is None:
-                module.open_nothing()
-        self.proj_out.weight.zero_()
+                yield f"{name}.linear.weight", torch.eye(*module.linear.weight.shape)
+        yield "proj_out.weight", torch.zeros(self.proj_out.weight.shape)
 
     def original_format(self) -> original.Format:
         """How the original names these tensors."""

@@ -15,6 +15,11 @@ from torch.autograd import Function
 
 Group = dist.ProcessGroup
 
+# torch 2.13 calls them differently, and warns of the old names.
+GATHER, SUM_PARTS = "all_gather_single", "reduce_scatter_single"
+if not hasattr(dist, GATHER):
+    GATHER, SUM_PARTS = "all_gather_into_tensor", "reduce_scatter_tensor"
+
 
 def exchange(x: Tensor, *, split: int, join: int, group: Group) -> Tensor:
     """Cut x along `split`, send part i to rank i, join what comes along `join`. Backward: the other way."""
@@ -65,14 +70,14 @@ def _exchanged(x: Tensor, split: int, join: int, group: Group) -> Tensor:
 
 def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
     parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)
+    getattr(dist, GATHER)(parts.flatten(0, 1), x.contiguous(), group=group)
     return torch.cat(parts.unbind(0), dim=dim)
 
 
 def _summed_part(x: Tensor, dim: int, group: Group) -> Tensor:
     parts = torch.stack(x.chunk(group.size(), dim))
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    getattr(dist, SUM_PARTS)(out, parts.flatten(0, 1), group=group)
     return out
 
 

@@ -18,7 +18,9 @@ ROWS = 3
 
 
 def share_decoding(vae: WFVAE, group: Group) -> None:
-    """From now on every rank of `group` decodes some rows; `decode_rows` is then what decodes."""
+    """From now on every rank of `group` decodes some rows in `vae.iter_decode`, and has the whole frames of
+    latents that all ranks have. It then raises ValueError for rows that cannot be shared out evenly.
+    """
     if vae.tiling is not None:
         raise ValueError("tiles and sharing out the rows of a frame exclude each other: disable_tiling()")
     within_upsampling = {id(layer.conv) for layer in vae.decoder.modules() if isinstance(layer, Upsample)}
@@ -33,22 +35,21 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
             layer.register_forward_hook(partial(_own_rows, group=group))
         elif _looks_beyond(layer) and id(layer) not in within_upsampling:
             _Halo(group, grown=1).hook(layer)
+    decode_own = vae.iter_decode
 
+    @torch.no_grad()
+    def iter_decode(latents: Tensor) -> Iterator[Tensor]:
+        rows, ranks = latents.shape[ROWS], group.size()
+        if rows % ranks:
+            possible = [n for n in range(1, rows + 1) if rows % n == 0]
+            raise ValueError(
+                f"{rows} rows of latents cannot be shared out over {ranks} ranks: "
+                f"use {', '.join(map(str, possible))}"
+            )
+        for pixels in decode_own(part_of(latents, dim=ROWS, group=group)):
+            yield gather(pixels, dim=ROWS, group=group)
 
-@torch.no_grad()
-def decode_rows(vae: WFVAE, latents: Tensor, group: Group) -> Iterator[Tensor]:
-    """Pixels [B, 3, t, 8h, 8w] chunk by chunk, whole on every rank, of latents [B, C, t, h, w] (not
-    normalised) that all ranks have. ValueError unless the rows can be shared out evenly.
-    """
-    rows, ranks = latents.shape[ROWS], group.size()
-    if rows % ranks:
-        possible = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise ValueError(
-            f"{rows} rows of latents cannot be shared out over {ranks} ranks: "
-            f"use {', '.join(map(str, possible))}"
-        )
-    for pixels in vae.iter_decode(part_of(latents, dim=ROWS, group=group)):
-        yield gather(pixels, dim=ROWS, group=group)
+    vae.iter_decode = iter_decode
 
 
 def _own_rows(_layer: nn.Module, _args: tuple[Any, ...], out: Tensor, *, group: Group) -> Tensor:

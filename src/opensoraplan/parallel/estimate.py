@@ -384,9 +384,8 @@ def _backward_peak(model: Model, shape: Shape, mesh: MeshSettings, job: Job, *, 
     held, gradients = sum(kept) + _kept_before(model, shape, mesh, job), 0
     if not alone:  # what is outside of blocks stays whole all the time
         held += model.numbers(unit=ROOT, tp=mesh.tp) * compute
-    if job.accumulate > 1:
-        # From the micro-batches before. FSDP, which reduces them in the last one only, keeps them whole.
-        gradients = model.numbers(tp=mesh.tp) * (master if alone else FP32)
+    if job.accumulate > 1 and not job.cpu_offload:  # from the micro-batches before
+        gradients = model.numbers(tp=mesh.tp, shards=shards) * master
     # In the last norm two tensors in fp32.
     numbers = model.dim * shape.batch * shape.tokens(model.config["patch_size"])
     most = held + _kept_behind(model, shape, job) + 2 * FP32 * numbers + gradients
@@ -515,7 +514,7 @@ def collectives_outside(model: Model, shape: Shape, mesh: MeshSettings, job: Job
 
 
 def collectives_of_weights(model: Model, unit: int, mesh: MeshSettings, job: Job) -> list[Collective]:
-    """What FSDP sends of one unit in the micro-batch that ends a step. Others do not send gradients."""
+    """What FSDP sends of one unit in a micro-batch."""
     if devices_of(mesh) == mesh.tp:
         return []
     shards, numbers = mesh.dp_shard * mesh.sp, model.numbers(unit=unit, tp=mesh.tp)
@@ -540,7 +539,7 @@ def sent_by_step(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> in
             total += collective.sent * (1 if collective.backward else again) * job.accumulate
     for unit in (ROOT, *range(len(model.blocks))):
         for collective in collectives_of_weights(model, unit, mesh, job):
-            total += collective.sent * (job.accumulate if collective.kind == "gather" else 1)
+            total += collective.sent * job.accumulate
     return total
 
 

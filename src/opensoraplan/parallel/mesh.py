@@ -5,6 +5,7 @@ sharded (FSDP) over dp_shard and sp together, and are replicated over dp_replica
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -77,24 +78,29 @@ def said(sizes: dict[str, int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """The arranged processes. `settings` have no -1 any more."""
+    """The arranged processes. `settings` have no -1 any more. `devices`: those along each dimension, or along
+    joined ones, that this process belongs to.
+    """
 
     settings: MeshSettings
-    devices: DeviceMesh
+    devices: Mapping[str, DeviceMesh]
 
     @classmethod
     def build(cls, settings: MeshSettings, *, device_type: str) -> Self:
         """Arrange all processes of the default group, which must be initialised. Raises as `filled`."""
         settings = settings.filled(dist.get_world_size())
-        devices = init_device_mesh(device_type, tuple(settings.sizes().values()), mesh_dim_names=NAMES)
-        devices[SHARD, SEQUENCE]._flatten(WEIGHTS)
-        devices[SEQUENCE, TENSOR]._flatten(SAMPLE)
-        devices[REPLICATE, SHARD]._flatten(DATA)
+        whole = init_device_mesh(device_type, tuple(settings.sizes().values()), mesh_dim_names=NAMES)
+        devices = {name: whole[name] for name in NAMES}
+        devices[WEIGHTS] = whole[SHARD, SEQUENCE]._flatten(WEIGHTS)
+        devices[SAMPLE] = whole[SEQUENCE, TENSOR]._flatten(SAMPLE)
+        devices[DATA] = whole[REPLICATE, SHARD]._flatten(DATA)
         return cls(settings, devices)
 
     def group(self, name: str) -> dist.ProcessGroup:
-        """The processes of one dimension, or of joined ones, that this process belongs to."""
         return self.devices[name].get_group()
+
+    def groups(self) -> Iterator[dist.ProcessGroup]:
+        return (self.group(name) for name in self.devices)
 
     def rank(self, name: str) -> int:
         """This process's place in `group(name)`."""
@@ -107,5 +113,5 @@ class Mesh:
     def for_weights(self) -> DeviceMesh:
         """What FSDP takes: one dimension to shard over, or two, replicated over the first (HSDP)."""
         if self.settings.dp_replicate > 1:
-            return self.devices[REPLICATE, WEIGHTS]
+            return DeviceMesh._concatenate([self.devices[REPLICATE], self.devices[WEIGHTS]])
         return self.devices[WEIGHTS]

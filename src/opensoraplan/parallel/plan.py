@@ -1,9 +1,11 @@
 """Everything that is done to a denoiser to run it on a mesh, in the one order that works.
 
 Tensor parallelism splits weights first; then tokens are shared out; recompute is the model's own, set before;
-blocks are compiled; FSDP comes last, for it moves what the others leave.
+blocks are compiled; FSDP comes last, for it moves what the others leave. Every micro-batch reduces its
+gradients: to reduce those of the last one only would keep them whole on every rank until then.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,9 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.mesh import SEQUENCE, TENSOR, Mesh
 from opensoraplan.parallel.sequence import share_tokens
 from opensoraplan.parallel.tensor import shard_blocks
+
+# FSDP's: what a block returns may be a view of its padded tokens. Nothing here writes into it.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 _CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
@@ -64,8 +69,3 @@ def share_sample(model: SparseUMMDiT, mesh: Mesh) -> None:
         shard_blocks(model, mesh.devices[TENSOR])
     if tp is not None or sp is not None:
         share_tokens(model, sp=sp, tp=tp)
-
-
-def set_gradient_sync(model: nn.Module, *, now: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks: only the last one of a step has to."""
-    model.set_requires_gradient_sync(now)  # type: ignore[operator] (of FSDP)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from opensoraplan.parallel.mesh import DATA, SAMPLE, Mesh, MeshSettings
 
@@ -16,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+TIMEOUT_S = 600.0
+# Told to torchrun, each start of its processes has a new store to meet in. Otherwise all share one, and those
+# started again may find the addresses of the dead there, and wait for them (torch 2.5 to 2.13 at least).
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # By type of device; control messages go over the CPU in any case.
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
@@ -103,7 +108,7 @@ def device_of_rank(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined(settings: MeshSettings, device: torch.device, *, timeout: float) -> Iterator[Ranks]:
+def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIMEOUT_S) -> Iterator[Ranks]:
     """Join the job that torchrun started, arranged as `settings` say; without torchrun, be the only process.
 
     A collective that takes more than `timeout` seconds, since another process hangs or has failed, raises.
@@ -115,11 +120,16 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float) -> I
         return
     if device.type not in _BACKENDS:
         raise ValueError(f"several processes need a device of {', '.join(_BACKENDS)}, got {device.type}")
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
+        logger.warning("set %s=1 for torchrun, or processes that it starts again may wait in vain", OWN_STORE)
     if device.type != "cpu":
         getattr(torch, device.type).set_device(device)
-    dist.init_process_group(_BACKENDS[device.type], timeout=datetime.timedelta(seconds=timeout))
+    patience = datetime.timedelta(seconds=timeout)
+    dist.init_process_group(_BACKENDS[device.type], timeout=patience)
     try:
-        ranks = Ranks(Mesh.build(settings, device_type=device.type))
+        ranks = Ranks(mesh := Mesh.build(settings, device_type=device.type))
+        for group in mesh.groups():  # which torch gives its own default
+            _set_pg_timeout(patience, group)
         if not ranks.first:
             logging.getLogger("opensoraplan").setLevel(logging.WARNING)
         yield ranks

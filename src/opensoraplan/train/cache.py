@@ -23,7 +23,7 @@ from opensoraplan.data.video import Reader, installed_reader
 from opensoraplan.device import resolve_device
 from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
-from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
+from opensoraplan.train.encoders import check_paths, load_encoders
 from opensoraplan.train.sources import preprocessing_parts, select_clips
 
 logger = logging.getLogger(__name__)
@@ -70,142 +70,143 @@ def write_cache(
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"with {ranks} ranks, rank must be in 0 .. {ranks - 1}, got {rank}")
-    if settings.data.manifest is None:
-        raise ValueError("data.manifest is missing: there are no clips to encode")
-    check_paths(settings.vae, settings.text)
-    device = device_of_rank(resolve_device(settings.device))
-    # Of every shape: how large batches are is for training to say.
-    samples = select_clips(settings.data, settings.data.manifest, seed=settings.seed)
-    preprocessing = preprocessing_parts(settings, samples)
-    features.check_place(out, preprocessing)
-
-    texts = _texts(samples, use_aesthetic=settings.data.use_aesthetic)
-    encoders = load_encoders(settings.vae, settings.text, device=device)
-    config = {key: value for key, value in encoders.vae.config.items() if not key.startswith("_")}
-    description = Description(
-        parts=encoders.fingerprint() | preprocessing,
-        vae=json.loads(json.dumps(config)),  # as it will be read: lists instead of tuples
-        use_aesthetic=settings.data.use_aesthetic,
-        samples=len(samples),
-        texts=len(texts),
-        videos_per_shard=videos_per_shard,
-        texts_per_shard=texts_per_shard,
-    )
-    features.begin(out, description)
-    job = _Job(out, description, encoders=encoders, rank=rank, ranks=ranks, progress=progress)
-    job.encode_texts(texts)
-    left_out = job.encode_videos(samples, settings.data, seed=settings.seed)
-    missing = features.missing_shards(out)
-    if not missing:
-        features.finish(out)
-    summary = CacheSummary(
-        folder=out,
-        samples=len(samples),
-        texts=len(texts),
-        written=job.written,
-        present=job.present,
-        missing=len(missing),
-        left_out=tuple(left_out),
-    )
-    logger.info(
-        "%s: %d samples, %d texts; shards: %d written, %d there before, %d missing; clips left out: %d",
-        *(out, summary.samples, summary.texts, summary.written, summary.present, summary.missing),
-        len(left_out),
-    )
-    return summary
+    job = CacheJob(settings, out, videos_per_shard=videos_per_shard, texts_per_shard=texts_per_shard)
+    written = present = 0
+    left_out: list[LeftOut] = []
+    kinds: tuple[Kind, ...] = ("texts", "videos")
+    for kind in kinds:
+        own = range(rank, job.description.shards(kind), ranks)
+        there = [shard for shard in own if features.is_written(out, kind, shard)]
+        to_write = sorted(set(own) - set(there))
+        present, written = present + len(there), written + len(to_write)
+        with _counted(job.description, kind, there, to_write, progress) as one_more:
+            if kind == "texts":
+                job.write_texts(to_write, one_more)
+            else:
+                before = features.read_left_out(out, there)
+                left_out = before + job.write_videos(to_write, one_more, before=before)
+    return job.finish(written=written, present=present, left_out=left_out)
 
 
-class _Job:
-    """One rank's share of the work; counts its shards."""
+@contextmanager
+def _counted(
+    description: Description,
+    kind: Kind,
+    there: Sequence[int],
+    to_write: Sequence[int],
+    progress: Progress | None,
+) -> Iterator[Callable[[], None]]:
+    """A bar over one rank's shards; what comes out is called for each text or clip that is done."""
+    first, more = (
+        sum(len(description.places(kind, shard)) for shard in shards) for shards in (there, to_write)
+    )
+    total, counter = first + more, count(first + 1)
+    with tqdm(total=total, initial=first, desc=f"encoding {kind}", unit=kind[:-1]) as bar:
+
+        def one_more() -> None:
+            bar.update()
+            if progress is not None:
+                progress(kind, next(counter), total)
+
+        yield one_more
+
+
+class CacheJob:
+    """What all processes that fill one cache have in common: samples, texts and encoders, and the folder
+    begun or gone on with. Raises ValueError as `write_cache`, before anything is encoded.
+    """
 
     def __init__(
-        self,
-        out: Path,
-        description: Description,
-        *,
-        encoders: Encoders,
-        rank: int,
-        ranks: int,
-        progress: Progress | None,
+        self, settings: TrainSettings, out: Path, *, videos_per_shard: int = 64, texts_per_shard: int = 1024
     ) -> None:
+        data = settings.data
+        if data.manifest is None:
+            raise ValueError("data.manifest is missing: there are no clips to encode")
+        check_paths(settings.vae, settings.text)
+        device = device_of_rank(resolve_device(settings.device))
+        self.settings = settings
         self.out = out
-        self.description = description
-        self.encoders = encoders
-        self.rank = rank
-        self.ranks = ranks
-        self.progress = progress
-        self.written = 0
-        self.present = 0
+        # Of every shape: how large batches are is for training to say.
+        self.samples = select_clips(data, data.manifest, seed=settings.seed)
+        preprocessing = preprocessing_parts(settings, self.samples)
+        features.check_place(out, preprocessing)
 
-    def encode_texts(self, texts: Sequence[str]) -> None:
-        there, to_write = self._share("texts")
-        with self._counted("texts", there, to_write) as one_more:
-            for shard in to_write:
-                states: dict[str, tuple[Tensor, Tensor]] = {}
-                for place in self.description.places("texts", shard):
-                    encoded = self.encoders.encode_captions([texts[place]])
-                    states[texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
-                    one_more()
-                features.write_texts(self.out, shard, states)
-                self.written += 1
+        self.texts = _texts(self.samples, use_aesthetic=data.use_aesthetic)
+        self.encoders = load_encoders(settings.vae, settings.text, device=device)
+        config = {key: value for key, value in self.encoders.vae.config.items() if not key.startswith("_")}
+        self.description = Description(
+            parts=self.encoders.fingerprint() | preprocessing,
+            vae=json.loads(json.dumps(config)),  # as it will be read: lists instead of tuples
+            use_aesthetic=data.use_aesthetic,
+            samples=len(self.samples),
+            texts=len(self.texts),
+            videos_per_shard=videos_per_shard,
+            texts_per_shard=texts_per_shard,
+        )
+        features.begin(out, self.description)
 
-    def encode_videos(self, samples: Sequence[Sample], data: DataSettings, *, seed: int) -> list[LeftOut]:
-        """Returns the clips of this rank that cannot be read, also those of shards that were there."""
-        there, to_write = self._share("videos")
-        left_out = features.read_left_out(self.out, there)
-        _check_limit(left_out, limit=data.max_bad_files)
-        places = [place for shard in to_write for place in self.description.places("videos", shard)]
+    def write_texts(self, shards: Sequence[int], one_more: Callable[[], None]) -> None:
+        """Encode and write these files of texts."""
+        for shard in shards:
+            states: dict[str, tuple[Tensor, Tensor]] = {}
+            for place in self.description.places("texts", shard):
+                encoded = self.encoders.encode_captions([self.texts[place]])
+                states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
+                one_more()
+            features.write_texts(self.out, shard, states)
+
+    def write_videos(
+        self, shards: Sequence[int], one_more: Callable[[], None], *, before: Sequence[LeftOut] = ()
+    ) -> list[LeftOut]:
+        """Encode and write these files of videos. Returns the clips that cannot be read; with those `before`
+        they may be no more than `data.max_bad_files`.
+        """
+        data, left_out = self.settings.data, list[LeftOut]()
+        check_limit(before, limit=data.max_bad_files)
         clips = iter(
             DataLoader(
-                _Clips(samples, data, seed=seed),
-                sampler=places,
+                _Clips(self.samples, data, seed=self.settings.seed),
+                sampler=[place for shard in shards for place in self.description.places("videos", shard)],
                 batch_size=None,
                 num_workers=data.workers,
                 # A clip of the release's size is 0.9 GB; each worker reads one ahead.
                 prefetch_factor=1 if data.workers else None,
             )
         )
-        with self._counted("videos", there, to_write) as one_more:
-            for shard in to_write:
-                moments: list[tuple[Sample, Tensor]] = []
-                bad: list[LeftOut] = []
-                for place in self.description.places("videos", shard):
-                    read = next(clips)
-                    if isinstance(read, LeftOut):
-                        bad.append(read)
-                        _check_limit([*left_out, *bad], limit=data.max_bad_files)
-                    else:
-                        moments.append((samples[place], self.encoders.encode_videos(read[None])[0].cpu()))
-                    one_more()
-                features.write_videos(self.out, shard, moments, left_out=bad)
-                self.written += 1
-                left_out += bad
+        for shard in shards:
+            moments: list[tuple[Sample, Tensor]] = []
+            bad: list[LeftOut] = []
+            for place in self.description.places("videos", shard):
+                read = next(clips)
+                if isinstance(read, LeftOut):
+                    bad.append(read)
+                    check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
+                else:
+                    moments.append((self.samples[place], self.encoders.encode_videos(read[None])[0].cpu()))
+                one_more()
+            features.write_videos(self.out, shard, moments, left_out=bad)
+            left_out += bad
         return left_out
 
-    def _share(self, kind: Kind) -> tuple[list[int], list[int]]:
-        """This rank's shards: those that are there, and those that are to be written."""
-        own = range(self.rank, self.description.shards(kind), self.ranks)
-        there = [shard for shard in own if features.is_written(self.out, kind, shard)]
-        self.present += len(there)
-        return there, sorted(set(own) - set(there))
-
-    @contextmanager
-    def _counted(
-        self, kind: Kind, there: Sequence[int], to_write: Sequence[int]
-    ) -> Iterator[Callable[[], None]]:
-        """A bar over this rank's shards; what comes out is called for each text or clip that is done."""
-        first, more = (
-            sum(len(self.description.places(kind, shard)) for shard in shards) for shards in (there, to_write)
+    def finish(self, *, written: int, present: int, left_out: Sequence[LeftOut]) -> CacheSummary:
+        """Finish the cache if all its shards are there; say what was done."""
+        missing = features.missing_shards(self.out)
+        if not missing:
+            features.finish(self.out)
+        summary = CacheSummary(
+            folder=self.out,
+            samples=len(self.samples),
+            texts=len(self.texts),
+            written=written,
+            present=present,
+            missing=len(missing),
+            left_out=tuple(left_out),
         )
-        total, counter = first + more, count(first + 1)
-        with tqdm(total=total, initial=first, desc=f"encoding {kind}", unit=kind[:-1]) as bar:
-
-            def one_more() -> None:
-                bar.update()
-                if self.progress is not None:
-                    self.progress(kind, next(counter), total)
-
-            yield one_more
+        logger.info(
+            "%s: %d samples, %d texts; shards: %d written, %d there before, %d missing; clips left out: %d",
+            *(self.out, summary.samples, summary.texts, written, present, len(missing), len(left_out)),
+        )
+        return summary
 
 
 class _Clips(Dataset[Tensor | LeftOut]):
@@ -234,7 +235,8 @@ def _texts(samples: Sequence[Sample], *, use_aesthetic: bool) -> list[str]:
     return list(texts)
 
 
-def _check_limit(left_out: Sequence[LeftOut], *, limit: int) -> None:
+def check_limit(left_out: Sequence[LeftOut], *, limit: int) -> None:
+    """Raise ValueError, naming each, if more than `limit` files cannot be read."""
     if len(left_out) > limit:
         listed = "; ".join(error if path in error else f"{path}: {error}" for path, error in left_out)
         raise ValueError(f"{len(left_out)} files cannot be read, data.max_bad_files is {limit}: {listed}")

@@ -150,33 +150,33 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
         # No sooner: up to here a run that cannot begin after all has changed nothing.
         ranks.agree(lambda: checkpoint.set_aside(settings.output, after=start))
         for step in range(start + 1, total + 1):
-            with _saved_on_error(job, step - 1, saved=saved, ranks=ranks):
-                job.step(step)
-            if due(step, settings.log.every):
-                metrics.log(step, job.report())
-            else:
-                metrics.advance(step)
-            if settings.validation.every and due(step, settings.validation.every):
-                with _saved_on_error(job, step, saved=saved, ranks=ranks):
-                    metrics.log(step, job.validate(step))
-            stopping = ranks.any(bool(stop))
-            if stopping or due(step, settings.checkpoint.every):
-                job.save(step)
-                saved = step
+            with _told_by_rank(step, ranks):
+                with _saved_on_error(job, step - 1, saved=saved, ranks=ranks):
+                    job.step(step)
+                if due(step, settings.log.every):
+                    metrics.log(step, job.report())
+                else:
+                    metrics.advance(step)
+                if settings.validation.every and due(step, settings.validation.every):
+                    with _saved_on_error(job, step, saved=saved, ranks=ranks):
+                        metrics.log(step, job.validate(step))
+                stopping = ranks.any(bool(stop))
+                if stopping or due(step, settings.checkpoint.every):
+                    job.save(step)
+                    saved = step
+                if step == total or stopping:
+                    job.writer.wait()
             if stopping and step < total:
-                job.writer.wait()
                 where = checkpoint.path_of(settings.output, step)
                 by = stop.signal or signal.SIGTERM  # the signal may have come to another process
                 raise RunStoppedError(by, step=step, steps=total, saved=where)
-        job.writer.wait()
 
 
 @contextmanager
 def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
     """If the block raises what a user can help, save `step`, the last one done, unless it is `saved`."""
     if ranks.mesh is not None:
-        with _told_by_rank(step, ranks):
-            yield
+        yield
         return
     counts = copy.deepcopy((job.averages, job.bad_files))
     try:
@@ -195,13 +195,17 @@ def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterato
 
 @contextmanager
 def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
-    """Errors say in which process and after which step they came, those of hung collectives, too."""
+    """Errors in one of several processes say which it was and at which step, those of collectives that hang
+    or have lost another process, too.
+    """
     kinds = (ValueError, OSError, FloatingPointError, RuntimeError)
     try:
         yield
     except kinds as error:
+        if ranks.mesh is None:
+            raise
         kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"rank {ranks.rank} of {ranks.count}, after step {step}: {error}") from error
+        raise kind(f"rank {ranks.rank} of {ranks.count}, step {step}: {error}") from error
 
 
 class StopRequested:
@@ -237,7 +241,8 @@ def stop_on_signal() -> Iterator[StopRequested]:
 def _locked(output: Path) -> Iterator[None]:
     with (output / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock, which data workers would have, too: they live on for seconds when this one is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is training in {output}: wait for it or stop it") from None
         yield

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from opensoraplan import flow
-from opensoraplan.convert.assemble import load_denoiser
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, resolve_device
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
-from opensoraplan.parallel.plan import parallelize, set_gradient_sync
 from opensoraplan.parallel.ranks import Ranks, device_of_rank, joined
 from opensoraplan.train import checkpoint, objective
+from opensoraplan.train.building import build, build_shards
 from opensoraplan.train.clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
-from opensoraplan.train.config import ModelSettings, TrainSettings
+from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.ema import Ema
 from opensoraplan.train.encoders import sample_posterior
 from opensoraplan.train.loading import BadFileAccount
@@ -91,9 +90,8 @@ class _Job:
         self.ranks = ranks
         self.device = device
         self.dtype = DTYPES[settings.model.compute]
-        self.model = build(settings.model, seed=settings.seed).train()
+        self.model, self.master = self._weights()
         source.check_fits(self.model)
-        self.master = self._master_weights()
         self.batches = encoded_batches(source, sampler, settings, ranks, start=start)
         self.optimizer = make_optimizer(self.master.parameters, settings.optimizer)
         decay = settings.optimizer.ema_decay
@@ -108,35 +106,30 @@ class _Job:
         if ranks.mesh is not None:
             self.writer = ShardedWriter(settings.output, settings.checkpoint, ranks)
 
-    def _master_weights(self) -> MasterWeights:
-        """The model goes where it computes: to the device, or in shards to those of all ranks."""
-        memory, master = self.settings.memory, DTYPES[self.settings.model.master]
-        self.model.set_recompute(blocks=memory.recompute_blocks, feed_forwards=memory.recompute_feed_forwards)
-        if self.ranks.mesh is not None:
-            parallelize(
-                self.model.to(master),  # type: ignore[arg-type]
-                self.ranks.mesh,
-                compute=self.dtype,
-                compile_blocks=memory.compile,
-                cpu_offload=self.settings.parallel.cpu_offload,
-            )
-            return MasterWeights(self.model, master=master, compute=master)
-        self.model.to(self.device)  # type: ignore[arg-type]
-        if memory.compile:
-            self.model.compile_repeated_blocks()
-        return MasterWeights(self.model, master=master, compute=self.dtype)
+    def _weights(self) -> tuple[SparseUMMDiT, MasterWeights]:
+        """The model where it computes: on the device, or in shards on those of all ranks."""
+        settings, memory = self.settings, self.settings.memory
+        master = compute = DTYPES[settings.model.master]
+        if self.ranks.mesh is not None:  # FSDP casts the weights that it gathers
+            model = build_shards(settings, self.ranks.mesh, device=self.device)
+        else:
+            model = build(settings.model, seed=settings.seed)
+            model.to(self.device)  # type: ignore[arg-type]
+            compute = self.dtype
+            if memory.compile:
+                model.compile_repeated_blocks()
+        model.set_recompute(blocks=memory.recompute_blocks, feed_forwards=memory.recompute_feed_forwards)
+        return model.train(), MasterWeights(model, master=master, compute=compute)
 
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
         settings, accumulate = self.settings, self.settings.optimizer.accumulate
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(accumulate):
+        for _ in range(accumulate):
             with self.speed.waiting():
                 draws, encoded, failures = next(self.batches)
             self.bad_files.add(failures)
-            if self.ranks.mesh is not None:
-                set_gradient_sync(self.model, now=micro == accumulate - 1)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
             drawn = objective.draw(draws, shape, settings.flow, seed=settings.seed).to(self.device)
             latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
@@ -267,19 +260,3 @@ class _Job:
             self.master.publish()
             yield
         self.master.publish()
-
-
-def build(settings: ModelSettings, *, seed: int) -> SparseUMMDiT:
-    """The denoiser to train: a checkpoint's, or a new one. In fp32, on the CPU."""
-    rates = None if settings.sparse_n is None else list(settings.sparse_n)
-    if settings.pretrained is not None:
-        return load_denoiser(
-            settings.pretrained, config=settings.config, rates=rates, dtype=DTYPES[settings.master]
-        )
-    config = dict(settings.config or {})
-    SparseUMMDiT.check_keys(config, where="model.config")
-    model = SparseUMMDiT(**config)  # type: ignore[arg-type] (values are checked there)
-    if rates is not None:
-        model.set_sparsity(rates)
-    model.initialize_weights(seed=seed)
-    return model

@@ -1,0 +1,146 @@
+"""What ranks of one sample send each other: counted in real collectives, against the formulas of `osp plan`.
+
+    python benchmarks/bytes_sent.py
+
+Four gloo processes train a small denoiser for one step on each mesh; every collective is counted, in the
+block that calls it, forward and backward. The last column is what the same formulas say of the release's
+blocks.
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.parallel.collectives import GATHER, SUM_PARTS
+from opensoraplan.parallel.estimate import (
+    Collective,
+    Job,
+    Model,
+    Shape,
+    collectives_of_block,
+    collectives_outside,
+)
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
+from opensoraplan.parallel.plan import share_sample
+
+RANKS = 4
+MESHES = {"tp 4": {"tp": 4}, "sp 4": {"sp": 4}, "sp 2 x tp 2": {"sp": 2, "tp": 2}}
+SMALL = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 8,
+    "attention_head_dim": 32,
+    "num_layers": [2, 2, 2],
+    "sparse_n": [1, 2, 1],
+    "caption_channels": 32,
+    "pooled_projection_dim": 32,
+    "timestep_embed_dim": 64,
+}
+GRID, TEXT = (4, 16, 16), 32
+# 121 x 576 x 1024, in bf16.
+RELEASE_GRID, RELEASE_TEXT = (16, 72, 128), 512
+OUTSIDE = "outside"
+# What a rank sends, in parts of the collective's largest tensor and of all ranks but itself.
+TIMES = {GATHER: 1, SUM_PARTS: 1, "all_reduce": 2, "all_to_all_single": 1}
+
+
+class Meter:
+    """Counts what this rank sends, by the block under way."""
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+        self.unit = OUTSIDE
+
+    def watch(self, model: SparseUMMDiT) -> None:
+        for name, times in TIMES.items():
+            setattr(dist, name, self._counting(getattr(dist, name), times))
+        for index, block in enumerate(model.transformer_blocks):
+            block.register_forward_pre_hook(self._entering(index))
+            block.register_full_backward_pre_hook(self._entering(index))
+            block.register_forward_hook(self._leaving)
+            block.register_full_backward_hook(self._leaving)
+
+    def _counting(self, run: Callable[..., object], times: int) -> Callable[..., object]:
+        def collective(*args: Any, group: dist.ProcessGroup, **kwargs: Any) -> object:  # noqa: ANN401
+            whole = max(arg.nbytes for arg in args if isinstance(arg, Tensor))
+            self.sent[self.unit] += times * whole * (group.size() - 1) // group.size()
+            return run(*args, group=group, **kwargs)
+
+        return collective
+
+    def _entering(self, index: int) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            self.unit = str(index)
+
+        return enter
+
+    def _leaving(self, *_: object) -> None:
+        self.unit = OUTSIDE
+
+
+def count(rank: int, meeting: str, sizes: dict[str, int], answer: str) -> None:
+    """Train one step as one of the ranks; the first writes what it has sent."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    model = SparseUMMDiT(**SMALL).train()
+    share_sample(model, Mesh.build(MeshSettings(dp_shard=1, **sizes), device_type="cpu"))
+    meter = Meter()
+    meter.watch(model)
+    latents, text = torch.randn(1, SMALL["in_channels"], *GRID), torch.randn(1, TEXT, 32)
+    (velocity,) = model(latents, torch.rand(1) * 1000, text, torch.randn(1, 32), return_dict=False)
+    velocity.square().mean().backward()
+    if rank == 0:
+        torch.save(dict(meter.sent), answer)
+    dist.destroy_process_group()
+
+
+def bytes_of(collectives: list[Collective]) -> int:
+    return sum(one.sent for one in collectives)
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    small, shape, fp32 = Model(SMALL), Shape(GRID, TEXT), Job(compute="fp32")
+    release, large, bf16 = Model({}), Shape(RELEASE_GRID, RELEASE_TEXT), Job()
+    print(f"{'mesh':<14}{'block':<16}{'counted KB':>12}{'formula KB':>12}{'off':>8}{'release MB':>12}")
+    for name, sizes in MESHES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            answer = str(Path(folder) / "sent.pt")
+            mp.spawn(count, (str(Path(folder) / "meeting"), sizes, answer), nprocs=RANKS)
+            counted = torch.load(answer)
+        mesh = MeshSettings(dp_shard=1, **sizes)
+        wanted = {
+            str(index): (
+                f"{index}: rate {block.rate}" + ", skip" * block.skip,
+                bytes_of(collectives_of_block(small, block, shape, mesh, fp32)),
+                bytes_of(collectives_of_block(release, release.blocks[0], large, mesh, bf16)),
+            )
+            for index, block in enumerate(small.blocks)
+        }
+        wanted[OUTSIDE] = (
+            OUTSIDE,
+            bytes_of(collectives_outside(small, shape, mesh, fp32)),
+            bytes_of(collectives_outside(release, large, mesh, bf16)),
+        )
+        for unit, (label, formula, of_release) in wanted.items():
+            off = counted.get(unit, 0) / formula - 1
+            print(
+                f"{name:<14}{label:<16}{counted.get(unit, 0) / 1e3:>12.1f}{formula / 1e3:>12.1f}"
+                f"{off:>+8.1%}{of_release / 1e6:>12.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
