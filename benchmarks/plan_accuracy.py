@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan_accuracy.py [NAME ...]
 
-Each case is a process of its own, on one thread: model, fp32 weights, optimizer and EMA as the trainer has
-them, then three steps. What is measured is how far the most memory that was ever resident (VmHWM) is above
-that before the model was made. glibc is told to give what is freed back at once, or the measure would be of
-its arenas.
+Each case is a job of its own, on one thread a process: model, fp32 weights, optimizer and EMA as the trainer
+has them, then three steps. What is measured is how far the most memory that was ever resident (VmHWM) in the
+first process is above that before the model was made. glibc is told to give what is freed back at once, or
+the measure would be of its arenas.
 """
 
 import argparse
@@ -13,17 +13,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from opensoraplan import flow
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.parallel.estimate import Job, Model, Shape, training_memory
-from opensoraplan.parallel.mesh import MeshSettings
+from opensoraplan.parallel.estimate import Job, Model, Shape, devices_of, training_memory
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
+from opensoraplan.parallel.plan import parallelize
+from opensoraplan.parallel.shards import fill
 from opensoraplan.train import objective
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.ema import Ema
@@ -44,36 +50,74 @@ SMALL: dict[str, Any] = {
 }
 TOKENS = ((8, 32, 32), 64, 2)  # 2048 video tokens, 64 of text, batch 2
 FEW = ((2, 16, 16), 64, 1)  # weights are most of it
-CASES: dict[str, tuple[dict[str, Any], tuple[tuple[int, int, int], int, int], dict[str, Any]]] = {
-    "fp32": ({}, TOKENS, {"compute": "fp32"}),
-    "fp32, all blocks again": ({}, TOKENS, {"compute": "fp32", "recompute_blocks": 10}),
-    "fp32, half of the blocks again": ({}, TOKENS, {"compute": "fp32", "recompute_blocks": 5}),
-    "fp32, feed-forwards again": ({}, TOKENS, {"compute": "fp32", "recompute_feed_forwards": 10}),
-    "fp32, dense, one feed-forward": (
-        {"sparse_n": None, "double_ff": False},
-        TOKENS,
-        {"compute": "fp32", "recompute_blocks": 10},
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a model is given, how it is trained, on which mesh, and what differs from SMALL."""
+
+    size: tuple[tuple[int, int, int], int, int] = TOKENS
+    job: dict[str, Any] = field(default_factory=dict)
+    mesh: dict[str, int] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+FP32: dict[str, Any] = {"compute": "fp32"}
+CASES = {
+    "fp32": Case(job=FP32),
+    "fp32, all blocks again": Case(job={**FP32, "recompute_blocks": 10}),
+    "fp32, half of the blocks again": Case(job={**FP32, "recompute_blocks": 5}),
+    "fp32, feed-forwards again": Case(job={**FP32, "recompute_feed_forwards": 10}),
+    "fp32, dense, one feed-forward": Case(
+        job={**FP32, "recompute_blocks": 10}, model={"sparse_n": None, "double_ff": False}
     ),
-    "fp32, few tokens": ({}, FEW, {"compute": "fp32"}),
-    "fp32, few tokens, no EMA": ({}, FEW, {"compute": "fp32", "ema": None}),
-    "bf16": ({}, TOKENS, {}),
-    "bf16, all blocks again": ({}, TOKENS, {"recompute_blocks": 10}),
-    "bf16, few tokens, 2 micro-batches": ({}, FEW, {"accumulate": 2}),
+    "fp32, few tokens": Case(FEW, FP32),
+    "fp32, few tokens, no EMA": Case(FEW, {**FP32, "ema": None}),
+    "bf16": Case(),
+    "bf16, all blocks again": Case(job={"recompute_blocks": 10}),
+    "bf16, few tokens, 2 micro-batches": Case(FEW, {"accumulate": 2}),
+    "fp32, fsdp 2": Case(job=FP32, mesh={"dp_shard": 2}),
+    "fp32, fsdp 4, few tokens": Case(FEW, FP32, {"dp_shard": 4}),
+    "fp32, sp 2": Case(job=FP32, mesh={"sp": 2}),
+    "fp32, tp 2": Case(job=FP32, mesh={"tp": 2}),
+    "fp32, sp 2 x tp 2": Case(job=FP32, mesh={"sp": 2, "tp": 2}),
+    "bf16, sp 2, all blocks again": Case(job={"recompute_blocks": 10}, mesh={"sp": 2}),
 }
 
 
-def measure(changes: dict[str, Any], grid: tuple[int, int, int], text: int, batch: int, job: Job) -> int:
-    """Bytes by which the most that was resident grew over three steps of a new model."""
+def mesh_of(case: Case) -> MeshSettings:
+    return MeshSettings(**{"dp_shard": 1, **case.mesh})
+
+
+def measure(rank: int, case: Case, meeting: str) -> None:
+    """As rank number `rank` train a new model for three steps; the first prints by how many bytes the most
+    that was resident grew.
+    """
     torch.set_num_threads(1)
-    config = {**SMALL, **changes}
+    mesh = None
+    if case.mesh:
+        ranks = devices_of(mesh_of(case))
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        mesh = Mesh.build(mesh_of(case), device_type="cpu")
+    grid, text, batch = case.size
+    config, job = {**SMALL, **case.model}, Job(**case.job)
     dtype = DTYPES[job.compute]
     warm = torch.nn.Linear(64, 64)  # loads the kernels' libraries
     warm(torch.randn(64, 64)).sum().backward()
     before = resident("VmRSS")
 
-    model = SparseUMMDiT(**config).train()
-    model.set_recompute(blocks=job.recompute_blocks, feed_forwards=job.recompute_feed_forwards)
-    master = MasterWeights(model, master=DTYPES[job.master], compute=dtype)
+    if mesh is None:
+        model = SparseUMMDiT(**config)
+        master = MasterWeights(model, master=DTYPES[job.master], compute=dtype)
+    else:
+        with torch.device("meta"):
+            model = SparseUMMDiT(**config)
+        parallelize(model, mesh, compute=dtype)
+        model.to_empty(device="cpu")
+        for name, value in model.initial_weights(seed=0):
+            fill(model.get_parameter(name), value)
+        master = MasterWeights(model, master=DTYPES[job.master], compute=DTYPES[job.master])
+    model.train().set_recompute(blocks=job.recompute_blocks, feed_forwards=job.recompute_feed_forwards)
     optimizer = make_optimizer(master.parameters, OptimizerSettings())
     ema = Ema(master.parameters, decay=0.999) if job.ema else None
     for step in range(1, STEPS + 1):
@@ -93,7 +137,8 @@ def measure(changes: dict[str, Any], grid: tuple[int, int, int], text: int, batc
         master.publish()
         if ema is not None:
             ema.update(step)
-    return resident("VmHWM") - before
+    if rank == 0:
+        print(json.dumps(resident("VmHWM") - before), flush=True)
 
 
 def resident(field: str) -> int:
@@ -102,9 +147,9 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
-def predict(changes: dict[str, Any], grid: tuple[int, int, int], text: int, batch: int, job: Job) -> int:
-    model = Model({**SMALL, **changes})
-    return training_memory(model, Shape(grid, text, batch), MeshSettings(dp_shard=1), job).peak
+def predict(case: Case) -> int:
+    model = Model({**SMALL, **case.model})
+    return training_memory(model, Shape(*case.size), mesh_of(case), Job(**case.job)).peak
 
 
 def main() -> None:
@@ -113,8 +158,9 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        changes, (grid, text, batch), job = CASES[options.measure]
-        print(json.dumps(measure(changes, grid, text, batch, Job(**job))))
+        case = CASES[options.measure]
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, (case, f"{folder}/meeting"), nprocs=devices_of(mesh_of(case)))
         return
     if unknown := set(options.names) - set(CASES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -123,8 +169,7 @@ def main() -> None:
     for name in options.names or CASES:
         command = [sys.executable, __file__, "--measure", name]
         measured = json.loads(subprocess.check_output(command, env=environment, text=True))
-        changes, (grid, text, batch), job = CASES[name]
-        predicted = predict(changes, grid, text, batch, Job(**job))
+        predicted = predict(CASES[name])
         off = predicted / measured - 1
         print(f"{name:<36}{predicted / 1e6:>14.1f}{measured / 1e6:>14.1f}{off:>+8.1%}", flush=True)
 

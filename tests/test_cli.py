@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny_release import DENOISER, VAE
 
 from opensoraplan import cli
+from opensoraplan.data.video import read_frames
 
 GUIDE = Path(__file__).parent / "golden/inference_t2v_model1_5.json"
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]
@@ -128,7 +129,7 @@ def test_the_guides_file_as_printed(osp: Command, tiny_release: Path, tmp_path: 
     write_prompts(100_000)
     command = [
         "generate", "prompts.jsonl", "--config", GUIDE, *part_paths(tiny_release), *SMALL, "--out", "out",
-        "--set", *changed_sizes(),
+        "--save-every", 0, "--set", *changed_sizes(),
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "opensoraplan.cli", *map(str, command)],
@@ -144,7 +145,7 @@ def test_the_guides_file_as_printed(osp: Command, tiny_release: Path, tmp_path: 
     said += process.communicate(timeout=60)[1]
 
     assert process.returncode == 130, said
-    assert said.endswith("stopped, 1 of 2 done: the same command continues with the next\nosp: stopped\n")
+    assert said.endswith("stopped, 1 of 2 done: the same command goes on\nosp: stopped\n")
     # What the guide's file has that means nothing here is named, and fp16 is warned of once.
     assert "without meaning here" in said
     assert "micro_batch_size" in said
@@ -249,6 +250,24 @@ def test_a_prompt_file_of_one_continues_too(osp: Command, tiny_model: Path, tmp_
     for _ in range(2):
         assert osp("generate", "p.csv", "--model", tiny_model, *SMALL, "--out", "a.png").code == 0
     assert names(tmp_path) == ["a.json", "a.png", "p.csv"]
+
+
+def test_latents_of_a_failed_decode_become_the_video(
+    osp: Command, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    command = ["generate", "a cat", "--model", tiny_model, *SMALL, "--out"]
+    with monkeypatch.context() as broken:
+        broken.setattr("opensoraplan.data.video.VideoWriter.write", full)
+        assert osp(*command, "a.mp4").code == 2
+    assert names(tmp_path) == ["a.latents.safetensors"]
+    assert osp("decode", "a.latents.safetensors").code == 0
+    assert osp(*command, "b.mp4").code == 0
+    assert torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(tmp_path / "b.mp4"))
+    outcome = osp("decode", "b.mp4")
+    assert (outcome.code, "b.mp4 has no latents of osp generate" in outcome.err) == (2, True)
 
 
 def test_there_and_back(osp: Command, tiny_model: Path, tmp_path: Path) -> None:

@@ -14,18 +14,11 @@ from av.video.stream import VideoStream
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 
-from opensoraplan.generate import (
-    Request,
-    Targets,
-    check_targets,
-    is_prompt_file,
-    read_requests,
-    run,
-    stem_of,
-    stored_record,
-    write_new,
-)
+from opensoraplan import saved
+from opensoraplan.data.video import read_frames
+from opensoraplan.generate import Targets, check_targets, run, stem_of, stored_record, write_new
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.requests import Request, is_prompt_file, read_requests
 
 SMALL: dict[str, Any] = {"frames": 9, "height": 32, "width": 32, "steps": 1, "guidance": 1.0}
 PROMPTS = ["a red ball", "waves"]
@@ -65,10 +58,12 @@ def make(
     out: Path,
     *prompts: str,
     resume: bool = True,
+    save_every: int = 0,
     **changes: Any,  # noqa: ANN401
 ) -> list[Path]:
     requests = requests_of(*prompts, **changes)
-    return run(pipeline, requests, check_targets(requests, out), model="tiny", resume=resume)
+    paths = check_targets(requests, out)
+    return run(pipeline, requests, paths, model="tiny", resume=resume, save_every=save_every)
 
 
 def names(folder: Path) -> list[str]:
@@ -448,7 +443,7 @@ def test_a_stopped_run_continues(
     denoiser.broken = {2: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         make(pipeline, tmp_path, *PROMPTS)
-    assert caplog.messages[-1] == "stopped, 1 of 2 done: the same command continues with the next"
+    assert caplog.messages[-1] == "stopped, 1 of 2 done: the same command goes on"
     assert names(tmp_path) == [f"{NAMES[0]}.json", f"{NAMES[0]}.mp4"]
     made = make(pipeline, tmp_path, *PROMPTS)
     assert [path.stem for path in made] == NAMES
@@ -468,7 +463,7 @@ def test_stopping_while_decoding_leaves_nothing(
             make(pipeline, tmp_path, "a cat", resume=False)
     finally:
         handle.remove()
-    assert caplog.messages[-1] == "stopped, 0 of 1 done"
+    assert caplog.messages[-1] == "stopped, 0 of 1 done: the same command with --resume goes on"
     assert names(tmp_path) == []
 
 
@@ -549,3 +544,64 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         write_new(tmp_path / "a.json", half)
     assert names(tmp_path) == []
+
+
+# --- Latents that are kept ----------------------------------------------------------------------------------
+
+
+def make_until(
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, folder: Path, *, step: int, steps: int
+) -> None:
+    """A run that is stopped in the step behind `step`; latents are saved after every step."""
+    denoiser.broken = {denoiser.steps + step + 1: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        make(pipeline, folder, "a cat", steps=steps, save_every=1)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_stopped_video_goes_on_bit_for_bit(
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path, step: int
+) -> None:
+    (whole,) = make(pipeline, tmp_path / "whole", "a cat", steps=4)
+    make_until(pipeline, denoiser, tmp_path / "stopped", step=step, steps=4)
+    assert names(tmp_path / "stopped") == ["a-cat_seed0.latents.safetensors"]
+    before = denoiser.steps
+    (resumed,) = make(pipeline, tmp_path / "stopped", "a cat", steps=4)
+    assert denoiser.steps - before == 4 - step
+    assert torch.equal(read_frames(resumed), read_frames(whole))
+    assert names(tmp_path / "stopped") == ["a-cat_seed0.json", "a-cat_seed0.mp4"]
+
+
+def test_latents_of_another_video_are_neither_used_nor_lost(
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path
+) -> None:
+    make_until(pipeline, denoiser, tmp_path, step=1, steps=4)
+    make_until(pipeline, denoiser, tmp_path, step=2, steps=5)
+    assert names(tmp_path) == ["a-cat_seed0.latents.safetensors", "a-cat_seed0_1.latents.safetensors"]
+    make(pipeline, tmp_path, "a cat", steps=5)
+    record, step = saved.read_record(tmp_path / "a-cat_seed0.latents.safetensors")
+    assert (record["steps"], step) == (4, 1)
+    assert "a-cat_seed0_1.latents.safetensors" not in names(tmp_path)
+
+
+def test_finished_latents_are_only_decoded(
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    handle = pipeline.vae.decoder.register_forward_hook(full)
+    with pytest.raises(OSError, match="No space left"):
+        make(pipeline, tmp_path, "a cat")
+    handle.remove()
+    before = denoiser.steps
+    (path,) = make(pipeline, tmp_path, "a cat")
+    assert denoiser.steps == before
+    assert names(tmp_path) == ["a-cat_seed0.json", path.name]
+
+
+def test_a_first_step_that_cannot_be(pipeline: OpenSoraPlanPipeline) -> None:
+    with pytest.raises(ValueError, match="first_step must be 0 to 1, got 2"):
+        sample(pipeline, num_inference_steps=2, first_step=2)
+    with pytest.raises(ValueError, match="first_step 1 needs the latents after 1 steps"):
+        sample(pipeline, num_inference_steps=2, first_step=1)

@@ -1,9 +1,9 @@
-"""The job behind `osp generate`: prompts in, one mp4 (or png) and one json for each video out; resumable.
+"""The job behind `osp generate`: requests in, one mp4 (or png) and one json for each video out; resumable.
 
-The sampling itself is in pipeline.py, reading and writing video in data/video.py, the command line in cli.py.
+What is asked for is read in requests.py; the sampling itself is in pipeline.py, reading and writing video in
+data/video.py.
 """
 
-import csv
 import itertools
 import json
 import logging
@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-
-from pydantic import Field, field_validator, model_validator
+from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
-from opensoraplan.settings import Settings
+from opensoraplan.requests import Request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,166 +24,13 @@ if TYPE_CHECKING:
     from opensoraplan.models.text import PromptEmbeds
     from opensoraplan.parallel.ranks import Ranks
     from opensoraplan.pipeline import OpenSoraPlanPipeline
+    from opensoraplan.saved import SavedLatents
 
 logger = logging.getLogger(__name__)
 
-PROMPT_FILES = (".txt", ".jsonl", ".csv")
 OTHER_FORMATS = (".avi", ".gif", ".jpeg", ".jpg", ".m4v", ".mkv", ".mov", ".webm", ".webp")
 # Of a name made of a prompt, in bytes: most file systems take 255 for a whole name.
 STEM_BYTES = 120
-
-
-class Request(Settings):
-    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults for its
-    rows.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    frames: int = 121
-    height: int = 576
-    width: int = 1024
-    fps: float = Field(24, gt=0, le=1000)
-    steps: int = Field(50, ge=1)
-    guidance: float = Field(8.0, ge=0, allow_inf_nan=False)
-    guidance_rescale: float = Field(0.7, ge=0, le=1)
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    batched_guidance: bool = False
-    shift: float | None = Field(None, gt=0, allow_inf_nan=False)
-    dynamic_shift: bool | None = None
-    linear_quadratic: bool = False
-    seed: int = Field(0, ge=0, lt=2**62)
-
-    @field_validator("prompt", "negative_prompt")
-    @classmethod
-    def _check_text(cls, text: str) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start + 1} is half of one: is the text UTF-8?") from None
-        if "\0" in text:
-            raise ValueError(f"character {text.index(chr(0)) + 1} is NUL, which no text has")
-        return text
-
-    @field_validator("prompt")
-    @classmethod
-    def _check_prompt(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("the prompt is empty")
-        return prompt
-
-    @field_validator("guidance_interval", mode="before")
-    @classmethod
-    def _split_interval(cls, value: Any) -> Any:  # noqa: ANN401 (whatever a file holds)
-        """A cell of a .csv holds both numbers."""
-        return value.replace(",", " ").split() if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        shapes.check_frames(self.frames)
-        shapes.check_sides(self.height, self.width)
-        start, end = self.guidance_interval
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"guidance_interval must be 0 <= start <= end <= 1, got {start:g} {end:g}")
-        if self.shift is not None and (self.dynamic_shift or self.linear_quadratic):
-            other = "dynamic_shift" if self.dynamic_shift else "linear_quadratic"
-            raise ValueError(f"shift {self.shift:g} has no use with {other}: give one of them")
-        if self.linear_quadratic and self.steps % 2:
-            raise ValueError(
-                "the linear-quadratic schedule needs an even number of steps, "
-                f"got {self.steps}: use {self.steps + 1}"
-            )
-        return self
-
-
-def is_prompt_file(prompt: str) -> bool:
-    """Whether this is the name of a file of prompts, there or not, rather than a prompt."""
-    return Path(prompt).suffix.lower() in PROMPT_FILES
-
-
-def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> list[Request]:
-    """Requests from a prompt, or from a .txt (a prompt a line), .jsonl or .csv file (a column `prompt`, and
-    any other field of `Request`). Each prompt gives `copies` requests. Seeds count on from the run's, or from
-    a row's own.
-
-    Raises FileNotFoundError, and ValueError that names file and line, for a file without prompts or a bad
-    row.
-    """
-    if copies < 1:
-        raise ValueError(f"videos_per_prompt must be at least 1, got {copies}")
-    # First, so that a mistake in the settings is not blamed on the first line of a file.
-    Request.read({**settings, "prompt": "any"}, where="the options")
-    if is_prompt_file(prompt):
-        rows = [(f"{prompt}, line {line}", row) for line, row in _rows(_existing_file(prompt))]
-        if not rows:
-            raise ValueError(f"{prompt} has no prompts")
-    elif _is_file(prompt):
-        raise ValueError(f"{prompt} is a file, but not of prompts: those end in {', '.join(PROMPT_FILES)}")
-    else:
-        rows = [("the prompt", {"prompt": prompt})]
-    requests = []
-    for where, row in rows:
-        values = {**settings, "seed": settings.get("seed", 0) + len(requests), **row}
-        first = Request.read(values, where=where)
-        requests += [first.model_copy(update={"seed": first.seed + copy}) for copy in range(copies)]
-    return requests
-
-
-def _existing_file(prompt: str) -> Path:
-    if not _is_file(prompt):
-        raise FileNotFoundError(
-            f"the prompt file {prompt} does not exist (if it is a prompt, put a full stop behind it)"
-        )
-    return Path(prompt)
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # too long for a name
-        return False
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a prompt file; blank lines are passed over."""
-    kind = path.suffix.lower()
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if kind == ".csv":
-                yield from _csv_rows(path, csv.DictReader(file, strict=True, skipinitialspace=True))
-                return
-            for number, text in enumerate(file, start=1):
-                if text := text.strip():
-                    where = f"{path}, line {number}"
-                    yield number, {"prompt": text} if kind == ".txt" else _json_row(text, where=where)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-
-
-def _json_row(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error.msg} at character {error.colno}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where} must be an object as {{"prompt": "..."}}, got {text[:40]}')
-    return row
-
-
-def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows without their empty cells; empty rows are passed over. A row's line is its last."""
-    try:
-        columns = [name.strip() for name in reader.fieldnames or ["prompt"]]
-        if "prompt" not in columns:
-            raise ValueError(f"{path} has no column prompt: its first line has {', '.join(columns)}")
-        reader.fieldnames = columns
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
-            if filled := {key: value.strip() for key, value in row.items() if value and value.strip()}:
-                yield reader.line_num, filled
-    except csv.Error as error:
-        raise ValueError(f"{path}, after line {reader.line_num}: {error}") from None
 
 
 class Targets:
@@ -252,20 +97,22 @@ def run(
     *,
     model: str | dict[str, Any],
     resume: bool,
+    save_every: int = 0,
     ranks: "Ranks | None" = None,
     all_decode: bool = False,
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
     No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
-    already among those is passed over, so that the same command continues where it was stopped. `model`, a
-    folder or the files of its parts, goes into the metadata. Of several `ranks`, which all call this, the
-    first writes; `all_decode`: the others have a share in decoding.
+    already among those is passed over, and one whose latents were saved (see `make_video`) goes on from them.
+    `model`, a folder or the files of its parts, goes into the metadata. Of several `ranks`, which all call
+    this, the first writes; `all_decode`: the others have a share in decoding.
 
     Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
     MemoryError for a size that does not fit.
     """
     from opensoraplan.parallel.ranks import ALONE
+    from opensoraplan.saved import read as read_latents
 
     ranks = ranks or ALONE
     written: list[Path] = []
@@ -280,15 +127,23 @@ def run(
                 written.append(done)
                 continue
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
+            begun = ranks.agree(partial(find_latents, pipeline, wanted, record)) if resume else None
+            start = None if begun is None else read_latents(begun)
+            if start is not None:
+                logger.info("going on after step %d of %d", start.step, request.steps)
+                embeds.put(request, start)
             with explained_memory(request):
                 if ranks.first:
-                    written.append(make_video(pipeline, request, embeds, wanted, record))
-                    logger.info("wrote %s", written[-1])
+                    path = make_video(
+                        pipeline, request, embeds, wanted, record, start=start, save_every=save_every
+                    )
+                    logger.info("wrote %s", path)
+                    written.append(path)
                 else:
-                    help_make_video(pipeline, request, embeds, decode=all_decode)
+                    help_make_video(pipeline, request, embeds, start=start, decode=all_decode)
     except KeyboardInterrupt:
-        hint = ": the same command continues with the next" if resume else ""
-        logger.info("stopped, %d of %d done%s", len(written), total, hint)
+        hint = "" if resume else " with --resume"
+        logger.info("stopped, %d of %d done: the same command%s goes on", len(written), total, hint)
         raise
     return written
 
@@ -338,6 +193,20 @@ class PromptCache:
         self.pipeline = pipeline
         self.kept: dict[tuple[str, bool], PromptEmbeds] = {}
 
+    def of(self, request: Request) -> "tuple[PromptEmbeds, PromptEmbeds | None]":
+        """Embeddings of a request's prompt, and of its negative one if it is guided."""
+        negative = self.get(request.negative_prompt, negative=True) if request.guidance > 1 else None
+        return self.get(request.prompt), negative
+
+    def put(self, request: Request, start: "SavedLatents") -> None:
+        """Take over what was encoded for a request before."""
+        for key, embeds in (
+            ((request.prompt, False), start.prompt),
+            ((request.negative_prompt, True), start.negative),
+        ):
+            if embeds is not None:
+                self.kept[key] = embeds
+
     def get(self, text: str, *, negative: bool = False) -> "PromptEmbeds":
         """Embeddings of a prompt, or of a negative one."""
         if (text, negative) not in self.kept:
@@ -352,47 +221,80 @@ def make_video(
     embeds: PromptCache,
     wanted: Path,
     record: dict[str, Any],
+    *,
+    start: "SavedLatents | None" = None,
+    save_every: int = 0,
 ) -> Path:
     """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
 
-    If sampling or decoding fails, the last latents that were good are kept beside it.
+    Until it is written, the last latents that were good are kept in a file beside it: after every
+    `save_every` steps (0: not before the last), before decoding, and when something fails.
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
+    place = place_of_latents(wanted, record)
+
+    def keep(latents: "Tensor", step: int) -> None:
+        if step == request.steps or (save_every and step % save_every == 0):
+            save_latents(place, latents, record, step=step, embeds=embeds, request=request)
+
     try:
-        latents = denoise(pipeline, request, embeds)
+        latents = denoise(pipeline, request, embeds, start=start, after_step=keep)
     except NonFiniteLatentsError as error:
-        saved = save_latents(error.last_good, wanted, {**record, "step": error.step - 1})
-        logger.error("the last good latents, of step %d, are in %s", error.step - 1, saved)
+        good = error.step - 1
+        save_latents(place, error.last_good, record, step=good, embeds=embeds, request=request)
+        logger.error("the last good latents, of step %d, are in %s", good, place)
         raise
     try:
-        return write_frames(pipeline, latents, wanted, record, fps=request.fps)
-    except Exception:
-        saved = save_latents(latents, wanted, {**record, "step": request.steps})
-        logger.error("the latents, which are finished, are in %s", saved)
+        path = write_frames(pipeline, latents, wanted, record, fps=request.fps)
+    except BaseException:
+        logger.error("the latents, which are finished, are in %s: osp decode makes a video of them", place)
         raise
+    place.unlink(missing_ok=True)
+    return path
 
 
 def help_make_video(
-    pipeline: "OpenSoraPlanPipeline", request: Request, embeds: PromptCache, *, decode: bool
+    pipeline: "OpenSoraPlanPipeline",
+    request: Request,
+    embeds: PromptCache,
+    *,
+    start: "SavedLatents | None",
+    decode: bool,
 ) -> None:
     """What the other processes of a job do while the first makes a video."""
-    latents = denoise(pipeline, request, embeds)
+    latents = denoise(pipeline, request, embeds, start=start)
     if decode:
         for _ in pipeline.iter_decode(latents):
             pass
 
 
-def denoise(pipeline: "OpenSoraPlanPipeline", request: Request, embeds: PromptCache) -> "Tensor":
-    """Normalised latents [1, C, T, H, W] of a request."""
+def denoise(
+    pipeline: "OpenSoraPlanPipeline",
+    request: Request,
+    embeds: PromptCache,
+    *,
+    start: "SavedLatents | None" = None,
+    after_step: Callable[["Tensor", int], None] | None = None,
+) -> "Tensor":
+    """Normalised latents [1, C, T, H, W] of a request, from noise or from where it was stopped. `after_step`
+    gets the latents and how many steps are done.
+    """
     from torch import Tensor
 
     from opensoraplan.pipeline import VideoOutput
 
-    guided = request.guidance > 1
+    if start is not None and start.step == request.steps:
+        return start.latents
+
+    def tell(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
+        if after_step is not None:
+            after_step(tensors["latents"], index + 1)
+
+    prompt, negative = embeds.of(request)
     output = pipeline(
-        prompt_embeds=embeds.get(request.prompt),
-        negative_prompt_embeds=embeds.get(request.negative_prompt, negative=True) if guided else None,
+        prompt_embeds=prompt,
+        negative_prompt_embeds=negative,
         num_frames=request.frames,
         height=request.height,
         width=request.width,
@@ -405,11 +307,53 @@ def denoise(pipeline: "OpenSoraPlanPipeline", request: Request, embeds: PromptCa
         use_dynamic_shifting=request.dynamic_shift,
         use_linear_quadratic_schedule=request.linear_quadratic,
         seed=request.seed,
+        latents=None if start is None else start.latents,
+        first_step=0 if start is None else start.step,
         output_type="latent",
+        callback_on_step_end=tell,
     )
     assert isinstance(output, VideoOutput)
     assert isinstance(output.frames, Tensor)
     return output.frames
+
+
+def place_of_latents(wanted: Path, record: dict[str, Any]) -> Path:
+    """Where the latents of this very video are kept, or will be: no other video's are in that place."""
+    from opensoraplan import saved
+
+    places = map(saved.place_of, numbered(wanted))
+    return next(place for place in places if not place.exists() or saved.is_of(place, record))
+
+
+def find_latents(pipeline: "OpenSoraPlanPipeline", wanted: Path, record: dict[str, Any]) -> Path | None:
+    """Latents that a run that was stopped has left of this video, if the pipeline can go on from them."""
+    from opensoraplan import saved
+
+    place = place_of_latents(wanted, record)
+    if not place.exists():
+        return None
+    _, step = saved.read_record(place)
+    return place if step == record["steps"] or pipeline.has_default_scheduler else None
+
+
+def save_latents(
+    place: Path,
+    latents: "Tensor",
+    record: dict[str, Any],
+    *,
+    step: int,
+    embeds: PromptCache,
+    request: Request,
+) -> None:
+    """Keep the latents after so many steps; a disk that is full is no reason to stop."""
+    from safetensors import SafetensorError
+
+    from opensoraplan import saved
+
+    try:
+        saved.write(place, saved.SavedLatents(latents, step, record, *embeds.of(request)))
+    except (OSError, SafetensorError) as error:
+        logger.warning("the latents of step %d cannot be saved in %s: %s", step, place, error)
 
 
 def write_frames(
@@ -507,13 +451,3 @@ def stored_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, FFmpegError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def save_latents(latents: "Tensor", wanted: Path, record: dict[str, Any]) -> Path:
-    """Latents beside the video that they were to become. Returns their path."""
-    from safetensors.torch import save
-
-    metadata = {"record": json.dumps(record, ensure_ascii=False)}
-    content = save({"latents": latents.cpu().contiguous()}, metadata=metadata)
-    path = wanted.with_suffix(".latents.safetensors")
-    return write_new(path, lambda file: file.write_bytes(content))

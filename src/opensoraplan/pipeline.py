@@ -204,6 +204,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        first_step: int = 0,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
         output_type: OutputType = "pil",
@@ -236,6 +237,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             generator: instead of a seed, one for all or one for each of the B. One seed gives one video on
                 every device, since seeds draw on the CPU; a generator draws on its own device.
             latents: noise [B, C, T, H, W] to start from, which also says the size of the video.
+            first_step: how many steps were done already; `latents` are those after them. Only for the
+                default scheduler.
             output_type: "pil", "np", "pt" or "latent", see `VideoOutput`; `iter_decode` makes frames of the
                 last.
             callback_on_step_end: called with (pipeline, step, timestep, tensors) after each step, `step`
@@ -271,6 +274,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             linear_quadratic=use_linear_quadratic_schedule,
             sources=sources,
         )
+        self._check_first_step(first_step, sampler, latents)
         guided = range_of_steps(guidance_interval, len(sampler.timesteps)) if guidance_scale > 1 else range(0)
 
         # 1. Text
@@ -294,7 +298,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         # 3. Denoise
         self._interrupt = False
         with self.progress_bar(total=len(sampler.timesteps)) as progress:  # type: ignore[call-issue]
-            for index, timestep in enumerate(sampler.timesteps):
+            progress.update(first_step)
+            for index, timestep in enumerate(sampler.timesteps[first_step:], start=first_step):
                 branches = negative if index in guided else None
                 velocity = self._velocity(latents, timestep, positive, branches, batched=batched_guidance)
                 if branches is not None:
@@ -393,7 +398,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
         config = self.scheduler.config
         # A subclass, which may step differently, is used as it is.
-        if type(self.scheduler) is not FlowMatchEulerDiscreteScheduler:
+        if not self.has_default_scheduler:
             if linear_quadratic or shift is not None or use_dynamic_shifting is not None:
                 name = type(self.scheduler).__name__
                 raise ValueError(f"shift and schedule of a {name} are set in its own config, not in the call")
@@ -423,6 +428,21 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be greater than 0, got {shift}")
         return EulerSampler(flow.sampling_sigmas(steps, shift))
+
+    @property
+    def has_default_scheduler(self) -> bool:
+        """Whether sampling is by our own Euler steps, each of which depends on the latents before it alone."""
+        return type(self.scheduler) is FlowMatchEulerDiscreteScheduler
+
+    def _check_first_step(self, first_step: int, sampler: Sampler, latents: Tensor | None) -> None:
+        steps = len(sampler.timesteps)
+        if not 0 <= first_step < steps:
+            raise ValueError(f"first_step must be 0 to {steps - 1}, got {first_step}")
+        if first_step and latents is None:
+            raise ValueError(f"first_step {first_step} needs the latents after {first_step} steps")
+        if first_step and not self.has_default_scheduler:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"the {name} may remember earlier steps: it cannot begin at step {first_step}")
 
     def _latent_grid(self, latents: Tensor) -> tuple[int, int, int]:
         channels, patch = self.transformer.config["in_channels"], self.transformer.config["patch_size"]

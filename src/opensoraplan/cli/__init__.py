@@ -20,18 +20,9 @@ from opensoraplan.cli.data import (
     data_render,
     data_sheet,
 )
-from opensoraplan.cli.models import (
-    Convert,
-    Generate,
-    Inspect,
-    Reconstruct,
-    convert,
-    generate,
-    inspect,
-    read_config,
-    read_defaults,
-    reconstruct,
-)
+from opensoraplan.cli.generating import Decode, Generate, decode, generate
+from opensoraplan.cli.models import Convert, Inspect, Reconstruct, convert, inspect, reconstruct
+from opensoraplan.cli.parts import read_config, read_defaults
 from opensoraplan.cli.plan import Launch, Plan, launch, plan
 from opensoraplan.cli.training import Cache, Export, Train, TrainVAE, cache, export, train, train_vae
 
@@ -49,6 +40,7 @@ def main() -> None:
         defaults = Generate(**read_defaults(sys.argv[1:], inference))
         verbs = (
             Annotated[Generate, subcommand("generate", default=defaults, prefix_name=False)]
+            | Annotated[Decode, subcommand("decode", prefix_name=False)]
             | Annotated[Convert, subcommand("convert", prefix_name=False)]
             | Annotated[Reconstruct, subcommand("reconstruct", prefix_name=False)]
             | Annotated[Inspect, subcommand("inspect", prefix_name=False)]
@@ -64,6 +56,8 @@ def main() -> None:
         match options:
             case Generate():
                 generate(options, inference)
+            case Decode():
+                decode(options)
             case Convert():
                 convert(options, inference)
             case Reconstruct():

@@ -1,0 +1,259 @@
+"""`osp generate` and `osp decode`: options, and what is checked before the job begins."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, optional
+from opensoraplan.cli.parts import (
+    NO_PARTS,
+    PARTS,
+    Parts,
+    check_model,
+    check_parts,
+    find_paths,
+    make_sources,
+    options_of_parts,
+)
+from opensoraplan.requests import Request, is_prompt_file, read_requests
+from opensoraplan.shapes import SPATIAL_STRIDE
+
+if TYPE_CHECKING:
+    import torch
+
+    from opensoraplan.convert.mindspeed_json import Inference
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Of the processes that `osp launch` started, which make every video together."""
+
+    branch_ranks: Literal[1, 2] = 1
+    """2: half of the processes denoise with the prompt, half without."""
+    tp: int = 1
+    """So many share every layer's weights; the rest share the video's tokens."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make videos (or, with one frame, pictures) from prompts.
+
+    The model is a folder that `osp convert` wrote (--model), or the original's files by --config or one by
+    one. A .txt (a prompt a line), .jsonl or .csv file (column prompt; others set options) gives many prompts,
+    and the same command again continues where it was stopped. Nothing that exists is overwritten. Several
+    devices make each video together: osp launch --processes 4 -- generate "..." --branch-ranks 2
+    """
+
+    prompt: Annotated[Positional[str], optional("PROMPT")] = ""
+    """A prompt, or a file of prompts."""
+    model: Annotated[Path | None, optional("PATH", "(default: the small built-in model)")] = None
+    """A diffusers folder, as `osp convert` and `osp export` write it."""
+    config: OptionalPath = None
+    """The guide's inference JSON; options given here go before its values."""
+    parts: OmitArgPrefixes[Parts] = NO_PARTS
+    out: Path = Path("samples")
+    """A folder, or the .mp4 or .png file of a single video."""
+    frames: int = 121
+    """8k + 1; 1 makes a picture."""
+    height: int = 576
+    """Pixels, a multiple of 16."""
+    width: int = 1024
+    """Pixels, a multiple of 16."""
+    fps: float = 24
+    """Frames a second of the mp4."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance: float = 8.0
+    """Strength of the prompt; 1 is none, at half the cost."""
+    guidance_rescale: float = 0.7
+    """More of it makes less saturated pictures, 0 to 1."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only this part of the steps."""
+    batched_guidance: bool = False
+    """Compute with and without the prompt in one batch: more memory."""
+    shift: Annotated[float | None, optional("FLOAT", "(default: the model's, 7)")] = None
+    """Of the schedule; more spends more steps on noise."""
+    dynamic_shift: Annotated[bool | None, optional("True|False", "(default: the model's, False)")] = None
+    """Tell the shift from the size of the picture instead."""
+    linear_quadratic: bool = False
+    """Use the linear-quadratic schedule, which has no shift."""
+    negative_prompt: str = ""
+    """What to avoid, added to the default negative prompt."""
+    seed: int = 0
+    """Of the first video; the others count on from it."""
+    videos_per_prompt: int = 1
+    """Each with its own seed."""
+    device: OptionalDevice = None
+    """cpu, cuda, cuda:1, npu, ..."""
+    dtype: Dtype = "bf16"
+    """Precision to compute in."""
+    prompt_template: Annotated[str | None, optional("TEXT", "(default: the model's, 'high quality, {}')")] = (
+        None
+    )
+    """What is put around a prompt; {} is where it goes, and alone is nothing."""
+    default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the model's)")] = None
+    """Instead of the model's long one; '' is none."""
+    clean_prompts: bool = True
+    """Clean prompts as the training captions were."""
+    tiling: bool = False
+    """Decode in blended tiles: less memory for large frames, not exact."""
+    resume: bool = False
+    """Go on with the video that a stopped run has left; with many prompts that is done in any case."""
+    save_every: int = 10
+    """Keep the latents of so many steps on the disk until the video is written; 0 is never."""
+    sharing: OmitArgPrefixes[Sharing] = Sharing()
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Make the video of latents that `osp generate` has left, without the rest of the model."""
+
+    latents: Positional[Path]
+    """NAME.latents.safetensors."""
+    out: Annotated[Path | None, optional("PATH", "(default: NAME.mp4, or .png)")] = None
+    """The file to write; a name that is taken gets a number."""
+    vae: Annotated[Path | None, optional("PATH", "(default: that of the model that made them)")] = None
+    """The release's .ckpt, a diffusers component, or a folder that `osp convert` wrote."""
+    device: OptionalDevice = None
+    """cpu, cuda, cuda:1, npu, ..."""
+    dtype: Dtype = "bf16"
+    """Precision to compute in."""
+    tiling: bool = False
+    """Decode in blended tiles: less memory for large frames, not exact."""
+
+
+# Options of `Generate` that are fields of a request; the rest say what makes it.
+REQUEST_OPTIONS = (
+    "negative_prompt", "frames", "height", "width", "fps", "steps", "guidance", "guidance_rescale",
+    "guidance_interval", "batched_guidance", "shift", "dynamic_shift", "linear_quadratic", "seed",
+)  # fmt: skip
+
+
+def generate(options: Generate, inference: "Inference | None") -> None:
+    """`osp generate`: everything that can be wrong is checked before the model is loaded."""
+    from opensoraplan import generate as job
+
+    if not options.prompt.strip():
+        raise ValueError('give a prompt or a file of prompts: osp generate "a cat on a beach" --model FOLDER')
+    if options.save_every < 0:
+        raise ValueError(f"--save-every must be at least 0, got {options.save_every}")
+    settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
+    if options.sharing.branch_ranks > 1:
+        settings["batched_guidance"] = True  # what the ranks share out
+    requests = read_requests(options.prompt, settings, copies=options.videos_per_prompt)
+    given = options_of_parts(options.parts, inference)
+    if options.model is not None and given:
+        raise ValueError(f"{options.model} has all the parts of a model: leave out {', '.join(given)}")
+    folder = options.model
+    if folder is None and not given:
+        from opensoraplan import builtin
+
+        folder = builtin.folder()
+        logger.info("no --model is given: the small built-in one knows %s", builtin.KNOWS)
+    if folder is not None:
+        check_model(folder)
+        paths = {name: folder / name for name in PARTS}
+        check_parts(paths)
+    else:
+        paths = find_paths(options.parts, inference)
+    targets = job.check_targets(requests, options.out)
+
+    from opensoraplan.device import resolve_device
+    from opensoraplan.parallel.generating import generating_mesh, share_generating
+    from opensoraplan.parallel.ranks import device_of_rank, joined
+
+    device = device_of_rank(resolve_device(options.device))
+    mesh = generating_mesh(branches=options.sharing.branch_ranks, tp=options.sharing.tp)
+    resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
+    with joined(mesh, device) as ranks:
+        pipeline, model = _load_pipeline(options, inference, paths, folder=folder, device=device)
+        all_decode = False
+        if ranks.mesh is not None:
+            rows = {request.height // SPATIAL_STRIDE for request in requests}
+            all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
+        pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not ranks.first)
+        job.run(pipeline, requests, targets, model=model, resume=resume, ranks=ranks, all_decode=all_decode)
+
+
+def _load_pipeline(
+    options: Generate,
+    inference: "Inference | None",
+    paths: dict[str, Path],
+    *,
+    folder: Path | None,
+    device: "torch.device",
+) -> "tuple[OpenSoraPlanPipeline, str | dict[str, Any]]":
+    """The pipeline of these parts, or of a whole `folder`, and what its videos say of where it came from."""
+    from opensoraplan.convert import assemble
+    from opensoraplan.device import resolve_dtype
+    from opensoraplan.models.text import PromptSettings
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
+
+    dtype = resolve_dtype(options.dtype, device)
+    prompts: dict[str, Any] = {} if options.clean_prompts else {"clean_prompts": False}
+    if options.prompt_template is not None:
+        prompts["prompt_template"] = PromptSettings(template=options.prompt_template).template
+    if options.default_negative_prompt is not None:
+        prompts["default_negative_prompt"] = options.default_negative_prompt
+
+    origin = folder or paths["transformer"]
+    logger.info("loading %s, %s on %s", origin, str(dtype).removeprefix("torch."), device)
+    pipeline = assemble.load_pipeline(
+        make_sources(paths, options.parts, inference),
+        dtype=dtype,
+        device=device,
+        scheduler=inference.scheduler if inference else {},
+        max_text_tokens=inference.max_text_tokens if inference else 512,
+    )
+    model: str | dict[str, Any] = {name: str(path) for name, path in paths.items()}
+    if folder is not None:
+        # For its scheduler and settings. Its weights are not left to diffusers, which lets some be missing.
+        loaded = {name: pipeline.components[name] for name in PARTS}
+        pipeline = OpenSoraPlanPipeline.from_pretrained(folder, **loaded, local_files_only=True)
+        model = str(folder)
+    elif options.parts.ema is not None:
+        model["ema"] = options.parts.ema
+    pipeline.register_to_config(**prompts)
+    if inference is not None and not inference.streaming:
+        pipeline.vae.disable_streaming()
+    if options.tiling:
+        pipeline.vae.enable_tiling()
+    return pipeline, model
+
+
+def decode(options: Decode) -> None:
+    """`osp decode`."""
+    from opensoraplan import saved
+
+    record, step = saved.read_record(options.latents)
+    model = record["model"]
+    path = options.vae or Path(model["vae"] if isinstance(model, dict) else model)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}, which made the latents, does not exist: give its VAE by --vae")
+    if step < record["steps"]:
+        logger.warning("only %d of %d steps were done: the video will be noisy", step, record["steps"])
+    stem = options.latents.name.removesuffix(saved.SUFFIX)
+    default = options.latents.with_name(stem + (".png" if record["frames"] == 1 else ".mp4"))
+
+    from opensoraplan import generate as job
+    from opensoraplan.convert.assemble import load_vae
+    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+
+    request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
+    (wanted,) = job.check_targets([request], options.out or default)
+    device = resolve_device(options.device)
+    vae = load_vae(path, dtype=resolve_dtype(options.dtype, device), device=device)
+    if options.tiling:
+        vae.enable_tiling()
+    absent = dict.fromkeys(("transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
+    record["vae_dtype"] = str(vae.dtype).removeprefix("torch.")
+    latents = saved.read(options.latents).latents
+    logger.info("wrote %s", job.write_frames(pipeline, latents, wanted, record, fps=record["fps"]))

@@ -1,0 +1,153 @@
+"""Where the parts of a model are: options, the guide's config, folders, and what is checked of them."""
+
+import argparse
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from opensoraplan.cli.options import Dtype, OptionalPath, check_exists, optional
+
+if TYPE_CHECKING:
+    from opensoraplan.convert.assemble import Sources
+    from opensoraplan.convert.mindspeed_json import Inference
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Each instead of what --config says."""
+
+    transformer: OptionalPath = None
+    """Denoiser: a release pickle, a folder of Megatron shards, or a diffusers component."""
+    vae: OptionalPath = None
+    """VAE: the release's .ckpt or a diffusers component."""
+    text_encoder: OptionalPath = None
+    """Folder of T5 v1.1-XL."""
+    text_encoder_2: OptionalPath = None
+    """Folder of CLIP ViT-bigG-14."""
+    tokenizer: OptionalPath = None
+    """Folder of T5's tokenizer, if it is not the text encoder's."""
+    tokenizer_2: OptionalPath = None
+    """Folder of CLIP's tokenizer, if it is not the text encoder's."""
+    ema: Annotated[bool | None, optional("True|False", "(default: EMA where there is one)")] = None
+    """Which weights to take of a checkpoint that has both."""
+    sparse_n: Annotated[tuple[int, ...] | None, optional("N ...")] = None
+    """Skiparse rates, one a stage, where neither --config nor the release's shape tells them."""
+    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    """Other values in --config, for example predictor.num_heads=4. After the prompt."""
+
+
+NO_PARTS = Parts()
+
+
+def read_config(arguments: list[str]) -> "Inference | None":
+    """The config that --config names, read before all else: its values become the defaults of the other
+    options.
+    """
+    if arguments[:1] not in (["generate"], ["convert"]):
+        return None
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    finder.add_argument("--set", nargs="*", action="extend", default=[])
+    found, _ = finder.parse_known_args(arguments)
+    if found.config is None:
+        if found.set:
+            raise ValueError("--set changes values of --config, which is not given")
+        return None
+    if not found.config.is_file():
+        raise FileNotFoundError(f"the config {found.config} does not exist")
+    for change in found.set:
+        if "=" not in change:
+            raise ValueError(f"--set takes KEY=VALUE, got {change!r} (a prompt comes before --set)")
+
+    from opensoraplan.convert.mindspeed_json import read_inference
+
+    inference = read_inference(found.config, changes=found.set)
+    if (dtype := inference.generate["dtype"]) not in get_args(Dtype):
+        known = ", ".join(get_args(Dtype))
+        raise ValueError(f"{found.config}: weight_dtype {dtype!r} is not one of {known}")
+    return inference
+
+
+def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[str, Any]:
+    """Defaults of `osp generate` that go with the model: those of --config, or those that a folder keeps in
+    generate.json (`osp export` writes it); without any model those of the built-in one.
+    """
+    if inference is not None:
+        return inference.generate
+    if arguments[:1] != ["generate"]:
+        return {}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model", type=Path)
+    for name in PARTS:
+        finder.add_argument(f"--{name.replace('_', '-')}", dest="parts", action="append")
+    found, _ = finder.parse_known_args(arguments)
+    if found.model is None and found.parts:
+        return {}
+
+    from opensoraplan import builtin
+    from opensoraplan.defaults import GenerateDefaults
+
+    return GenerateDefaults.of(found.model or builtin.folder()).model_dump(exclude_none=True)
+
+
+def options_of_parts(parts: Parts, inference: "Inference | None") -> list[str]:
+    """The options given that say where the parts of a model are, as they are written."""
+    names = [field.name for field in fields(parts) if getattr(parts, field.name) != field.default]
+    return (["--config"] if inference else []) + [f"--{name.replace('_', '-')}" for name in names]
+
+
+def find_paths(parts: Parts, inference: "Inference | None") -> dict[str, Path]:
+    """The files of a model's parts: those given one by one, before those of the config. ValueError for what
+    nobody gives, FileNotFoundError for what is not there.
+    """
+    paths = dict(inference.sources) if inference else {}
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        given = getattr(parts, encoder)
+        if given is not None:
+            paths[tokenizer] = given
+    paths |= {name: path for name in PARTS if (path := getattr(parts, name)) is not None}
+    missing = [f"--{name.replace('_', '-')}" for name in PARTS if name not in paths]
+    if missing:
+        raise ValueError(f"these parts of the model are not given: {', '.join(missing)}")
+    check_parts(paths)
+    return paths
+
+
+def check_parts(paths: dict[str, Path]) -> None:
+    absent = [f"{name} {path}" for name, path in paths.items() if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"these parts of the model do not exist: {', '.join(absent)}")
+
+
+def make_sources(paths: dict[str, Path], parts: Parts, inference: "Inference | None") -> "Sources":
+    from opensoraplan.convert.assemble import Sources
+
+    return Sources(
+        **paths,
+        transformer_config=inference.transformer_config if inference else None,
+        vae_config=inference.vae_config if inference else None,
+        sparse_n=parts.sparse_n,
+        ema=parts.ema,
+    )
+
+
+def check_model(path: Path) -> None:
+    """FileNotFoundError or ValueError unless this is a folder that `osp convert` wrote."""
+    check_exists(path)
+    index = path / "model_index.json"
+    if not index.is_file():
+        hint = "it has no model_index.json"
+        if path.is_file():
+            hint = "it is a file; turn the original's files into one with `osp convert`"
+        elif (path.parent / index.name).is_file():
+            hint = f"it is a part of one, {path.parent}"
+        raise ValueError(f"{path} is not a folder that `osp convert` wrote: {hint}")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is damaged: it does not say which pipeline it is of") from None
+    if kind != "OpenSoraPlanPipeline":
+        raise ValueError(f"{path} is a {kind}, not an OpenSoraPlanPipeline")

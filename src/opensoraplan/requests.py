@@ -1,0 +1,167 @@
+"""What `osp generate` is asked for: a prompt, or a file of prompts, with the settings of each video."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from opensoraplan import shapes
+from opensoraplan.settings import Settings
+
+PROMPT_FILES = (".txt", ".jsonl", ".csv")
+
+
+class Request(Settings):
+    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults for its
+    rows.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    frames: int = 121
+    height: int = 576
+    width: int = 1024
+    fps: float = Field(24, gt=0, le=1000)
+    steps: int = Field(50, ge=1)
+    guidance: float = Field(8.0, ge=0, allow_inf_nan=False)
+    guidance_rescale: float = Field(0.7, ge=0, le=1)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    batched_guidance: bool = False
+    shift: float | None = Field(None, gt=0, allow_inf_nan=False)
+    dynamic_shift: bool | None = None
+    linear_quadratic: bool = False
+    seed: int = Field(0, ge=0, lt=2**62)
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _check_text(cls, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start + 1} is half of one: is the text UTF-8?") from None
+        if "\0" in text:
+            raise ValueError(f"character {text.index(chr(0)) + 1} is NUL, which no text has")
+        return text
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return prompt
+
+    @field_validator("guidance_interval", mode="before")
+    @classmethod
+    def _split_interval(cls, value: Any) -> Any:  # noqa: ANN401 (whatever a file holds)
+        """A cell of a .csv holds both numbers."""
+        return value.replace(",", " ").split() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shapes.check_frames(self.frames)
+        shapes.check_sides(self.height, self.width)
+        start, end = self.guidance_interval
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= start <= end <= 1, got {start:g} {end:g}")
+        if self.shift is not None and (self.dynamic_shift or self.linear_quadratic):
+            other = "dynamic_shift" if self.dynamic_shift else "linear_quadratic"
+            raise ValueError(f"shift {self.shift:g} has no use with {other}: give one of them")
+        if self.linear_quadratic and self.steps % 2:
+            raise ValueError(
+                "the linear-quadratic schedule needs an even number of steps, "
+                f"got {self.steps}: use {self.steps + 1}"
+            )
+        return self
+
+
+def is_prompt_file(prompt: str) -> bool:
+    """Whether this is the name of a file of prompts, there or not, rather than a prompt."""
+    return Path(prompt).suffix.lower() in PROMPT_FILES
+
+
+def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> list[Request]:
+    """Requests from a prompt, or from a .txt (a prompt a line), .jsonl or .csv file (a column `prompt`, and
+    any other field of `Request`). Each prompt gives `copies` requests. Seeds count on from the run's, or from
+    a row's own.
+
+    Raises FileNotFoundError, and ValueError that names file and line, for a file without prompts or a bad
+    row.
+    """
+    if copies < 1:
+        raise ValueError(f"videos_per_prompt must be at least 1, got {copies}")
+    # First, so that a mistake in the settings is not blamed on the first line of a file.
+    Request.read({**settings, "prompt": "any"}, where="the options")
+    if is_prompt_file(prompt):
+        rows = [(f"{prompt}, line {line}", row) for line, row in _rows(_existing_file(prompt))]
+        if not rows:
+            raise ValueError(f"{prompt} has no prompts")
+    elif _is_file(prompt):
+        raise ValueError(f"{prompt} is a file, but not of prompts: those end in {', '.join(PROMPT_FILES)}")
+    else:
+        rows = [("the prompt", {"prompt": prompt})]
+    requests = []
+    for where, row in rows:
+        values = {**settings, "seed": settings.get("seed", 0) + len(requests), **row}
+        first = Request.read(values, where=where)
+        requests += [first.model_copy(update={"seed": first.seed + copy}) for copy in range(copies)]
+    return requests
+
+
+def _existing_file(prompt: str) -> Path:
+    if not _is_file(prompt):
+        raise FileNotFoundError(
+            f"the prompt file {prompt} does not exist (if it is a prompt, put a full stop behind it)"
+        )
+    return Path(prompt)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a prompt file; blank lines are passed over."""
+    kind = path.suffix.lower()
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if kind == ".csv":
+                yield from _csv_rows(path, csv.DictReader(file, strict=True, skipinitialspace=True))
+                return
+            for number, text in enumerate(file, start=1):
+                if text := text.strip():
+                    where = f"{path}, line {number}"
+                    yield number, {"prompt": text} if kind == ".txt" else _json_row(text, where=where)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
+def _json_row(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error.msg} at character {error.colno}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where} must be an object as {{"prompt": "..."}}, got {text[:40]}')
+    return row
+
+
+def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows without their empty cells; empty rows are passed over. A row's line is its last."""
+    try:
+        columns = [name.strip() for name in reader.fieldnames or ["prompt"]]
+        if "prompt" not in columns:
+            raise ValueError(f"{path} has no column prompt: its first line has {', '.join(columns)}")
+        reader.fieldnames = columns
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
+            if filled := {key: value.strip() for key, value in row.items() if value and value.strip()}:
+                yield reader.line_num, filled
+    except csv.Error as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: {error}") from None

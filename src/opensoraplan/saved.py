@@ -1,0 +1,89 @@
+"""Latents of a video under way, in a file beside it. For a broken run to go on, and for `osp decode`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opensoraplan.disk import write_whole
+from opensoraplan.models.text import PromptEmbeds
+
+SUFFIX = ".latents.safetensors"
+# How the parts of PromptEmbeds are called in the file, after the name of the prompt.
+_PARTS = ("sequence", "mask", "pooled")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    """Normalised latents [1, C, T, H, W] after `step` of the steps of `record`, which is all that decides how
+    the video looks. `prompt` and `negative`: encoded, where they were saved.
+    """
+
+    latents: Tensor
+    step: int
+    record: Record
+    prompt: PromptEmbeds | None = None
+    negative: PromptEmbeds | None = None
+
+
+def place_of(video: Path) -> Path:
+    """The file for the latents of a video of that name."""
+    return video.with_suffix(SUFFIX)
+
+
+def write(path: Path, saved: SavedLatents) -> None:
+    """Write the file whole, in place of what there was. Errors are the disk's: OSError, SafetensorError."""
+    tensors = {"latents": saved.latents}
+    for name in ("prompt", "negative"):
+        embeds: PromptEmbeds | None = getattr(saved, name)
+        if embeds is not None:
+            tensors |= {f"{name}.{part}": getattr(embeds, part) for part in _PARTS}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    record = json.dumps({**saved.record, "step": saved.step}, ensure_ascii=False)
+    write_whole(path, lambda file: save_file(tensors, file, metadata={"record": record}))
+
+
+def read(path: Path) -> SavedLatents:
+    """What `write` wrote. Raises FileNotFoundError, and ValueError for any other file."""
+    record, step = read_record(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return SavedLatents(
+        tensors["latents"], step, record, _embeds(tensors, "prompt"), _embeds(tensors, "negative")
+    )
+
+
+def read_record(path: Path) -> tuple[Record, int]:
+    """Record and step without the tensors. Raises as `read`."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})["record"])
+            if "latents" not in file.keys():  # noqa: SIM118
+                raise KeyError("latents")
+        return record, record.pop("step")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} has no latents of osp generate, which end in {SUFFIX} ({error})") from None
+
+
+def is_of(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the file has latents of a video with this very record, by whatever version of ours."""
+    try:
+        found, _ = read_record(path)
+    except (OSError, ValueError):
+        return False
+    return {**found, "opensoraplan": record["opensoraplan"]} == record
+
+
+def _embeds(tensors: Mapping[str, Tensor], name: str) -> PromptEmbeds | None:
+    if f"{name}.mask" not in tensors:
+        return None
+    return PromptEmbeds(*(tensors[f"{name}.{part}"] for part in _PARTS))
