@@ -125,7 +125,9 @@ def main() -> None:
             str(index): (
                 f"{index}: rate {block.rate}" + ", skip" * block.skip,
                 bytes_of(collectives_of_block(small, block, shape, mesh, fp32)),
-                bytes_of(collectives_of_block(release, release.blocks[0], large, mesh, bf16)),
+                bytes_of(
+                    collectives_of_block(release, release.blocks[-1 if block.last else 0], large, mesh, bf16)
+                ),
             )
             for index, block in enumerate(small.blocks)
         }

@@ -33,8 +33,8 @@ def _tables(kind: type[Settings], shown: set[type[Settings]], name: str = "") ->
         yield "As for osp train.\n"
         return
     shown.add(kind)
-    yield " ".join((kind.__doc__ or "").split()) + "\n"
-    yield "| key | default | may be |\n|---|---|---|"
+    yield _said(kind) + "\n"
+    yield "| key | default | may be | |\n|---|---|---|---|"
     schema = kind.model_json_schema()
     sections: dict[str, type[Settings]] = {}
     for key, field in kind.model_fields.items():
@@ -42,10 +42,17 @@ def _tables(kind: type[Settings], shown: set[type[Settings]], name: str = "") ->
             sections[key] = field.annotation
             continue
         default = "needed" if field.is_required() else f"`{_toml(field.default)}`"
-        yield f"| `{key}` | {default} | {_values(schema['properties'][key])} |"
+        meaning = " ".join((field.description or "").split())
+        yield f"| `{key}` | {default} | {_values(schema['properties'][key])} | {meaning} |"
     yield ""
     for key, section in sections.items():
         yield from _tables(section, shown, f"{name}.{key}" if name else key)
+
+
+def _said(kind: type[Settings]) -> str:
+    """What its classes say of it, the most general one first."""
+    classes = [one for one in reversed(kind.__mro__) if issubclass(one, Settings) and one is not Settings]
+    return " ".join(" ".join((one.__doc__ or "").split()) for one in classes)
 
 
 def _toml(value: object) -> str:

@@ -118,8 +118,10 @@ def test_launch_prints_the_line(osp: Osp) -> None:
     code, said, _ = osp("launch", "--processes", 8, "--max-restarts", 3, "--print", *train)
     assert code == 0
     words = said.split()
-    assert words[:2] == ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]  # or restarts hang
-    assert words[3:] == [
+    # The first is time to save, the second or restarts hang.
+    environment = ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    assert words[:3] == ["env", *environment]
+    assert words[4:] == [
         *("-m", "torch.distributed.run", "--nproc-per-node=8", "--standalone", "--max-restarts=3"),
         *("-m", "opensoraplan.cli", "train", "RUN.toml", "--resume", "latest"),
     ]

@@ -168,17 +168,16 @@ def test_mistakes_are_told_in_one_message(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_vae_run_has_nothing_to_export(osp: Osp, tiny_clips: Path, tmp_path: Path) -> None:
+def test_a_vae_run_is_no_denoisers(osp: Osp, tiny_clips: Path, tmp_path: Path) -> None:
     values = {"output": "run", "model": {"config": {}}, "data": {"manifest": tiny_clips}}
     (tmp_path / "run").mkdir()
     settings = VAETrainSettings.read(values, where="the test's run")
     config = tmp_path / "run" / "config.json"
     config.write_text(settings.model_dump_json())
     code, err = osp("export", "run", "--out", "model")
-    assert code == 2
-    assert (
-        "run is a run of osp train-vae, which has nothing to export: the VAE that it made is run/vae" in err
-    )
+    assert (code, "run/checkpoints has no checkpoint" in err) == (2, True)
+    code, err = osp("export", "run", "--out", "model", "--to", "release")
+    assert (code, "give --out and --step only" in err) == (2, True)
     code, err = osp("train", config)
     assert code == 2
     assert "data.frames, data.height, data.width, data.flip, loss" in err

@@ -46,16 +46,3 @@ def test_applied_gives_the_average_and_then_the_weights_back_bit_for_bit() -> No
         assert torch.equal(model.weight, ema.values["weight"].bfloat16())
         assert not torch.equal(model.weight, own)
     assert torch.equal(model.weight, own)
-
-
-def test_loaded_average_goes_on_as_the_saved_one() -> None:
-    model = linear()
-    first = Ema(dict(model.named_parameters()), decay=0.9)
-    with torch.no_grad():
-        model.weight.mul_(2.0)
-    first.update(1)
-    second = Ema(dict(model.named_parameters()), decay=0.9)
-    second.load({name: value.clone() for name, value in first.values.items()})
-    first.update(2)
-    second.update(2)
-    assert torch.equal(first.values["weight"], second.values["weight"])

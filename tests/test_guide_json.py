@@ -91,7 +91,7 @@ def test_as_printed() -> None:
         "optimizer": {"accumulate": 4},
     }
     assert all(re.fullmatch(r"guide_(model|data)\.json: without meaning here: .+ \(.+\)", n) for n in notes)
-    assert len(notes) == len(set(notes)) == 11
+    assert len(notes) == len(set(notes)) == 10
 
 
 def other(value: Any) -> Any:  # noqa: ANN401 (a JSON value and another of its type)

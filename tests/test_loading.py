@@ -25,6 +25,7 @@ def test_an_error_of_the_data_is_the_same_in_a_worker(workers: int, tmp_path: Pa
         lambda: shares_of_steps(sampler, range(1), accumulate=1),
         workers=workers,
         collate=collate,
+        batch_bytes=1,
     )
     with pytest.raises(
         ValueError, match=r"^none of 1 clips of 9x64x64 can be read: .*cut_off\.mp4"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from opensoraplan.data import features
 from opensoraplan.data.buckets import BucketSampler
-from opensoraplan.train import checkpoint
+from opensoraplan.train import checkpoint, objective
 from opensoraplan.train.cache import write_cache
 from opensoraplan.train.clip import GradientOutlierError
 from opensoraplan.train.config import TrainSettings
@@ -436,3 +437,46 @@ def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
 def test_what_cannot_be_is_said_before_training(tiny_run: MakeRun, changes: dict, message: str) -> None:
     with pytest.raises((ValueError, OSError), match=message):
         train(tiny_run(**changes))
+
+
+def test_resume_with_other_clips_is_refused(tiny_run: MakeRun, tiny_clips: Path, tmp_path: Path) -> None:
+    records = json.loads(tiny_clips.with_name("annotation.json").read_text())
+    manifest = tmp_path / "clips.json"
+
+    def write(some: list[dict[str, object]]) -> None:
+        where = [{**record, "path": str(tiny_clips.parent / str(record["path"]))} for record in some]
+        manifest.write_text(json.dumps(where))
+
+    write(records)
+    run = tiny_run(data={"manifest": manifest}, optimizer={"steps": 2})
+    train(run)
+    write(records[1:])
+    longer = tiny_run(data={"manifest": manifest}, optimizer={"steps": 4})
+    with pytest.raises(ValueError, match=r"not the clips that the run was begun with \(8 then, 7 now"):
+        train(longer, resume="latest")
+    write(records)
+    train(longer, resume="latest")
+
+
+def test_memory_that_is_full_is_told_and_the_last_step_saved(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(checkpoint={"every": 100})
+    losses = objective.losses
+    calls = []
+
+    def full(*arguments: Any, **options: Any) -> torch.Tensor:  # noqa: ANN401
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(*arguments, **options)
+
+    monkeypatch.setattr(objective, "losses", full)
+    with pytest.raises(MemoryError, match=r"latents of 2 x 4 x 2 x 8 x 8 .* raise memory\.recompute_blocks"):
+        train(run)
+    assert checkpoint.steps(run.output) == [2]
+
+
+def test_recompute_of_more_blocks_than_there_are(tiny_run: MakeRun) -> None:
+    with pytest.raises(ValueError, match=r"memory\.recompute_blocks is 99, but the model has \d+ blocks"):
+        train(tiny_run(memory={"recompute_blocks": 99}))

@@ -18,7 +18,7 @@ from opensoraplan.data.video import fit, read_frames
 from opensoraplan.models.wfvae import WFVAE, haar, haar_levels
 from opensoraplan.train import checkpoint, vae_losses
 from opensoraplan.train.config import VAETrainSettings
-from opensoraplan.train.vae_trainer import train_vae
+from opensoraplan.train.vae_trainer import export_vae, train_vae
 
 CONFIG = {
     "base_channels": 8,
@@ -205,3 +205,17 @@ def test_frozen_encoder_shift_and_scale_stay_as_they_are(vae_run: MakeRun) -> No
 def test_what_cannot_be_is_said_before_training(vae_run: MakeRun, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_vae(vae_run(**changes))
+
+
+def test_export_of_an_unfinished_run_is_what_it_would_have_been(vae_run: MakeRun, tmp_path: Path) -> None:
+    train_vae(vae_run(optimizer={"steps": 2}))
+    train_vae(vae_run(), resume="latest")
+    export_vae(tmp_path / "run", tmp_path / "half", step="2")
+    export_vae(tmp_path / "run", tmp_path / "whole")
+    for step, folder in ((2, "half"), (4, "whole")):
+        average = checkpoint.load(tmp_path / "run", step).parts["ema"]
+        vae = load_vae(tmp_path / folder, dtype=torch.float32, device=torch.device("cpu"))
+        assert all(torch.equal(value, average[name]) for name, value in vae.named_parameters())
+        assert vae.config["shift"] is not None
+    finished = tmp_path / "run" / "vae" / "config.json"
+    assert (tmp_path / "whole" / "config.json").read_text() == finished.read_text()

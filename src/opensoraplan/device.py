@@ -65,3 +65,8 @@ def _is_available(kind: str) -> bool:
         except (ImportError, OSError):  # OSError: it is installed, Ascend's libraries are not
             return False
     return getattr(torch, kind).is_available()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it for full memory, for which a CPU has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -100,19 +100,20 @@ def run(
     save_every: int = 0,
     ranks: "Ranks | None" = None,
     all_decode: bool = False,
+    batched: bool = False,
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
     No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
     already among those is passed over, and one whose latents were saved (see `make_video`) goes on from them.
     `model`, a folder or the files of its parts, goes into the metadata. Of several `ranks`, which all call
-    this, the first writes; `all_decode`: the others have a share in decoding.
+    this, the first writes; `all_decode`: the others have a share in decoding; `batched`: they share out the
+    branches of guidance, whatever the requests say.
 
     Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
     MemoryError for a size that does not fit.
     """
     from opensoraplan.parallel.ranks import ALONE
-    from opensoraplan.saved import read as read_latents
 
     ranks = ranks or ALONE
     written: list[Path] = []
@@ -127,20 +128,28 @@ def run(
                 written.append(done)
                 continue
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
-            begun = ranks.agree(partial(find_latents, pipeline, wanted, record)) if resume else None
-            start = None if begun is None else read_latents(begun)
+            start = ranks.agree(partial(find_latents, pipeline, wanted, record)) if resume else None
             if start is not None:
                 logger.info("going on after step %d of %d", start.step, request.steps)
                 embeds.put(request, start)
             with explained_memory(request):
                 if ranks.first:
                     path = make_video(
-                        pipeline, request, embeds, wanted, record, start=start, save_every=save_every
+                        pipeline,
+                        request,
+                        embeds,
+                        wanted,
+                        record,
+                        start=start,
+                        save_every=save_every,
+                        batched=batched,
                     )
                     logger.info("wrote %s", path)
                     written.append(path)
                 else:
-                    help_make_video(pipeline, request, embeds, start=start, decode=all_decode)
+                    latents = denoise(pipeline, request, embeds, start=start, batched=batched)
+                    for _ in pipeline.iter_decode(latents) if all_decode else ():
+                        pass
     except KeyboardInterrupt:
         hint = "" if resume else " with --resume"
         logger.info("stopped, %d of %d done: the same command%s goes on", len(written), total, hint)
@@ -150,13 +159,13 @@ def run(
 
 @contextmanager
 def explained_memory(request: Request) -> Iterator[None]:
-    """Turn torch's errors for full memory, which on a CPU have no type of their own, into a MemoryError."""
-    from torch import OutOfMemoryError
+    """Turn torch's errors for full memory into a MemoryError."""
+    from opensoraplan.device import is_out_of_memory
 
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         size = f"{request.frames} frames of {request.width} x {request.height}"
         raise MemoryError(f"{size} do not fit into memory: ask for fewer or smaller ones") from error
@@ -224,6 +233,7 @@ def make_video(
     *,
     start: "SavedLatents | None" = None,
     save_every: int = 0,
+    batched: bool = False,
 ) -> Path:
     """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
 
@@ -239,7 +249,7 @@ def make_video(
             save_latents(place, latents, record, step=step, embeds=embeds, request=request)
 
     try:
-        latents = denoise(pipeline, request, embeds, start=start, after_step=keep)
+        latents = denoise(pipeline, request, embeds, start=start, batched=batched, after_step=keep)
     except NonFiniteLatentsError as error:
         good = error.step - 1
         save_latents(place, error.last_good, record, step=good, embeds=embeds, request=request)
@@ -254,27 +264,13 @@ def make_video(
     return path
 
 
-def help_make_video(
-    pipeline: "OpenSoraPlanPipeline",
-    request: Request,
-    embeds: PromptCache,
-    *,
-    start: "SavedLatents | None",
-    decode: bool,
-) -> None:
-    """What the other processes of a job do while the first makes a video."""
-    latents = denoise(pipeline, request, embeds, start=start)
-    if decode:
-        for _ in pipeline.iter_decode(latents):
-            pass
-
-
 def denoise(
     pipeline: "OpenSoraPlanPipeline",
     request: Request,
     embeds: PromptCache,
     *,
     start: "SavedLatents | None" = None,
+    batched: bool = False,
     after_step: Callable[["Tensor", int], None] | None = None,
 ) -> "Tensor":
     """Normalised latents [1, C, T, H, W] of a request, from noise or from where it was stopped. `after_step`
@@ -302,7 +298,7 @@ def denoise(
         guidance_scale=request.guidance,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=request.guidance_interval,
-        batched_guidance=request.batched_guidance,
+        batched_guidance=request.batched_guidance or batched,
         shift=request.shift,
         use_dynamic_shifting=request.dynamic_shift,
         use_linear_quadratic_schedule=request.linear_quadratic,
@@ -325,15 +321,17 @@ def place_of_latents(wanted: Path, record: dict[str, Any]) -> Path:
     return next(place for place in places if not place.exists() or saved.is_of(place, record))
 
 
-def find_latents(pipeline: "OpenSoraPlanPipeline", wanted: Path, record: dict[str, Any]) -> Path | None:
+def find_latents(
+    pipeline: "OpenSoraPlanPipeline", wanted: Path, record: dict[str, Any]
+) -> "SavedLatents | None":
     """Latents that a run that was stopped has left of this video, if the pipeline can go on from them."""
     from opensoraplan import saved
 
     place = place_of_latents(wanted, record)
     if not place.exists():
         return None
-    _, step = saved.read_record(place)
-    return place if step == record["steps"] or pipeline.has_default_scheduler else None
+    found = saved.read(place)
+    return found if found.step == record["steps"] or pipeline.has_default_scheduler else None
 
 
 def save_latents(

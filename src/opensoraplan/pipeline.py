@@ -431,7 +431,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     @property
     def has_default_scheduler(self) -> bool:
-        """Whether sampling is by our own Euler steps, each of which depends on the latents before it alone."""
+        """Whether sampling is by our own Euler steps, which depend on nothing but the latents before."""
         return type(self.scheduler) is FlowMatchEulerDiscreteScheduler
 
     def _check_first_step(self, first_step: int, sampler: Sampler, latents: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Settings(BaseModel):
     """Base of every settings model. `read` instead of the constructor gives messages for users."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, where: str) -> Self:

@@ -69,6 +69,7 @@ def train(
     recompute: int = 0,
     backend: str | None = None,
     compute: torch.dtype = torch.float32,
+    cpu_offload: bool = False,
     **changes: object,
 ) -> Result:
     """Losses and gradients of five steps of AdamW; on a mesh of these sizes, or in one process (None)."""
@@ -80,7 +81,7 @@ def train(
         if backend is not None:
             for block in model.transformer_blocks:
                 block.compile(backend=backend)
-        parallelize(model, mesh, compute=compute)
+        parallelize(model, mesh, compute=compute, cpu_offload=cpu_offload)
         share, shares = mesh.rank(DATA), mesh.size(DATA)
     own = {name: value.chunk(shares)[share] for name, value in batch.items()}
     target = own.pop("target")

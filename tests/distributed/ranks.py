@@ -38,7 +38,9 @@ class Ranks:
             self._ask[rank].put((function, args, ranks, str(meeting)))
         results: dict[int, Any] = {}
         while len(results) < ranks:
-            rank, result, failure = self._answers.get(timeout=TIMEOUT)
+            job, rank, result, failure = self._answers.get(timeout=TIMEOUT)
+            if job != str(meeting):  # of a job that failed in another rank first
+                continue
             assert failure is None, f"rank {rank} of {ranks}: {failure}"
             results[rank] = result
         return [results[rank] for rank in range(ranks)]
@@ -64,8 +66,8 @@ def _serve(rank: int, ask: Any, answers: Any) -> None:  # noqa: ANN401 (queues)
             timeout=datetime.timedelta(seconds=TIMEOUT),
         )
         try:
-            answers.put((rank, function(*args), None))
+            answers.put((meeting, rank, function(*args), None))
         except Exception:
-            answers.put((rank, None, traceback.format_exc()))
+            answers.put((meeting, rank, None, traceback.format_exc()))
         finally:
             dist.destroy_process_group()

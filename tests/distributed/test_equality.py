@@ -11,6 +11,7 @@ from ranks import Ranks
 MESHES = {
     "fsdp 4": {"dp_shard": 4},
     "hsdp 2 x 2": {"dp_replicate": 2, "dp_shard": 2},
+    "hsdp 2 x tp 2": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
     "sp 2": {"sp": 2},
     "sp 4": {"sp": 4},
     "tp 2": {"tp": 2},
@@ -60,6 +61,11 @@ def test_dense_model_with_one_feed_forward_equals_one_process(ranks: Ranks, mesh
 @pytest.mark.parametrize("mesh", ["tp 2", "sp 2"])
 def test_recompute_equals_one_process(ranks: Ranks, mesh: str) -> None:
     for result in ranks(run, MESHES[mesh], {"recompute": 3}, ranks=2):
+        assert_equal(result, one_process(WHOLE, True, False))
+
+
+def test_offloaded_shards_equal_one_process(ranks: Ranks) -> None:
+    for result in ranks(run, {"dp_shard": 2}, {"cpu_offload": True}, ranks=2):
         assert_equal(result, one_process(WHOLE, True, False))
 
 

@@ -1,5 +1,6 @@
 """`osp train` in several processes: the losses of one, and checkpoints for any number of them."""
 
+import itertools
 import json
 import os
 import random
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from types import MappingProxyType
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -21,14 +24,19 @@ from denoising import CONFIG
 from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
+from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.dataset import Batch
 from opensoraplan.parallel.mesh import Mesh
+from opensoraplan.parallel.ranks import Ranks as JobRanks
 from opensoraplan.train import checkpoint
-from opensoraplan.train.building import build, build_shards
+from opensoraplan.train.building import build
 from opensoraplan.train.cache import write_cache
 from opensoraplan.train.cache_ray import write_cache_by_ray
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.metrics import FILE as METRICS
+from opensoraplan.train.sources import Encoded, open_source
 from opensoraplan.train.trainer import train
+from opensoraplan.train.turns import encoded_batches
 
 MakeRun = Callable[..., TrainSettings]
 TIMEOUT = 400
@@ -37,17 +45,19 @@ PORT = 29417
 CLOSE = 1e-4
 
 
-def losses(run: TrainSettings) -> list[float]:
+def losses(run: TrainSettings, name: str = "loss") -> list[float]:
     """By step: those that were done again are logged again."""
-    lines = (run.output / METRICS).read_text().splitlines()
-    return list({record["step"]: record["loss"] for record in map(json.loads, lines)}.values())
+    records = map(json.loads, (run.output / METRICS).read_text().splitlines())
+    return list({record["step"]: record[name] for record in records if name in record}.values())
 
 
-def launch(run: TrainSettings, *, processes: int, restarts: int = 0) -> subprocess.Popen[str]:
+def launch(
+    run: TrainSettings, *, processes: int, restarts: int = 0, resume: str = "latest"
+) -> subprocess.Popen[str]:
     config = run.output.with_suffix(f".{processes}.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "opensoraplan.cli", "launch", f"--processes={processes}"]
-    command += [f"--max-restarts={restarts}", "--", "train", str(config), "--resume", "latest"]
+    command += [f"--max-restarts={restarts}", "--", "train", str(config), "--resume", resume]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -86,12 +96,20 @@ def kills(request: pytest.FixtureRequest) -> int:
 def six(tiny_run: MakeRun) -> MakeRun:
     """Runs of six samples a step, however they are shared out."""
 
-    def settings(*, steps: int = 8, output: str = "run", ranks: int = 1, **parallel: int) -> TrainSettings:
+    def settings(
+        *,
+        steps: int = 8,
+        output: str = "run",
+        ranks: int = 1,
+        sections: Mapping[str, Any] = MappingProxyType({}),
+        **parallel: int,
+    ) -> TrainSettings:
         return tiny_run(
             output,
             data={"batch_size": 1},
             optimizer={"accumulate": 6 // ranks, "steps": steps, "eps": 1e-6},
             parallel=parallel,
+            **sections,
         )
 
     return settings
@@ -115,6 +133,45 @@ def test_encoders_that_take_turns_give_the_same_losses(six: MakeRun) -> None:
     for run in runs:
         finish(launch(run, processes=2))
     assert losses(runs[0]) == losses(runs[1])
+
+
+def test_encoders_take_turns(ranks: Ranks, six: MakeRun) -> None:
+    run = six(steps=2, sp=2)
+    for turns, encoded in ((True, 6), (False, 12)):
+        other = run.model_copy(update={"parallel": run.parallel.model_copy(update={"encoder_dp": turns})})
+        counts, moments = zip(*ranks(count_encoded, other, ranks=2), strict=True)
+        assert counts == (encoded, encoded)
+        assert torch.equal(moments[0], moments[1])
+
+
+def count_encoded(run: TrainSettings) -> tuple[int, torch.Tensor]:
+    """How many of 12 micro-batches this rank encodes, and what it gets of all."""
+    source, _ = open_source(run, device=torch.device("cpu"))
+    counter = itertools.count()
+
+    def encode(batch: Batch) -> Encoded:
+        next(counter)
+        return source.encode(batch)
+
+    sampler = BucketSampler(source.shapes, global_batch=6, seed=run.seed)
+    job = JobRanks(Mesh.build(run.parallel.filled(2), device_type="cpu"))
+    turns = encoded_batches(replace(source, encode=encode), sampler, run, job, start=0)
+    moments = torch.stack([turn.encoded.moments for turn in turns])
+    return next(counter), moments
+
+
+def test_validation_and_what_is_logged_are_those_of_one_process(six: MakeRun, tiny_clips: Path) -> None:
+    """The average's weights stay out of training, and sums of steps that were saved half-way are whole."""
+    validation = {"every": 2, "manifest": tiny_clips, "samples": 2}
+    sections = {"validation": validation, "log": {"every": 3}}
+    one = six(steps=6, output="one", sections=sections)
+    two = six(steps=6, ranks=2, dp_shard=2, sections=sections)
+    train(one)
+    finish(launch(two, processes=2))
+    assert losses(two) == pytest.approx(losses(one), rel=CLOSE)
+    assert losses(two, "validation_loss") == pytest.approx(losses(one, "validation_loss"), rel=CLOSE)
+    finish(launch(two, processes=2, resume="4"))  # in the middle of what step 6 logs
+    assert losses(two) == pytest.approx(losses(one), rel=CLOSE)
 
 
 def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(six: MakeRun, kills: int) -> None:
@@ -189,27 +246,31 @@ def test_ray_writes_the_files_of_one_process_and_a_killed_worker_loses_none(
     tiny_run: MakeRun, tmp_path: Path
 ) -> None:
     run = tiny_run()
-    sizes = {"videos_per_shard": 2, "texts_per_shard": 8}
+    sizes = {"videos_per_shard": 1, "texts_per_shard": 8}
     write_cache(run, tmp_path / "one", **sizes)
-    killer = threading.Thread(target=kill_a_ray_worker)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_ray_worker, args=(tmp_path / "ray", killed))
     killer.start()
     write_cache_by_ray(run, tmp_path / "ray", **sizes)
     killer.join()
+    assert killed, "no worker was killed between two shards"
     assert files_of(tmp_path / "one") == files_of(tmp_path / "ray")
     again = write_cache_by_ray(run, tmp_path / "ray", **sizes)
     assert (again.written, again.missing) == (0, 0)
 
 
-def kill_a_ray_worker() -> None:
-    """One that encodes shards, as soon as there is one."""
+def kill_a_ray_worker(folder: Path, killed: list[int]) -> None:
+    """Once the first clips are written, before the last ones are."""
     deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not killed:
+        time.sleep(0.01)
+        if len(list(folder.glob("videos-*.safetensors"))) not in range(1, 7):
+            continue
         for process in psutil.Process().children(recursive=True):
-            if "_Worker" in process.name() + " ".join(process.cmdline()):
-                process.kill()
-                return
-        time.sleep(0.05)
-    raise AssertionError("Ray started no worker")
+            with suppress(psutil.NoSuchProcess):
+                if "_Worker" in process.name() + " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -220,7 +281,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_shards_begin_as_one_process_does(ranks: Ranks, tiny_run: MakeRun, new: bool) -> None:
     changes = {"model": {"pretrained": None, "config": CONFIG}} if new else {}
     run = tiny_run(parallel={"dp_shard": 2, "tp": 2}, **changes)
-    wanted = dict(build(run.model, seed=run.seed).named_parameters())
+    wanted = dict(build(run, device=torch.device("cpu")).named_parameters())
     for weights in ranks(whole_weights, run, ranks=4):
         assert weights.keys() == wanted.keys()
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
@@ -228,5 +289,5 @@ def test_shards_begin_as_one_process_does(ranks: Ranks, tiny_run: MakeRun, new: 
 
 def whole_weights(run: TrainSettings) -> dict[str, torch.Tensor]:
     mesh = Mesh.build(run.parallel, device_type="cpu")
-    model = build_shards(run, mesh, device=torch.device("cpu"))
+    model = build(run, device=torch.device("cpu"), mesh=mesh)
     return {name: cast(DTensor, weight).full_tensor().detach() for name, weight in model.named_parameters()}

@@ -1,14 +1,16 @@
 """`osp data`: check clips to train on, render some, look at many at once."""
 
+import json
 import logging
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from opensoraplan.cli.options import OptionalPath, check_exists, optional
+from opensoraplan.cli.options import Changes, OptionalPath, check_exists, optional
 
 if TYPE_CHECKING:
     from opensoraplan.train.config import TrainSettings, VAETrainSettings
@@ -40,7 +42,7 @@ class DataCheck:
     """Drop clips without a caption; --no-captions is for training a VAE, and a VAE's run has it."""
     seed: Annotated[int | None, optional("N", "(default: 0)")] = None
     """Of the random windows and of drop_short_ratio."""
-    set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
+    set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
     """Other values: of the selection, for example num_frames=25 max_height=96 max_width=96; of a run as in
     osp train.
     """
@@ -101,12 +103,13 @@ def data_check(options: DataCheck) -> None:
     from opensoraplan.data.check import check_manifest
 
     manifest, root, seed = options.manifest, options.root, options.seed or 0
+    changes = [*chain(*options.set)]
     global_batch, need_captions = options.global_batch, options.captions
-    if manifest.suffix == ".toml":
+    if _is_run(manifest):
         from opensoraplan.train.config import TrainSettings
         from opensoraplan.train.sources import global_batch_of
 
-        run = _read_run(options)
+        run = _read_run(options, changes)
         manifest, root, seed = run.data.manifest, run.data.root, run.seed
         if manifest is None:
             raise ValueError(
@@ -117,7 +120,7 @@ def data_check(options: DataCheck) -> None:
         need_captions = need_captions and isinstance(run, TrainSettings)
         logger.info("%s: clips of %s, %d a step", options.manifest, manifest, global_batch)
     else:
-        selection = read_selection(options.data, changes=options.set)
+        selection = read_selection(options.data, changes=changes)
     table = check_manifest(
         manifest,
         settings=selection,
@@ -131,7 +134,18 @@ def data_check(options: DataCheck) -> None:
     sys.stdout.write(table + "\n")
 
 
-def _read_run(options: DataCheck) -> "TrainSettings | VAETrainSettings":
+def _is_run(path: Path) -> bool:
+    """Whether this describes a run, which the config.json of one does, too, rather than clips."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.suffix == ".toml"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"output", "data"} <= content.keys()
+
+
+def _read_run(options: DataCheck, changes: list[str]) -> "TrainSettings | VAETrainSettings":
     """The run that is to be checked. What both trainers would take is taken as the denoiser's."""
     from opensoraplan.train.config import TrainSettings, VAETrainSettings
     from opensoraplan.train.files import read_settings
@@ -145,11 +159,11 @@ def _read_run(options: DataCheck) -> "TrainSettings | VAETrainSettings":
             f"data.selection.KEY=... instead of {', '.join(twice)}"
         )
     try:
-        return read_settings(TrainSettings, path, changes=options.set)
+        return read_settings(TrainSettings, path, changes=changes)
     except ValueError as error:
         mistakes = error
     try:
-        return read_settings(VAETrainSettings, path, changes=options.set)
+        return read_settings(VAETrainSettings, path, changes=changes)
     except ValueError as error:
         raise ValueError(
             f"{path} is neither a run of osp train ({mistakes}) nor one of osp train-vae ({error})"

@@ -1,5 +1,6 @@
 """`osp generate` and `osp decode`: options, and what is checked before the job begins."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 logger = logging.getLogger(__name__)
+
+# How long processes wait for each other: one may decode a long video alone.
+PATIENCE_S = 7200.0
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,6 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     if options.save_every < 0:
         raise ValueError(f"--save-every must be at least 0, got {options.save_every}")
     settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
-    if options.sharing.branch_ranks > 1:
-        settings["batched_guidance"] = True  # what the ranks share out
     requests = read_requests(options.prompt, settings, copies=options.videos_per_prompt)
     given = options_of_parts(options.parts, inference)
     if options.model is not None and given:
@@ -166,19 +168,36 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     from opensoraplan.device import resolve_device
     from opensoraplan.parallel.generating import generating_mesh, share_generating
-    from opensoraplan.parallel.ranks import device_of_rank, joined
+    from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
 
     device = device_of_rank(resolve_device(options.device))
-    mesh = generating_mesh(branches=options.sharing.branch_ranks, tp=options.sharing.tp)
+    branches, tp = options.sharing.branch_ranks, options.sharing.tp
+    processes = place_in_job()[1]
+    if tp < 1 or processes % (branches * tp):
+        raise ValueError(f"{processes} processes are no multiple of --branch-ranks {branches} x --tp {tp}")
+    mesh = generating_mesh(branches=branches, tp=tp)
+    if folder is not None:
+        heads = json.loads((folder / "transformer" / "config.json").read_text())["num_attention_heads"]
+        mesh.filled(processes).check_model(heads)
     resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
-    with joined(mesh, device) as ranks:
+    with joined(mesh, device, timeout=PATIENCE_S) as ranks:
         pipeline, model = _load_pipeline(options, inference, paths, folder=folder, device=device)
         all_decode = False
         if ranks.mesh is not None:
             rows = {request.height // SPATIAL_STRIDE for request in requests}
             all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
         pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not ranks.first)
-        job.run(pipeline, requests, targets, model=model, resume=resume, ranks=ranks, all_decode=all_decode)
+        job.run(
+            pipeline,
+            requests,
+            targets,
+            model=model,
+            resume=resume,
+            save_every=options.save_every,
+            ranks=ranks,
+            all_decode=all_decode,
+            batched=branches > 1,
+        )
 
 
 def _load_pipeline(

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+# One --set for several values, or one for each.
+Changes = UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
 def optional(metavar: str, hint: str = "") -> Any:  # noqa: ANN401 (a marker for Annotated)

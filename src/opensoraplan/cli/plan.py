@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from opensoraplan.cli.options import check_exists, optional
-from opensoraplan.cli.training import Changes
+from opensoraplan.cli.options import Changes, check_exists, optional
 
 if TYPE_CHECKING:
     from opensoraplan.parallel.estimate import Job, Model, Shape
@@ -407,7 +406,7 @@ def launch(options: Launch) -> None:
 
 def launch_line(options: Launch) -> list[str]:
     """The torchrun command. Raises ValueError for numbers that start nothing."""
-    from opensoraplan.parallel.ranks import OWN_STORE
+    from opensoraplan.parallel.ranks import OWN_STORE, SHUTDOWN
 
     for name, least in (("processes", 1), ("nodes", 1), ("max_restarts", 0)):
         value = getattr(options, name)
@@ -415,7 +414,8 @@ def launch_line(options: Launch) -> list[str]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not options.command:
         raise ValueError("what is to be run? For example: osp launch --processes 8 -- train RUN.toml")
-    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
+    line = ["env", f"{SHUTDOWN}=300", *([f"{OWN_STORE}=1"] if options.max_restarts else [])]
+    line += [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
     if options.nodes == 1:
         if options.node_rank or options.master:
             raise ValueError("--node-rank and --master go with --nodes 2 or more")
@@ -423,7 +423,7 @@ def launch_line(options: Launch) -> list[str]:
     else:
         line += _meeting(options)
     if options.max_restarts:
-        line = ["env", f"{OWN_STORE}=1", *line, f"--max-restarts={options.max_restarts}"]
+        line.append(f"--max-restarts={options.max_restarts}")
     return [*line, "-m", "opensoraplan.cli", *options.command]
 
 

@@ -9,15 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional
 
-from opensoraplan.cli.options import OptionalPath, check_exists, optional
+from opensoraplan.cli.options import Changes, OptionalPath, check_exists, optional
 
 logger = logging.getLogger(__name__)
-
-
-# One --set for several values, or one for each.
-Changes = UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -79,11 +75,12 @@ class Export:
     """Turn a training run, or one of its checkpoints, into a folder for `osp generate`, or the release's
     files.
 
-    The whole pipeline is written where the run's settings say where VAE and text encoders are.
+    The whole pipeline is written where the run's settings say where VAE and text encoders are. Of a run of
+    `osp train-vae` that is not finished, the VAE; a finished run has written it to RUN/vae by itself.
     """
 
     run: Positional[Path]
-    """The output folder of `osp train`."""
+    """The output folder of `osp train` or `osp train-vae`."""
     out: Path
     """The folder to write; it must be new or empty."""
     step: Annotated[str, optional("latest|STEP")] = "latest"
@@ -119,10 +116,13 @@ def train(options: Train) -> None:
 
 def train_vae(options: TrainVAE) -> None:
     """`osp train-vae`."""
+    from opensoraplan.parallel.ranks import place_in_job
     from opensoraplan.train.config import VAETrainSettings
     from opensoraplan.train.files import read_settings
     from opensoraplan.train.vae_trainer import train_vae as job
 
+    if (processes := place_in_job()[1]) > 1:
+        raise ValueError(f"osp train-vae is one process, torchrun started {processes}")
     settings = read_settings(VAETrainSettings, options.config, changes=[*chain(*options.set)])
     with _stop_is_no_success():
         logger.info("wrote %s", job(settings, resume=options.resume))
@@ -155,6 +155,8 @@ def cache(options: Cache) -> None:
         raise ValueError("where to? Give --out FOLDER, or data.features in the run's settings")
     rank, ranks = place_in_job()
     if options.engine == "torchrun":
+        if rank:
+            logging.getLogger("opensoraplan").setLevel(logging.WARNING)
         write_cache(settings, out, rank=rank, ranks=ranks)
         return
     if ranks > 1:
@@ -176,10 +178,12 @@ def export(options: Export) -> None:
     from opensoraplan.train.run import CONFIG
 
     if (options.run / CONFIG).is_file() and is_vae_run(options.run / CONFIG):
-        raise ValueError(
-            f"{options.run} is a run of osp train-vae, which has nothing to export: the VAE that it made is "
-            f"{options.run / 'vae'}, and vae.pretrained takes it as it is"
-        )
+        if options.to != "diffusers" or not options.ema or options.dtype is not None:
+            raise ValueError(f"{options.run} is a run of osp train-vae: give --out and --step only")
+        from opensoraplan.train.vae_trainer import export_vae
+
+        export_vae(options.run, options.out, step=options.step)
+        return
 
     export_run(
         options.run,

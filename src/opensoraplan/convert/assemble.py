@@ -231,19 +231,6 @@ def write_pipeline(
     pipeline.save_config(folder)
 
 
-def load_denoiser(
-    path: Path,
-    *,
-    config: Mapping[str, Any] | None = None,
-    rates: Sequence[int] | None = None,
-    dtype: torch.dtype,
-) -> SparseUMMDiT:
-    """A denoiser from a checkpoint of any dialect, or from a diffusers folder that has one, on the CPU."""
-    opened = open_denoiser(path, config, rates=rates)
-    original.fill(opened.model, opened.names, opened.tensors, dtype=dtype)
-    return opened.model
-
-
 def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:
     """A VAE from a checkpoint of any dialect, or from a diffusers folder that has one."""
     checkpoint = open_checkpoint(_component(path, "vae"))

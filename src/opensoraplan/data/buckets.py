@@ -72,6 +72,11 @@ class BucketSampler:
         return self._steps
 
     @property
+    def size(self) -> int:
+        """How many samples a step has."""
+        return self._size
+
+    @property
     def dropped_per_epoch(self) -> dict[Shape, int]:
         """How many samples of each shape an epoch leaves out, where it leaves out any."""
         return dict(self._dropped)

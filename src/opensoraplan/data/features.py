@@ -108,9 +108,11 @@ def check_place(folder: Path, parts: Mapping[str, str]) -> None:
     there = next(path for path in (place, *place.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"cannot write to {there}: give another folder")
+    # Another process may be beginning the same cache: what is there is looked at before its description.
+    strangers = folder.exists() and any(not e.name.startswith(f".{DESCRIPTION}.") for e in folder.iterdir())
     if (folder / DESCRIPTION).exists():
         _refuse_other_parts(folder, _read_description(folder), parts)
-    elif folder.exists() and any(folder.iterdir()):
+    elif strangers:
         raise ValueError(f"{folder} exists and is no feature cache: give another folder")
 
 
@@ -202,6 +204,11 @@ def finish(folder: Path) -> None:
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
+
+
+def read_parts(folder: Path) -> dict[str, str]:
+    """The fingerprints of all that a cache was made from. Raises ValueError for a folder that is none."""
+    return _read_description(folder).parts
 
 
 def check_fresh(folder: Path, parts: Mapping[str, str]) -> Description:

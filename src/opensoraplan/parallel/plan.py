@@ -1,8 +1,8 @@
 """Everything that is done to a denoiser to run it on a mesh, in the one order that works.
 
-Tensor parallelism splits weights first; then tokens are shared out; recompute is the model's own, set before;
-blocks are compiled; FSDP comes last, for it moves what the others leave. Every micro-batch reduces its
-gradients: to reduce those of the last one only would keep them whole on every rank until then.
+Tensor parallelism splits weights first; then tokens are shared out; blocks are compiled; FSDP comes last, for
+it moves what the others leave. Every micro-batch reduces its gradients: to reduce those of the last one only
+would keep them whole on every rank until then.
 """
 
 import warnings
@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.mesh import SEQUENCE, TENSOR, Mesh
@@ -45,7 +51,8 @@ def parallelize(
     # Not all inputs are to be cast: timesteps, rotary tables and the condition stay in fp32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.register_forward_pre_hook(partial(_cast_inputs, dtype=compute), with_kwargs=True)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    pinned = mesh.for_weights.device_type != "cpu"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     for block in model.transformer_blocks:
         fully_shard(block, mesh=mesh.for_weights, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh.for_weights, mp_policy=policy, offload_policy=offload)
@@ -59,6 +66,14 @@ def _cast_inputs(
         name: value.to(dtype) if name in _CAST and value is not None else value
         for name, value in kwargs.items()
     }
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Have FSDP gather all weights anew: of what is outside of blocks it keeps what a forward pass without
+    gradients has gathered, whatever happens to the shards.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def share_sample(model: SparseUMMDiT, mesh: Mesh) -> None:

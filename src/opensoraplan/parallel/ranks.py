@@ -21,15 +21,20 @@ TIMEOUT_S = 600.0
 # Told to torchrun, each start of its processes has a new store to meet in. Otherwise all share one, and those
 # started again may find the addresses of the dead there, and wait for them (torch 2.5 to 2.13 at least).
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# Seconds that torchrun, asked to stop, waits for its processes, which save a checkpoint. Otherwise 30.
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 # By type of device; control messages go over the CPU in any case.
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
 class Ranks:
-    """What a trainer needs to know of the job's processes. `mesh` is None where there is only this one."""
+    """What a trainer needs to know of the job's processes. `mesh` is None where there is only this one.
+    `patience`: how long they wait for each other.
+    """
 
-    def __init__(self, mesh: Mesh | None) -> None:
+    def __init__(self, mesh: Mesh | None, *, timeout: float = TIMEOUT_S) -> None:
         self.mesh = mesh
+        self.patience = datetime.timedelta(seconds=timeout)
 
     @property
     def rank(self) -> int:
@@ -90,6 +95,14 @@ class Ranks:
         names = dict.fromkeys(name for one in everyones for name in one)
         return {name: sum(one.get(name, 0.0) for one in everyones) for name in names}
 
+    def merged(self, values: Mapping[str, str]) -> dict[str, str]:
+        """What any process has. All of them ask."""
+        if self.mesh is None:
+            return dict(values)
+        everyones: list[dict[str, str]] = [{} for _ in range(self.count)]
+        dist.all_gather_object(everyones, dict(values))
+        return {name: value for one in everyones for name, value in one.items()}
+
 
 ALONE = Ranks(None)
 
@@ -102,7 +115,11 @@ def place_in_job() -> tuple[int, int]:
 def device_of_rank(device: torch.device) -> torch.device:
     """The device of this process: of several on a machine, the one with its local rank's number."""
     local = os.environ.get("LOCAL_RANK")
-    if local is None or device.type == "cpu" or device.index is not None:
+    if local is None or device.type == "cpu":
+        return device
+    if device.index is not None:
+        if place_in_job()[1] > 1:
+            raise ValueError(f"{device} is one device for several processes: give {device.type}")
         return device
     return torch.device(device.type, int(local))
 
@@ -124,12 +141,11 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIM
         logger.warning("set %s=1 for torchrun, or processes that it starts again may wait in vain", OWN_STORE)
     if device.type != "cpu":
         getattr(torch, device.type).set_device(device)
-    patience = datetime.timedelta(seconds=timeout)
-    dist.init_process_group(_BACKENDS[device.type], timeout=patience)
+    dist.init_process_group(_BACKENDS[device.type], timeout=datetime.timedelta(seconds=timeout))
     try:
-        ranks = Ranks(mesh := Mesh.build(settings, device_type=device.type))
+        ranks = Ranks(mesh := Mesh.build(settings, device_type=device.type), timeout=timeout)
         for group in mesh.groups():  # which torch gives its own default
-            _set_pg_timeout(patience, group)
+            _set_pg_timeout(ranks.patience, group)
         if not ranks.first:
             logging.getLogger("opensoraplan").setLevel(logging.WARNING)
         yield ranks

@@ -3,14 +3,16 @@
 The files are torch.distributed.checkpoint's, in a folder `sharded`; tensors are named PART/NAME in them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -54,10 +56,27 @@ def write(folder: Path, parts: Parts, *, group: dist.ProcessGroup) -> Future[Any
     return cast(Future, async_save(_flat(parts), checkpoint_id=folder / FOLDER, process_group=group))
 
 
+def finish(written: Future[Any]) -> None:
+    """Return when what `write` began is on the disk. Raises OSError, of any rank."""
+    with _plain():
+        written.result()
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """The library gathers all ranks' errors in one that is no Exception; let the first of them pass."""
+    try:
+        yield
+    except CheckpointException as failed:
+        error = next(iter(failed.failures.values()))[0]
+        raise (error if isinstance(error, OSError | ValueError) else OSError(str(error))) from None
+
+
 def read_into(folder: Path, parts: Parts) -> None:
     """Fill `parts`, tensors or DTensors of any sharding, in place. All ranks call this."""
     alone = not (dist.is_available() and dist.is_initialized())
-    load(_flat(parts), checkpoint_id=folder / FOLDER, no_dist=alone)
+    with _plain():
+        load(_flat(parts), checkpoint_id=folder / FOLDER, no_dist=alone)
 
 
 def read_whole(folder: Path, *, only: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -68,7 +87,8 @@ def read_whole(folder: Path, *, only: Sequence[str] | None = None) -> dict[str, 
         part, _, name = key.partition("/")
         if isinstance(entry, TensorStorageMetadata) and (only is None or part in only):
             parts.setdefault(part, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    load(_flat(parts), checkpoint_id=folder / FOLDER, no_dist=True)
+    with _plain():
+        load(_flat(parts), checkpoint_id=folder / FOLDER, no_dist=True)
     return parts
 
 

@@ -127,7 +127,7 @@ class CacheJob:
         self.settings = settings
         self.out = out
         # Of every shape: how large batches are is for training to say.
-        self.samples = select_clips(data, data.manifest, seed=settings.seed)
+        self.samples = select_clips(data, data.manifest, root=data.root, seed=settings.seed)
         preprocessing = preprocessing_parts(settings, self.samples)
         features.check_place(out, preprocessing)
 

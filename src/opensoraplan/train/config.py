@@ -6,13 +6,21 @@ Every default is the original's, where it has one (original.md, sections 4 to 6)
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from opensoraplan import builtin
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.flow import Weighting
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.settings import Settings
 
+
+def _builtin(value: object) -> object:
+    """The package's own model may be named instead of its folder."""
+    return builtin.folder() if value == "builtin" else value
+
+
+ModelPath = Annotated[Path, BeforeValidator(_builtin)]
 Precision = Literal["fp32", "bf16"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -26,7 +34,7 @@ class ModelSettings(Settings):
     the weights which the optimizer changes.
     """
 
-    pretrained: Path | None = None
+    pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
     sparse_n: tuple[Positive, ...] | None = None
     compute: Precision = "bf16"
@@ -42,7 +50,7 @@ class ModelSettings(Settings):
 class VAESettings(Settings):
     """The frozen VAE. `config` for a checkpoint without one."""
 
-    pretrained: Path | None = None
+    pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
     compute: Precision = "fp32"
 
@@ -52,19 +60,19 @@ class TextSettings(Settings):
     tokenizers (None: in the encoder's folder). `clean` captions as the original does.
     """
 
-    t5: Path | None = None
-    clip: Path | None = None
-    t5_tokenizer: Path | None = None
-    clip_tokenizer: Path | None = None
+    t5: ModelPath | None = None
+    clip: ModelPath | None = None
+    t5_tokenizer: ModelPath | None = None
+    clip_tokenizer: ModelPath | None = None
     max_tokens: Positive = 512
     clean: bool = True
     compute: Precision = "bf16"
 
 
 class ClipSourceSettings(Settings):
-    """Where clips come from. `manifest`: anything that `osp data check` reads. `batch_size` is per rank and
-    micro-batch. `new_windows`: draw another window of a long clip each epoch. `max_bad_files`: how many
-    unreadable files are replaced by others before the run stops.
+    """Where clips come from. `manifest`: anything that `osp data check` reads. `batch_size` is that of a
+    micro-batch in the processes that share samples. `new_windows`: draw another window of a long clip each
+    epoch. `max_bad_files`: how many unreadable files are replaced by others before the run stops.
     """
 
     manifest: Path | None = None
@@ -155,7 +163,7 @@ class ParallelSettings(MeshSettings):
 
     `cpu_offload` keeps shards, gradients and optimizer state in host memory. `encoder_dp`: processes that
     work on the same sample encode different ones in turn, instead of all the same. `timeout_s`: how long a
-    process waits for the others before it takes the job down.
+    process waits for the others, also for them to write a checkpoint, before it takes the job down.
     """
 
     cpu_offload: bool = False
@@ -163,26 +171,29 @@ class ParallelSettings(MeshSettings):
     timeout_s: Annotated[float, Field(gt=0)] = 600
 
 
-class LogSettings(Settings):
-    """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted.
-
-    `peak_tflops` of the device in the model's precision, for MFU; None: measured at the start.
-    """
+class VAELogSettings(Settings):
+    """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted."""
 
     every: Positive = 10
     tensorboard: bool = False
     wandb_project: str | None = None
+
+
+class LogSettings(VAELogSettings):
+    """`peak_tflops` of the device in the model's precision, for MFU; None: measured at the start."""
+
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class ValidationSettings(Settings):
-    """Every `every` steps (0: never) the EMA's loss on `samples` held-out clips of `manifest` or `features`,
-    at fixed sigmas and noise, and a video of each of `prompts` (`frames` x `height` x `width`), or one of
-    both.
+    """Every `every` steps (0: never) the EMA's loss on `samples` held-out clips of `manifest` (with `root`,
+    as in `data`) or `features`, at fixed sigmas and noise, and a video of each of `prompts` (`frames` x
+    `height` x `width`), or one of both.
     """
 
     every: Count = 0
     manifest: Path | None = None
+    root: Path | None = None
     features: Path | None = None
     samples: Positive = 16
     sigmas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.2, 0.5, 0.8)
@@ -238,11 +249,12 @@ class TrainSettings(Settings):
 
 
 class VAEModelSettings(Settings):
-    """The VAE to train: a checkpoint to go on from, or constructor arguments of WFVAE for a new one.
-    `freeze_encoder` trains the decoder alone, so that latents, shift and scale stay what they are.
+    """The VAE to train. `pretrained`: a checkpoint to go on from; `config`: constructor arguments of WFVAE,
+    for a new one or for a checkpoint without config. `freeze_encoder` trains the decoder alone, so that
+    latents, shift and scale stay what they are.
     """
 
-    pretrained: Path | None = None
+    pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
     freeze_encoder: bool = False
 
@@ -267,8 +279,8 @@ class VAEClipSettings(ClipSourceSettings):
 
 
 class VAELossSettings(Settings):
-    """Weights beside the L1 loss of the pixels (arXiv 2411.17459). `adversarial_start`: the step from which
-    a discriminator takes part, with `adversarial` times the adaptive weight; None: never.
+    """Weights beside the L1 loss of the pixels (arXiv 2411.17459). `adversarial_start`: the first step, from
+    1, in which a discriminator takes part, with `adversarial` times the adaptive weight; None: never.
     """
 
     kl: Annotated[float, Field(ge=0)] = 1e-6
@@ -278,12 +290,23 @@ class VAELossSettings(Settings):
     adversarial_start: Count | None = None
     discriminator_lr: Annotated[float, Field(gt=0)] = 1e-5
 
+    @model_validator(mode="after")
+    def _begun(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("adversarial", "discriminator_lr"):
+            if self.adversarial_start is None and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} needs adversarial_start: there is no discriminator without it")
+        return self
+
 
 class VAEValidationSettings(Settings):
-    """Every `every` steps (0: never) PSNR and SSIM of `samples` whole clips of `manifest`."""
+    """Every `every` steps (0: never) PSNR and SSIM of `samples` whole clips of `manifest` (and `root`, as in
+    `data`).
+    """
 
     every: Count = 0
     manifest: Path | None = None
+    root: Path | None = None
     samples: Positive = 16
 
 
@@ -305,7 +328,7 @@ class VAETrainSettings(Settings):
     loss: VAELossSettings = VAELossSettings()
     optimizer: VAEOptimizerSettings = VAEOptimizerSettings()
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    log: LogSettings = LogSettings()
+    log: VAELogSettings = VAELogSettings()
     validation: VAEValidationSettings = VAEValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 

@@ -52,12 +52,6 @@ class Ema:
         finally:
             self._fill(own)
 
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Go on from saved `values`, of the same names and shapes."""
-        for name, value in self.values.items():
-            value.copy_(values[name])
-
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self._weights.items():
             weight.copy_(values[name])

@@ -101,19 +101,55 @@ class Encoders:
         The same weights have the same fingerprint from whatever kind of checkpoint. The VAE's decoder takes
         no part in it.
         """
-        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        text = f"{_name(self.text_encoder.dtype)} {_name(self.text_encoder_2.dtype)}"
         return {
-            "VAE weights": _hash_of_tensors(self.vae.encoder.state_dict()),
-            "VAE config": _hash(_plain(config)),
-            "VAE precision": _name(self.vae.dtype),
-            "T5": _hash_of_encoder(self.text_encoder, _T5_KEYS),
-            "T5 tokenizer": _hash_of_tokenizer(self.tokenizer),
-            "CLIP": _hash_of_encoder(self.text_encoder_2, _CLIP_KEYS),
-            "CLIP tokenizer": _hash_of_tokenizer(self.tokenizer_2),
-            "text precision": f"{_name(self.text_encoder.dtype)} {_name(self.text_encoder_2.dtype)}",
+            **_vae_parts(self.vae),
+            **_t5_parts(self.text_encoder, self.tokenizer),
+            **_clip_parts(self.text_encoder_2, self.tokenizer_2),
+            "text precision": text,
             "max_tokens": str(self.max_tokens),
             "caption cleaning": "on" if self.clean else "off",
         }
+
+
+# All names that `Encoders.fingerprint` gives.
+ENCODER_PARTS = (
+    *("VAE weights", "VAE config", "VAE precision", "T5", "T5 tokenizer", "CLIP", "CLIP tokenizer"),
+    *("text precision", "max_tokens", "caption cleaning"),
+)
+
+
+def fingerprint_of_named(vae: VAESettings, text: TextSettings) -> dict[str, str]:
+    """As `Encoders.fingerprint`, of those parts that the settings name."""
+    parts: dict[str, str] = {}
+    paths, dtype, cpu = _given_paths(vae, text), DTYPES[text.compute], torch.device("cpu")
+    _check_there(paths)
+    if (path := paths.get("vae.pretrained")) is not None:
+        parts |= _vae_parts(_load_vae(path, vae.config, dtype=DTYPES[vae.compute], device=cpu))
+    if (path := paths.get("text.t5")) is not None:
+        encoder = load_text_encoder(path, kind="t5", dtype=dtype, device=cpu)
+        parts |= _t5_parts(encoder, load_tokenizer(paths["text.t5_tokenizer"]))
+    if (path := paths.get("text.clip")) is not None:
+        encoder = load_text_encoder(path, kind="clip", dtype=dtype, device=cpu)
+        parts |= _clip_parts(encoder, load_tokenizer(paths["text.clip_tokenizer"]))
+    return parts
+
+
+def _vae_parts(vae: WFVAE) -> dict[str, str]:
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    return {
+        "VAE weights": _hash_of_tensors(vae.encoder.state_dict()),
+        "VAE config": _hash(_plain(config)),
+        "VAE precision": _name(vae.dtype),
+    }
+
+
+def _t5_parts(encoder: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    return {"T5": _hash_of_encoder(encoder, _T5_KEYS), "T5 tokenizer": _hash_of_tokenizer(tokenizer)}
+
+
+def _clip_parts(encoder: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    return {"CLIP": _hash_of_encoder(encoder, _CLIP_KEYS), "CLIP tokenizer": _hash_of_tokenizer(tokenizer)}
 
 
 def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device | str) -> Encoders:
@@ -152,23 +188,36 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
 
 def find_parts(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
     """Where each part is, by its setting."""
-    given = {
-        "vae.pretrained": (vae.pretrained, "vae", "the folder or file of a VAE"),
-        "text.t5": (text.t5, "text_encoder", "the folder of a T5 encoder"),
-        "text.clip": (text.clip, "text_encoder_2", "the folder of a CLIP text model with projection"),
-        "text.t5_tokenizer": (text.t5_tokenizer or text.t5, "tokenizer", ""),
-        "text.clip_tokenizer": (text.clip_tokenizer or text.clip, "tokenizer_2", ""),
+    paths = _given_paths(vae, text)
+    needed = {
+        "vae.pretrained": "the folder or file of a VAE",
+        "text.t5": "the folder of a T5 encoder",
+        "text.clip": "the folder of a CLIP text model with projection",
     }
-    missing = [f"{name} ({what})" for name, (path, _, what) in given.items() if path is None and what]
+    missing = [f"{name} ({what})" for name, what in needed.items() if name not in paths]
     if missing:
         raise ValueError(
             f"these settings are missing: {', '.join(missing)}; each may also name a whole pipeline"
         )
-    paths = {name: _part(path, part) for name, (path, part, _) in given.items() if path is not None}
+    _check_there(paths)
+    return paths
+
+
+def _given_paths(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
+    given = {
+        "vae.pretrained": (vae.pretrained, "vae"),
+        "text.t5": (text.t5, "text_encoder"),
+        "text.clip": (text.clip, "text_encoder_2"),
+        "text.t5_tokenizer": (text.t5_tokenizer or text.t5, "tokenizer"),
+        "text.clip_tokenizer": (text.clip_tokenizer or text.clip, "tokenizer_2"),
+    }
+    return {name: _part(path, part) for name, (path, part) in given.items() if path is not None}
+
+
+def _check_there(paths: Mapping[str, Path]) -> None:
     absent = [f"{name}: {path}" for name, path in paths.items() if not path.exists()]
     if absent:
         raise FileNotFoundError(f"these paths do not exist: {'; '.join(absent)}")
-    return paths
 
 
 def _part(path: Path, name: str) -> Path:

@@ -1,5 +1,6 @@
 """From a training run to what others read: a diffusers folder, Megatron shards, or the release's pickle."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from opensoraplan.train.encoders import find_parts
 from opensoraplan.train.run import CONFIG
 
 logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _write_diffusers(
             max_shard_size=max_shard_size,
         )
         return
-    paths = find_parts(vae, text)
+    paths, base = find_parts(vae, text), _base(settings)
     sources = Sources(
         transformer=folder,
         vae=paths["vae.pretrained"],
@@ -127,15 +130,47 @@ def _write_diffusers(
         vae=open_vae(sources.vae, vae.config),
         sources=sources,
         dtype=dtype,
-        scheduler={} if settings.validation.shift is None else {"shift": settings.validation.shift},
-        prompts={"max_text_tokens": text.max_tokens, "clean_prompts": text.clean, **prompts.as_config()},
+        scheduler=_scheduler(settings, base),
+        prompts={
+            **_prompts_of(base),
+            "max_text_tokens": text.max_tokens,
+            "clean_prompts": text.clean,
+            **prompts.as_config(),
+        },
         max_shard_size=max_shard_size,
     )
-    _generate_defaults(settings).write(folder)
+    _generate_defaults(settings, base).write(folder)
 
 
-def _generate_defaults(settings: TrainSettings) -> GenerateDefaults:
-    """Videos like those of the run's validation, else of the size that it was trained on, if that is one."""
+def _base(settings: TrainSettings) -> Path | None:
+    """The whole pipeline that the run began from, if it is one."""
+    path = settings.model.pretrained
+    return path if path is not None and (path / INDEX).is_file() else None
+
+
+def _prompts_of(base: Path | None) -> dict[str, Any]:
+    """How the pipeline in that folder treats prompts, as far as it says so."""
+    if base is None:
+        return {}
+    index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+    return {key: index[key] for key in ("prompt_template", "default_negative_prompt") if key in index}
+
+
+def _scheduler(settings: TrainSettings, base: Path | None) -> dict[str, Any]:
+    """The shift of the run's validation, else of the pipeline that it began from."""
+    if settings.validation.shift is not None:
+        return {"shift": settings.validation.shift}
+    path = None if base is None else base / "scheduler" / "scheduler_config.json"
+    if path is None or not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return {key: config[key] for key in ("shift", "use_dynamic_shifting") if key in config}
+
+
+def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDefaults:
+    """Videos like those of the run's validation, else of the size that it was trained on, if that is one, and
+    else as of the pipeline that it began from.
+    """
     validation, selection = settings.validation, settings.data.selection
     if validation.prompts:
         return GenerateDefaults(
@@ -147,11 +182,8 @@ def _generate_defaults(settings: TrainSettings) -> GenerateDefaults:
             guidance=validation.guidance_scale,
             dtype=settings.model.compute,
         )
-    one_size = selection.force_resolution
-    return GenerateDefaults(
-        frames=selection.sample_frames(selection.num_frames),
-        fps=selection.train_fps,
-        height=selection.max_height if one_size else None,
-        width=selection.max_width if one_size else None,
-        dtype=settings.model.compute,
-    )
+    before = GenerateDefaults() if base is None else GenerateDefaults.of(base)
+    size = {"frames": selection.sample_frames(selection.num_frames), "fps": selection.train_fps}
+    if selection.force_resolution:
+        size |= {"height": selection.max_height, "width": selection.max_width}
+    return before.model_copy(update={**size, "dtype": settings.model.compute})

@@ -114,11 +114,6 @@ def is_vae_run(config: Path) -> bool:
     return bool(_unknown(values, TrainSettings)) and not _unknown(values, VAETrainSettings)
 
 
-def differences(old: Settings, new: Settings) -> list[str]:
-    """A line for each value that differs, as "optimizer.lr: 1e-05 -> 0.0001"."""
-    return [f"{name}: {before} -> {after}" for name, (before, after) in _different(old, new).items()]
-
-
 def refuse_changes(old: Settings, new: Settings) -> None:
     """Raise ValueError if `new` cannot go on with what `old` began: something but RESUMABLE_CHANGES
     differs, or the end of a schedule that tells the learning rate of every step before it.

@@ -28,7 +28,6 @@ PRECISIONS = ("fp32", "bf16")
 MEANINGLESS_IN_MODEL = {
     "TF32 is torch's own setting, which is left as it is": ["allow_tf32"],
     "a memory layout of Ascend's operators": ["allow_internal_format"],
-    "each process encodes its own samples": ["enable_encoder_dp"],
     "the VAE always streams, with the same result": ["ae.use_tiling"],
     "weights are always read one tensor at a time": [
         "text_encoder.low_cpu_mem_usage",
@@ -271,6 +270,7 @@ def read_guide(model_json: Path, data_json: Path) -> tuple[dict[str, Any], list[
             "shift": "dynamic" if model.diffusion.use_dynamic_shifting else model.diffusion.shift,
         },
         "optimizer": {"accumulate": agreed["accumulate"]},
+        "parallel": {"encoder_dp": model.enable_encoder_dp},
     }
     if agreed["num_frames"] is not None:
         selection["num_frames"] = agreed["num_frames"]

@@ -12,9 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import BadFiles
+from opensoraplan.parallel.ranks import Ranks
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
+
+# Batches that a worker has ready, and what those of all workers may take. A clip of the release's size is 0.9
+# GB.
+_MOST_AHEAD, _AHEAD_BYTES = 4, 2 * 10**9
 
 
 class _MicroBatches(torch.utils.data.Sampler[list[Draw]]):
@@ -55,11 +60,13 @@ def micro_batches(
     *,
     workers: int,
     collate: Callable[[list[Item]], Batch],
+    batch_bytes: int,
 ) -> Iterator[Batch]:
     """Yield the micro-batches whose draws `order` gives, in that order.
 
-    `workers` processes read ahead; 0 reads in this one. Raises what the dataset raises, ValueError and
-    OSError as they are with any number of workers.
+    `workers` processes read ahead, each one batch at least, and up to four as long as all of them, of
+    `batch_bytes` at most, take less than 2 GB; 0 reads in this process. Raises what the dataset raises,
+    ValueError and OSError as they are with any number of workers.
     """
     loader = DataLoader(
         _Batches(dataset, collate),
@@ -67,13 +74,17 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_ahead(workers, batch_bytes) if workers else None,
         worker_init_fn=ignore_signals,
     )
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _ahead(workers: int, batch_bytes: int) -> int:
+    return max(1, min(_MOST_AHEAD, _AHEAD_BYTES // (workers * batch_bytes)))
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -92,6 +103,13 @@ class BadFileAccount(BadFiles):
     def state_dict(self) -> dict[str, str]:
         """What is wrong with each file, by its path, for JSON."""
         return {str(path): message for path, message in self._messages.items()}
+
+    def share(self, ranks: Ranks) -> None:
+        """Take over what other processes could not read; all of them call this. Raises ValueError in all if
+        together it is too much.
+        """
+        self.load_state_dict(ranks.merged(self.state_dict()))
+        self.add(())
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         """Go on from what `state_dict` gave."""

@@ -1,7 +1,5 @@
 """The weights that an optimizer changes, where a model computes in a lower precision than they have."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -42,9 +40,3 @@ class MasterWeights:
             weights: list[Tensor] = list(self._computing.values())
             masters: list[Tensor] = list(self.parameters.values())
             torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
-        self.publish()

@@ -216,12 +216,17 @@ class Averages:
         self._quarters = None
         return means
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is summed up so far, for JSON, which keeps every bit of it."""
+    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """What all processes have summed up so far, for JSON, which keeps every bit of it."""
+        quarters = None
+        if self._quarters is not None:
+            flat = dict(enumerate(self._quarters.flatten().tolist()))
+            summed = ranks.summed({str(place): value for place, value in flat.items()})
+            quarters = [[summed[str(row * QUARTERS + q)] for q in range(QUARTERS)] for row in range(2)]
         return {
-            "sums": {name: float(total) for name, total in self._sums.items()},
-            "counts": dict(self._counts),
-            "quarters": None if self._quarters is None else self._quarters.tolist(),
+            "sums": ranks.summed({name: float(total) for name, total in self._sums.items()}),
+            "counts": ranks.summed(self._counts),
+            "quarters": quarters,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train import checkpoint
+from opensoraplan.train.clip import GradientOutlierError
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import read_settings, refuse_changes
 from opensoraplan.train.loading import BadFileAccount
@@ -108,8 +109,8 @@ def open_metrics(settings: RunSettings, *, start: int, ranks: Ranks) -> Metrics 
 class Job(Protocol):
     """What a trainer does in its loop. Steps count from 1.
 
-    A step that raises ValueError, OSError or FloatingPointError has changed nothing that is saved but the two
-    counts.
+    A step that raises ValueError, OSError, FloatingPointError or MemoryError has changed nothing that is
+    saved but the two counts.
     """
 
     averages: Averages
@@ -122,16 +123,18 @@ class Job(Protocol):
     def save(self, step: int) -> None: ...
 
 
-def counted(job: Job) -> dict[str, Any]:
-    """What a checkpoint's state has of the two counts."""
-    return {"averages": job.averages.state_dict(), "bad_files": job.bad_files.state_dict()}
+def counted(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What a checkpoint's state has of the two counts of all processes, which all ask."""
+    job.bad_files.share(ranks)
+    return {"averages": job.averages.state_dict(ranks), "bad_files": job.bad_files.state_dict()}
 
 
-def go_on_counting(job: Job, state: Mapping[str, Any]) -> None:
+def go_on_counting(job: Job, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
     """Take over the counts of a checkpoint's state, if it has them: the first runs did not save them."""
     if "averages" in state:
-        job.averages.load_state_dict(state["averages"])
         job.bad_files.load_state_dict(state["bad_files"])
+        if ranks.data_rank == 0:  # sums are of all processes: one goes on with them
+            job.averages.load_state_dict(state["averages"])
 
 
 def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:
@@ -150,7 +153,7 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
         # No sooner: up to here a run that cannot begin after all has changed nothing.
         ranks.agree(lambda: checkpoint.set_aside(settings.output, after=start))
         for step in range(start + 1, total + 1):
-            with _told_by_rank(step, ranks):
+            with _told_by_rank(step, ranks, job):
                 with _saved_on_error(job, step - 1, saved=saved, ranks=ranks):
                     job.step(step)
                 if due(step, settings.log.every):
@@ -181,7 +184,7 @@ def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterato
     counts = copy.deepcopy((job.averages, job.bad_files))
     try:
         yield
-    except (ValueError, OSError, FloatingPointError):
+    except (ValueError, OSError, FloatingPointError, MemoryError):
         if step > saved:
             job.averages, job.bad_files = counts
             try:
@@ -194,13 +197,16 @@ def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterato
 
 
 @contextmanager
-def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
+def _told_by_rank(step: int, ranks: Ranks, job: Job) -> Iterator[None]:
     """Errors in one of several processes say which it was and at which step, those of collectives that hang
-    or have lost another process, too.
+    or have lost another process, too. Outliers of the gradient are the same in all.
     """
-    kinds = (ValueError, OSError, FloatingPointError, RuntimeError)
+    kinds = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
     try:
         yield
+    except GradientOutlierError:
+        job.writer.wait()
+        raise
     except kinds as error:
         if ranks.mesh is None:
             raise

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,26 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from opensoraplan.data.dataset import Batch, ClipDataset, collate
-from opensoraplan.data.features import FeatureBatch, FeatureDataset, check_fresh, collate_features
+from opensoraplan.data.features import (
+    FeatureBatch,
+    FeatureDataset,
+    check_fresh,
+    collate_features,
+    read_parts,
+)
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import Reason, Sample, select
 from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.train.config import ClipSourceSettings, TrainSettings, VAETrainSettings
-from opensoraplan.train.encoders import Encoders, check_paths, load_encoders
+from opensoraplan.train.encoders import (
+    ENCODER_PARTS,
+    Encoders,
+    check_paths,
+    fingerprint_of_named,
+    load_encoders,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +49,8 @@ class Encoded(NamedTuple):
 class Source:
     """A dataset, read by workers in batches that `collate` makes, and how a batch is encoded here.
 
-    `samples` are the dataset's, in its order. `vae_config` says what the latents are, `text_widths` how wide
-    the states of T5 and the pooled one of CLIP.
+    `samples` are the dataset's, in its order, of `largest` bytes at most. `vae_config` says what the latents
+    are, `text_widths` how wide the states of T5 and the pooled one of CLIP.
     """
 
     dataset: Dataset[Any]
@@ -47,6 +60,7 @@ class Source:
     vae_config: Mapping[str, Any]
     text_widths: tuple[int, int]
     device: torch.device
+    largest: int
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -98,11 +112,12 @@ def open_source(
     exist, is empty, or was encoded by something else.
     """
     data = settings.data
-    manifest, features = data.manifest, data.features
+    manifest, root, features = data.manifest, data.root, data.features
     if global_batch is None and not held_out:
         global_batch = global_batch_of(settings)
     if held_out:
-        manifest, features = settings.validation.manifest, settings.validation.features
+        validation = settings.validation
+        manifest, root, features = validation.manifest, validation.root, validation.features
     dropout = 0.0 if held_out else data.caption_dropout
     named = bool(settings.vae.pretrained and settings.text.t5 and settings.text.clip)
     if features is None or named:
@@ -111,17 +126,23 @@ def open_source(
         parts: dict[str, str] = {}
         if manifest is not None:
             # Without the batch: a cache has the rare shapes, too.
-            parts |= preprocessing_parts(settings, select_clips(data, manifest, seed=settings.seed))
+            parts |= preprocessing_parts(
+                settings, select_clips(data, manifest, root=root, seed=settings.seed)
+            )
         if named:
             loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
             parts |= loaded.fingerprint()
             if not held_out and _validation_encodes(settings):
                 encoders = loaded.to(device)
+        else:
+            parts |= fingerprint_of_named(settings.vae, settings.text)
+        if held_out and data.features is not None:
+            parts |= encoders_of_cache(data.features)
         check_fresh(features, parts)
         source = _features(features, settings, dropout=dropout, global_batch=global_batch, device=device)
         return source, encoders
     assert manifest is not None
-    samples = select_clips(data, manifest, seed=settings.seed, global_batch=global_batch)
+    samples = select_clips(data, manifest, root=root, seed=settings.seed, global_batch=global_batch)
     encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
     dataset = ClipDataset(
         samples,
@@ -137,7 +158,8 @@ def open_source(
         return Encoded(moments, encoders.encode_captions(batch.captions))
 
     config, widths = encoders.vae.config, encoders.text_widths
-    return Source(dataset, samples, collate, encode, config, widths, device), encoders
+    largest = max(clip_bytes(sample.shape) for sample in samples)
+    return Source(dataset, samples, collate, encode, config, widths, device, largest), encoders
 
 
 def global_batch_of(settings: TrainSettings | VAETrainSettings) -> int:
@@ -149,6 +171,7 @@ def select_clips(
     data: ClipSourceSettings,
     manifest: Path,
     *,
+    root: Path | None,
     seed: int,
     global_batch: int | None = None,
     need_captions: bool = True,
@@ -156,7 +179,7 @@ def select_clips(
     """The clips of a manifest that are used, as `osp data check` shows; how many are not is logged for each
     reason. Arguments and errors are those of `read_manifest` and `select`.
     """
-    records = read_manifest(manifest, root=data.root)
+    records = read_manifest(manifest, root=root)
     selection = select(
         records, data.selection, seed=seed, global_batch=global_batch, need_captions=need_captions
     )
@@ -164,6 +187,26 @@ def select_clips(
     for reason, drops in selection.reasons().items():
         logger.info("%s: %d dropped, %s: %s", manifest, len(drops), reason, reason.sentence)
     return selection.kept
+
+
+def clip_bytes(shape: tuple[int, int, int]) -> int:
+    """Of a clip of so many frames, height and width as workers hand it over: three channels in fp32."""
+    return 12 * math.prod(shape)
+
+
+def clips_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a checkpoint knows of the clips that the run is trained on."""
+    return {"count": len(samples), "digest": digest_of(samples)}
+
+
+def check_clips(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the clips are those that the run was begun with (None: it is not known)."""
+    if before is not None and before != now:
+        raise ValueError(
+            f"these are not the clips that the run was begun with ({before['count']} then, {now['count']} "
+            "now, or other captions or sizes): a step would have other ones. Restore the manifest, or begin "
+            "another run with model.pretrained to go on from this one's weights"
+        )
 
 
 def digest_of(samples: Sequence[Sample]) -> str:
@@ -189,6 +232,11 @@ def preprocessing_parts(settings: TrainSettings, samples: Sequence[Sample]) -> d
         "use_aesthetic": str(data.use_aesthetic).lower(),
         "clips, windows (drawn by seed) and captions": digest_of(samples),
     }
+
+
+def encoders_of_cache(folder: Path) -> dict[str, str]:
+    """The fingerprints of what encoded the features in `folder`."""
+    return {name: value for name, value in read_parts(folder).items() if name in ENCODER_PARTS}
 
 
 def _validation_encodes(settings: TrainSettings) -> bool:
@@ -224,4 +272,6 @@ def _features(
         return Encoded(batch.moments.to(device), prompt)
 
     vae = dataset.description.vae
-    return Source(dataset, dataset.samples, collate_features, encode, vae, (t5, clip), device)
+    # Moments are a third of a picture's pixels, and of a clip's much less.
+    largest = max(clip_bytes(sample.shape) for sample in dataset.samples) // 3
+    return Source(dataset, dataset.samples, collate_features, encode, vae, (t5, clip), device, largest)

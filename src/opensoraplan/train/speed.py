@@ -7,12 +7,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from opensoraplan.device import is_out_of_memory
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train.config import LogSettings
 from opensoraplan.train.metrics import measured_peak_tflops, peak_memory, training_flops
+
+
+@contextmanager
+def explained_memory(latents: Tensor, prompt: PromptEmbeds) -> Iterator[None]:
+    """Turn errors for full memory into a MemoryError that says of what, and what needs less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        shape = " x ".join(map(str, latents.shape))
+        raise MemoryError(
+            f"latents of {shape} with {prompt.sequence.shape[1]} text tokens do not fit into memory: raise "
+            "memory.recompute_blocks, or lower data.batch_size or data.selection's sizes; osp plan predicts "
+            "what they need"
+        ) from error
 
 
 class Speed:
@@ -25,15 +42,13 @@ class Speed:
 
     def _reset(self) -> None:
         self._began = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._encoded = 0.0
         self._samples = self._tokens = self._flops = 0
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What the block takes is waiting for data."""
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
+    def waited(self, seconds: float, *, encoding: float) -> None:
+        """So long a step has waited for data, and so long the frozen encoders have taken."""
+        self._waited += seconds
+        self._encoded += encoding
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -56,7 +71,8 @@ class Speed:
 
     def take(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Rates of all processes together since the last `take`, TFLOP/s and MFU those of each device, memory
-        this one's; `data_wait` is the share of the time spent waiting for data.
+        this one's; `data_wait` and `encoding` are the shares of the time spent waiting for data, and in VAE
+        and text encoders.
         """
         seconds = time.perf_counter() - self._began
         tflops = self._flops / ranks.sample_ranks / seconds / 1e12
@@ -66,6 +82,7 @@ class Speed:
             "TFLOP/s": tflops,
             "MFU": tflops / self._peak,
             "data_wait": self._waited / seconds,
+            "encoding": self._encoded / seconds,
             "memory_GB": peak_memory(self._device) / 1e9,
         }
         self._reset()

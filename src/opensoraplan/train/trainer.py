@@ -18,9 +18,10 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, resolve_device
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
+from opensoraplan.parallel.plan import forget_gathered
 from opensoraplan.parallel.ranks import Ranks, device_of_rank, joined
 from opensoraplan.train import checkpoint, objective
-from opensoraplan.train.building import build, build_shards
+from opensoraplan.train.building import build
 from opensoraplan.train.clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.ema import Ema
@@ -35,8 +36,8 @@ from opensoraplan.train.optimizer import (
     set_learning_rate,
 )
 from opensoraplan.train.run import begun_together, counted, go_on_counting, run_steps
-from opensoraplan.train.sources import Source, global_batch_of, open_source
-from opensoraplan.train.speed import Speed
+from opensoraplan.train.sources import Source, check_clips, clips_of, global_batch_of, open_source
+from opensoraplan.train.speed import Speed, explained_memory
 from opensoraplan.train.turns import encoded_batches
 from opensoraplan.train.validation import Validation
 from opensoraplan.train.writers import ShardedWriter, Writer
@@ -59,6 +60,11 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
         global_batch = global_batch_of(settings) * ranks.data_ranks
         source, encoders = open_source(settings, device=device, global_batch=global_batch)
         sampler = BucketSampler(source.shapes, global_batch=global_batch, seed=settings.seed)
+        if sampler.dropped_per_epoch:
+            left = ", ".join(
+                f"{n} of {'x'.join(map(str, shape))}" for shape, n in sampler.dropped_per_epoch.items()
+            )
+            logger.info("each epoch leaves out other clips that fill no whole step: %s", left)
         validation = None
         if settings.validation.every:
             validation = Validation(settings, encoders=encoders, device=device, writes=ranks.first)
@@ -85,6 +91,7 @@ class _Job:
     ) -> None:
         self.settings = settings
         self.source = source
+        self.clips = clips_of(source.samples)
         self.sampler = sampler
         self.validation = validation
         self.ranks = ranks
@@ -107,19 +114,14 @@ class _Job:
             self.writer = ShardedWriter(settings.output, settings.checkpoint, ranks)
 
     def _weights(self) -> tuple[SparseUMMDiT, MasterWeights]:
-        """The model where it computes: on the device, or in shards on those of all ranks."""
-        settings, memory = self.settings, self.settings.memory
-        master = compute = DTYPES[settings.model.master]
+        """The model where it computes, and what the optimizer changes, which may be more precise."""
+        master = DTYPES[self.settings.model.master]
+        model = build(self.settings, device=self.device, mesh=self.ranks.mesh).train()
         if self.ranks.mesh is not None:  # FSDP casts the weights that it gathers
-            model = build_shards(settings, self.ranks.mesh, device=self.device)
-        else:
-            model = build(settings.model, seed=settings.seed)
-            model.to(self.device)  # type: ignore[arg-type]
-            compute = self.dtype
-            if memory.compile:
-                model.compile_repeated_blocks()
-        model.set_recompute(blocks=memory.recompute_blocks, feed_forwards=memory.recompute_feed_forwards)
-        return model.train(), MasterWeights(model, master=master, compute=compute)
+            return model, MasterWeights(model, master=master, compute=master)
+        if self.settings.memory.compile:
+            model.compile_repeated_blocks()
+        return model, MasterWeights(model, master=master, compute=self.dtype)
 
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
@@ -127,18 +129,25 @@ class _Job:
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(accumulate):
-            with self.speed.waiting():
-                draws, encoded, failures = next(self.batches)
-            self.bad_files.add(failures)
+            turn = next(self.batches)
+            self.speed.waited(turn.waited, encoding=turn.encoding)
+            self.bad_files.add(turn.failures)
+            draws, encoded = turn.draws, turn.encoded
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
             drawn = objective.draw(draws, shape, settings.flow, seed=settings.seed).to(self.device)
             latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
-            losses = objective.losses(
-                self.model, latents, encoded.prompt, sigma=drawn.sigma, noise=drawn.noise, dtype=self.dtype
-            )
-            weights = flow.loss_weight(drawn.sigma, settings.flow.weighting)
-            ((losses * weights).mean() / accumulate).backward()
-            self.master.take_gradients()
+            with explained_memory(latents, encoded.prompt):
+                losses = objective.losses(
+                    self.model,
+                    latents,
+                    encoded.prompt,
+                    sigma=drawn.sigma,
+                    noise=drawn.noise,
+                    dtype=self.dtype,
+                )
+                weights = flow.loss_weight(drawn.sigma, settings.flow.weighting)
+                ((losses * weights).mean() / accumulate).backward()
+                self.master.take_gradients()
             self.averages.add_losses(losses, drawn.sigma)
             self.speed.count(self.model, latents, encoded.prompt)
         self._update(step)
@@ -169,7 +178,8 @@ class _Job:
         outliers, patience = self.outliers_in_a_row + 1, self.settings.clip.patience
         logger.warning("step %d: gradient norm %.4g is an outlier: the step is left out", step, norm)
         if outliers % patience == 0:
-            good = self._last_before_outliers()
+            self.writer.wait()  # or processes see different checkpoints while one is being finished
+            good = self.ranks.agree(self._last_before_outliers)
             if good is None or outliers >= 3 * patience:
                 raise GradientOutlierError(
                     f"step {step}: {outliers} gradient norms in a row are outliers, the last one {norm:.4g}, "
@@ -190,8 +200,9 @@ class _Job:
 
     def report(self) -> dict[str, float]:
         """What is logged of the steps since the last report."""
-        bad_files = self.ranks.summed({"bad_files": len(self.bad_files)})
-        return self.averages.take(self.ranks) | self.speed.take(self.ranks) | bad_files
+        self.bad_files.share(self.ranks)
+        counts = {"bad_files": float(len(self.bad_files))}
+        return self.averages.take(self.ranks) | self.speed.take(self.ranks) | counts
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything that the next step depends on."""
@@ -199,8 +210,9 @@ class _Job:
             "model_config": plain_config(self.model),
             "clip": self.clip.state_dict(),
             "outliers_in_a_row": self.outliers_in_a_row,
-            "global_batch": len(self.sampler.global_batch(0)),
-            **counted(self),
+            "global_batch": self.sampler.size,
+            "clips": self.clips,
+            **counted(self, self.ranks),
         }
         with self.speed.apart():
             self.writer.save(step, parts=self._parts(), state=state)
@@ -216,8 +228,9 @@ class _Job:
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run, made by any number of processes."""
         state = self._restore(step)
+        check_clips(state.get("clips"), self.clips)
         self.outliers_in_a_row = state["outliers_in_a_row"]
-        go_on_counting(self, state)
+        go_on_counting(self, state, self.ranks)
 
     def _restore(self, step: int) -> dict[str, Any]:
         """Take over what was learned until then, without what is counted; returns the checkpoint's state."""
@@ -230,7 +243,7 @@ class _Job:
 
     def _check_global_batch(self, before: int | None) -> None:
         """Raise ValueError unless steps have as many samples as when the checkpoint was made."""
-        now, ranks = len(self.sampler.global_batch(0)), self.ranks.data_ranks
+        now, ranks = self.sampler.size, self.ranks.data_ranks
         if before in (None, now):
             return
         if before % ranks:
@@ -257,6 +270,11 @@ class _Job:
             yield
             return
         with self.ema.applied():
-            self.master.publish()
+            self._publish()
             yield
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the model compute with the weights that there are now."""
         self.master.publish()
+        forget_gathered(self.model)

@@ -4,6 +4,7 @@ Processes of one sample (tp, sp) would all encode the same. With `parallel.encod
 instead: each reads and encodes every so many micro-batches, and shares the results when it is their turn.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -23,11 +24,15 @@ from opensoraplan.train.sources import Encoded, Source
 
 
 class Turn(NamedTuple):
-    """A micro-batch, and what this process could not read for it."""
+    """A micro-batch; what this process could not read for it, and the seconds that it has waited for clips or
+    features and taken to encode them.
+    """
 
     draws: Sequence[Draw]
     encoded: Encoded
     failures: Sequence[Failure] = ()
+    waited: float = 0.0
+    encoding: float = 0.0
 
 
 def encoded_batches(
@@ -50,13 +55,17 @@ def encoded_batches(
         lambda: islice(order(), own, None, turns),
         workers=settings.data.workers,
         collate=source.collate,
+        batch_bytes=settings.data.batch_size * source.largest,
     )
     rest = order()
     while draws := list(islice(rest, turns)):
         mine = None
         if own < len(draws):
+            began = time.perf_counter()
             batch = next(batches)
-            mine = Turn(draws[own], source.encode(batch), batch.failures)
+            there = time.perf_counter()
+            encoded = source.encode(batch)
+            mine = Turn(draws[own], encoded, batch.failures, there - began, time.perf_counter() - there)
         for turn, drawn in enumerate(draws):
             own_turn = mine if turn == own else None
             if mesh is not None and turns > 1:

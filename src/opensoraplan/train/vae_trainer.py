@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensoraplan.convert.assemble import load_vae
+from opensoraplan.convert.assemble import open_vae
 from opensoraplan.convert.export import new_folder, write_component
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import ClipDataset, collate
@@ -25,6 +25,7 @@ from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
 from opensoraplan.device import resolve_device
 from opensoraplan.fidelity import Fidelity
+from opensoraplan.models import original
 from opensoraplan.models.strict import plain_config
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
@@ -48,8 +49,8 @@ from opensoraplan.train.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from opensoraplan.train.run import begun, counted, go_on_counting, run_steps
-from opensoraplan.train.sources import global_batch_of, select_clips
+from opensoraplan.train.run import CONFIG, begun, counted, go_on_counting, run_steps
+from opensoraplan.train.sources import check_clips, clip_bytes, clips_of, global_batch_of, select_clips
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 from opensoraplan.train.writers import Writer
 
@@ -69,13 +70,12 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
     """
     piece = settings.data
     latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
-    samples = _samples(
-        settings.data, settings.data.manifest, seed=settings.seed, global_batch=global_batch_of(settings)
-    )
+    samples = _samples_to_train_on(settings)
     held_out: Sequence[Sample] = ()
     if settings.validation.every:
-        held_out = _samples(settings.data, settings.validation.manifest, seed=settings.seed)
-        held_out = held_out[: settings.validation.samples]
+        validation = settings.validation
+        held_out = _samples(settings.data, validation.manifest, root=validation.root, seed=settings.seed)
+        held_out = held_out[: validation.samples]
     device = resolve_device(settings.device)
     with begun(settings.output, settings, resume=resume) as start:
         job = _Job(settings, samples, held_out, start=start, device=device)
@@ -83,6 +83,21 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
             job.load(start)
         run_steps(job, settings, start=start)
         return job.finish(samples)
+
+
+def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
+    """Write the VAE of a run's checkpoint, as the run does after its last step, to the new folder `out`. The
+    latents' shift and scale are measured on the run's clips. Raises ValueError for a step that is not there.
+    """
+    settings = VAETrainSettings.read_file(run / CONFIG)
+    start = checkpoint.find(run, step)
+    samples = _samples_to_train_on(settings)
+    device = resolve_device(settings.device)
+    job = _Job(settings.model_copy(update={"output": run}), samples, (), start=start, device=device)
+    job.load(start)
+    with new_folder(out) as folder:
+        job.write(folder, samples)
+    logger.info("wrote the VAE of step %d to %s", start, out)
 
 
 class _Adversary:
@@ -128,6 +143,7 @@ class _Job:
         device: torch.device,
     ) -> None:
         self.settings = settings
+        self.clips = clips_of(samples)
         self.held_out = held_out
         self.device = device
         data, accumulate = settings.data, settings.optimizer.accumulate
@@ -141,6 +157,7 @@ class _Job:
             lambda: shares_of_steps(sampler, range(start, settings.optimizer.steps), accumulate=accumulate),
             workers=data.workers,
             collate=collate,
+            batch_bytes=data.batch_size * max(clip_bytes(sample.shape) for sample in samples),
         )
         self.bad_files = BadFileAccount(data.max_bad_files)
         self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
@@ -194,7 +211,7 @@ class _Job:
         self.averages.add("data_wait", waited / seconds)
 
     def _adversary_at(self, step: int) -> _Adversary | None:
-        return self.adversary if self.adversary is not None and step > self.adversary.start else None
+        return self.adversary if self.adversary is not None and step >= self.adversary.start else None
 
     def _accumulate(self, x: Tensor, step: int, *, chance: str) -> tuple[dict[str, float], Tensor]:
         """Gradients of one micro-batch of pixels; returns what is logged, and the pixels made of it."""
@@ -226,16 +243,15 @@ class _Job:
         """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
         fidelity = Fidelity()
         with self._averaged():
-            for video in _videos(self.held_out, self.settings):
+            for video in self._videos(self.held_out):
                 (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
                 (result,) = self.model.decode(posterior.mode(), return_dict=False)
                 fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
         return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
 
     def save(self, step: int) -> None:
-        self.writer.save(
-            step, parts=self._parts(), state={"model_config": plain_config(self.model), **counted(self)}
-        )
+        state = {"model_config": plain_config(self.model), "clips": self.clips, **counted(self)}
+        self.writer.save(step, parts=self._parts(), state=state)
 
     def _parts(self) -> dict[str, Mapping[str, Tensor]]:
         """All tensors that a checkpoint has; reading one fills them in place."""
@@ -254,23 +270,18 @@ class _Job:
 
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run."""
+        state = checkpoint.read_state(self.settings.output, step)
+        check_clips(state.get("clips"), self.clips)
         checkpoint.read_into(self.settings.output, step, self._parts())
-        go_on_counting(self, checkpoint.read_state(self.settings.output, step))
+        go_on_counting(self, state)
 
     def finish(self, samples: Sequence[Sample]) -> Path:
-        """Write the VAE for use: averaged weights, and the shift and scale of its latents, measured unless
-        the encoder was frozen.
-        """
+        """Write the VAE into the run's folder."""
         out = self.settings.output / FINISHED
         fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
-        with self._averaged():
-            if not self.settings.model.freeze_encoder:
-                shift, scale = self._measured(samples)
-                self.model.register_to_config(shift=shift, scale=scale)
-            tensors = self.model.state_dict()
-            shutil.rmtree(fresh, ignore_errors=True)
-            with new_folder(fresh) as folder:
-                write_component(self.model, {name: name for name in tensors}, tensors, folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        with new_folder(fresh) as folder:
+            self.write(folder, samples)
         if out.exists():  # left by a run that was extended: there until the new one is whole
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
@@ -279,12 +290,32 @@ class _Job:
         logger.info("wrote the finished VAE to %s", out)
         return out
 
+    def write(self, folder: Path, samples: Sequence[Sample]) -> None:
+        """The VAE for use: averaged weights, and the shift and scale of its latents, measured unless the
+        encoder was frozen.
+        """
+        with self._averaged():
+            if not self.settings.model.freeze_encoder:
+                shift, scale = self._measured(samples)
+                self.model.register_to_config(shift=shift, scale=scale)
+            tensors = self.model.state_dict()
+            write_component(self.model, {name: name for name in tensors}, tensors, folder)
+
+    def _videos(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        """Each sample whole, [1, 3, T, H, W]."""
+        settings = self.settings
+        clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=settings.data.reader)
+        for index in range(len(samples)):
+            clip = clips[Draw(index=index, epoch=0, step=0, slot=0)]
+            self.bad_files.add(clip.failures)
+            yield clip.video[None]
+
     @torch.no_grad()
     def _measured(self, samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
         """Per channel the mean of the latents and 1 / their standard deviation, over clips of the data."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         every = max(1, len(samples) // _MEASURED)
-        for video in _videos(samples[::every], self.settings):
+        for video in self._videos(samples[::every]):
             (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
             mean, variance = posterior.mean.float().cpu(), posterior.var.float().cpu()
             count += mean.numel() // mean.shape[1]
@@ -300,7 +331,9 @@ class _Job:
 
 def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
     if settings.pretrained is not None:
-        return load_vae(settings.pretrained, dtype=torch.float32, device=torch.device("cpu"))
+        opened = open_vae(settings.pretrained, settings.config)
+        original.fill(opened.model, opened.names, opened.tensors, dtype=torch.float32)
+        return opened.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
@@ -308,15 +341,29 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
         return WFVAE(**config)
 
 
+def _samples_to_train_on(settings: VAETrainSettings) -> tuple[Sample, ...]:
+    data = settings.data
+    return _samples(
+        data, data.manifest, root=data.root, seed=settings.seed, global_batch=global_batch_of(settings)
+    )
+
+
 def _samples(
-    data: VAEClipSettings, manifest: Path | None, *, seed: int, global_batch: int | None = None
+    data: VAEClipSettings,
+    manifest: Path | None,
+    *,
+    root: Path | None,
+    seed: int,
+    global_batch: int | None = None,
 ) -> tuple[Sample, ...]:
     """The clips of a manifest, to train on if there is a `global_batch`; ValueError if pieces of the wanted
     size cannot be cut from one of them.
     """
     if manifest is None:
         raise ValueError("validation.manifest is missing: validation needs clips that are not trained on")
-    samples = select_clips(data, manifest, seed=seed, global_batch=global_batch, need_captions=False)
+    samples = select_clips(
+        data, manifest, root=root, seed=seed, global_batch=global_batch, need_captions=False
+    )
     piece = (data.frames, data.height, data.width)
     for sample in samples:
         if any(have < wanted for have, wanted in zip(sample.shape, piece, strict=True)):
@@ -341,10 +388,3 @@ def _pieces(video: Tensor, data: VAEClipSettings, *, chance: str) -> Tensor:
         piece = clip[:, t : t + data.frames, y : y + data.height, x : x + data.width]
         pieces.append(piece.flip(3) if data.flip and rng.random() < 0.5 else piece)
     return torch.stack(pieces)
-
-
-def _videos(samples: Sequence[Sample], settings: VAETrainSettings) -> Iterator[Tensor]:
-    """Each sample whole, [1, 3, T, H, W]."""
-    clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=settings.data.reader)
-    for index in range(len(samples)):
-        yield clips[Draw(index=index, epoch=0, step=0, slot=0)].video[None]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.buckets import Draw
+from opensoraplan.data.dataset import BadFiles
 from opensoraplan.data.video import VideoWriter, to_uint8
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -38,6 +39,7 @@ class Validation:
         self.run_settings = settings
         self.device = device
         self.writes = writes
+        self.bad_files = BadFiles(settings.data.max_bad_files)
         self.source: Source | None = None
         self.encoders = encoders
         if self.settings.prompts:
@@ -65,7 +67,9 @@ class Validation:
         count = min(self.settings.samples, len(source.shapes))
         for index in range(count):
             place = Draw(index=index, epoch=0, step=0, slot=index)
-            encoded = source.encode(source.collate([source.dataset[place]]))
+            batch = source.collate([source.dataset[place]])
+            self.bad_files.add(batch.failures)
+            encoded = source.encode(batch)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
             drawn = objective.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
             latents = source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
@@ -110,14 +114,15 @@ class Validation:
                 guidance_scale=wanted.guidance_scale,
                 shift=wanted.shift,
                 seed=number,
-                output_type="pt",
+                output_type="latent",
             )
             if not self.writes:
                 continue
-            videos = cast(Tensor, cast(VideoOutput, output).frames)
+            latents = cast(Tensor, cast(VideoOutput, output).frames)
             path = self._path(step, number)
             with VideoWriter(path, fps=wanted.fps, title=prompt) as writer:
-                writer.write(to_uint8(videos[0].transpose(0, 1) * 2 - 1))  # [3, T, H, W]
+                for frames in pipeline.iter_decode(latents):
+                    writer.write(to_uint8(frames[0] * 2 - 1))
             logger.info("step %d: %s -> %s", step, prompt, writer.path)
 
     def _path(self, step: int, number: int) -> Path:

@@ -40,7 +40,7 @@ class ShardedWriter(Writer):
         super().__init__(output, settings)
         self._ranks = ranks
         # Training's own collectives go on meanwhile, perhaps on devices: writing has a group of its own.
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=ranks.patience))
         self._finishing = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -66,8 +66,13 @@ class ShardedWriter(Writer):
             checkpoint.write_state(unfinished, step, state)
 
     def _finish(self, step: int, written: Future[Any]) -> None:
-        with plain_errors(checkpoint.path_of(self.output, step), whole=checkpoint.WHOLE):
-            written.result()
+        try:
+            with plain_errors(checkpoint.path_of(self.output, step), whole=checkpoint.WHOLE):
+                shards.finish(written)
+                if self._ranks.first:
+                    checkpoint.finish(self.output, step)
+                    checkpoint.rotate(self.output, keep=self.keep, keep_every=self.keep_every)
+        except ValueError:
             if self._ranks.first:
-                checkpoint.finish(self.output, step)
-                checkpoint.rotate(self.output, keep=self.keep, keep_every=self.keep_every)
+                shutil.rmtree(checkpoint.unfinished_path(self.output, step), ignore_errors=True)
+            raise
