@@ -450,7 +450,7 @@ def test_a_stopped_run_continues(
     assert denoiser.steps == 3
 
 
-def test_stopping_while_decoding_leaves_nothing(
+def test_stopping_while_decoding_leaves_the_latents(
     pipeline: OpenSoraPlanPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def stop(*_: object) -> None:
@@ -464,7 +464,7 @@ def test_stopping_while_decoding_leaves_nothing(
     finally:
         handle.remove()
     assert caplog.messages[-1] == "stopped, 0 of 1 done: the same command with --resume goes on"
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["a-cat_seed0.latents.safetensors"]
 
 
 # --- Failures -----------------------------------------------------------------------------------------------

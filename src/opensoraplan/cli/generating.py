@@ -271,7 +271,8 @@ def decode(options: Decode) -> None:
     vae = load_vae(path, dtype=resolve_dtype(options.dtype, device), device=device)
     if options.tiling:
         vae.enable_tiling()
-    absent = dict.fromkeys(("transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    names = ("transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    absent: dict[str, Any] = dict.fromkeys(names)
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
     record["vae_dtype"] = str(vae.dtype).removeprefix("torch.")
     latents = saved.read(options.latents).latents

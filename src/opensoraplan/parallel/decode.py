@@ -38,15 +38,15 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
     decode_own = vae.iter_decode
 
     @torch.no_grad()
-    def iter_decode(latents: Tensor) -> Iterator[Tensor]:
-        rows, ranks = latents.shape[ROWS], group.size()
+    def iter_decode(z: Tensor) -> Iterator[Tensor]:
+        rows, ranks = z.shape[ROWS], group.size()
         if rows % ranks:
             possible = [n for n in range(1, rows + 1) if rows % n == 0]
             raise ValueError(
                 f"{rows} rows of latents cannot be shared out over {ranks} ranks: "
                 f"use {', '.join(map(str, possible))}"
             )
-        for pixels in decode_own(part_of(latents, dim=ROWS, group=group)):
+        for pixels in decode_own(part_of(z, dim=ROWS, group=group)):
             yield gather(pixels, dim=ROWS, group=group)
 
     vae.iter_decode = iter_decode
