@@ -275,7 +275,7 @@ def kept_by_block(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> l
 
 def kept_outside(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> int:
     """What is kept outside of the blocks: before them until the very end, behind them not for long."""
-    return _kept_before(model, shape, mesh, job) + _kept_behind(model, shape, job)
+    return _kept_before(model, shape, mesh, job) + _kept_behind(model, shape, mesh, job)
 
 
 def _kept_before(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> int:
@@ -292,11 +292,12 @@ def _kept_before(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> in
     return shape.batch * inputs + tables
 
 
-def _kept_behind(model: Model, shape: Shape, job: Job) -> int:
-    """What the last norms, projection and loss keep; samples are whole again on every rank."""
+def _kept_behind(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> int:
+    """What the last norms, projection and loss keep; behind these samples are whole again on every rank."""
     c, config, dim = BYTES[job.compute], model.config, model.dim
     norms = 2 * _norm_bytes(model, dim, job) + FP32 * dim  # one of them is modulated
-    kept = shape.tokens(config["patch_size"]) * (norms + dim * c)
+    own = shared_tokens(model, shape, mesh) // (mesh.sp * mesh.tp)
+    kept = own * (norms + dim * c)
     kept += math.prod(shape.grid) * config["out_channels"] * FP32
     return shape.batch * (kept + 3 * FP32 * dim + config["timestep_embed_dim"] * c)
 
@@ -387,8 +388,9 @@ def _backward_peak(model: Model, shape: Shape, mesh: MeshSettings, job: Job, *, 
     if job.accumulate > 1 and not job.cpu_offload:  # from the micro-batches before
         gradients = model.numbers(tp=mesh.tp, shards=shards) * master
     # In the last norm two tensors in fp32.
-    numbers = model.dim * shape.batch * shape.tokens(model.config["patch_size"])
-    most = held + _kept_behind(model, shape, job) + 2 * FP32 * numbers + gradients
+    own = shared_tokens(model, shape, mesh) // (mesh.sp * mesh.tp)
+    numbers = model.dim * shape.batch * own
+    most = held + _kept_behind(model, shape, mesh, job) + 2 * FP32 * numbers + gradients
     for index in reversed(range(len(model.blocks))):
         gathered = 0
         if not alone:
@@ -497,19 +499,23 @@ def collectives_of_block(
 
 
 def collectives_outside(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> list[Collective]:
-    """What ranks of one sample send each other outside of blocks: tokens are joined behind the last one, and
-    the last modulation.
+    """What ranks of one sample send each other outside of blocks: tokens are joined behind the last
+    projection, and so is the last modulation; tp ranks have a copy of the embedded tokens, whose gradients
+    they join.
     """
-    c, dim, batch = BYTES[job.compute], model.dim, shape.batch
-    video = batch * shared_tokens(model, shape, mesh) * dim * c
+    c, dim, batch, config = BYTES[job.compute], model.dim, shape.batch, model.config
+    tokens = batch * shared_tokens(model, shape, mesh)
+    made = tokens * config["patch_size"] ** 2 * config["out_channels"] * c
     found: list[Collective] = []
-    if mesh.tp > 1:  # behind the stages every rank has a copy, whose gradient is what the others' is
-        found += [Collective("tp", "gather", video // mesh.sp, mesh.tp, back) for back in (False, True)]
+    if mesh.tp > 1:
+        found.append(Collective("tp", "gather", made // mesh.sp, mesh.tp))
+        found.append(Collective("tp", "gather", tokens // mesh.sp * dim * c, mesh.tp, True))
         found.append(Collective("tp", "gather", batch * 2 * dim * c, mesh.tp))
-        found.append(Collective("tp", "sum", batch * model.config["timestep_embed_dim"] * c, mesh.tp, True))
+        found.append(Collective("tp", "sum", batch * 2 * dim * c, mesh.tp, True))
+        found.append(Collective("tp", "sum", batch * config["timestep_embed_dim"] * c, mesh.tp, True))
     if mesh.sp > 1:
-        found.append(Collective("sp", "gather", video, mesh.sp))
-        found.append(Collective("sp", "sum_parts", video, mesh.sp, True))
+        found.append(Collective("sp", "gather", made, mesh.sp))
+        found.append(Collective("sp", "sum_parts", made, mesh.sp, True))
     return found
 
 

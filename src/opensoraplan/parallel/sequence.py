@@ -35,8 +35,10 @@ def padded_tokens(tokens: int, *, ranks: int, rates: Sequence[int]) -> int:
 
 
 def share_tokens(model: SparseUMMDiT, *, sp: Group | None, tp: Group | None) -> None:
-    """Let each rank run its part of the tokens through the stages; the model still takes whole samples."""
-    _TokenSharing(sp=sp, tp=tp).hook(model.stages)
+    """Let each rank run its part of the tokens through the stages and the last norms and projection; the model
+    still takes and gives whole samples.
+    """
+    _TokenSharing(sp=sp, tp=tp).hook(model)
     if sp is not None:
         for module in model.modules():
             if isinstance(module, JointAttention):
@@ -44,7 +46,7 @@ def share_tokens(model: SparseUMMDiT, *, sp: Group | None, tp: Group | None) -> 
 
 
 class _TokenSharing:
-    """Hooks of the stages: parts going in, the whole coming out."""
+    """Hooks: parts go into the stages, the whole comes out of the last projection."""
 
     def __init__(self, *, sp: Group | None, tp: Group | None) -> None:
         self.sp = sp
@@ -52,9 +54,9 @@ class _TokenSharing:
         self.ranks = (sp.size() if sp else 1) * (tp.size() if tp else 1)
         self._tokens: list[int] = []  # of the samples whose forward pass has begun
 
-    def hook(self, stages: nn.Module) -> None:
-        stages.register_forward_pre_hook(self.divide, with_kwargs=True)
-        stages.register_forward_hook(self.join)
+    def hook(self, model: SparseUMMDiT) -> None:
+        model.stages.register_forward_pre_hook(self.divide, with_kwargs=True)
+        model.proj_out.register_forward_hook(self.join)
 
     def divide(
         self, _stages: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -80,7 +82,7 @@ class _TokenSharing:
             video = part_of_copies(video, dim=1, group=self.tp)
         return (video, text, cond, tables, video_mask, text_mask), kwargs
 
-    def join(self, _stages: nn.Module, _args: tuple[Any, ...], video: Tensor) -> Tensor:
+    def join(self, _last: nn.Module, _args: tuple[Any, ...], video: Tensor) -> Tensor:
         if self.tp is not None:
             video = gather_copies(video, dim=1, group=self.tp)
         if self.sp is not None:

@@ -60,8 +60,9 @@ def shard_blocks(model: SparseUMMDiT, mesh: DeviceMesh) -> None:
             _see_a_part(block.skip.linear, mesh)
             if block.skip.norm is not None:
                 _see_a_part(block.skip.norm, mesh)
-    # Applied to whole samples, when all tokens are together again.
-    _shard_modulation(model.norm_out.linear, mesh, group, video_share=0.0)
+    _shard_modulation(model.norm_out.linear, mesh, group, video_share=1.0)
+    for module in (model.norm_final, model.norm_out.norm, model.proj_out):
+        _see_a_part(module, mesh)
 
 
 def _shard_attention(attention: JointAttention, mesh: DeviceMesh, group: Group) -> None:
@@ -95,8 +96,8 @@ def _shard_modulation(linear: nn.Linear, mesh: DeviceMesh, group: Group, *, vide
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         out = gather_copies(out, dim=-1, group=group)
-        if not video_width:
-            return out
+        if video_width == out.shape[-1]:
+            return use_copies(out, group=group)
         video, text = out[..., :video_width], out[..., video_width:]
         return torch.cat([use_copies(video, group=group), text], dim=-1)
 
