@@ -2,6 +2,7 @@
 
 import logging
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -211,3 +212,34 @@ def test_unreadable_clips_stop_the_run_with_the_list(
     code, err = osp("train", config)
     assert code == 2
     assert "2 files cannot be read, 1 are allowed" in err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resume_with_changed_settings_changes_nothing(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    config = toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json")
+    assert osp("train", config)[0] == 0
+    before = contents(tmp_path / "run")
+    code, err = osp("train", config, "--resume", "latest", "--set", "optimizer.lr=1e-2")
+    assert code == 2
+    assert "optimizer.lr: 0.001 -> 0.01" in err
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_full_disk_while_saving_costs_no_checkpoint(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    assert osp("train", toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json"))[0] == 0
+    longer = toml_of(tiny_run(optimizer={"steps": 4}), tmp_path / "longer.json")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # no file may grow beyond that
+    try:
+        code, err = osp("train", longer, "--resume", "latest")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 2
+    assert "cannot write" in err
+    assert "the checkpoints before it are whole" in err
+    assert checkpoint.steps(tmp_path / "run") == [2]
+    assert osp("train", longer, "--resume", "latest")[0] == 0
+    assert checkpoint.steps(tmp_path / "run") == [2, 4]

@@ -343,7 +343,7 @@ class AdaNormOut(nn.Module):
 
 class Stages(nn.Module):
     """Tokens through the stages of the U. It has no weights, and is a module so that hooks can give it a part
-    of the tokens and join what comes out: all that it is given counts tokens in the same order.
+    of the tokens: all that it is given counts them in the same order.
     """
 
     def __init__(self, num_layers: Sequence[int], *, skip_connection: bool) -> None:

@@ -35,8 +35,8 @@ def padded_tokens(tokens: int, *, ranks: int, rates: Sequence[int]) -> int:
 
 
 def share_tokens(model: SparseUMMDiT, *, sp: Group | None, tp: Group | None) -> None:
-    """Let each rank run its part of the tokens through the stages and the last norms and projection; the model
-    still takes and gives whole samples.
+    """Let each rank run its part of the tokens through stages, last norms and projection; the model still
+    takes and gives whole samples.
     """
     _TokenSharing(sp=sp, tp=tp).hook(model)
     if sp is not None:
