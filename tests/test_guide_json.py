@@ -89,6 +89,7 @@ def test_as_printed() -> None:
         },
         "flow": {"weighting": "logit_normal", "shift": "dynamic"},
         "optimizer": {"accumulate": 4},
+        "parallel": {"encoder_dp": True},
     }
     assert all(re.fullmatch(r"guide_(model|data)\.json: without meaning here: .+ \(.+\)", n) for n in notes)
     assert len(notes) == len(set(notes)) == 10

@@ -245,16 +245,19 @@ def make_video(
     place = place_of_latents(wanted, record)
 
     def keep(latents: "Tensor", step: int) -> None:
-        if step == request.steps or (save_every and step % save_every == 0):
+        # Other schedulers may have more calls than steps, and cannot begin in the middle.
+        if save_every and step % save_every == 0 and step < request.steps and pipeline.has_default_scheduler:
             save_latents(place, latents, record, step=step, embeds=embeds, request=request)
 
     try:
         latents = denoise(pipeline, request, embeds, start=start, batched=batched, after_step=keep)
     except NonFiniteLatentsError as error:
-        good = error.step - 1
+        good = min(error.step, request.steps) - 1
         save_latents(place, error.last_good, record, step=good, embeds=embeds, request=request)
         logger.error("the last good latents, of step %d, are in %s", good, place)
         raise
+    if start is None or start.step < request.steps:
+        save_latents(place, latents, record, step=request.steps, embeds=embeds, request=request)
     try:
         path = write_frames(pipeline, latents, wanted, record, fps=request.fps)
     except BaseException:
@@ -348,8 +351,10 @@ def save_latents(
 
     from opensoraplan import saved
 
+    config = embeds.pipeline.vae.config
+    scaling = {key: None if config[key] is None else list(config[key]) for key in ("shift", "scale")}
     try:
-        saved.write(place, saved.SavedLatents(latents, step, record, *embeds.of(request)))
+        saved.write(place, saved.SavedLatents(latents, step, record, scaling, *embeds.of(request)))
     except (OSError, SafetensorError) as error:
         logger.warning("the latents of step %d cannot be saved in %s: %s", step, place, error)
 

@@ -23,12 +23,14 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class SavedLatents:
     """Normalised latents [1, C, T, H, W] after `step` of the steps of `record`, which is all that decides how
-    the video looks. `prompt` and `negative`: encoded, where they were saved.
+    the video looks. `scaling`: shift and scale of the VAE that they are for. `prompt` and `negative`:
+    encoded, where they were saved.
     """
 
     latents: Tensor
     step: int
     record: Record
+    scaling: dict[str, list[float] | None]
     prompt: PromptEmbeds | None = None
     negative: PromptEmbeds | None = None
 
@@ -47,16 +49,18 @@ def write(path: Path, saved: SavedLatents) -> None:
             tensors |= {f"{name}.{part}": getattr(embeds, part) for part in _PARTS}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     record = json.dumps({**saved.record, "step": saved.step}, ensure_ascii=False)
-    write_whole(path, lambda file: save_file(tensors, file, metadata={"record": record}))
+    metadata = {"record": record, "scaling": json.dumps(saved.scaling)}
+    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
 def read(path: Path) -> SavedLatents:
     """What `write` wrote. Raises FileNotFoundError, and ValueError for any other file."""
     record, step = read_record(path)
     with safe_open(path, framework="pt") as file:
+        scaling = json.loads(file.metadata()["scaling"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     return SavedLatents(
-        tensors["latents"], step, record, _embeds(tensors, "prompt"), _embeds(tensors, "negative")
+        tensors["latents"], step, record, scaling, _embeds(tensors, "prompt"), _embeds(tensors, "negative")
     )
 
 
@@ -66,7 +70,9 @@ def read_record(path: Path) -> tuple[Record, int]:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["record"])
+            metadata = file.metadata() or {}
+            record = json.loads(metadata["record"])
+            json.loads(metadata["scaling"])
             if "latents" not in file.keys():  # noqa: SIM118
                 raise KeyError("latents")
         return record, record.pop("step")

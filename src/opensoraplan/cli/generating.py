@@ -177,8 +177,8 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         raise ValueError(f"{processes} processes are no multiple of --branch-ranks {branches} x --tp {tp}")
     mesh = generating_mesh(branches=branches, tp=tp)
     if folder is not None:
-        heads = json.loads((folder / "transformer" / "config.json").read_text())["num_attention_heads"]
-        mesh.filled(processes).check_model(heads)
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        mesh.filled(processes).check_model(config.get("num_attention_heads", 24))
     resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
     with joined(mesh, device, timeout=PATIENCE_S) as ranks:
         pipeline, model = _load_pipeline(options, inference, paths, folder=folder, device=device)
@@ -274,6 +274,7 @@ def decode(options: Decode) -> None:
     names = ("transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     absent: dict[str, Any] = dict.fromkeys(names)
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
-    record["vae_dtype"] = str(vae.dtype).removeprefix("torch.")
-    latents = saved.read(options.latents).latents
-    logger.info("wrote %s", job.write_frames(pipeline, latents, wanted, record, fps=record["fps"]))
+    found = saved.read(options.latents)
+    vae.register_to_config(**found.scaling)
+    record |= {"vae_dtype": str(vae.dtype).removeprefix("torch."), "vae_tiling": vae.tiling}
+    logger.info("wrote %s", job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"]))

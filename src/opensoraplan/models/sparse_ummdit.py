@@ -483,12 +483,6 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         original.load(model, state_dict, dtype=dtype)
         return model
 
-    @torch.no_grad()
-    def initialize_weights(self, *, seed: int) -> None:
-        """Fill the model with `initial_weights`."""
-        for name, value in self.initial_weights(seed=seed):
-            self.get_parameter(name).copy_(value)
-
     def initial_weights(self, *, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Names and values of weights to train from nothing, on the CPU whatever the model is on; of a name
         that comes twice the last one counts.

@@ -10,6 +10,7 @@ have gradients that are summed over ranks.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -126,6 +127,7 @@ def _see_a_part(module: nn.Module, mesh: DeviceMesh) -> None:
     """The module's own weights are whole, but this rank's gradients of them are of a part of its inputs."""
     _distribute(module, mesh, {name: Replicate() for name, _ in module.named_parameters(recurse=False)})
     plain = copy.copy(module)  # shares the weights, without the new forward
+    plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
     _run_as(module, partial(_forward_of_a_part, plain))
 
 

@@ -84,8 +84,12 @@ def _encoded(
     """The rows of shards as workers finish them. Raises ValueError for what a user can help."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()
-    device = settings.device or next(kind for kind, (name, _) in _DEVICES.items() if there.get(name))
-    name, needs = _DEVICES[device.partition(":")[0]]
+    device = (settings.device or "auto").partition(":")[0]
+    if device == "auto":
+        device = next(kind for kind, (name, _) in _DEVICES.items() if there.get(name))
+    if device not in _DEVICES:
+        raise ValueError(f"device {settings.device!r} is none of {', '.join(_DEVICES)}")
+    name, needs = _DEVICES[device]
     fitting = min(int(there.get(name, 0)), len(to_write))
     pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=max(1, fitting), max_size=len(to_write))
     worker = (settings.model_copy(update={"device": device}), out.absolute(), sizes, Path.cwd())

@@ -171,17 +171,15 @@ class ParallelSettings(MeshSettings):
     timeout_s: Annotated[float, Field(gt=0)] = 600
 
 
-class VAELogSettings(Settings):
-    """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted."""
+class LogSettings(Settings):
+    """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted.
+
+    `peak_tflops` (osp train) of the device in the model's precision, for MFU; None: measured at the start.
+    """
 
     every: Positive = 10
     tensorboard: bool = False
     wandb_project: str | None = None
-
-
-class LogSettings(VAELogSettings):
-    """`peak_tflops` of the device in the model's precision, for MFU; None: measured at the start."""
-
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -328,7 +326,7 @@ class VAETrainSettings(Settings):
     loss: VAELossSettings = VAELossSettings()
     optimizer: VAEOptimizerSettings = VAEOptimizerSettings()
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    log: VAELogSettings = VAELogSettings()
+    log: LogSettings = LogSettings()
     validation: VAEValidationSettings = VAEValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 

@@ -172,17 +172,17 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
     else as of the pipeline that it began from.
     """
     validation, selection = settings.validation, settings.data.selection
-    if validation.prompts:
-        return GenerateDefaults(
-            frames=validation.frames,
-            height=validation.height,
-            width=validation.width,
-            fps=validation.fps,
-            steps=validation.sampling_steps,
-            guidance=validation.guidance_scale,
-            dtype=settings.model.compute,
-        )
     before = GenerateDefaults() if base is None else GenerateDefaults.of(base)
+    if validation.prompts:
+        shown = {
+            "frames": validation.frames,
+            "height": validation.height,
+            "width": validation.width,
+            "fps": validation.fps,
+            "steps": validation.sampling_steps,
+            "guidance": validation.guidance_scale,
+        }
+        return before.model_copy(update={**shown, "dtype": settings.model.compute})
     size = {"frames": selection.sample_frames(selection.num_frames), "fps": selection.train_fps}
     if selection.force_resolution:
         size |= {"height": selection.max_height, "width": selection.max_width}

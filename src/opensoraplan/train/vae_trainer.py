@@ -331,7 +331,10 @@ class _Job:
 
 def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
     if settings.pretrained is not None:
-        opened = open_vae(settings.pretrained, settings.config)
+        has_config = any(
+            (settings.pretrained / name).is_file() for name in ("config.json", "vae/config.json")
+        )
+        opened = open_vae(settings.pretrained, None if has_config else settings.config)
         original.fill(opened.model, opened.names, opened.tensors, dtype=torch.float32)
         return opened.model
     with torch.random.fork_rng(devices=[]):
