@@ -29,7 +29,7 @@ train-demo: $(BIN)/.installed
 	$(BIN)/osp data render $(TRAIN)/held_out --held-out --count 24 --seed 1
 	$(BIN)/python examples/builtin_text.py $(TRAIN)/text
 	$(BIN)/osp train-vae examples/builtin/vae.toml --resume latest
-	$(BIN)/osp data render $(TRAIN)/clips --count 2400
+	$(BIN)/osp data render $(TRAIN)/clips --count 3200
 	$(BIN)/osp cache examples/builtin/denoiser.toml
 	$(BIN)/osp train examples/builtin/denoiser.toml --resume latest
 	$(BIN)/osp export $(TRAIN)/denoiser --out $(TRAIN)/model --dtype bf16 --max-shard-size 15MB \

@@ -17,7 +17,7 @@ from opensoraplan.train.config import TrainSettings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="how often tests/distributed kills a rank")
+    parser.addoption("--kills", type=int, default=1, help="how often tests/distributed kills a rank")
 
 
 @pytest.fixture(scope="session")

@@ -116,23 +116,16 @@ def six(tiny_run: MakeRun) -> MakeRun:
 
 
 def test_any_number_of_processes_goes_on_with_a_checkpoint_of_any_other(six: MakeRun) -> None:
-    one = six(output="one")
+    one = six(steps=4, output="one")
     train(one)
-    finish(launch(six(steps=2, ranks=2, dp_shard=2, tp=2), processes=4))
-    assert (checkpoint.path_of(six().output, 2) / "sharded").is_dir()
-    finish(launch(six(steps=4, sp=2), processes=2))
-    train(six(steps=6), resume="latest")
-    finish(launch(six(steps=8, ranks=3), processes=3))
+    finish(launch(six(steps=1, ranks=2, dp_shard=2, tp=2), processes=4))
+    assert (checkpoint.path_of(six().output, 1) / "sharded").is_dir()
+    finish(launch(six(steps=2, sp=2), processes=2))
+    train(six(steps=3), resume="latest")
+    finish(launch(six(steps=4, ranks=3), processes=3))
     assert losses(six()) == pytest.approx(losses(one), rel=CLOSE)
-    averages = [checkpoint.load(run.output, 8).parts["ema"]["proj_out.weight"] for run in (one, six())]
+    averages = [checkpoint.load(run.output, 4).parts["ema"]["proj_out.weight"] for run in (one, six())]
     assert (averages[0] - averages[1]).abs().max() < 1e-4
-
-
-def test_encoders_that_take_turns_give_the_same_losses(six: MakeRun) -> None:
-    runs = [six(steps=2, output=f"turns-{turns}", sp=2, encoder_dp=turns) for turns in (True, False)]
-    for run in runs:
-        finish(launch(run, processes=2))
-    assert losses(runs[0]) == losses(runs[1])
 
 
 def test_encoders_take_turns(ranks: Ranks, six: MakeRun) -> None:
@@ -176,14 +169,14 @@ def test_validation_and_what_is_logged_are_those_of_one_process(six: MakeRun, ti
 
 def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(six: MakeRun, kills: int) -> None:
     """torchrun starts all ranks again. One is killed at a random moment: early, in a step, while saving."""
-    steps = 6 * (kills + 1)
+    steps = 4 * (kills + 1)
     one = six(steps=steps, output="one")
     train(one)
     run = six(steps=steps, ranks=2, dp_shard=2)
     job = launch(run, processes=2, restarts=kills)
     moments = random.Random(0)
     for kill in range(kills):
-        wait_for_step(run, 6 * kill + 1, job)
+        wait_for_step(run, 4 * kill + 1, job)
         time.sleep(moments.uniform(0, 0.5))
         kill_a_worker(job, moments)
     finish(job)
