@@ -6,7 +6,6 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -235,10 +234,10 @@ def threads() -> int:
     return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
-@pytest.mark.skipif(find_spec("decord") is not None, reason="decord is installed")
 def test_a_reader_that_is_missing_is_said_once_and_not_by_every_worker(
-    clips: list[Path], capfd: pytest.CaptureFixture[str]
+    clips: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)  # as if it were not installed
     reading._is_installed.cache_clear()  # of other tests in this process
     handler = logging.StreamHandler(sys.stderr)
     reading.logger.addHandler(handler)
@@ -247,6 +246,7 @@ def test_a_reader_that_is_missing_is_said_once_and_not_by_every_worker(
         load(dataset, [[draw(index)] for index in range(4)], workers=2)
     finally:
         reading.logger.removeHandler(handler)
+        reading._is_installed.cache_clear()
     assert capfd.readouterr().err.count("reader decord is not installed") == 1
 
 

@@ -3,15 +3,16 @@ models than they must.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from opensoraplan.data import reading
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
@@ -150,9 +151,11 @@ def test_a_denoiser_of_other_widths_is_refused_with_both_numbers(
         Source.check_fits(channels, SparseUMMDiT(**CONFIG))
 
 
-@pytest.mark.skipif(find_spec("decord") is not None, reason="decord is installed")
-def test_features_name_the_reader_that_read_them(mixed_run: MakeRun) -> None:
+def test_features_name_the_reader_that_read_them(mixed_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)  # as if it were not installed
+    reading._is_installed.cache_clear()  # of other tests in this process
     assert preprocessing_parts(mixed_run(reader="decord"), [])["reader"] == "pyav"
+    reading._is_installed.cache_clear()
 
 
 def sample(name: str, *, caption: str = "a ball", start: int = 0) -> Sample:
