@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
@@ -136,6 +137,8 @@ def test_the_guides_file_as_printed(osp: Command, tiny_release: Path, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-m", "opensoraplan.cli", *map(str, command)],
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+        # A job in the background, which the tests may be, passes on that it ignores Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     said = ""

@@ -243,21 +243,22 @@ def make_video(
     from opensoraplan.pipeline import NonFiniteLatentsError
 
     place = place_of_latents(wanted, record)
+    save = partial(save_latents, place, record=record, embeds=embeds, request=request)
 
     def keep(latents: "Tensor", step: int) -> None:
         # Other schedulers may have more calls than steps, and cannot begin in the middle.
         if save_every and step % save_every == 0 and step < request.steps and pipeline.has_default_scheduler:
-            save_latents(place, latents, record, step=step, embeds=embeds, request=request)
+            save(latents, step)
 
     try:
         latents = denoise(pipeline, request, embeds, start=start, batched=batched, after_step=keep)
     except NonFiniteLatentsError as error:
         good = min(error.step, request.steps) - 1
-        save_latents(place, error.last_good, record, step=good, embeds=embeds, request=request)
+        save(error.last_good, good)
         logger.error("the last good latents, of step %d, are in %s", good, place)
         raise
     if start is None or start.step < request.steps:
-        save_latents(place, latents, record, step=request.steps, embeds=embeds, request=request)
+        save(latents, request.steps)
     try:
         path = write_frames(pipeline, latents, wanted, record, fps=request.fps)
     except BaseException:
@@ -340,13 +341,13 @@ def find_latents(
 def save_latents(
     place: Path,
     latents: "Tensor",
-    record: dict[str, Any],
-    *,
     step: int,
+    *,
+    record: dict[str, Any],
     embeds: PromptCache,
     request: Request,
 ) -> None:
-    """Keep the latents after so many steps; a disk that is full is no reason to stop."""
+    """Keep the latents [1, C, T, H, W] after so many steps; a disk that is full is no reason to stop."""
     from safetensors import SafetensorError
 
     from opensoraplan import saved

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -40,7 +41,6 @@ from opensoraplan.train.turns import encoded_batches
 
 MakeRun = Callable[..., TrainSettings]
 TIMEOUT = 400
-PORT = 29417
 # Several processes sum in another order than one does.
 CLOSE = 1e-4
 
@@ -70,12 +70,18 @@ def launch_cache(run: TrainSettings, out: Path, *, processes: int) -> subprocess
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def launch_rank(run: TrainSettings, rank: int, *, of: int) -> subprocess.Popen[str]:
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def launch_rank(run: TrainSettings, rank: int, *, of: int, port: int) -> subprocess.Popen[str]:
     """One process of a job, without torchrun."""
     config = run.output.with_suffix(".ranks.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "opensoraplan.cli", "train", str(config)]
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(PORT), "WORLD_SIZE": str(of), "RANK": str(rank)}
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(of), "RANK": str(rank)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **meeting}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -207,7 +213,8 @@ def kill_a_worker(job: subprocess.Popen[str], chance: random.Random) -> None:
 
 def test_rank_that_hangs_ends_the_others_with_rank_and_step(six: MakeRun) -> None:
     run = six(steps=1000, ranks=2, dp_shard=2, timeout_s=10)
-    jobs = [launch_rank(run, rank, of=2) for rank in range(2)]
+    port = free_port()
+    jobs = [launch_rank(run, rank, of=2, port=port) for rank in range(2)]
     try:
         wait_for_step(run, 2, jobs[0])
         jobs[1].send_signal(signal.SIGSTOP)

@@ -48,6 +48,8 @@ _READERS = 16
 _SHOWN = 8
 
 Kind = Literal["videos", "texts"]
+# In the order in which they are encoded.
+KINDS: tuple[Kind, ...] = ("texts", "videos")
 
 
 class LeftOut(NamedTuple):
@@ -184,8 +186,7 @@ def write_texts(folder: Path, shard: int, states: Mapping[str, tuple[Tensor, Ten
 def missing_shards(folder: Path) -> list[Path]:
     """The files that are not there yet."""
     description = _read_description(folder)
-    kinds: tuple[Kind, ...] = ("videos", "texts")
-    wanted = [shard_path(folder, kind, n) for kind in kinds for n in range(description.shards(kind))]
+    wanted = [shard_path(folder, kind, n) for kind in KINDS[::-1] for n in range(description.shards(kind))]
     there = {entry.name for entry in os.scandir(folder)}
     return [path for path in wanted if path.name not in there]
 

@@ -73,8 +73,7 @@ def write_cache(
     job = CacheJob(settings, out, videos_per_shard=videos_per_shard, texts_per_shard=texts_per_shard)
     written = present = 0
     left_out: list[LeftOut] = []
-    kinds: tuple[Kind, ...] = ("texts", "videos")
-    for kind in kinds:
+    for kind in features.KINDS:
         own = range(rank, job.description.shards(kind), ranks)
         there = [shard for shard in own if features.is_written(out, kind, shard)]
         to_write = sorted(set(own) - set(there))

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from opensoraplan.data import features
-from opensoraplan.data.features import Kind, LeftOut
+from opensoraplan.data.features import LeftOut
 from opensoraplan.train.cache import CacheJob, CacheSummary, check_limit
 from opensoraplan.train.config import TrainSettings
 
@@ -60,8 +60,7 @@ def _looked_at(job: CacheJob) -> tuple[list[LeftOut], list[Row], int]:
     left_out: list[LeftOut] = []
     to_write: list[Row] = []
     present = 0
-    kinds: tuple[Kind, ...] = ("texts", "videos")
-    for kind in kinds:
+    for kind in features.KINDS:
         for shard in range(job.description.shards(kind)):
             if not features.is_written(job.out, kind, shard):
                 to_write.append({"kind": kind, "shard": shard})
