@@ -158,7 +158,10 @@ class JointAttnProcessor:
             torch.cat([x, text_x.expand(n, *text_x.shape)], dim=2).flatten(0, 1)  # [n * B, s + L, H, d]
             for x, text_x in zip(video, text, strict=True)
         )
-        out = dispatch_attention_fn(q, k, v, attn_mask=key_mask, backend=self._attention_backend)
+        backend = self._attention_backend
+        if backend is None and key_mask is not None and q.is_cuda and q.requires_grad:
+            backend = "_native_efficient"  # cuDNN's gradients with a mask can be NaN
+        out = dispatch_attention_fn(q, k, v, attn_mask=key_mask, backend=backend)
         out = out.unflatten(0, (n, -1))
         return out[:, :, :s], out[:, :, s:].mean(0)
 

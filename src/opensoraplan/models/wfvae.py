@@ -154,11 +154,13 @@ class CausalConv3d(nn.Module):
         self.overlap = kernel - stride
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         if self.before:
             front = None if stream is None else stream.kept.get(self)
             if front is None:
-                front = x[:, :, :1].expand(-1, -1, self.before, -1, -1)
-            x = torch.cat([front, x], dim=2)
+                front = x[:, :, :1].repeat(1, 1, self.before, 1, 1)
+            # `cat` keeps the layout only if all that it joins has it.
+            x = torch.cat([front.contiguous(memory_format=torch.channels_last_3d), x], dim=2)
             if stream is not None:
                 stream.keep(self, x, self.overlap)
         return self.conv(x)

@@ -249,12 +249,14 @@ class TrainSettings(Settings):
 class VAEModelSettings(Settings):
     """The VAE to train. `pretrained`: a checkpoint to go on from; `config`: constructor arguments of WFVAE,
     for a new one or for a checkpoint without config. `freeze_encoder` trains the decoder alone, so that
-    latents, shift and scale stay what they are.
+    latents, shift and scale stay what they are. `compute` is the precision of convolutions and attention;
+    weights and losses are in fp32.
     """
 
     pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
     freeze_encoder: bool = False
+    compute: Precision = "fp32"
 
     @model_validator(mode="after")
     def _given(self) -> Self:

@@ -26,6 +26,7 @@ from opensoraplan.data.selection import Reason, Sample, select
 from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 from opensoraplan.train.config import ClipSourceSettings, TrainSettings, VAETrainSettings
 from opensoraplan.train.encoders import (
     ENCODER_PARTS,
@@ -66,6 +67,10 @@ class Source:
     def shapes(self) -> list[tuple[int, int, int]]:
         """Frames, height and width in pixels of each sample."""
         return [sample.shape for sample in self.samples]
+
+    def latent_shape(self, index: int) -> tuple[int, int, int, int]:
+        """[C, T, H, W] of the latents of sample number `index`."""
+        return self.vae_config["latent_channels"], *latent_shape(*self.samples[index].shape, multiple=SPATIAL_STRIDE)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """(latents - shift) * scale per channel of [B, C, T, H, W]."""

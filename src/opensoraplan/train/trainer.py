@@ -132,9 +132,7 @@ class _Job:
             turn = next(self.batches)
             self.speed.waited(turn.waited, encoding=turn.encoding)
             self.bad_files.add(turn.failures)
-            draws, encoded = turn.draws, turn.encoded
-            shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
-            drawn = objective.draw(draws, shape, settings.flow, seed=settings.seed).to(self.device)
+            drawn, encoded = turn.drawn, turn.encoded
             latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
             with explained_memory(latents, encoded.prompt):
                 losses = objective.losses(

@@ -19,16 +19,17 @@ from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.mesh import SAMPLE
 from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.loading import micro_batches
+from opensoraplan.train.loading import micro_batches, one_ahead
+from opensoraplan.train.objective import Drawn, draw
 from opensoraplan.train.sources import Encoded, Source
 
 
 class Turn(NamedTuple):
-    """A micro-batch; what this process could not read for it, and the seconds that it has waited for clips or
-    features and taken to encode them.
+    """A micro-batch and what is drawn for it, on the device; what this process could not read for it, and the
+    seconds that it has waited for clips or features and taken to encode them.
     """
 
-    draws: Sequence[Draw]
+    drawn: Drawn
     encoded: Encoded
     failures: Sequence[Failure] = ()
     waited: float = 0.0
@@ -50,6 +51,11 @@ def encoded_batches(
     mesh = ranks.mesh
     turns = ranks.sample_ranks if settings.parallel.encoder_dp else 1
     own = 0 if turns == 1 or mesh is None else mesh.rank(SAMPLE)
+
+    def drawn_for(draws: list[Draw]) -> Drawn:
+        shape = source.latent_shape(draws[0].index)
+        return draw(draws, shape, settings.flow, seed=settings.seed).to(source.device)
+
     batches = micro_batches(
         source.dataset,
         lambda: islice(order(), own, None, turns),
@@ -57,16 +63,16 @@ def encoded_batches(
         collate=source.collate,
         batch_bytes=settings.data.batch_size * source.largest,
     )
-    rest = order()
-    while draws := list(islice(rest, turns)):
+    rest = one_ahead(drawn_for, order())
+    while together := list(islice(rest, turns)):
         mine = None
-        if own < len(draws):
+        if own < len(together):
             began = time.perf_counter()
             batch = next(batches)
             there = time.perf_counter()
             encoded = source.encode(batch)
-            mine = Turn(draws[own], encoded, batch.failures, there - began, time.perf_counter() - there)
-        for turn, drawn in enumerate(draws):
+            mine = Turn(together[own], encoded, batch.failures, there - began, time.perf_counter() - there)
+        for turn, drawn in enumerate(together):
             own_turn = mine if turn == own else None
             if mesh is not None and turns > 1:
                 own_turn = _shared(own_turn, drawn, turn, group=mesh.group(SAMPLE), device=source.device)
@@ -75,7 +81,7 @@ def encoded_batches(
 
 
 def _shared(
-    mine: Turn | None, draws: Sequence[Draw], turn: int, *, group: dist.ProcessGroup, device: torch.device
+    mine: Turn | None, drawn: Drawn, turn: int, *, group: dist.ProcessGroup, device: torch.device
 ) -> Turn:
     """In all processes of the group, what number `turn` of them, which has it as `mine`, has encoded."""
     tensors = None
@@ -94,4 +100,4 @@ def _shared(
     if mine is not None:
         return mine
     moments, sequence, mask, pooled = received
-    return Turn(draws, Encoded(moments, PromptEmbeds(sequence, mask, pooled)))
+    return Turn(drawn, Encoded(moments, PromptEmbeds(sequence, mask, pooled)))

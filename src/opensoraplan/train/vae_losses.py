@@ -4,6 +4,7 @@ Sums over a sample are divided by its pixel values, so that every term is per pi
 what it means in the paper.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,24 @@ class Reconstruction(NamedTuple):
     kl: Tensor
 
 
-def reconstruct(model: WFVAE, x: Tensor, noise: Tensor, *, freeze_encoder: bool = False) -> Reconstruction:
-    """Encode x [B, 3, T, H, W] whole, sample with `noise` [B, C, t, h, w], decode, compare."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
+def reconstruct(
+    model: WFVAE,
+    x: Tensor,
+    noise: Tensor,
+    *,
+    freeze_encoder: bool = False,
+    compute: torch.dtype = torch.float32,
+) -> Reconstruction:
+    """Encode x [B, 3, T, H, W] whole, sample with `noise` [B, C, t, h, w], decode, compare. Convolutions and
+    attention are in `compute` (by autocast), sampling and losses in fp32.
+    """
+    autocast = partial(torch.autocast, x.device.type, dtype=compute, enabled=compute != torch.float32)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder), autocast():
         moments = model.encoder(x)
-    pixels, *predicted = model.decoder.with_coefficients(sample_posterior(moments, noise))
+    moments = moments.float()
+    with autocast():
+        made = model.decoder.with_coefficients(sample_posterior(moments, noise))
+    pixels, *predicted = (tensor.float() for tensor in made)
     _, *wanted = haar_levels(x)
     wavelet = sum(((p - w).abs().sum() for p, w in zip(predicted, wanted, strict=True)), x.new_zeros(()))
     mean, logvar = moments.chunk(2, dim=1)

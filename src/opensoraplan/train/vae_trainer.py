@@ -23,7 +23,7 @@ from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import ClipDataset, collate
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
-from opensoraplan.device import resolve_device
+from opensoraplan.device import DTYPES, resolve_device
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models import original
 from opensoraplan.models.strict import plain_config
@@ -219,7 +219,8 @@ class _Job:
         generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
         grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
         noise = torch.randn(len(x), self.model.config["latent_channels"], *grid, generator=generator)
-        made = reconstruct(self.model, x, noise.to(self.device), freeze_encoder=frozen)
+        compute = DTYPES[self.settings.model.compute]
+        made = reconstruct(self.model, x, noise.to(self.device), freeze_encoder=frozen, compute=compute)
         loss = made.l1
         logged = {"l1": made.l1, "wavelet": made.wavelet, "kl": made.kl}
         if self.lpips is not None:
