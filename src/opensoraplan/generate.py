@@ -21,6 +21,7 @@ from opensoraplan.requests import Request
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from opensoraplan.memory import Arrangement
     from opensoraplan.models.text import PromptEmbeds
     from opensoraplan.parallel.ranks import Ranks
     from opensoraplan.pipeline import OpenSoraPlanPipeline
@@ -101,6 +102,7 @@ def run(
     ranks: "Ranks | None" = None,
     all_decode: bool = False,
     batched: bool = False,
+    arrangement: "Arrangement | None" = None,
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
@@ -128,33 +130,53 @@ def run(
                 written.append(done)
                 continue
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
-            start = ranks.agree(partial(find_latents, pipeline, wanted, record)) if resume else None
-            if start is not None:
-                logger.info("going on after step %d of %d", start.step, request.steps)
-                embeds.put(request, start)
+            make = partial(
+                _make, pipeline, request, embeds, wanted, record,
+                ranks=ranks, save_every=save_every, all_decode=all_decode, batched=batched,
+            )  # fmt: skip
             with explained_memory(request):
-                if ranks.first:
-                    path = make_video(
-                        pipeline,
-                        request,
-                        embeds,
-                        wanted,
-                        record,
-                        start=start,
-                        save_every=save_every,
-                        batched=batched,
-                    )
-                    logger.info("wrote %s", path)
-                    written.append(path)
+                if arrangement is None:
+                    path = make(go_on=resume)
                 else:
-                    latents = denoise(pipeline, request, embeds, start=start, batched=batched)
-                    for _ in pipeline.iter_decode(latents) if all_decode else ():
-                        pass
+                    path = arrangement.run(lambda again, make=make: make(go_on=resume or again))
+            if path is not None:
+                logger.info("wrote %s", path)
+                written.append(path)
     except KeyboardInterrupt:
         hint = "" if resume else " with --resume"
         logger.info("stopped, %d of %d done: the same command%s goes on", len(written), total, hint)
         raise
     return written
+
+
+def _make(
+    pipeline: "OpenSoraPlanPipeline",
+    request: Request,
+    embeds: "PromptCache",
+    wanted: Path,
+    record: dict[str, Any],
+    *,
+    ranks: "Ranks",
+    save_every: int,
+    all_decode: bool,
+    batched: bool,
+    go_on: bool,
+) -> Path | None:
+    """One video, from the latents that were saved of it if there are any (`go_on`); in other processes than
+    the first, which writes it, their share of it.
+    """
+    start = ranks.agree(partial(find_latents, pipeline, wanted, record)) if go_on else None
+    if start is not None:
+        logger.info("going on after step %d of %d", start.step, request.steps)
+        embeds.put(request, start)
+    if ranks.first:
+        return make_video(
+            pipeline, request, embeds, wanted, record, start=start, save_every=save_every, batched=batched
+        )
+    latents = denoise(pipeline, request, embeds, start=start, batched=batched)
+    for _ in pipeline.iter_decode(latents) if all_decode else ():
+        pass
+    return None
 
 
 @contextmanager

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from opensoraplan.convert.mindspeed_json import Inference
+    from opensoraplan.memory import Arrangement
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,14 @@ class Generate:
     """cpu, cuda, cuda:1, npu, ..."""
     dtype: Dtype = "bf16"
     """Precision to compute in."""
+    memory: Literal["auto", "resident", "in-turn", "streamed"] = "auto"
+    """Where the model is: all of it on the device, each part in turn, or block after block, which takes the
+    least memory and the most time. auto: the first of them that is predicted to fit, and the next when memory
+    is full."""
+    attention: Annotated[str | None, optional("NAME", "(default: torch's own)")] = None
+    """The implementation of attention, one of diffusers' backends: _native_cudnn, flash, sage, ..."""
+    compile: bool = False
+    """Compile the denoiser's blocks: minutes before the first step, less time for each."""
     prompt_template: Annotated[str | None, optional("TEXT", "(default: the model's, 'high quality, {}')")] = (
         None
     )
@@ -166,7 +175,9 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         paths = find_paths(options.parts, inference)
     targets = job.check_targets(requests, options.out)
 
-    from opensoraplan.device import resolve_device
+    import torch
+
+    from opensoraplan.device import resolve_device, resolve_dtype
     from opensoraplan.parallel.generating import generating_mesh, share_generating
     from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
 
@@ -180,8 +191,17 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         config = json.loads((folder / "transformer" / "config.json").read_text())
         mesh.filled(processes).check_model(config.get("num_attention_heads", 24))
     resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
+    if processes > 1 and options.memory not in ("auto", "resident"):
+        raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
+    # What is to be moved to and fro begins on the host.
+    moving = device.type != "cpu" and processes == 1 and options.memory != "resident"
     with joined(mesh, device, timeout=PATIENCE_S) as ranks:
-        pipeline, model = _load_pipeline(options, inference, paths, folder=folder, device=device)
+        place = torch.device("cpu") if moving else device
+        pipeline, model = _load_pipeline(
+            options, inference, paths, folder=folder, place=place, dtype=resolve_dtype(options.dtype, device)
+        )
+        _tune(pipeline, options)
+        arrangement = _arrange(pipeline, requests, options, device) if moving else None
         all_decode = False
         if ranks.mesh is not None:
             rows = {request.height // SPATIAL_STRIDE for request in requests}
@@ -197,7 +217,35 @@ def generate(options: Generate, inference: "Inference | None") -> None:
             ranks=ranks,
             all_decode=all_decode,
             batched=branches > 1,
+            arrangement=arrangement,
         )
+
+
+def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
+    """Choose how the denoiser computes."""
+    if options.attention is not None:
+        from opensoraplan.models.attention import set_backend
+
+        set_backend(pipeline.transformer, options.attention)
+    if options.compile:
+        pipeline.transformer.compile_repeated_blocks()
+
+
+def _arrange(
+    pipeline: "OpenSoraPlanPipeline", requests: list[Request], options: Generate, device: "torch.device"
+) -> "Arrangement":
+    """Keep the pipeline's parts so that all these videos fit the device."""
+    from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, free_memory, needs, plans_for
+
+    sizes = {(r.frames, r.height, r.width, r.batched_guidance) for r in requests}
+    placements = [name for name in PLACEMENTS if options.memory in ("auto", name)]
+    plans = plans_for(
+        [needs(pipeline, frames=t, height=h, width=w, batched=b) for t, h, w, b in sizes], placements
+    )
+    free = free_memory(device)
+    arrangement = Arrangement(pipeline, plans, device, place=first_that_fits(plans, free=free))
+    logger.info("of %s, %.1f GB are free; the model is %s (predicted)", device, free / 1e9, arrangement.plan)
+    return arrangement
 
 
 def _load_pipeline(
@@ -206,15 +254,16 @@ def _load_pipeline(
     paths: dict[str, Path],
     *,
     folder: Path | None,
-    device: "torch.device",
+    place: "torch.device",
+    dtype: "torch.dtype",
 ) -> "tuple[OpenSoraPlanPipeline, str | dict[str, Any]]":
-    """The pipeline of these parts, or of a whole `folder`, and what its videos say of where it came from."""
+    """The pipeline of these parts, or of a whole `folder`, in the memory of `place`, and what its videos say
+    of where it came from.
+    """
     from opensoraplan.convert import assemble
-    from opensoraplan.device import resolve_dtype
     from opensoraplan.models.text import PromptSettings
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
-    dtype = resolve_dtype(options.dtype, device)
     prompts: dict[str, Any] = {} if options.clean_prompts else {"clean_prompts": False}
     if options.prompt_template is not None:
         prompts["prompt_template"] = PromptSettings(template=options.prompt_template).template
@@ -222,11 +271,11 @@ def _load_pipeline(
         prompts["default_negative_prompt"] = options.default_negative_prompt
 
     origin = folder or paths["transformer"]
-    logger.info("loading %s, %s on %s", origin, str(dtype).removeprefix("torch."), device)
+    logger.info("loading %s, %s on %s", origin, str(dtype).removeprefix("torch."), place)
     pipeline = assemble.load_pipeline(
         make_sources(paths, options.parts, inference),
         dtype=dtype,
-        device=device,
+        device=place,
         scheduler=inference.scheduler if inference else {},
         max_text_tokens=inference.max_text_tokens if inference else 512,
     )

@@ -20,6 +20,8 @@ ROPE_SPLIT = (4, 6, 6)  # of 16: shares of a head's channels that turn with t, y
 
 def to_single_skip(x: Tensor, n: int) -> Tensor:
     """[B, S, ...] -> [n, B, S'/n, ...], S padded at its end with zeros to S', a multiple of n^2."""
+    if n == 1:  # with the strides of a new tensor, which compiled blocks look at
+        return x.contiguous().unsqueeze(0)
     padding = -x.shape[1] % n**2
     if padding:
         x = torch.cat([x, x.new_zeros(x.shape[0], padding, *x.shape[2:])], dim=1)
@@ -29,7 +31,7 @@ def to_single_skip(x: Tensor, n: int) -> Tensor:
 def swap_skip(x: Tensor) -> Tensor:
     """Single-skip to group-skip order and back: [n, B, S'/n, ...] -> the same shape."""
     n = x.shape[0]
-    return x.unflatten(2, (-1, n)).transpose(0, 3).flatten(2, 3)
+    return x if n == 1 else x.unflatten(2, (-1, n)).transpose(0, 3).flatten(2, 3)
 
 
 def from_group_skip(x: Tensor, tokens: int) -> Tensor:

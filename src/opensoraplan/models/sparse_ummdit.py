@@ -15,7 +15,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
+from opensoraplan.models.attention import attention
 from opensoraplan.models.skiparse import (
     Layout,
     apply_rotary,
@@ -158,10 +158,7 @@ class JointAttnProcessor:
             torch.cat([x, text_x.expand(n, *text_x.shape)], dim=2).flatten(0, 1)  # [n * B, s + L, H, d]
             for x, text_x in zip(video, text, strict=True)
         )
-        backend = self._attention_backend
-        if backend is None and key_mask is not None and q.is_cuda and q.requires_grad:
-            backend = "_native_efficient"  # cuDNN's gradients with a mask can be NaN
-        out = dispatch_attention_fn(q, k, v, attn_mask=key_mask, backend=backend)
+        out = attention(q, k, v, key_mask, backend=self._attention_backend)
         out = out.unflatten(0, (n, -1))
         return out[:, :, :s], out[:, :, s:].mean(0)
 
@@ -297,6 +294,9 @@ class SparseUMMDiTBlock(nn.Module):
         if self.skip is not None and self.skip_enc is not None:
             assert kept is not None
             video, text = self.skip(video, kept[0]), self.skip_enc(text, kept[1])
+        return self._run(video, text, cond, layout)
+
+    def _run(self, video: Tensor, text: Tensor, cond: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         if video.dtype == torch.float16 and not self.training:
             video, text = (torch.nan_to_num(x).clamp(-65504, 65504) for x in (video, text))
 
@@ -312,6 +312,13 @@ class SparseUMMDiTBlock(nn.Module):
             text_ff = self.ff if self.ff_enc is None else self.ff_enc
             text = add_gated(text, text_gate, text_ff(normed_text))
         return video, text
+
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:  # noqa: ANN401 (torch.compile's)
+        """Compile what all blocks have in common, everything but the skip connection, so that they share
+        graphs: one where n is 1, one for all other rates, one for the last block; as many again where keys
+        are masked. Numbers of tokens are symbols in them.
+        """
+        self._run = torch.compile(self._run, dynamic=dynamic, **options)
 
 
 # --- Model --------------------------------------------------------------------------------------------------

@@ -70,7 +70,9 @@ class Source:
 
     def latent_shape(self, index: int) -> tuple[int, int, int, int]:
         """[C, T, H, W] of the latents of sample number `index`."""
-        return self.vae_config["latent_channels"], *latent_shape(*self.samples[index].shape, multiple=SPATIAL_STRIDE)
+        return self.vae_config["latent_channels"], *latent_shape(
+            *self.samples[index].shape, multiple=SPATIAL_STRIDE
+        )
 
     def normalize(self, latents: Tensor) -> Tensor:
         """(latents - shift) * scale per channel of [B, C, T, H, W]."""

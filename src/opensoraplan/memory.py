@@ -1,0 +1,202 @@
+"""Where a pipeline's parts are kept, on the device or on the host, so that generating fits the device.
+
+The sizes of what is computed are formulas of parallel/estimate.py; moving parts to and fro is diffusers'.
+Bytes, unless it says otherwise.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+
+from opensoraplan.device import is_out_of_memory
+from opensoraplan.parallel.estimate import Model, Shape, decoding_memory, forward_memory
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.shapes import latent_shape
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+# From the fastest to the leanest. "resident": all parts are on the device. "in-turn": each part is while it
+# computes, the denoiser through all steps. "streamed": so are the denoiser's blocks, one after the other, and
+# the next one arrives while one computes.
+Placement = Literal["resident", "in-turn", "streamed"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+# Latent frames that are decoded at a time: the fewer, the more is computed twice.
+CHUNKS = (4, 2, 1)
+# Of the free memory, what is left to allocators and libraries.
+_MARGIN = 0.08
+# Blocks on the device when they are streamed: one computes, one arrives, one is let go.
+_STREAMED_BLOCKS = 3
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the weights of each part take, the largest of the denoiser's blocks, the tensors of a denoising
+    step, and those of decoding for each of CHUNKS.
+    """
+
+    encoders: int
+    denoiser: int
+    block: int
+    vae: int
+    denoising: int
+    decoding: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Of all parts together."""
+        return self.encoders + self.denoiser + self.vae
+
+    def peak(self, placement: Placement, chunk: int) -> int:
+        """The most that is on the device at any moment."""
+        decoding = self.decoding[CHUNKS.index(chunk)]
+        if placement == "resident":
+            return self.weights + max(self.denoising, decoding)
+        if placement == "in-turn":
+            return max(self.encoders, self.denoiser + self.denoising, self.vae + decoding)
+        return self.vae + max(_STREAMED_BLOCKS * self.block + self.denoising, decoding)
+
+
+def needs(
+    pipeline: OpenSoraPlanPipeline,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    text_tokens: int = 512,
+    batched: bool = False,
+) -> Needs:
+    """What a video of this size needs; `batched`: both branches of guidance are one batch."""
+    transformer, vae = pipeline.transformer, pipeline.vae
+    grid = latent_shape(frames, height, width)
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    denoising = forward_memory(
+        Model(config), Shape(grid, text_tokens, batch=2 if batched else 1), _PRECISIONS[transformer.dtype]
+    )
+    base, precision = vae.config["base_channels"], _PRECISIONS[vae.dtype]
+    return Needs(
+        encoders=_size(pipeline.text_encoder, pipeline.text_encoder_2),
+        denoiser=_size(transformer),
+        block=max(_size(block) for block in transformer.transformer_blocks),
+        vae=_size(vae),
+        denoising=denoising,
+        decoding=tuple(
+            decoding_memory(Shape(grid, 0), precision, base=base, chunk=chunk) for chunk in CHUNKS
+        ),
+    )
+
+
+def _size(*modules: nn.Module | None) -> int:
+    """Bytes of all parameters and buffers; of None none."""
+    tensors = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where parts are kept, how many latent frames are decoded at a time, and what that is predicted to take
+    of the device.
+    """
+
+    placement: Placement
+    chunk: int
+    peak: int
+
+    def __str__(self) -> str:
+        return f"{self.placement}, {self.chunk} latent frames decoded at a time, {self.peak / 1e9:.1f} GB"
+
+
+def plans_for(needs: Iterable[Needs], placements: Sequence[Placement] = PLACEMENTS) -> list[Plan]:
+    """Plans for videos of these needs, the fastest first; each is leaner than those before it."""
+    every = list(needs)
+    plans: list[Plan] = []
+    for placement in placements:
+        for chunk in CHUNKS:
+            peak = max(one.peak(placement, chunk) for one in every)
+            if not plans or peak < plans[-1].peak:
+                plans.append(Plan(placement, chunk, peak))
+    return plans
+
+
+def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
+    """The place among `plans` of the first that fits into `free` bytes. Raises MemoryError, with both
+    numbers, if none does.
+    """
+    for place, plan in enumerate(plans):
+        if plan.peak <= free * (1 - _MARGIN):
+            return place
+    raise MemoryError(
+        f"even the leanest plan ({plans[-1]}) does not fit into the {free / 1e9:.1f} GB that are free: ask "
+        "for fewer or smaller frames"
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """What is free of an accelerator's memory."""
+    free, _total = getattr(torch, device.type).mem_get_info(device)
+    return free
+
+
+class Arrangement:
+    """The plan that a pipeline follows, and those that come after it when that turns out too large."""
+
+    def __init__(
+        self, pipeline: OpenSoraPlanPipeline, plans: Sequence[Plan], device: torch.device, *, place: int = 0
+    ) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self._left = list(plans[place:])
+        self._follow(None)
+
+    @property
+    def plan(self) -> Plan:
+        return self._left[0]
+
+    def run(self, work: Callable[[bool], Result]) -> Result:
+        """What `work(False)` returns. If the device's memory is full, `work(True)` is called under a leaner
+        plan, as long as there is one; then torch's error is raised.
+        """
+        again = False
+        while True:
+            try:
+                return work(again)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(self._left) == 1:
+                    raise
+            # Here, where the error no longer keeps what the work has left.
+            before, again = self._left.pop(0), True
+            logger.warning("out of memory, %s: now %s", before, self.plan)
+            self._follow(before)
+
+    def _follow(self, before: Plan | None) -> None:
+        """Keep the parts as the plan says from now on."""
+        pipeline, device = self._pipeline, self._device
+        pipeline.vae.enable_streaming(latent_frames=self.plan.chunk)
+        if before is not None and before.placement == self.plan.placement:
+            return
+        pipeline.remove_all_hooks()
+        if self.plan.placement == "resident":
+            pipeline.to(device)
+        elif self.plan.placement == "in-turn":
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to("cpu", silence_dtype_warnings=True)
+            _stream(pipeline, device)
+
+
+def _stream(pipeline: OpenSoraPlanPipeline, device: torch.device) -> None:
+    """Have the denoiser's blocks and the encoders' layers on the device only while they compute."""
+    ahead = device.type != "cpu"
+    apply_group_offloading(
+        pipeline.transformer, device, offload_type="block_level", num_blocks_per_group=1, use_stream=ahead
+    )
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        if encoder is not None:
+            apply_group_offloading(encoder, device, offload_type="leaf_level", use_stream=ahead)
+    pipeline.vae.to(device)  # type: ignore[arg-type]

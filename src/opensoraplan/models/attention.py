@@ -1,0 +1,55 @@
+"""Attention proper, and which of its implementations runs where.
+
+Shapes as diffusers' dispatcher has them: B sequences, S tokens, H heads, d head width, all in [B, S, H, d].
+"""
+
+import difflib
+
+import torch
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+# Up to this many tokens, scores are kept for the backward pass on a CPU.
+_SHORT = 512
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, backend: object | None = None
+) -> Tensor:
+    """Attention of q, k, v [B, S, H, d] over all tokens, or those where `key_mask` [B, 1, 1, S] is True.
+
+    `backend` is one of diffusers' dispatcher. None: its default, torch's SDPA, but where that trains badly:
+    cuDNN's gradients under a mask can be NaN (torch 2.11, S % 128 == 64), and on CPUs those of bf16 take
+    several times as long as plain products for short sequences, such as those of small models.
+    """
+    if backend is None and q.requires_grad:
+        if q.is_cuda and key_mask is not None:
+            backend = "_native_efficient"
+        elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= _SHORT:
+            return _plain(q, k, v, key_mask)
+    return dispatch_attention_fn(q, k, v, attn_mask=key_mask, backend=backend)  # type: ignore[arg-type]
+
+
+def set_backend(model: AttentionMixin, name: str) -> None:
+    """Have a model compute attention by the backend of that name. Raises ValueError for one that does not
+    exist, or cannot be had on this machine.
+    """
+    names = [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise ValueError(f"attention {name!r} is none of {', '.join(names)}{hint}")
+    try:
+        model.set_attention_backend(name)
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"attention {name!r} cannot be had here: {error}") from None
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Products of matrices, with the scores in the tensors' own precision."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if key_mask is not None:
+        scores = scores + torch.zeros_like(key_mask, dtype=scores.dtype).masked_fill(~key_mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)

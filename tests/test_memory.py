@@ -1,0 +1,130 @@
+"""Plans that fit a device's memory, and pipelines that follow them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opensoraplan import generate
+from opensoraplan.data.reading import read_frames
+from opensoraplan.memory import PLACEMENTS, Arrangement, Needs, first_that_fits, needs, plans_for
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.requests import Request
+
+GB = 10**9
+CPU = torch.device("cpu")
+# About what the release needs for 121 x 576 x 1024.
+RELEASE = Needs(
+    encoders=4 * GB,
+    denoiser=17 * GB,
+    block=GB // 2,
+    vae=GB // 2,
+    denoising=4 * GB,
+    decoding=(5 * GB, 3 * GB, 2 * GB),
+)
+
+
+@pytest.fixture
+def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
+    made = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def latents_of(pipeline: OpenSoraPlanPipeline) -> Tensor:
+    output = pipeline(
+        "a red ball", num_frames=9, height=32, width=32, num_inference_steps=2, seed=0, output_type="latent"
+    )
+    assert isinstance(output, VideoOutput)
+    assert isinstance(output.frames, Tensor)
+    return output.frames
+
+
+@pytest.mark.parametrize(
+    ("free", "placement"), [(80, "resident"), (24, "in-turn"), (12, "streamed"), (6.6, "streamed")]
+)
+def test_the_fastest_plan_that_fits_is_chosen(free: float, placement: str) -> None:
+    plans = plans_for([RELEASE])
+    chosen = plans[first_that_fits(plans, free=int(free * GB))]
+    assert chosen.placement == placement
+    assert chosen.peak < free * GB
+
+
+def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
+    plans = plans_for([RELEASE])
+    peaks = [plan.peak for plan in plans]
+    assert peaks == sorted(set(peaks), reverse=True)
+    with pytest.raises(
+        MemoryError, match=r"leanest plan \(streamed, .* 6\.0 GB\) .* the 5\.0 GB that are free"
+    ):
+        first_that_fits(plans, free=5 * GB)
+
+
+def test_a_plan_for_several_videos_fits_the_largest(pipeline: OpenSoraPlanPipeline) -> None:
+    small = needs(pipeline, frames=9, height=32, width=32)
+    large = needs(pipeline, frames=17, height=64, width=64)
+    assert small.weights == large.weights == sum(map(_bytes, _models(pipeline)))
+    assert [p.peak for p in plans_for([small, large])] == [p.peak for p in plans_for([large])]
+    assert needs(pipeline, frames=9, height=32, width=32, batched=True).denoising > small.denoising
+
+
+def _models(pipeline: OpenSoraPlanPipeline) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placement: str) -> None:
+    expected = latents_of(pipeline)
+    frames = torch.cat(list(pipeline.iter_decode(expected)), dim=2)
+    plans = plans_for([needs(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
+    Arrangement(pipeline, plans, CPU)
+    assert torch.equal(latents_of(pipeline), expected)
+    assert torch.allclose(torch.cat(list(pipeline.iter_decode(expected)), dim=2), frames, atol=1e-5)
+
+
+def test_full_memory_is_met_by_the_next_plan_until_there_is_none(pipeline: OpenSoraPlanPipeline) -> None:
+    plans = plans_for([RELEASE])
+    arrangement = Arrangement(pipeline, plans, CPU)
+    followed: list[tuple[bool, str, int | None]] = []
+
+    def work(again: bool) -> None:
+        plan = arrangement.plan
+        followed.append((again, str(plan), pipeline.vae.streaming_latent_frames))
+        assert pipeline.vae.streaming_latent_frames == plan.chunk
+        raise torch.OutOfMemoryError("the device is full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        arrangement.run(work)
+    assert [text for _, text, _ in followed] == [str(plan) for plan in plans]
+    assert [again for again, _, _ in followed] == [False] + [True] * (len(plans) - 1)
+
+
+def test_a_video_goes_on_where_memory_was_full(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
+    request = Request(prompt="a red ball", frames=9, height=32, width=32, steps=4, seed=3)
+    (whole,) = generate.run(pipeline, [request], [tmp_path / "whole.mp4"], model="tiny", resume=False)
+    arrangement = Arrangement(pipeline, plans_for([RELEASE]), CPU)
+    first, calls = arrangement.plan, []
+
+    def full(_model: nn.Module, _args: tuple[object, ...], _kwargs: dict[str, object]) -> None:
+        calls.append(arrangement.plan)
+        if len(calls) == 6:  # in the third of four guided steps
+            raise torch.OutOfMemoryError("the device is full")
+
+    pipeline.transformer.patch_embed.register_forward_pre_hook(full, with_kwargs=True)
+    (path,) = generate.run(
+        pipeline,
+        [request],
+        [tmp_path / "broken.mp4"],
+        model="tiny",
+        resume=False,
+        save_every=1,
+        arrangement=arrangement,
+    )
+    assert calls.count(first) == 6
+    assert len(calls) == 6 + 2 * 2  # the first two steps were not done again
+    assert torch.equal(read_frames(path), read_frames(whole))
