@@ -8,8 +8,8 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +103,7 @@ def run(
     all_decode: bool = False,
     batched: bool = False,
     arrangement: "Arrangement | None" = None,
+    step_ratios: Sequence[float] = (),
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
@@ -133,6 +134,7 @@ def run(
             make = partial(
                 _make, pipeline, request, embeds, wanted, record,
                 ranks=ranks, save_every=save_every, all_decode=all_decode, batched=batched,
+                step_ratios=step_ratios,
             )  # fmt: skip
             with explained_memory(request):
                 if arrangement is None:
@@ -160,6 +162,7 @@ def _make(
     save_every: int,
     all_decode: bool,
     batched: bool,
+    step_ratios: Sequence[float],
     go_on: bool,
 ) -> Path | None:
     """One video, from the latents that were saved of it if there are any (`go_on`); in other processes than
@@ -171,9 +174,17 @@ def _make(
         embeds.put(request, start)
     if ranks.first:
         return make_video(
-            pipeline, request, embeds, wanted, record, start=start, save_every=save_every, batched=batched
+            pipeline,
+            request,
+            embeds,
+            wanted,
+            record,
+            start=start,
+            save_every=save_every,
+            batched=batched,
+            step_ratios=step_ratios,
         )
-    latents = denoise(pipeline, request, embeds, start=start, batched=batched)
+    latents = denoise(pipeline, request, embeds, start=start, batched=batched, step_ratios=step_ratios)
     for _ in pipeline.iter_decode(latents) if all_decode else ():
         pass
     return None
@@ -256,11 +267,13 @@ def make_video(
     start: "SavedLatents | None" = None,
     save_every: int = 0,
     batched: bool = False,
+    step_ratios: Sequence[float] = (),
 ) -> Path:
     """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
 
     Until it is written, the last latents that were good are kept in a file beside it: after every
-    `save_every` steps (0: not before the last), before decoding, and when something fails.
+    `save_every` steps (0: not before the last), before decoding, and when something fails. Not in the middle
+    of a run with a step cache, which would go on without what it has cached.
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
@@ -269,11 +282,14 @@ def make_video(
 
     def keep(latents: "Tensor", step: int) -> None:
         # Other schedulers may have more calls than steps, and cannot begin in the middle.
-        if save_every and step % save_every == 0 and step < request.steps and pipeline.has_default_scheduler:
+        possible = pipeline.has_default_scheduler and not request.step_cache
+        if save_every and step % save_every == 0 and step < request.steps and possible:
             save(latents, step)
 
     try:
-        latents = denoise(pipeline, request, embeds, start=start, batched=batched, after_step=keep)
+        latents = denoise(
+            pipeline, request, embeds, start=start, batched=batched, step_ratios=step_ratios, after_step=keep
+        )
     except NonFiniteLatentsError as error:
         good = min(error.step, request.steps) - 1
         save(error.last_good, good)
@@ -297,6 +313,7 @@ def denoise(
     *,
     start: "SavedLatents | None" = None,
     batched: bool = False,
+    step_ratios: Sequence[float] = (),
     after_step: Callable[["Tensor", int], None] | None = None,
 ) -> "Tensor":
     """Normalised latents [1, C, T, H, W] of a request, from noise or from where it was stopped. `after_step`
@@ -304,6 +321,7 @@ def denoise(
     """
     from torch import Tensor
 
+    from opensoraplan.models.step_cache import skipping
     from opensoraplan.pipeline import VideoOutput
 
     if start is not None and start.step == request.steps:
@@ -314,26 +332,32 @@ def denoise(
             after_step(tensors["latents"], index + 1)
 
     prompt, negative = embeds.of(request)
-    output = pipeline(
-        prompt_embeds=prompt,
-        negative_prompt_embeds=negative,
-        num_frames=request.frames,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        guidance_rescale=request.guidance_rescale,
-        guidance_interval=request.guidance_interval,
-        batched_guidance=request.batched_guidance or batched,
-        shift=request.shift,
-        use_dynamic_shifting=request.dynamic_shift,
-        use_linear_quadratic_schedule=request.linear_quadratic,
-        seed=request.seed,
-        latents=None if start is None else start.latents,
-        first_step=0 if start is None else start.step,
-        output_type="latent",
-        callback_on_step_end=tell,
-    )
+    cached = nullcontext()
+    if request.step_cache:
+        cached = skipping(
+            pipeline.transformer, step_ratios, threshold=request.step_cache, steps=request.steps
+        )
+    with cached:
+        output = pipeline(
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+            num_frames=request.frames,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            guidance_rescale=request.guidance_rescale,
+            guidance_interval=request.guidance_interval,
+            batched_guidance=request.batched_guidance or batched,
+            shift=request.shift,
+            use_dynamic_shifting=request.dynamic_shift,
+            use_linear_quadratic_schedule=request.linear_quadratic,
+            seed=request.seed,
+            latents=None if start is None else start.latents,
+            first_step=0 if start is None else start.step,
+            output_type="latent",
+            callback_on_step_end=tell,
+        )
     assert isinstance(output, VideoOutput)
     assert isinstance(output.frames, Tensor)
     return output.frames

@@ -364,23 +364,24 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         it.
         """
         if negative is None:
-            branches = [positive]
+            branches = {"cond": positive}
         elif batched:
-            branches = [PromptEmbeds.cat([negative, positive])]
+            branches = {"both": PromptEmbeds.cat([negative, positive])}
         else:
-            branches = [negative, positive]
+            branches = {"uncond": negative, "cond": positive}
         outputs = []
-        for embeds in branches:
+        for name, embeds in branches.items():
             batch = embeds.batch_size
             hidden = latents.to(self.transformer.dtype)
-            velocity = self.transformer(
-                hidden_states=torch.cat([hidden] * (batch // len(hidden))),
-                timestep=timestep.to(latents.device).expand(batch),
-                encoder_hidden_states=embeds.sequence,
-                pooled_projections=embeds.pooled,
-                encoder_attention_mask=embeds.key_mask,
-                return_dict=False,
-            )[0]
+            with self.transformer.cache_context(name):
+                velocity = self.transformer(
+                    hidden_states=torch.cat([hidden] * (batch // len(hidden))),
+                    timestep=timestep.to(latents.device).expand(batch),
+                    encoder_hidden_states=embeds.sequence,
+                    pooled_projections=embeds.pooled,
+                    encoder_attention_mask=embeds.key_mask,
+                    return_dict=False,
+                )[0]
             outputs.append(velocity.float())
         return torch.cat(outputs)
 

@@ -33,6 +33,7 @@ class Request(Settings):
     shift: float | None = Field(None, gt=0, allow_inf_nan=False)
     dynamic_shift: bool | None = None
     linear_quadratic: bool = False
+    step_cache: float = Field(0.0, ge=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**62)
 
     @field_validator("prompt", "negative_prompt")

@@ -20,7 +20,7 @@ from opensoraplan.cli.data import (
     data_render,
     data_sheet,
 )
-from opensoraplan.cli.generating import Decode, Generate, decode, generate
+from opensoraplan.cli.generating import Calibrate, Decode, Generate, calibrate, decode, generate
 from opensoraplan.cli.models import Convert, Inspect, Reconstruct, convert, inspect, reconstruct
 from opensoraplan.cli.parts import read_config, read_defaults
 from opensoraplan.cli.plan import Launch, Plan, launch, plan
@@ -41,6 +41,7 @@ def main() -> None:
         verbs = (
             Annotated[Generate, subcommand("generate", default=defaults, prefix_name=False)]
             | Annotated[Decode, subcommand("decode", prefix_name=False)]
+            | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
             | Annotated[Convert, subcommand("convert", prefix_name=False)]
             | Annotated[Reconstruct, subcommand("reconstruct", prefix_name=False)]
             | Annotated[Inspect, subcommand("inspect", prefix_name=False)]
@@ -58,6 +59,8 @@ def main() -> None:
                 generate(options, inference)
             case Decode():
                 decode(options)
+            case Calibrate():
+                calibrate(options)
             case Convert():
                 convert(options, inference)
             case Reconstruct():

@@ -88,6 +88,9 @@ class Generate:
     """Tell the shift from the size of the picture instead."""
     linear_quadratic: bool = False
     """Use the linear-quadratic schedule, which has no shift."""
+    step_cache: float = 0.0
+    """Let steps take over from the one before while the error stays below this, 0.06 say: faster, not exact.
+    Needs `osp calibrate`."""
     negative_prompt: str = ""
     """What to avoid, added to the default negative prompt."""
     seed: int = 0
@@ -124,6 +127,32 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Measure, on one video, how a model's steps resemble each other, for `osp generate --step-cache`."""
+
+    model: Annotated[Path | None, optional("PATH", "(default: the small built-in model)")] = None
+    """A diffusers folder, as `osp convert` and `osp export` write it."""
+    prompt: str = "A red fox runs through fresh snow."
+    """What the video shows; the ratios hardly depend on it."""
+    out: Annotated[Path | None, optional("PATH", "(default: step_cache.json in the model's folder)")] = None
+    """The file to write."""
+    frames: Annotated[int | None, optional("INT", "(default: the model's, or 57)")] = None
+    """8k + 1."""
+    height: Annotated[int | None, optional("INT", "(default: the model's, or 288)")] = None
+    """Pixels, a multiple of 16."""
+    width: Annotated[int | None, optional("INT", "(default: the model's, or 512)")] = None
+    """Pixels, a multiple of 16."""
+    steps: Annotated[int | None, optional("INT", "(default: the model's, or 50)")] = None
+    """Denoising steps; runs of other numbers of steps take the nearest."""
+    guidance: Annotated[float | None, optional("FLOAT", "(default: the model's, or 8)")] = None
+    """As in the videos that it is for."""
+    device: OptionalDevice = None
+    """cpu, cuda, cuda:1, npu, ..."""
+    dtype: Dtype = "bf16"
+    """Precision to compute in."""
+
+
+@dataclass(frozen=True)
 class Decode:
     """Make the video of latents that `osp generate` has left, without the rest of the model."""
 
@@ -144,7 +173,8 @@ class Decode:
 # Options of `Generate` that are fields of a request; the rest say what makes it.
 REQUEST_OPTIONS = (
     "negative_prompt", "frames", "height", "width", "fps", "steps", "guidance", "guidance_rescale",
-    "guidance_interval", "batched_guidance", "shift", "dynamic_shift", "linear_quadratic", "seed",
+    "guidance_interval", "batched_guidance", "shift", "dynamic_shift", "linear_quadratic", "step_cache",
+    "seed",
 )  # fmt: skip
 
 
@@ -174,6 +204,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     else:
         paths = find_paths(options.parts, inference)
     targets = job.check_targets(requests, options.out)
+    ratios = _step_cache(requests, folder)
 
     import torch
 
@@ -218,7 +249,21 @@ def generate(options: Generate, inference: "Inference | None") -> None:
             all_decode=all_decode,
             batched=branches > 1,
             arrangement=arrangement,
+            step_ratios=ratios,
         )
+
+
+def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ...]:
+    """What the model was calibrated to, if any video needs it."""
+    if not any(request.step_cache for request in requests):
+        return ()
+    if folder is None:
+        raise ValueError(
+            "--step-cache needs a model in one folder, by --model, that `osp calibrate` has seen"
+        )
+    from opensoraplan.models.step_cache import Calibration
+
+    return Calibration.of(folder).ratios
 
 
 def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
@@ -293,6 +338,47 @@ def _load_pipeline(
     if options.tiling:
         pipeline.vae.enable_tiling()
     return pipeline, model
+
+
+def calibrate(options: Calibrate) -> None:
+    """`osp calibrate`."""
+    from opensoraplan import builtin
+    from opensoraplan.defaults import GenerateDefaults
+    from opensoraplan.models import step_cache
+
+    folder = options.model or builtin.folder()
+    check_model(folder)
+    out = options.out or folder / step_cache.FILE
+    if out.exists():
+        raise ValueError(f"{out} exists already: delete it, or give another file by --out")
+    usual = {"frames": 57, "height": 288, "width": 512, "steps": 50, "guidance": 8.0}
+    usual |= GenerateDefaults.of(folder).model_dump(include=set(usual), exclude_none=True)
+    asked = {name: getattr(options, name) for name in usual}
+    settings = {**usual, **{name: value for name, value in asked.items() if value is not None}}
+    request = Request.read({"prompt": options.prompt, **settings}, where="the options")
+    if request.steps < 2:
+        raise ValueError(f"--steps must be at least 2, got {request.steps}")
+
+    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
+
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    pipeline = OpenSoraPlanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+    with step_cache.measured(pipeline.transformer) as ratios:
+        pipeline(
+            request.prompt,
+            num_frames=request.frames,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            batched_guidance=True,
+            seed=0,
+            output_type="latent",
+        )
+    step_cache.Calibration(ratios=tuple(ratios)).write(out)
+    logger.info("wrote %s: osp generate ... --step-cache 0.06", out)
 
 
 def decode(options: Decode) -> None:

@@ -16,7 +16,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -612,7 +611,6 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         sample = torch.cat(list(self.iter_decode(z)), dim=2)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    @apply_forward_hook
     def iter_encode(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Moments [B, 2 C, t, H/8, W/8] chunk by chunk, of a clip that comes in pieces [B, 3, t, H, W] of any
         length.
@@ -628,7 +626,6 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
                 tiles = self._tiles(*chunk.shape[3:], unit=1)
             yield self._run_tiles(self.encoder, chunk, tiles, zoom=1 / SPATIAL_STRIDE)
 
-    @apply_forward_hook
     def iter_decode(self, z: Tensor) -> Iterator[Tensor]:
         """Pixels [B, 3, t, 8h, 8w] chunk by chunk, so that a long clip never is in memory whole. Joined in
         time they are what `decode` gives; without streaming there is one chunk.

@@ -1,0 +1,104 @@
+"""Denoising steps whose blocks are not computed: diffusers' MagCache (arXiv 2506.09045), calibrated by model.
+
+From one step to the next, what all blocks together add to the stream changes little, by a ratio of its size
+that is much the same for every prompt. Where the ratios measured before promise a small error, a step takes
+over what the last one added.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from diffusers.hooks import MagCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from pydantic import Field
+from torch import Tensor, nn
+
+from opensoraplan.disk import write_whole
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
+from opensoraplan.settings import Settings
+
+FILE = "step_cache.json"
+# Consecutive steps that take over, and the first part of all steps, in which none does: as published.
+_MOST_SKIPPED, _RETAINED = 3, 0.2
+
+TransformerBlockRegistry.register(
+    SparseUMMDiTBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+)
+
+
+class Calibration(Settings):
+    """The ratios of a model, one for each step of a run of so many; 1 for the first."""
+
+    ratios: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=2)
+
+    @classmethod
+    def of(cls, model: Path) -> Self:
+        """That of a model's folder. Raises FileNotFoundError, with what to do, if it has none."""
+        if not (model / FILE).is_file():
+            raise FileNotFoundError(f"{model} has no {FILE}: `osp calibrate --model {model}` writes it")
+        return cls.read_file(model / FILE)
+
+    def write(self, path: Path) -> None:
+        text = json.dumps(self.model_dump(), indent=1) + "\n"
+        write_whole(path, lambda file: file.write_text(text))
+
+
+def check_rates(model: SparseUMMDiT) -> None:
+    """Raise ValueError unless tokens are in the same order before the first and after the last block."""
+    rates = model.config["sparse_n"] or (1,)
+    if rates[0] != 1 or rates[-1] != 1:
+        raise ValueError(
+            f"a step cache needs dense first and last stages (rate 1), the model has {list(rates)}"
+        )
+
+
+@contextmanager
+def measured(model: SparseUMMDiT) -> Iterator[list[float]]:
+    """Inside the block, the list grows with each forward pass: the size of what all blocks add, token by
+    token, relative to the pass before.
+    """
+    check_rates(model)
+    ratios: list[float] = []
+    state: dict[str, Tensor] = {}
+    first, last = model.transformer_blocks[0], model.transformer_blocks[-1]
+
+    def before(_block: nn.Module, args: tuple[Any, ...]) -> None:
+        state["start"] = args[0]
+
+    def after(_block: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        added = torch.linalg.norm((output[0] - state["start"]).float(), dim=-1)
+        ratios.append(float((added / state["added"]).mean()) if "added" in state else 1.0)
+        state["added"] = added
+
+    handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
+    try:
+        yield ratios
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def skipping(model: SparseUMMDiT, ratios: Sequence[float], *, threshold: float, steps: int) -> Iterator[None]:
+    """Inside the block, a run of `steps` steps leaves out those whose error, accumulated since the last one
+    that was computed, the ratios promise to stay within `threshold`. Each branch of guidance has its own,
+    by `cache_context`.
+    """
+    check_rates(model)
+    config = MagCacheConfig(
+        threshold=threshold,
+        max_skip_steps=_MOST_SKIPPED,
+        retention_ratio=_RETAINED,
+        num_inference_steps=steps,
+        mag_ratios=list(ratios),
+    )
+    model.enable_cache(config)
+    try:
+        yield
+    finally:
+        model.disable_cache()
