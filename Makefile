@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 TRAIN := train-demo
+COMPUTE := fp32
 PROMPT := A large red star moves to the right over a green meadow.
 
 .PHONY: demo train-demo test lint clean
@@ -21,17 +22,18 @@ demo: $(BIN)/.installed
 	@echo "Look at $(DEMO)/video.mp4 and $(DEMO)/sheet.png. Another one: make demo PROMPT='...'"
 
 # Everything that makes the built-in model, in some hours on two CPU cores; stop it whenever you like, the same
-# command goes on. glibc gives memory back to the kernel after every step unless told otherwise: a third slower.
+# command goes on. With instructions for it (avx512_bf16, amx_bf16) or a GPU: make train-demo COMPUTE=bf16.
+# glibc gives memory back to the kernel after every step unless told otherwise: a third slower.
 train-demo: export MALLOC_MMAP_MAX_ = 0
 train-demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 train-demo: $(BIN)/.installed
-	$(BIN)/osp data render $(TRAIN)/clips --count 800
+	$(BIN)/osp data render $(TRAIN)/clips --count 3200
 	$(BIN)/osp data render $(TRAIN)/held_out --held-out --count 24 --seed 1
 	$(BIN)/python examples/builtin_text.py $(TRAIN)/text
-	$(BIN)/osp train-vae examples/builtin/vae.toml --resume latest
-	$(BIN)/osp data render $(TRAIN)/clips --count 3200
+	$(BIN)/osp train-vae examples/builtin/vae.toml --set model.compute=$(COMPUTE) --resume latest
+	$(BIN)/osp data render $(TRAIN)/clips --count 8000
 	$(BIN)/osp cache examples/builtin/denoiser.toml
-	$(BIN)/osp train examples/builtin/denoiser.toml --resume latest
+	$(BIN)/osp train examples/builtin/denoiser.toml --set model.compute=$(COMPUTE) --resume latest
 	$(BIN)/osp export $(TRAIN)/denoiser --out $(TRAIN)/model --dtype bf16 --max-shard-size 15MB \
 		--prompt-template "{}" --default-negative-prompt ""
 	@echo "The model is in $(TRAIN)/model; the package has its own in src/opensoraplan/builtin/model."
