@@ -23,9 +23,6 @@ demo: $(BIN)/.installed
 
 # Everything that makes the built-in model, in some hours on two CPU cores; stop it whenever you like, the same
 # command goes on. With instructions for it (avx512_bf16, amx_bf16) or a GPU: make train-demo COMPUTE=bf16.
-# glibc gives memory back to the kernel after every step unless told otherwise: a third slower.
-train-demo: export MALLOC_MMAP_MAX_ = 0
-train-demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 train-demo: $(BIN)/.installed
 	$(BIN)/osp data render $(TRAIN)/clips --count 3200
 	$(BIN)/osp data render $(TRAIN)/held_out --held-out --count 24 --seed 1

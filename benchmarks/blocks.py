@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from load_release import fill
-from timing import DTYPES, gemm_peak, machine, seconds
+from timing import DTYPES, gemm_peak, machine, ready, seconds
 
-from opensoraplan.device import resolve_device
 from opensoraplan.models.attention import attention
 from opensoraplan.models.skiparse import make_layouts, rotary_tables, to_single_skip
 from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--compile", action="store_true", help="compile the block")
     options = parser.parse_args()
-    device, dtype = resolve_device(options.device), DTYPES[options.dtype]
+    device, dtype = ready(options.device), DTYPES[options.dtype]
     print(machine(device), options.dtype, "compiled" if options.compile else "eager")
     # Libraries set themselves up at the first call, whatever its size.
     time_block(2, (4, 8, 8), 64, dtype=dtype, device=device, compiled=False)

@@ -17,10 +17,9 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import Autoencod
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from load_release import fill
-from timing import DTYPES, machine, seconds
+from timing import DTYPES, machine, ready, seconds
 from torch import nn
 
-from opensoraplan.device import resolve_device
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
 
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--device")
     options = parser.parse_args()
-    device, dtype = resolve_device(options.device), DTYPES[options.dtype]
+    device, dtype = ready(options.device), DTYPES[options.dtype]
     print(machine(device), options.dtype)
     if options.only != "denoiser":
         print("\n".join(vaes(options, device, dtype)))

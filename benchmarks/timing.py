@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import torch
 
+from opensoraplan.device import prepare, resolve_device
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def ready(name: str | None) -> torch.device:
+    """The device of that name, prepared as `osp` prepares it."""
+    device = resolve_device(name)
+    prepare(device)
+    return device
 
 
 def seconds(work: Callable[[], object], *, repeat: int = 1, warm: int = 1) -> float:

@@ -15,9 +15,8 @@ from multiprocessing import get_context
 
 import torch
 from plain_vae import count_flops, plain
-from timing import DTYPES, conv_peak, machine, seconds
+from timing import DTYPES, conv_peak, machine, ready, seconds
 
-from opensoraplan.device import resolve_device
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import latent_shape
 
@@ -74,7 +73,7 @@ def compare(options: argparse.Namespace, device: torch.device) -> list[str]:
 @torch.no_grad()
 def decode_in_process(base: int, frames: int, side: int, streamed: bool) -> tuple[float, float, torch.Tensor]:
     """Seconds, growth of the peak of resident memory in GB, and the frames, of a process's first decode."""
-    model = make(base, torch.float32, torch.device("cpu"))
+    model = make(base, torch.float32, ready("cpu"))
     if not streamed:
         model.disable_streaming()
     torch.manual_seed(1)
@@ -114,7 +113,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=57, help="frames of the streamed decode")
     parser.add_argument("--device")
     options = parser.parse_args()
-    device = resolve_device(options.device)
+    device = ready(options.device)
     print(machine(device))
     print("\n".join(compare(options, device)))
     if device.type == "cpu":

@@ -2,6 +2,9 @@
 
 import importlib.util
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,3 +80,25 @@ def test_dtypes_by_other_names(name: str, near: str) -> None:
         ValueError, match=rf"'{name}' is not one of bf16, fp16, fp32 \(did you mean '{near}'\?\)"
     ):
         resolve_dtype(name, CPU)
+
+
+@pytest.mark.parametrize(("prepared", "few"), [(False, False), (True, True)])
+def test_a_prepared_process_keeps_the_memory_that_it_has_freed(prepared: bool, few: bool) -> None:
+    script = f"""
+import resource, torch
+from opensoraplan.device import prepare
+if {prepared}:
+    prepare(torch.device("cpu"))
+for _ in range(20):
+    torch.ones(10_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+    # 40 MB are 10,000 pages, or 20 huge ones.
+    assert (int(done.stdout) < 100) is few

@@ -1,13 +1,17 @@
 """Device and dtype names from a user: checked, with what to use instead, before any heavy work."""
 
+import ctypes
 import difflib
 import logging
+import sys
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 ACCELERATORS = ("cuda", "npu")
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,6 +69,18 @@ def _is_available(kind: str) -> bool:
         except (ImportError, OSError):  # OSError: it is installed, Ascend's libraries are not
             return False
     return getattr(torch, kind).is_available()
+
+
+def prepare(device: torch.device) -> None:
+    """Make this process ready for heavy work on `device`: on a CPU with glibc, memory that is freed is kept
+    for the next operation instead of going back to the kernel, which takes a third of the time otherwise.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

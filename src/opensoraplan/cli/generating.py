@@ -208,11 +208,12 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     import torch
 
-    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.device import prepare, resolve_device, resolve_dtype
     from opensoraplan.parallel.generating import generating_mesh, share_generating
     from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
 
     device = device_of_rank(resolve_device(options.device))
+    prepare(device)
     branches, tp = options.sharing.branch_ranks, options.sharing.tp
     processes = place_in_job()[1]
     if tp < 1 or processes % (branches * tp):
@@ -359,10 +360,11 @@ def calibrate(options: Calibrate) -> None:
     if request.steps < 2:
         raise ValueError(f"--steps must be at least 2, got {request.steps}")
 
-    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.device import prepare, resolve_device, resolve_dtype
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
     device = resolve_device(options.device)
+    prepare(device)
     dtype = resolve_dtype(options.dtype, device)
     pipeline = OpenSoraPlanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
     with step_cache.measured(pipeline.transformer) as ratios:
@@ -397,12 +399,13 @@ def decode(options: Decode) -> None:
 
     from opensoraplan import generate as job
     from opensoraplan.convert.assemble import load_vae
-    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.device import prepare, resolve_device, resolve_dtype
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
     (wanted,) = job.check_targets([request], options.out or default)
     device = resolve_device(options.device)
+    prepare(device)
     vae = load_vae(path, dtype=resolve_dtype(options.dtype, device), device=device)
     if options.tiling:
         vae.enable_tiling()

@@ -336,6 +336,7 @@ def _training_lines(
 
 
 def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: str) -> Iterable[str]:
+    from opensoraplan.memory import CHUNKS, Needs, plans_for
     from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory
     from opensoraplan.train.metrics import forward_flops
 
@@ -344,16 +345,19 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
     denoiser, text = model.numbers() * size, (T5_NUMBERS + CLIP_NUMBERS) * size
     vae = VAE_NUMBERS * size
     forward = forward_memory(model, shape, compute)
-    decode = decoding_memory(shape, compute)
+    decoding = tuple(decoding_memory(shape, compute, chunk=chunk) for chunk in CHUNKS)
+    block = max(model.numbers(unit=unit) for unit in range(len(model.blocks))) * size
     yield f"{model.numbers():,} parameters; generating {said}, in {compute}; GB of one device"
     yield _row("denoiser", denoiser / GB)
     yield _row("T5 and CLIP", text / GB)
     yield _row("VAE", vae / GB)
     yield _row("activations of the denoiser", forward / GB)
-    yield _row("activations of decoding", decode / GB)
-    peak = denoiser + text + vae + max(forward, decode)
-    yield _row("most at one moment", peak / GB) + _verdict(peak, options.memory)
-    yield _row("without the text encoders", (peak - text) / GB) + _verdict(peak - text, options.memory)
+    yield _row("activations of decoding", decoding[0] / GB)
+    yield "most at one moment, by osp generate --memory"
+    needs = Needs(text, denoiser, block=block, vae=vae, denoising=forward, decoding=decoding)
+    for plan in plans_for([needs]):
+        name = f"  {plan.placement}, decoding {plan.chunk} at a time"
+        yield _row(name, plan.peak / GB) + _verdict(plan.peak, options.memory)
     flops = 2 * forward_flops(model.config, grid=shape.grid, text_tokens=shape.text, batch=shape.batch)
     yield f"{flops / 1e12:,.1f} TFLOP a guided step"
     if options.tflops is not None:

@@ -20,7 +20,7 @@ from opensoraplan.data.dataset import ClipDataset, all_captions
 from opensoraplan.data.features import Description, Kind, LeftOut
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, installed_reader
-from opensoraplan.device import resolve_device
+from opensoraplan.device import prepare, resolve_device
 from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import check_paths, load_encoders
@@ -123,6 +123,7 @@ class CacheJob:
             raise ValueError("data.manifest is missing: there are no clips to encode")
         check_paths(settings.vae, settings.text)
         device = device_of_rank(resolve_device(settings.device))
+        prepare(device)
         self.settings = settings
         self.out = out
         # Of every shape: how large batches are is for training to say.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opensoraplan import flow
 from opensoraplan.data.buckets import BucketSampler
-from opensoraplan.device import DTYPES, resolve_device
+from opensoraplan.device import DTYPES, prepare, resolve_device
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.plan import forget_gathered
@@ -53,6 +53,7 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     for a signal. What was learned until then is saved.
     """
     device = device_of_rank(resolve_device(settings.device))
+    prepare(device)
     with (
         joined(settings.parallel, device, timeout=settings.parallel.timeout_s) as ranks,
         begun_together(settings.output, settings, resume=resume, ranks=ranks) as start,

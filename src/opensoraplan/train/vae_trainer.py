@@ -23,7 +23,7 @@ from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import ClipDataset, collate
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
-from opensoraplan.device import DTYPES, resolve_device
+from opensoraplan.device import DTYPES, prepare, resolve_device
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models import original
 from opensoraplan.models.strict import plain_config
@@ -77,6 +77,7 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
         held_out = _samples(settings.data, validation.manifest, root=validation.root, seed=settings.seed)
         held_out = held_out[: validation.samples]
     device = resolve_device(settings.device)
+    prepare(device)
     with begun(settings.output, settings, resume=resume) as start:
         job = _Job(settings, samples, held_out, start=start, device=device)
         if start:
