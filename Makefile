@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make train-demo | make clean. All need only python3 (3.11 or newer), pip and make.
+# make demo | test | lint | train-demo | bench | guard | clean. All need only python3 (3.11 or newer), pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TRAIN := train-demo
 COMPUTE := fp32
 PROMPT := A large red star moves to the right over a green meadow.
 
-.PHONY: demo train-demo test lint clean
+.PHONY: demo train-demo test lint bench guard clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
@@ -39,6 +39,13 @@ train-demo: $(BIN)/.installed
 test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+
+# Speed: all benchmarks into docs/performance.md (BENCH=vae: one of them), or only whether a hot path has lost a third.
+bench: $(BIN)/.installed
+	$(BIN)/python benchmarks/table.py $(BENCH)
+
+guard: $(BIN)/.installed
+	$(BIN)/python benchmarks/guard.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -296,6 +296,19 @@ def test_reconstruct(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
     assert "decode: 100%" in outcome.err
 
 
+def test_a_calibrated_model_leaves_steps_out(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    size = [*SMALL[:6], "--steps", 6, "--device", "cpu"]
+    assert osp("calibrate", "--model", model, *size).code == 0
+    assert len(json.loads((model / "step_cache.json").read_text())["ratios"]) == 6
+    assert "exists already" in mistake(osp("calibrate", "--model", model, *size))
+    for name, options in (("exact", []), ("faster", ["--step-cache", 10])):
+        outcome = osp("generate", "a cat", "--model", model, *size, *options, "--out", f"{name}.mp4")
+        assert outcome.code == 0, outcome
+        assert json.loads((tmp_path / f"{name}.json").read_text())["step_cache"] == (10 if options else 0)
+    assert not torch.equal(read_frames(tmp_path / "exact.mp4"), read_frames(tmp_path / "faster.mp4"))
+
+
 def test_help_tells_the_defaults_of_a_config(osp: Command, tiny_release: Path) -> None:
     outcome = osp("generate", "--config", tiny_release / "inference.json", "--help")
     assert outcome.code == 0
@@ -348,6 +361,25 @@ QUICK = {
         "do not exist: transformer /path/to/pretrained/model, vae ",
     ),
     "guide's prompts": ("generate --config {guide}", "prompt file .*sora.txt does not exist"),
+    "attention": (
+        "generate cat --model {model} --attention flas",
+        "there is no attention 'flas': did you mean flash",
+    ),
+    "not calibrated": (
+        "generate cat --model {model} --step-cache 0.06",
+        "model has no step_cache.json: `osp calibrate --model ",
+    ),
+    "step cache of parts": (
+        "generate cat --config {guide} --step-cache 0.06 --transformer {model} --vae {model} "
+        "--text-encoder {model} --text-encoder-2 {model}",
+        "--step-cache needs a model in one folder",
+    ),
+    "calibrate absent": ("calibrate --model nowhere", "nowhere does not exist"),
+    "calibrate frames": ("calibrate --model {model} --frames 10 --out x.json", "got 10: use 9 or 17"),
+    "calibrate steps": (
+        "calibrate --model {model} --steps 1 --out x.json",
+        "--steps must be at least 2, got 1",
+    ),
     "one file, more videos": (
         "generate cat --model {model} --videos-per-prompt 2 --out a.mp4",
         "a.mp4 is one file, but there are 2 videos to make: give a folder, a",

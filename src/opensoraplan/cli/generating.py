@@ -203,8 +203,12 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         check_parts(paths)
     else:
         paths = find_paths(options.parts, inference)
-    targets = job.check_targets(requests, options.out)
     ratios = _step_cache(requests, folder)
+    if options.attention is not None:
+        from opensoraplan.models.attention import check_backend
+
+        check_backend(options.attention)
+    targets = job.check_targets(requests, options.out)
 
     import torch
 

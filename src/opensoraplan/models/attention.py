@@ -31,15 +31,20 @@ def attention(
     return dispatch_attention_fn(q, k, v, attn_mask=key_mask, backend=backend)  # type: ignore[arg-type]
 
 
+def check_backend(name: str) -> None:
+    """Raise ValueError, with the nearest name, for a backend that does not exist."""
+    names = [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no attention {name!r}: {hint}there are {', '.join(names)}")
+
+
 def set_backend(model: AttentionMixin, name: str) -> None:
     """Have a model compute attention by the backend of that name. Raises ValueError for one that does not
     exist, or cannot be had on this machine.
     """
-    names = [backend.value for backend in AttentionBackendName]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        raise ValueError(f"attention {name!r} is none of {', '.join(names)}{hint}")
+    check_backend(name)
     try:
         model.set_attention_backend(name)
     except (RuntimeError, ImportError, ValueError) as error:

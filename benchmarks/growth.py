@@ -1,0 +1,133 @@
+"""Time and memory of `osp generate` as videos get longer, and with steps left out: the built-in model.
+
+    python benchmarks/growth.py                 25, 49 and 97 frames of 96 x 96, each in a process of its own
+    python benchmarks/growth.py --steps 10
+
+Memory is the growth of the peak of resident memory over the loaded pipeline. The first video of a process is
+not timed. The second table leaves steps out by the step cache, calibrated on another prompt.
+"""
+
+import argparse
+import math
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from timing import machine, ready
+from torch import Tensor
+
+from opensoraplan import builtin
+from opensoraplan.models.step_cache import measured, skipping
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+
+PROMPT = "A large red star moves to the right over a green meadow."
+OTHER_PROMPT = "A small blue square grows on a wooden table."
+FRAMES = (25, 49, 97)
+THRESHOLDS = (0.03, 0.06, 0.12)
+SIDE, GUIDANCE = 96, 3.0
+
+
+def load() -> OpenSoraPlanPipeline:
+    """The built-in model on the CPU in fp32."""
+    pipeline = OpenSoraPlanPipeline.from_pretrained(
+        builtin.folder(), dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def latents_of(pipeline: OpenSoraPlanPipeline, prompt: str, *, frames: int, **options: Any) -> Tensor:  # noqa: ANN401
+    output = pipeline(
+        prompt,
+        num_frames=frames,
+        height=SIDE,
+        width=SIDE,
+        guidance_scale=GUIDANCE,
+        seed=0,
+        output_type="latent",
+        **options,
+    )
+    assert isinstance(output, VideoOutput)
+    assert isinstance(output.frames, Tensor)
+    return output.frames
+
+
+def measure(frames: int, steps: int) -> tuple[float, float, float, float]:
+    """Seconds of denoising and of decoding, and the GB that each adds to this process's peak."""
+    ready("cpu")
+    pipeline = load()
+    for _ in pipeline.iter_decode(latents_of(pipeline, PROMPT, frames=9, num_inference_steps=1)):
+        pass
+    start, began = _peak(), time.perf_counter()
+    latents = latents_of(pipeline, PROMPT, frames=frames, num_inference_steps=steps)
+    denoised, middle = time.perf_counter() - began, _peak()
+    began = time.perf_counter()
+    for _ in pipeline.iter_decode(latents):
+        pass
+    return denoised, time.perf_counter() - began, (middle - start) / 1e9, (_peak() - middle) / 1e9
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def growth(steps: int) -> list[str]:
+    """Rows of the first table."""
+    lines = [
+        "| frames | denoising, s | decoding, s | memory of denoising, GB | more of decoding, GB |",
+        "|---|---|---|---|---|",
+    ]
+    for frames in FRAMES:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
+            numbers = one.submit(measure, frames, steps).result()
+        lines.append(f"| {frames} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |")
+    return lines
+
+
+def left_out(steps: int) -> list[str]:
+    """Rows of the second table: time, and how far videos are from exact ones."""
+    pipeline = load()
+    options = {"frames": FRAMES[0], "num_inference_steps": steps}
+    with measured(pipeline.transformer) as ratios:
+        latents_of(pipeline, OTHER_PROMPT, batched_guidance=True, **options)
+    latents_of(pipeline, PROMPT, **options)
+
+    def timed(**more: Any) -> tuple[float, Tensor]:  # noqa: ANN401
+        began = time.perf_counter()
+        latents = latents_of(pipeline, PROMPT, **{**options, **more})
+        return time.perf_counter() - began, torch.cat(list(pipeline.iter_decode(latents)), dim=2)
+
+    exact_s, exact = timed()
+    lines = ["| | time / exact | PSNR to the exact video, dB |", "|---|---|---|"]
+    for threshold in THRESHOLDS:
+        with skipping(pipeline.transformer, ratios, threshold=threshold, steps=steps):
+            seconds, video = timed()
+        lines.append(f"| step cache {threshold} | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
+    seconds, video = timed(guidance_interval=(0.0, 0.5))
+    lines.append(f"| guided in the first half only | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
+    seconds, video = timed(num_inference_steps=steps // 2)
+    lines.append(f"| half the steps | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
+    return lines
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * math.log10(max((a - b).square().mean().item(), 1e-10))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    print(f"{machine(ready('cpu'))}; {options.steps} steps, fp32")
+    print("\n".join(growth(options.steps)))
+    print()
+    print("\n".join(left_out(options.steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Whether a hot path has become slower: ratios of this run against those stored in guard.json.
+
+    python benchmarks/guard.py            a minute or two; exit code 1 if one is worse by more than a half
+    python benchmarks/guard.py --store    write the ratios of this run, after a change that is meant
+
+Each ratio compares code of ours with plain code of the same work, in the same run on the same machine, so
+that it says as much on another machine. A path that loses a third of its speed has a ratio 1.5 times as
+large.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from blocks import HEADS, WIDTH
+from load_release import fill
+from plain_vae import plain
+from timing import machine, ready, seconds
+from torch.nn import functional as F
+from vae_speed import make
+
+from opensoraplan.disk import write_whole
+from opensoraplan.models.skiparse import make_layouts, rotary_tables, to_single_skip
+from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
+
+STORED = Path(__file__).with_name("guard.json")
+WORST = 1.5
+RATE, GRID, TEXT = 2, (4, 16, 16), 64
+
+
+def vae(verb: str, device: torch.device) -> Callable[[], float]:
+    """Our VAE over the plain formulation, at a fifth of the release's width."""
+
+    def ratio() -> float:
+        ours = make(32, torch.float32, device)
+        inputs = {"encode": (1, 3, 17, 96, 96), "decode": (1, 32, 3, 12, 12)}
+        x = torch.randn(inputs[verb], device=device)
+        own, other = (
+            seconds(lambda model=model: getattr(model, verb)(x), repeat=3) for model in (ours, plain(ours))
+        )
+        return own / other
+
+    return ratio
+
+
+def block(device: torch.device) -> float:
+    """A block of the release's width over its matrix products and its attention alone."""
+    model = SparseUMMDiTBlock(
+        WIDTH,
+        heads=HEADS,
+        embed_dim=1024,
+        norm_cls="layer_norm",
+        eps=1e-6,
+        double_ff=True,
+        last=False,
+        skip=False,
+        skip_norm=False,
+    )
+    model = model.to(device).eval()
+    for name, parameter in model.named_parameters():
+        fill(parameter, name)
+    tokens = GRID[0] * GRID[1] * GRID[2]
+    layout, _ = make_layouts(RATE, rotary_tables(GRID, WIDTH // HEADS, device), None, None, (1, TEXT))
+    video = to_single_skip(torch.randn(1, tokens, WIDTH, device=device), RATE)
+    text, cond = torch.randn(1, TEXT, WIDTH, device=device), torch.randn(1, 1024, device=device)
+    whole = seconds(lambda: model(video, text, cond, layout), repeat=3)
+
+    rows = torch.randn(tokens + TEXT, WIDTH, device=device)
+    wide = torch.randn(tokens + TEXT, 4 * WIDTH, device=device)
+    square, up = torch.randn(WIDTH, WIDTH, device=device), torch.randn(WIDTH, 4 * WIDTH, device=device)
+    q = torch.randn(RATE, HEADS, tokens // RATE + TEXT, WIDTH // HEADS, device=device)
+
+    def products() -> None:
+        for _ in range(4):
+            rows @ square
+        rows @ up
+        wide @ up.T
+        F.scaled_dot_product_attention(q, q, q)
+
+    return whole / seconds(products, repeat=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", action="store_true")
+    options = parser.parse_args()
+    device = ready("cpu")
+    print(machine(device))
+    paths = {
+        "VAE encode / plain": vae("encode", device),
+        "VAE decode / plain": vae("decode", device),
+        "block / its products": lambda: block(device),
+    }
+    with torch.no_grad():
+        ratios = {name: round(measure(), 3) for name, measure in paths.items()}
+    if options.store:
+        text = json.dumps(ratios, indent=1) + "\n"
+        write_whole(STORED, lambda file: file.write_text(text))
+    stored = json.loads(STORED.read_text())
+    slower = []
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f} (stored: {stored[name]:.2f})")
+        if ratio > WORST * stored[name]:
+            slower.append(name)
+    if slower:
+        raise SystemExit(f"slower by more than a third: {', '.join(slower)}")
+
+
+if __name__ == "__main__":
+    main()
