@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import torch
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import nn
 
 from opensoraplan.device import is_out_of_memory

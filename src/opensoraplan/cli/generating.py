@@ -288,7 +288,7 @@ def _arrange(
     from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, free_memory, needs, plans_for
 
     sizes = {(r.frames, r.height, r.width, r.batched_guidance) for r in requests}
-    placements = [name for name in PLACEMENTS if options.memory in ("auto", name)]
+    placements = PLACEMENTS if options.memory == "auto" else (options.memory,)
     plans = plans_for(
         [needs(pipeline, frames=t, height=h, width=w, batched=b) for t, h, w, b in sizes], placements
     )

@@ -6,8 +6,8 @@ Shapes as diffusers' dispatcher has them: B sequences, S tokens, H heads, d head
 import difflib
 
 import torch
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 # Up to this many tokens, scores are kept for the backward pass on a CPU.
@@ -40,7 +40,7 @@ def check_backend(name: str) -> None:
         raise ValueError(f"there is no attention {name!r}: {hint}there are {', '.join(names)}")
 
 
-def set_backend(model: AttentionMixin, name: str) -> None:
+def set_backend(model: ModelMixin, name: str) -> None:
     """Have a model compute attention by the backend of that name. Raises ValueError for one that does not
     exist, or cannot be had on this machine.
     """

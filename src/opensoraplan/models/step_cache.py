@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-from diffusers.hooks import MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.mag_cache import MagCacheConfig
 from pydantic import Field
 from torch import Tensor, nn
 
