@@ -116,12 +116,13 @@ def test_training_lowers_the_loss_and_writes_a_vae_with_shift_and_scale(
     assert (variance - 1).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("adversarial", [False, True])
-def test_resumed_run_equals_an_undisturbed_one(vae_run: MakeRun, adversarial: bool) -> None:
-    loss = {"adversarial_start": 1} if adversarial else {}
-    whole, broken = vae_run("whole", loss=loss), vae_run("broken", loss=loss)
+@pytest.mark.parametrize(("adversarial", "compute"), [(False, "fp32"), (True, "fp32"), (True, "bf16")])
+def test_resumed_run_equals_an_undisturbed_one(vae_run: MakeRun, adversarial: bool, compute: str) -> None:
+    changes = {"loss": {"adversarial_start": 1} if adversarial else {}, "model": {"compute": compute}}
+    whole, broken = vae_run("whole", **changes), vae_run("broken", **changes)
     train_vae(whole)
-    train_vae(vae_run("broken", loss=loss, optimizer={"steps": 2, "lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9}))
+    short = {"steps": 2, "lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9}
+    train_vae(vae_run("broken", **changes, optimizer=short))
     train_vae(broken, resume="latest")
     assert logged(broken, "loss") == logged(whole, "loss")
     one, two = (checkpoint.load(run.output, 4).parts for run in (whole, broken))
@@ -130,6 +131,18 @@ def test_resumed_run_equals_an_undisturbed_one(vae_run: MakeRun, adversarial: bo
     for part, tensors in one.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, two[part][name]), f"{part} {name}"
+
+
+def test_bf16_learns_what_fp32_learns(vae_run: MakeRun) -> None:
+    losses = {}
+    for compute in ("fp32", "bf16"):
+        run = vae_run(compute, model={"compute": compute})
+        train_vae(run)
+        losses[compute] = torch.tensor(logged(run, "loss"))
+        weights = checkpoint.load(run.output, 4).parts["model"]
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert not torch.equal(losses["fp32"], losses["bf16"])
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.02, atol=0)
 
 
 def test_an_error_in_mid_run_costs_no_step(vae_run: MakeRun, tiny_clips: Path, tmp_path: Path) -> None:
