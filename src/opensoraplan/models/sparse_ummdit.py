@@ -290,11 +290,13 @@ class SparseUMMDiTBlock(nn.Module):
         """Video [n, B, s, D], text [B, L, D], cond [B, E] fp32 -> video, text. `kept`: an earlier stage's
         two.
         """
-        video, text = hidden_states, encoder_hidden_states
-        if self.skip is not None and self.skip_enc is not None:
-            assert kept is not None
-            video, text = self.skip(video, kept[0]), self.skip_enc(text, kept[1])
-        return self._run(video, text, cond, layout)
+        if self.skip is None or self.skip_enc is None:
+            return self._run(hidden_states, encoder_hidden_states, cond, layout)
+        assert kept is not None
+        # Not by names, which would keep both streams alive while the block goes on from them.
+        return self._run(
+            self.skip(hidden_states, kept[0]), self.skip_enc(encoder_hidden_states, kept[1]), cond, layout
+        )
 
     def _run(self, video: Tensor, text: Tensor, cond: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         if video.dtype == torch.float16 and not self.training:
