@@ -34,6 +34,25 @@ class Timing:
     attention_flops: float
 
 
+def release_block(device: torch.device, dtype: torch.dtype) -> SparseUMMDiTBlock:
+    """A block of the release's width with random weights, from the middle of a stage."""
+    block = SparseUMMDiTBlock(
+        WIDTH,
+        heads=HEADS,
+        embed_dim=CONDITION,
+        norm_cls="layer_norm",
+        eps=1e-6,
+        double_ff=True,
+        last=False,
+        skip=False,
+        skip_norm=False,
+    )
+    block = block.to(device, dtype).eval().requires_grad_(False)
+    for name, parameter in block.named_parameters():
+        fill(parameter, name)
+    return block
+
+
 @torch.no_grad()
 def time_block(
     rate: int,
@@ -46,20 +65,7 @@ def time_block(
 ) -> Timing:
     """A block in its single-skip order, and scaled_dot_product_attention of its shape."""
     tokens = grid[0] * grid[1] * grid[2]
-    block = SparseUMMDiTBlock(
-        WIDTH,
-        heads=HEADS,
-        embed_dim=CONDITION,
-        norm_cls="layer_norm",
-        eps=1e-6,
-        double_ff=True,
-        last=False,
-        skip=False,
-        skip_norm=False,
-    )
-    block = block.to(device, dtype).eval()
-    for name, parameter in block.named_parameters():
-        fill(parameter, name)
+    block = release_block(device, dtype)
     if compiled:
         block.compile()
     tables = rotary_tables(grid, WIDTH // HEADS, device)

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from blocks import HEADS, WIDTH
-from load_release import fill
+from blocks import CONDITION, HEADS, WIDTH, release_block
 from plain_vae import plain
 from timing import machine, ready, seconds
 from torch.nn import functional as F
@@ -23,7 +22,6 @@ from vae_speed import make
 
 from opensoraplan.disk import write_whole
 from opensoraplan.models.skiparse import make_layouts, rotary_tables, to_single_skip
-from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
 
 STORED = Path(__file__).with_name("guard.json")
 WORST = 1.5
@@ -47,24 +45,11 @@ def vae(verb: str, device: torch.device) -> Callable[[], float]:
 
 def block(device: torch.device) -> float:
     """A block of the release's width over its matrix products and its attention alone."""
-    model = SparseUMMDiTBlock(
-        WIDTH,
-        heads=HEADS,
-        embed_dim=1024,
-        norm_cls="layer_norm",
-        eps=1e-6,
-        double_ff=True,
-        last=False,
-        skip=False,
-        skip_norm=False,
-    )
-    model = model.to(device).eval()
-    for name, parameter in model.named_parameters():
-        fill(parameter, name)
+    model = release_block(device, torch.float32)
     tokens = GRID[0] * GRID[1] * GRID[2]
     layout, _ = make_layouts(RATE, rotary_tables(GRID, WIDTH // HEADS, device), None, None, (1, TEXT))
     video = to_single_skip(torch.randn(1, tokens, WIDTH, device=device), RATE)
-    text, cond = torch.randn(1, TEXT, WIDTH, device=device), torch.randn(1, 1024, device=device)
+    text, cond = torch.randn(1, TEXT, WIDTH, device=device), torch.randn(1, CONDITION, device=device)
     whole = seconds(lambda: model(video, text, cond, layout), repeat=3)
 
     rows = torch.randn(tokens + TEXT, WIDTH, device=device)

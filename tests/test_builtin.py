@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_defaults_are_a_video_that_can_be_made() -> None:
     defaults = GenerateDefaults.of(builtin.folder())
     size = (defaults.frames or 0, defaults.height or 0, defaults.width or 0)
     assert latent_shape(*size) == (4, 12, 12)
+
+
+def test_its_files_name_no_place_on_a_machine() -> None:
+    for path in builtin.folder().rglob("*config.json"):
+        text = path.read_text()
+        assert "_name_or_path" not in text, path
+        assert not re.search(r'"/\w', text), path
 
 
 def test_generate_without_a_model_uses_it(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from opensoraplan import generate
 from opensoraplan.data.reading import read_frames
-from opensoraplan.memory import PLACEMENTS, Arrangement, Needs, first_that_fits, needs, plans_for
+from opensoraplan.memory import PLACEMENTS, Arrangement, Needs, first_that_fits, needs_of, plans_for
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 
@@ -62,11 +62,11 @@ def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
 
 
 def test_a_plan_for_several_videos_fits_the_largest(pipeline: OpenSoraPlanPipeline) -> None:
-    small = needs(pipeline, frames=9, height=32, width=32)
-    large = needs(pipeline, frames=17, height=64, width=64)
+    small = needs_of(pipeline, frames=9, height=32, width=32)
+    large = needs_of(pipeline, frames=17, height=64, width=64)
     assert small.weights == large.weights == sum(map(_bytes, _models(pipeline)))
     assert [p.peak for p in plans_for([small, large])] == [p.peak for p in plans_for([large])]
-    assert needs(pipeline, frames=9, height=32, width=32, batched=True).denoising > small.denoising
+    assert needs_of(pipeline, frames=9, height=32, width=32, batched=True).denoising > small.denoising
 
 
 def _models(pipeline: OpenSoraPlanPipeline) -> list[nn.Module]:
@@ -81,7 +81,7 @@ def _bytes(model: nn.Module) -> int:
 def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placement: str) -> None:
     expected = latents_of(pipeline)
     frames = torch.cat(list(pipeline.iter_decode(expected)), dim=2)
-    plans = plans_for([needs(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
+    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
     Arrangement(pipeline, plans, CPU)
     assert torch.equal(latents_of(pipeline), expected)
     assert torch.allclose(torch.cat(list(pipeline.iter_decode(expected)), dim=2), frames, atol=1e-5)

@@ -63,7 +63,7 @@ class Needs:
         return self.vae + max(_STREAMED_BLOCKS * self.block + self.denoising, decoding)
 
 
-def needs(
+def needs_of(
     pipeline: OpenSoraPlanPipeline,
     *,
     frames: int,

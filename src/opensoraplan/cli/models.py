@@ -136,9 +136,10 @@ def reconstruct(options: Reconstruct) -> None:
 
     from opensoraplan import reconstruct as job
     from opensoraplan.convert.assemble import load_vae
-    from opensoraplan.device import resolve_device, resolve_dtype
+    from opensoraplan.device import prepare, resolve_device, resolve_dtype
 
     device = resolve_device(options.device)
+    prepare(device)
     vae = load_vae(options.vae, dtype=resolve_dtype(options.dtype, device), device=device)
     if options.tiling:
         vae.enable_tiling()
