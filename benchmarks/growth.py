@@ -1,6 +1,6 @@
 """Time and memory of `osp generate` as videos get longer, and with steps left out: the built-in model.
 
-    python benchmarks/growth.py                 25, 49 and 97 frames of 96 x 96, each in a process of its own
+    python benchmarks/growth.py                 25, 49 and 97 frames of 96 x 128, each in a process of its own
     python benchmarks/growth.py --steps 10
 
 Memory is the growth of the peak of resident memory over the loaded pipeline. The first video of a process is
@@ -27,7 +27,7 @@ PROMPT = "A large red star moves to the right over a green meadow."
 OTHER_PROMPT = "A small blue square grows on a wooden table."
 FRAMES = (25, 49, 97)
 THRESHOLDS = (0.03, 0.06, 0.12)
-SIDE, GUIDANCE = 96, 3.0
+HEIGHT, WIDTH, GUIDANCE = 96, 128, 3.0
 
 
 def load() -> OpenSoraPlanPipeline:
@@ -43,8 +43,8 @@ def latents_of(pipeline: OpenSoraPlanPipeline, prompt: str, *, frames: int, **op
     output = pipeline(
         prompt,
         num_frames=frames,
-        height=SIDE,
-        width=SIDE,
+        height=HEIGHT,
+        width=WIDTH,
         guidance_scale=GUIDANCE,
         seed=0,
         output_type="latent",

@@ -89,7 +89,7 @@ def check_judge(tasks: list[Task], *, frames: int, height: int, width: int) -> N
         if min(shares.values()) < LEAST_JUDGE:
             raise SystemExit(
                 f"at {frames} x {height} x {width} the judge is right in {min(shares.values()):.1%} of "
-                f"rendered clips, below {LEAST_JUDGE:.0%}: its verdicts would say little. Try 25 x 96 x 96"
+                f"rendered clips, below {LEAST_JUDGE:.0%}: its verdicts would say little. Try 25 x 96 x 128"
             )
 
 
@@ -268,7 +268,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of their noise")
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--height", type=int, default=96)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--device", help="cpu, cuda, npu; default: the best there is")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16")
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -275,7 +275,8 @@ def main() -> None:
     )
     parser.add_argument("--clips", type=int, default=200, help="scenes of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--side", type=int, default=96, help="height and width in pixels")
+    parser.add_argument("--height", type=int, default=96, help="pixels")
+    parser.add_argument("--width", type=int, default=128, help="pixels")
     parser.add_argument("--crf", type=int, default=23, help="x264's quality: the higher, the worse")
     parser.add_argument("--verbose", action="store_true", help="print every wrong verdict")
     options = parser.parse_args()
@@ -286,7 +287,7 @@ def main() -> None:
             counts: dict[str, Counter[str]] = {"rendered": Counter(), "after mp4": Counter()}
             for index in range(options.clips):
                 scene = scene_for(index, seed=options.seed, held_out=True, objects=objects)
-                frames = render(scene, height=options.side, width=options.side)
+                frames = render(scene, height=options.height, width=options.width)
                 with VideoWriter(Path(folder) / "clip.mp4", fps=12, crf=options.crf) as writer:
                     writer.write(frames)
                 clips = {"rendered": frames, "after mp4": read_frames(writer.path)}

@@ -56,6 +56,6 @@ def test_generate_without_a_model_uses_it(
     cli.main()
     info = probe(tmp_path / "a.mp4")
     assert "small built-in one knows coloured shapes" in caplog.text
-    assert (info.frames, info.height, info.width, info.fps) == (25, 96, 96, 12)
+    assert (info.frames, info.height, info.width, info.fps) == (25, 96, 128, 12)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == "a red ball moves left"

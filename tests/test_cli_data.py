@@ -10,7 +10,7 @@ import pytest
 from opensoraplan import cli
 from opensoraplan.convert.mindspeed_json import read_selection
 
-SMALL = ["num_frames=25", "min_num_frames=25", "train_fps=12", "max_height=96", "max_width=96"]
+SMALL = ["num_frames=25", "min_num_frames=25", "train_fps=12", "max_height=96", "max_width=128"]
 
 
 def osp(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -27,7 +27,7 @@ def test_render_then_check(
     osp(monkeypatch, "data", "check", str(folder / "data.txt"), "--csv", str(table), "--set", *SMALL)
     printed = capsys.readouterr().out
     assert "kept     2" in printed
-    assert "25 x 96 x 96        2  100.0%" in printed
+    assert "25 x 96 x 128       2  100.0%" in printed
     assert len(table.read_text().splitlines()) == 3
 
 

@@ -43,7 +43,7 @@ class DataCheck:
     seed: Annotated[int | None, optional("N", "(default: 0)")] = None
     """Of the random windows and of drop_short_ratio."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
-    """Other values: of the selection, for example num_frames=25 max_height=96 max_width=96; of a run as in
+    """Other values: of the selection, for example num_frames=25 max_height=96 max_width=128; of a run as in
     osp train.
     """
 
@@ -62,7 +62,7 @@ class DataRender:
     """8k + 1."""
     height: int = 96
     """Pixels, a multiple of 16."""
-    width: int = 96
+    width: int = 128
     """Pixels, a multiple of 16."""
     fps: int = 12
     """Frames a second."""

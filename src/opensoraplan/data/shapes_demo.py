@@ -37,7 +37,7 @@ SHAPES = {"ball": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.2, "ring": 1.0
 # Shapes whose turning nobody could see.
 ROUND = ("ball", "ring")
 # The radius, of a growing or shrinking thing the one halfway.
-SIZES = {"small": 0.16, "medium": 0.21, "large": 0.27}
+SIZES = {"small": 0.18, "medium": 0.225, "large": 0.28}
 MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "anticlockwise", "still")
 # Where a thing is, as the captions say it; the first wording is the plain one. A place always looks the same.
 BACKGROUNDS = {
@@ -49,7 +49,7 @@ BACKGROUNDS = {
     "tiles": ("in front of pale tiles", "on a floor of pale tiles", "against a chequered pale wall"),
 }
 # Raise it when the same scene comes out with other pixels or captions: old data sets are then not continued.
-VERSION = 3
+VERSION = 4
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "bright red"),
@@ -136,9 +136,9 @@ _TWO_SHORT = (
 # One part in this many of all (colour, shape, motion) combinations is kept from training.
 _HELD_OUT_ONE_IN = 10
 # In scenes of two things, each has half of the frame.
-_TWO_SCALE = 0.7
+_TWO_SCALE = 0.85
 # Growing goes from the first multiple of the size's radius to the second; shrinking the other way.
-_GROWTH = (0.70, 1.36)
+_GROWTH = (0.72, 1.32)
 # Width of a thing's outline in pixels, as a lens draws it.
 _BLUR = 2.0
 # Towards the light, x to the right, y down, z to the viewer.
@@ -265,7 +265,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return _star(x, y, points=5, inner=0.52, outer=1.15) - 0.04
 
 
-def render(scene: Scene, *, frames: int = 25, height: int = 96, width: int = 96) -> Tensor:
+def render(scene: Scene, *, frames: int = 25, height: int = 96, width: int = 128) -> Tensor:
     """Draw the scene: uint8 [frames, height, width, 3], sRGB.
 
     Raises ValueError unless height and width are multiples of 16 from 64 on and frames is 8k + 1.
@@ -299,7 +299,7 @@ def write_dataset(
     objects: int | None = None,
     frames: int = 25,
     height: int = 96,
-    width: int = 96,
+    width: int = 128,
     fps: int = 12,
     captions: int = 4,
     crf: int = 12,
@@ -438,9 +438,9 @@ def _track(
     free_x, free_y = cell - reach, half_height - reach
     way_x = way_y = 0.0
     if thing.motion in ("left", "right"):
-        way_x = min(free_x, rng.uniform(0.24, 0.30)) * (1 if thing.motion == "right" else -1)
+        way_x = min(free_x, rng.uniform(0.20, 0.26)) * (1 if thing.motion == "right" else -1)
     elif thing.motion in ("up", "down"):
-        way_y = min(free_y, rng.uniform(0.24, 0.30)) * (1 if thing.motion == "down" else -1)
+        way_y = min(free_y, rng.uniform(0.20, 0.26)) * (1 if thing.motion == "down" else -1)
     spare_x, spare_y = min(free_x - abs(way_x), 0.12), min(free_y - abs(way_y), 0.12)
     x = rng.uniform(-spare_x, spare_x) + (cell * (2 * index - 1) if two else 0) + way_x * time
     y = rng.uniform(-spare_y, spare_y) + way_y * time
