@@ -4,7 +4,8 @@
     python benchmarks/growth.py --steps 10
 
 Memory is the growth of the peak of resident memory over the loaded pipeline. The first video of a process is
-not timed. The second table leaves steps out by the step cache, calibrated on another prompt.
+not timed. The second table leaves steps out by the step cache, calibrated on another prompt; the third
+compares solvers with the end of the flow, which is where 8 times the steps lead.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from opensoraplan import builtin
 from opensoraplan.models.step_cache import measured, skipping
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.pipeline import SOLVERS, OpenSoraPlanPipeline, VideoOutput
 
 PROMPT = "A large red star moves to the right over a green meadow."
 OTHER_PROMPT = "A small blue square grows on a wooden table."
@@ -113,6 +114,26 @@ def left_out(steps: int) -> list[str]:
     return lines
 
 
+def solvers(steps: int) -> list[str]:
+    """Rows of the third table: how far from the end of the flow each solver stops."""
+    pipeline = load()
+
+    def video(solver: str, steps: int) -> Tensor:
+        latents = latents_of(pipeline, PROMPT, frames=FRAMES[0], num_inference_steps=steps, solver=solver)
+        return torch.cat(list(pipeline.iter_decode(latents)), dim=2)
+
+    end = video("adams", 8 * steps)
+    counts = (steps // 2, steps, 2 * steps)
+    lines = [
+        "| PSNR to the end of the flow, dB | " + " | ".join(f"{count} steps" for count in counts) + " |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
+    for solver in SOLVERS:
+        numbers = [_psnr(video(solver, count), end) for count in counts]
+        lines.append(f"| {solver} | " + " | ".join(f"{number:.1f}" for number in numbers) + " |")
+    return lines
+
+
 def _psnr(a: Tensor, b: Tensor) -> float:
     return -10 * math.log10(max((a - b).square().mean().item(), 1e-10))
 
@@ -127,6 +148,8 @@ def main() -> None:
     print("\n".join(growth(options.steps)))
     print()
     print("\n".join(left_out(options.steps)))
+    print()
+    print("\n".join(solvers(options.steps)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opensoraplan.models.attention import attention
+from opensoraplan.models.attention import additive_mask, attention
 
 
 def with_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ours: bool) -> list[Tensor]:
@@ -19,16 +19,18 @@ def with_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ours
     return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["not", "by booleans", "by what is added"])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
 def test_training_gives_the_outputs_and_gradients_of_sdpa(
-    masked: bool, dtype: torch.dtype, off: float
+    masked: str, dtype: torch.dtype, off: float
 ) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 40, 2, 16).to(dtype).float() for _ in range(3))
     mask = torch.arange(40)[None, None, None] < torch.tensor([40, 25, 7])[:, None, None, None]
-    key_mask = mask if masked else None
+    key_mask = None if masked == "not" else mask
     expected = with_gradients(q, k, v, key_mask, ours=False)
+    if masked == "by what is added":
+        key_mask = additive_mask(mask, dtype)
     got = with_gradients(*(x.to(dtype) for x in (q, k, v)), key_mask, ours=True)
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == dtype

@@ -27,7 +27,7 @@ def test_render_then_check(
     osp(monkeypatch, "data", "check", str(folder / "data.txt"), "--csv", str(table), "--set", *SMALL)
     printed = capsys.readouterr().out
     assert "kept     2" in printed
-    assert "25 x 96 x 128       2  100.0%" in printed
+    assert "25 x 96 x 128        2  100.0%" in printed
     assert len(table.read_text().splitlines()) == 3
 
 

@@ -550,23 +550,30 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 
 def make_until(
-    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, folder: Path, *, step: int, steps: int
+    pipeline: OpenSoraPlanPipeline,
+    denoiser: Denoiser,
+    folder: Path,
+    *,
+    step: int,
+    steps: int,
+    **changes: Any,  # noqa: ANN401
 ) -> None:
     """A run that is stopped in the step behind `step`; latents are saved after every step."""
     denoiser.broken = {denoiser.steps + step + 1: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        make(pipeline, folder, "a cat", steps=steps, save_every=1)
+        make(pipeline, folder, "a cat", steps=steps, save_every=1, **changes)
 
 
+@pytest.mark.parametrize("solver", ["euler", "adams"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_stopped_video_goes_on_bit_for_bit(
-    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path, step: int
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path, step: int, solver: str
 ) -> None:
-    (whole,) = make(pipeline, tmp_path / "whole", "a cat", steps=4)
-    make_until(pipeline, denoiser, tmp_path / "stopped", step=step, steps=4)
+    (whole,) = make(pipeline, tmp_path / "whole", "a cat", steps=4, solver=solver)
+    make_until(pipeline, denoiser, tmp_path / "stopped", step=step, steps=4, solver=solver)
     assert names(tmp_path / "stopped") == ["a-cat_seed0.latents.safetensors"]
     before = denoiser.steps
-    (resumed,) = make(pipeline, tmp_path / "stopped", "a cat", steps=4)
+    (resumed,) = make(pipeline, tmp_path / "stopped", "a cat", steps=4, solver=solver)
     assert denoiser.steps - before == 4 - step
     assert torch.equal(read_frames(resumed), read_frames(whole))
     assert names(tmp_path / "stopped") == ["a-cat_seed0.json", "a-cat_seed0.mp4"]
@@ -605,3 +612,5 @@ def test_a_first_step_that_cannot_be(pipeline: OpenSoraPlanPipeline) -> None:
         sample(pipeline, num_inference_steps=2, first_step=2)
     with pytest.raises(ValueError, match="first_step 1 needs the latents after 1 steps"):
         sample(pipeline, num_inference_steps=2, first_step=1)
+    with pytest.raises(ValueError, match="no previous_velocity before the first step"):
+        sample(pipeline, num_inference_steps=2, previous_velocity=torch.zeros(1))

@@ -386,6 +386,30 @@ def test_diffusers_euler_steps_as_ours_does() -> None:
     assert distance(theirs, ours) < SAME
 
 
+def test_adams_steps_from_two_velocities() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(_pipeline: object, _step: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
+        seen.append((tensors["latents"], tensors["velocity"]))
+
+    last = run(
+        build(),
+        num_inference_steps=5,
+        solver="adams",
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=("latents", "velocity"),
+    )
+    sigmas = flow.sampling_sigmas(5, 7.0)
+    for step in range(1, 5):
+        (latents, previous), (after, velocity) = seen[step - 1], seen[step]
+        before, now, following = sigmas[step - 1 : step + 2]
+        expected = flow.adams_step(
+            latents, velocity, now, following, previous=previous, previous_sigma=before
+        )
+        assert torch.equal(after, expected)
+    assert torch.equal(last, seen[-1][0])
+
+
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 

@@ -18,6 +18,7 @@ class GenerateDefaults(Settings):
     width: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
+    solver: Literal["euler", "adams"] | None = None
     guidance: float | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None

@@ -122,3 +122,20 @@ def guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> T
 def euler_step(sample: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor) -> Tensor:
     """One step along the flow, in the sample's dtype: sample + (next_sigma - sigma) * velocity."""
     return sample + (next_sigma - sigma) * velocity.to(sample.dtype)
+
+
+def adams_step(
+    sample: Tensor,
+    velocity: Tensor,
+    sigma: float | Tensor,
+    next_sigma: float | Tensor,
+    *,
+    previous: Tensor,
+    previous_sigma: float | Tensor,
+) -> Tensor:
+    """One step of the two-step Adams-Bashforth method, which is of second order: along the velocity in the
+    middle of the step, drawn on from those at `previous_sigma` and `sigma`.
+    """
+    half = (next_sigma - sigma) / (sigma - previous_sigma) / 2
+    middle = velocity.to(sample.dtype) * (1 + half) - previous.to(sample.dtype) * half
+    return euler_step(sample, middle, sigma, next_sigma)

@@ -280,11 +280,11 @@ def make_video(
     place = place_of_latents(wanted, record)
     save = partial(save_latents, place, record=record, embeds=embeds, request=request)
 
-    def keep(latents: "Tensor", step: int) -> None:
+    def keep(latents: "Tensor", step: int, velocity: "Tensor") -> None:
         # Other schedulers may have more calls than steps, and cannot begin in the middle.
         possible = pipeline.has_default_scheduler and not request.step_cache
         if save_every and step % save_every == 0 and step < request.steps and possible:
-            save(latents, step)
+            save(latents, step, velocity=velocity if request.solver == "adams" else None)
 
     try:
         latents = denoise(
@@ -314,10 +314,10 @@ def denoise(
     start: "SavedLatents | None" = None,
     batched: bool = False,
     step_ratios: Sequence[float] = (),
-    after_step: Callable[["Tensor", int], None] | None = None,
+    after_step: Callable[["Tensor", int, "Tensor"], None] | None = None,
 ) -> "Tensor":
     """Normalised latents [1, C, T, H, W] of a request, from noise or from where it was stopped. `after_step`
-    gets the latents and how many steps are done.
+    gets the latents, how many steps are done, and the last one's velocity.
     """
     from torch import Tensor
 
@@ -329,7 +329,7 @@ def denoise(
 
     def tell(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
         if after_step is not None:
-            after_step(tensors["latents"], index + 1)
+            after_step(tensors["latents"], index + 1, tensors["velocity"])
 
     prompt, negative = embeds.of(request)
     cached = nullcontext()
@@ -352,11 +352,14 @@ def denoise(
             shift=request.shift,
             use_dynamic_shifting=request.dynamic_shift,
             use_linear_quadratic_schedule=request.linear_quadratic,
+            solver=request.solver,
             seed=request.seed,
             latents=None if start is None else start.latents,
             first_step=0 if start is None else start.step,
+            previous_velocity=None if start is None else start.velocity,
             output_type="latent",
             callback_on_step_end=tell,
+            callback_on_step_end_tensor_inputs=("latents", "velocity"),
         )
     assert isinstance(output, VideoOutput)
     assert isinstance(output.frames, Tensor)
@@ -392,6 +395,7 @@ def save_latents(
     record: dict[str, Any],
     embeds: PromptCache,
     request: Request,
+    velocity: "Tensor | None" = None,
 ) -> None:
     """Keep the latents [1, C, T, H, W] after so many steps; a disk that is full is no reason to stop."""
     from safetensors import SafetensorError
@@ -401,7 +405,9 @@ def save_latents(
     config = embeds.pipeline.vae.config
     scaling = {key: None if config[key] is None else list(config[key]) for key in ("shift", "scale")}
     try:
-        saved.write(place, saved.SavedLatents(latents, step, record, scaling, *embeds.of(request)))
+        prompt, negative = embeds.of(request)
+        kept = saved.SavedLatents(latents, step, record, scaling, prompt, negative, velocity)
+        saved.write(place, kept)
     except (OSError, SafetensorError) as error:
         logger.warning("the latents of step %d cannot be saved in %s: %s", step, place, error)
 

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 class SavedLatents:
     """Normalised latents [1, C, T, H, W] after `step` of the steps of `record`, which is all that decides how
     the video looks. `scaling`: shift and scale of the VAE that they are for. `prompt` and `negative`:
-    encoded, where they were saved.
+    encoded, where they were saved. `velocity` [1, C, T, H, W]: of that step, for solvers that go on from it.
     """
 
     latents: Tensor
@@ -33,6 +33,7 @@ class SavedLatents:
     scaling: dict[str, list[float] | None]
     prompt: PromptEmbeds | None = None
     negative: PromptEmbeds | None = None
+    velocity: Tensor | None = None
 
 
 def place_of(video: Path) -> Path:
@@ -43,6 +44,8 @@ def place_of(video: Path) -> Path:
 def write(path: Path, saved: SavedLatents) -> None:
     """Write the file whole, in place of what there was. Errors are the disk's: OSError, SafetensorError."""
     tensors = {"latents": saved.latents}
+    if saved.velocity is not None:
+        tensors["velocity"] = saved.velocity
     for name in ("prompt", "negative"):
         embeds: PromptEmbeds | None = getattr(saved, name)
         if embeds is not None:
@@ -60,7 +63,10 @@ def read(path: Path) -> SavedLatents:
         scaling = json.loads(file.metadata()["scaling"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     return SavedLatents(
-        tensors["latents"], step, record, scaling, _embeds(tensors, "prompt"), _embeds(tensors, "negative")
+        *(tensors["latents"], step, record, scaling),
+        prompt=_embeds(tensors, "prompt"),
+        negative=_embeds(tensors, "negative"),
+        velocity=tensors.get("velocity"),
     )
 
 

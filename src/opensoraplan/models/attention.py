@@ -17,7 +17,8 @@ _SHORT = 512
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, backend: object | None = None
 ) -> Tensor:
-    """Attention of q, k, v [B, S, H, d] over all tokens, or those where `key_mask` [B, 1, 1, S] is True.
+    """Attention of q, k, v [B, S, H, d] over all tokens, those where `key_mask` [B, 1, 1, S] is True, or it
+    has floats, which are added to the scores (`additive_mask`).
 
     `backend` is one of diffusers' dispatcher. None: its default, torch's SDPA, but where that trains badly:
     cuDNN's gradients under a mask can be NaN (torch 2.11, S % 128 == 64), and on CPUs those of bf16 take
@@ -51,10 +52,17 @@ def set_backend(model: ModelMixin, name: str) -> None:
         raise ValueError(f"attention {name!r} cannot be had here: {error}") from None
 
 
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores instead of a mask of booleans: 0 where it is True, -inf elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """Products of matrices, with the scores in the tensors' own precision."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if key_mask is not None:
-        scores = scores + torch.zeros_like(key_mask, dtype=scores.dtype).masked_fill(~key_mask, -torch.inf)
+        scores = scores + (
+            additive_mask(key_mask, scores.dtype) if key_mask.dtype == torch.bool else key_mask
+        )
     return (scores.softmax(-1) @ v).transpose(1, 2)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opensoraplan.models.attention import additive_mask
+
 ROPE_THETA = 10000.0
 ROPE_SPLIT = (4, 6, 6)  # of 16: shares of a head's channels that turn with t, y and x
 
@@ -45,7 +47,9 @@ class Layout(NamedTuple):
 
     cos: Tensor  # [n, 1, S'/n, 1, d/2]
     sin: Tensor
-    key_mask: Tensor | None  # [n * B, 1, 1, S'/n + L] bool, True = attend; None where nothing is masked
+    key_mask: (
+        Tensor | None
+    )  # [n * B, 1, 1, S'/n + L]: True = attend, or to be added; None where nothing is masked
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -83,9 +87,11 @@ def make_layouts(
     video_mask: Tensor | None,
     text_mask: Tensor | None,
     text_shape: Sequence[int],
+    *,
+    additive: torch.dtype | None = None,
 ) -> tuple[Layout, Layout]:
     """The single-skip and the group-skip layout of rate n: rotary tables, and key masks where anything is
-    masked.
+    masked; with `additive`, of that dtype, to be added to scores.
     """
     cos, sin = (to_single_skip(table, n) for table in tables)
     tokens, device = tables[0].shape[1], cos.device
@@ -102,4 +108,6 @@ def make_layouts(
             torch.cat([video_keys, text_keys], dim=-1).flatten(0, 1)[:, None, None]
             for video_keys in (single, swap_skip(single))
         )
+        if additive is not None:
+            single_mask, group_mask = (additive_mask(mask, additive) for mask in (single_mask, group_mask))
     return Layout(cos, sin, single_mask), Layout(swap_skip(cos), swap_skip(sin), group_mask)

@@ -377,7 +377,12 @@ class Stages(nn.Module):
     ) -> Tensor:
         """Tokens [B, S, D] in natural order -> the same. `tables` [1, S, 1, d/2], masks [B, S] and [B, L]."""
         tokens, middle = video.shape[1], len(self.num_layers) // 2
-        layouts = {n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2]) for n in set(rates)}
+        # On CPUs, as their kernels want it: a compiled softmax that reads booleans takes three times as long.
+        additive = video.dtype if video.device.type == "cpu" else None
+        layouts = {
+            n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2], additive=additive)
+            for n in set(rates)
+        }
         rest = iter(blocks)
         outputs: list[tuple[Tensor, Tensor]] = []
         for stage, (depth, n) in enumerate(zip(self.num_layers, rates, strict=True)):

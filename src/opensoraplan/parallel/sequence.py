@@ -116,4 +116,6 @@ class UlyssesProcessor(JointAttnProcessor):
 
 
 def _gathered_mask(mask: Tensor, group: Group) -> Tensor:
+    if mask.dtype != torch.bool:
+        return gather(mask, dim=-1, group=group)
     return gather(mask.to(torch.uint8), dim=-1, group=group).bool()
