@@ -21,6 +21,7 @@ from timing import machine, ready
 from torch import Tensor
 
 from opensoraplan import builtin
+from opensoraplan.models.int8 import keep_as_int8
 from opensoraplan.models.step_cache import measured, skipping
 from opensoraplan.pipeline import SOLVERS, OpenSoraPlanPipeline, VideoOutput
 
@@ -111,6 +112,9 @@ def left_out(steps: int) -> list[str]:
     lines.append(f"| guided in the first half only | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
     seconds, video = timed(num_inference_steps=steps // 2)
     lines.append(f"| half the steps | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
+    keep_as_int8(pipeline.transformer.transformer_blocks)
+    seconds, video = timed()
+    lines.append(f"| int8 weights | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
     return lines
 
 

@@ -1,5 +1,6 @@
 """The command `osp`: whole jobs on the tiny release, and what it says to mistakes."""
 
+import itertools
 import json
 import logging
 import os
@@ -307,6 +308,22 @@ def test_a_calibrated_model_leaves_steps_out(osp: Command, tiny_model: Path, tmp
         assert outcome.code == 0, outcome
         assert json.loads((tmp_path / f"{name}.json").read_text())["step_cache"] == (10 if options else 0)
     assert not torch.equal(read_frames(tmp_path / "exact.mp4"), read_frames(tmp_path / "faster.mp4"))
+
+
+def test_how_a_video_is_made_decides_how_it_looks_and_is_told(
+    osp: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    ways = {"exact": {}, "adams": {"solver": "adams"}, "int8": {"weights": "int8"}}
+    usual = {"solver": "euler", "weights": "whole"}
+    for name, way in ways.items():
+        options = [word for key, value in way.items() for word in (f"--{key}", value)]
+        size = [*SMALL[:6], "--steps", 3, "--device", "cpu"]
+        outcome = osp("generate", "a cat", "--model", tiny_model, *size, *options, "--out", f"{name}.mp4")
+        assert outcome.code == 0, outcome
+        told = json.loads((tmp_path / f"{name}.json").read_text())
+        assert {key: told[key] for key in usual} == usual | way
+    videos = [read_frames(tmp_path / f"{name}.mp4") for name in ways]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(videos, 2))
 
 
 def test_help_tells_the_defaults_of_a_config(osp: Command, tiny_release: Path) -> None:

@@ -96,9 +96,17 @@ def test_the_release_fits_small_cards_by_streaming(osp: Osp) -> None:
     assert streamed[-1].endswith("   fits into 12")
 
 
+def test_int8_weights_spare_a_card_of_16_gb_the_streaming(osp: Osp) -> None:
+    for weights, verdict in (("whole", "does NOT fit into 16"), ("int8", "   fits into 16")):
+        code, said, _ = osp("plan", "--generate", "--memory", 16, "--weights", weights)
+        assert code == 0
+        assert all(row.endswith(verdict) for row in said.splitlines() if row.strip().startswith("in-turn"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--weights", "int8"], "--weights int8 is for --generate"),
         (["--tp", 5], "sp 1 x tp 5 = 5 must divide the model's 24 attention heads"),
         (["--devices", 8, "--sp", 3], "8 processes cannot be arranged"),
         (["--memory", 0], "--memory must be more than 0"),

@@ -9,7 +9,7 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.dataset import ClipDataset, Failure, collate
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import SelectionSettings, select
-from opensoraplan.train.loading import BadFileAccount, micro_batches, one_ahead, shares_of_steps
+from opensoraplan.train.loading import BadFileAccount, micro_batches, shares_of_steps
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -44,27 +44,3 @@ def test_an_account_of_bad_files_goes_on(caplog: pytest.LogCaptureFixture) -> No
     assert len(second) == 1
     with pytest.raises(ValueError, match=r"2 files .*, 1 are allowed: 0\.mp4 is cut off; 1\.mp4"):
         second.add(bad[1:])
-
-
-def test_one_is_made_while_the_one_before_it_is_used() -> None:
-    made: list[int] = []
-
-    def double(number: int) -> int:
-        made.append(number)
-        return 2 * number
-
-    results = one_ahead(double, iter(range(4)))
-    assert next(results) == 0
-    assert list(results) == [2, 4, 6]
-    assert made == [0, 1, 2, 3]
-    begun: list[int] = []
-    first = one_ahead(lambda number: number, (begun.append(n) or n for n in range(9)))
-    assert next(first) == 0
-    assert begun == [0, 1]
-
-
-def test_what_fails_ahead_is_raised_in_its_turn() -> None:
-    results = one_ahead(lambda number: 6 // number, iter([3, 2, 0]))
-    assert [next(results), next(results)] == [2, 3]
-    with pytest.raises(ZeroDivisionError):
-        next(results)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
+from opensoraplan.ahead import one_ahead
 from opensoraplan.requests import Request
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ def make_record(
     pipeline: "OpenSoraPlanPipeline", request: Request, model: str | dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides how a video looks, to be stored with it. Values are those of JSON."""
+    from opensoraplan.models.int8 import is_int8
+
     scheduler = pipeline.scheduler.config
     shifts = ("shift", "flow_shift", "use_dynamic_shifting")
     record = {
@@ -221,6 +224,7 @@ def make_record(
         },
         "sparse_n": pipeline.transformer.config["sparse_n"],
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "weights": "int8" if is_int8(pipeline.transformer) else "whole",
         "vae_dtype": str(pipeline.vae.dtype).removeprefix("torch."),
         "vae_tiling": pipeline.vae.tiling,
         "opensoraplan": version("opensoraplan"),
@@ -437,9 +441,13 @@ def write_frames(
             tqdm(total=total, desc="decoding", unit="frame") as progress,
             VideoWriter(free, fps=fps, title=record["prompt"], comment=comment) as writer,
         ):
-            for chunk in chunks:
+
+            def write(chunk: "Tensor") -> int:
                 writer.write(chunk)
-                progress.update(len(chunk))
+                return len(chunk)
+
+            for frames in one_ahead(write, chunks):  # the next chunk is decoded meanwhile
+                progress.update(frames)
         path = writer.path
     write_record(path, record)
     return path

@@ -108,6 +108,9 @@ class Generate:
     """Where the model is: all of it on the device, each part in turn, or block after block, which takes the
     least memory and the most time. auto: the first of them that is predicted to fit, and the next when memory
     is full."""
+    weights: Literal["whole", "int8"] = "whole"
+    """int8: keep the denoiser's matrices so, which halves their memory, and cast each when it is used: not
+    exact."""
     attention: Annotated[str | None, optional("NAME", "(default: torch's own)")] = None
     """The implementation of attention, one of diffusers' backends: _native_cudnn, flash, sage, ..."""
     compile: bool = False
@@ -232,14 +235,20 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
     if processes > 1 and options.memory not in ("auto", "resident"):
         raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
-    # What is to be moved to and fro begins on the host.
+    if tp > 1 and options.weights != "whole":
+        raise ValueError(
+            f"--weights {options.weights} cannot be shared out by --tp {tp}: leave one of them out"
+        )
+    # What is to be moved to and fro begins on the host, and so does what is to become smaller.
     moving = device.type != "cpu" and processes == 1 and options.memory != "resident"
+    place = torch.device("cpu") if moving or options.weights != "whole" else device
     with joined(mesh, device, timeout=PATIENCE_S) as ranks:
-        place = torch.device("cpu") if moving else device
         pipeline, model = _load_pipeline(
             options, inference, paths, folder=folder, place=place, dtype=resolve_dtype(options.dtype, device)
         )
         _tune(pipeline, options)
+        if not moving:
+            pipeline.to(device)
         arrangement = _arrange(pipeline, requests, options, device) if moving else None
         all_decode = False
         if ranks.mesh is not None:
@@ -275,7 +284,11 @@ def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ..
 
 
 def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
-    """Choose how the denoiser computes."""
+    """Choose how the denoiser is kept and computes."""
+    if options.weights == "int8":
+        from opensoraplan.models.int8 import keep_as_int8
+
+        keep_as_int8(pipeline.transformer.transformer_blocks)
     if options.attention is not None:
         from opensoraplan.models.attention import set_backend
 

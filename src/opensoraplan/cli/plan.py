@@ -100,6 +100,8 @@ class Plan:
     """Of an epoch, for its time and the size of the feature cache."""
     generate: bool = False
     """Predict what generating one video on one device needs instead."""
+    weights: Literal["whole", "int8"] = "whole"
+    """Of --generate, as in osp generate."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ def plan(options: Plan) -> None:
     if options.generate:
         _write(_generation_lines(model, shape, options, said=said))
         return
+    if options.weights != "whole":
+        raise ValueError(f"--weights {options.weights} is for --generate: training needs the weights whole")
     job = _job_of(options.job, run)
     encoders = _encoder_bytes(options.job, run)
     mesh = _mesh_of(options, run)
@@ -342,11 +346,12 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
 
     compute = options.job.compute or "bf16"
     size = BYTES[compute]
-    denoiser, text = model.numbers() * size, (T5_NUMBERS + CLIP_NUMBERS) * size
-    vae = VAE_NUMBERS * size
+    text, vae = (T5_NUMBERS + CLIP_NUMBERS) * size, VAE_NUMBERS * size
+    int8 = options.weights == "int8"
+    denoiser = model.stored(compute, int8=int8)
+    block = max(model.stored(compute, unit=unit, int8=int8) for unit in range(len(model.blocks)))
     forward = forward_memory(model, shape, compute)
     decoding = tuple(decoding_memory(shape, compute, chunk=chunk) for chunk in CHUNKS)
-    block = max(model.numbers(unit=unit) for unit in range(len(model.blocks))) * size
     yield f"{model.numbers():,} parameters; generating {said}, in {compute}; GB of one device"
     yield _row("denoiser", denoiser / GB)
     yield _row("T5 and CLIP", text / GB)

@@ -104,6 +104,17 @@ class Model:
         units = range(ROOT, len(self.blocks)) if unit is None else (unit,)
         return sum(self._numbers[of, tp, shards] for of in units)
 
+    def stored(self, compute: str, *, unit: int | None = None, int8: bool = False) -> int:
+        """Bytes of the weights of one unit or of all, on one device; `int8`: with the blocks' matrices so and
+        a scale for each of their outputs (models/int8.py).
+        """
+        whole, total = BYTES[compute], 0
+        for weight in self.weights:
+            if unit in (None, weight.unit):
+                smaller = int8 and weight.unit != ROOT and len(weight.shape) == 2
+                total += weight.numbers() + weight.shape[0] * whole if smaller else weight.numbers() * whole
+        return total
+
 
 def _weight(name: str, shape: tuple[int, ...]) -> Weight:
     parts = name.split(".")

@@ -3,8 +3,7 @@ they could not read.
 """
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,8 +16,6 @@ from opensoraplan.parallel.ranks import Ranks
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 # Batches that a worker has ready, and what those of all workers may take. A clip of the release's size is 0.9
 # GB.
@@ -84,18 +81,6 @@ def micro_batches(
         if isinstance(batch, Exception):
             raise batch
         yield batch
-
-
-def one_ahead(make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
-    """Yield make(each of `given`) in turn; the next one is made by a thread while this one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        following: Future[Made] | None = None
-        for one in given:
-            now, following = following, thread.submit(make, one)
-            if now is not None:
-                yield now.result()
-        if following is not None:
-            yield following.result()
 
 
 def _ahead(workers: int, batch_bytes: int) -> int:

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opensoraplan.ahead import one_ahead
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import Failure
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.mesh import SAMPLE
 from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.loading import micro_batches, one_ahead
+from opensoraplan.train.loading import micro_batches
 from opensoraplan.train.objective import Drawn, draw
 from opensoraplan.train.sources import Encoded, Source
 
