@@ -68,8 +68,8 @@ def test_streamed_is_whole(vae: WFVAE, frames: int, latent_frames: int) -> None:
 def test_streaming_really_runs_in_chunks(vae: WFVAE) -> None:
     vae.enable_streaming(latent_frames=2)
     latents = torch.randn(1, 4, 6, 4, 3)
-    assert [chunk.shape[2] for chunk in vae.iter_decode(latents)] == [1, 16, 24]
-    assert [chunk.shape[2] for chunk in vae.iter_encode([clip(41)])] == [1, 2, 2, 1]
+    assert [chunk.shape[2] for chunk in vae.iter_decode(latents)] == [17, 24]
+    assert [chunk.shape[2] for chunk in vae.iter_encode([clip(41)])] == [3, 2, 1]
     vae.disable_streaming()
     assert [chunk.shape[2] for chunk in vae.iter_decode(latents)] == [41]
 
@@ -101,7 +101,7 @@ def test_chunks_cover_every_latent_once() -> None:
             assert covered == list(range(frames))
     assert list(latent_chunks(7, None)) == [(0, 7, 0)]
     sizes = [chunk.shape[2] for chunk in frame_chunks([torch.zeros(1, 3, 25, 8, 8)], 16)]
-    assert sizes == [1, 16, 8]
+    assert sizes == [17, 8]
 
 
 def test_haar_is_undone_by_its_inverse() -> None:

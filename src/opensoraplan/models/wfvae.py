@@ -57,7 +57,7 @@ RELEASE_SCALE = (
 
 @dataclass
 class Stream:
-    """What one clip's layers keep from chunk to chunk. The first chunk is frame 0 alone.
+    """What one clip's layers keep from chunk to chunk. The first chunk begins with frame 0, which is special.
 
     `lookahead` counts the frames at the end of the tensor now on its way that the next chunk brings again:
     time upsampling has to see one frame ahead, and what is kept must not include it.
@@ -157,10 +157,8 @@ class CausalConv3d(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last_3d)
         if self.before:
             front = None if stream is None else stream.kept.get(self)
-            if front is None:
-                front = x[:, :, :1].repeat(1, 1, self.before, 1, 1)
-            # `cat` keeps the layout only if all that it joins has it.
-            x = torch.cat([front.contiguous(memory_format=torch.channels_last_3d), x], dim=2)
+            # `cat` keeps the layout only if all that it joins has it, which no expanded frame would.
+            x = torch.cat([x[:, :, :1]] * self.before + [x] if front is None else [front, x], dim=2)
             if stream is not None:
                 stream.keep(self, x, self.overlap)
         return self.conv(x)
@@ -250,7 +248,8 @@ class Upsample(nn.Module):
     """Twice the frames (T -> 2T - 1), twice the sides: trilinear in fp32, then a causal convolution.
 
     Frame 0 grows only in space; the rest is interpolated in time as a clip of its own. In a stream the frame
-    before the chunk is kept and put in front of it, and the two frames that it becomes are dropped again.
+    before the chunk, if it is not frame 0, is kept and put in front of it, and the two frames that it becomes
+    are dropped again.
     """
 
     def __init__(self, channels: int) -> None:
@@ -259,18 +258,24 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         if stream is None:
-            parts = [self._grow(x[:, :, :1], time=1)]
-            if x.shape[2] > 1:
-                parts.append(self._grow(x[:, :, 1:], time=2))
-            return self.conv(torch.cat(parts, dim=2))
-        if stream.first:
-            return self.conv(self._grow(x, time=1), stream)
+            return self.conv(self._from_frame_0(x))
         before = stream.kept.get(self)
-        stream.keep(self, x, 1)
+        if x.shape[2] > 1 or not stream.first:
+            stream.keep(self, x, 1)
         stream.lookahead *= 2
-        if before is None:
-            return self.conv(self._grow(x, time=2), stream)
-        return self.conv(self._grow(torch.cat([before, x], dim=2), time=2)[:, :, 2:], stream)
+        if stream.first:
+            grown = self._from_frame_0(x)
+        elif before is None:
+            grown = self._grow(x, time=2)
+        else:
+            grown = self._grow(torch.cat([before, x], dim=2), time=2)[:, :, 2:]
+        return self.conv(grown, stream)
+
+    def _from_frame_0(self, x: Tensor) -> Tensor:
+        parts = [self._grow(x[:, :, :1], time=1)]
+        if x.shape[2] > 1:
+            parts.append(self._grow(x[:, :, 1:], time=2))
+        return torch.cat(parts, dim=2)
 
     @staticmethod
     def _grow(x: Tensor, *, time: int) -> Tensor:
@@ -388,13 +393,13 @@ class Decoder(nn.Module):
 
 
 def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]:
-    """A clip in pieces [B, 3, t, H, W] of any length -> frame 0, then `step` frames at a time, then what is
-    left (None: the whole clip). Raises ValueError before the last chunk if the clip is not 8k + 1 frames
-    long.
+    """A clip in pieces [B, 3, t, H, W] of any length -> frame 0 and `step` more, then `step` at a time, then
+    what is left (None: the whole clip). Raises ValueError before the last chunk if the clip is not 8k + 1
+    frames long.
     """
     waiting: list[Tensor] = []
     frames = 0
-    size = 1 if step else None
+    size = step + 1 if step else None
     for piece in pieces:
         frames += piece.shape[2]
         waiting.append(piece)
@@ -408,19 +413,14 @@ def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]
 
 
 def latent_chunks(frames: int, step: int | None) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, look-ahead) of the chunks in which latent frames are decoded: frame 0, then `step` at a
-    time and one more to look ahead at, except at the end. None: the whole clip.
+    """(start, stop, look-ahead) of the chunks in which latent frames are decoded: frame 0 and `step` more,
+    then `step` at a time, each with one more to look ahead at, except at the end. None: the whole clip.
     """
-    if step is None:
-        yield 0, frames, 0
-        return
-    yield 0, 1, 0
-    start = 1
-    while frames - start > step + 1:
-        yield start, start + step + 1, 1
-        start += step
-    if start < frames:
-        yield start, frames, 0
+    start, done = 0, frames if step is None else step + 1
+    while step is not None and frames - done > 1:
+        yield start, done + 1, 1
+        start, done = done, done + step
+    yield start, frames, 0
 
 
 @dataclass

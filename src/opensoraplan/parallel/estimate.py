@@ -647,7 +647,6 @@ def decoding_memory(shape: Shape, compute: str, *, base: int = 160, chunk: int =
     from chunk to chunk, of that width 11 frames, of the stage before as much as 8.
     """
     frames, height, width = shape.grid
-    rest = frames - 1  # after the first chunk, frame 0; each but the last sees one frame more
-    largest = 1 if not rest else rest if rest <= chunk + 1 else chunk + 1
-    wide = 5.25 * 4 * largest + 2 + (19 if rest else 0)
+    rest = min(frames - 1, chunk + 1)  # of the first chunk besides frame 0; one of them is looked ahead at
+    wide = 5.25 * (1 + 4 * rest) + 2 + 19
     return int(shape.batch * 2 * base * wide * (4 * height) * (4 * width) * BYTES[compute])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opensoraplan.models.attention import additive_mask
 from opensoraplan.models.sparse_ummdit import JointAttention, JointAttnProcessor, SparseUMMDiT
 from opensoraplan.parallel.collectives import (
     Group,
@@ -116,6 +117,7 @@ class UlyssesProcessor(JointAttnProcessor):
 
 
 def _gathered_mask(mask: Tensor, group: Group) -> Tensor:
-    if mask.dtype != torch.bool:
-        return gather(mask, dim=-1, group=group)
-    return gather(mask.to(torch.uint8), dim=-1, group=group).bool()
+    """A byte a key is sent, whether the mask is of booleans or additive."""
+    attended = mask if mask.dtype == torch.bool else mask == 0
+    attended = gather(attended.to(torch.uint8), dim=-1, group=group).bool()
+    return attended if mask.dtype == torch.bool else additive_mask(attended, mask.dtype)
