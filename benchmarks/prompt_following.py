@@ -29,7 +29,7 @@ from tqdm import tqdm
 from opensoraplan.data.shapes_demo import Scene, caption, render, scene_for
 from opensoraplan.device import resolve_device, resolve_dtype
 from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.pipeline import SOLVERS, OpenSoraPlanPipeline, VideoOutput
 
 LEAST_JUDGE = 0.99
 # Of clips with (one object, two objects): what a model should reach in each attribute, and in all at once.
@@ -143,6 +143,7 @@ def generate(
         height=options.height,
         width=options.width,
         num_inference_steps=options.steps,
+        solver=options.solver,
         guidance_scale=options.guidance,
         guidance_rescale=options.guidance_rescale,
         batched_guidance=True,
@@ -262,6 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", nargs="?", type=Path, help="default: the built-in model")
     parser.add_argument("--count", type=int, default=200, help="scenes with one object, and as many with two")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--solver", choices=SOLVERS, default="euler")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--guidance-rescale", type=float, default=0.7)
     parser.add_argument("--batch", type=int, default=8, help="clips at a time")
@@ -296,7 +298,7 @@ def main() -> None:
     print(f"{len(tasks)} scenes, {len(combinations)} combinations of colour, shape and motion in them")
     check_judge(tasks, frames=options.frames, height=options.height, width=options.width)
 
-    asked = ("steps", "guidance", "guidance_rescale", "seed", "frames", "height", "width", "dtype")
+    asked = ("steps", "solver", "guidance", "guidance_rescale", "seed", "frames", "height", "width", "dtype")
     settings: Record = {"model": fingerprint(folder), **{name: getattr(options, name) for name in asked}}
     records = read_records(options.out, settings)
     for_sheet = {task.key for task in tasks[:SHEET_CLIPS]} if options.sheet else set()
