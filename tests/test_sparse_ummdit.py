@@ -1,5 +1,7 @@
 """Skiparse layouts, sparsity that can be switched, masks, recompute and errors of the denoiser."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 from opensoraplan.models import skiparse
 from opensoraplan.models.skiparse import from_group_skip, swap_skip, to_single_skip
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT, gelu_by_exp
 
 SMALL = {
     "num_attention_heads": 2,
@@ -154,6 +156,20 @@ def test_no_mask_where_nothing_is_masked() -> None:
     for layout in skiparse.make_layouts(2, padded, None, None, (3, 5)):
         assert layout.key_mask is not None
         assert layout.key_mask.shape == (2 * 3, 1, 1, 16 // 2 + 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_by_exp_is_torchs_with_its_gradient(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-15, 15, 3001), torch.tensor([-1e4, -100.0, 100.0, 1e4])]).to(dtype)
+    results = []
+    for function in (gelu_by_exp, partial(F.gelu, approximate="tanh")):
+        values = x.clone().requires_grad_()
+        result = function(values)
+        assert result.dtype == dtype
+        results.append((result, torch.autograd.grad(result.sum(), values)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        tolerance = 1e-6 if dtype == torch.float32 else 0.01
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("recompute", [{"blocks": 12}, {"feed_forwards": 12}, {"blocks": 3}])

@@ -7,6 +7,7 @@ B batch, C latent channels, T/H/W latent grid, S video tokens, L text tokens, D 
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
@@ -189,6 +190,16 @@ class JointAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, video, text, layout)
 
 
+def gelu_by_exp(x: Tensor) -> Tensor:
+    """tanh-GELU in fp32, in the dtype of x: by 1 + tanh(z) = 2 / (1 + exp(-2 z)), of which Inductor makes
+    code for CPUs that takes a third of the time of its tanh.
+    """
+    y = x.float()
+    twice = 2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
+    # Below, the result is 0 and the exponential's gradient would soon be infinity / infinity.
+    return (y / (1 + torch.exp(-twice.clamp(min=-80)))).to(x.dtype)
+
+
 class GELUProjection(nn.Module):
     """Linear without bias, then tanh-GELU (which torch computes in fp32 for every dtype)."""
 
@@ -197,7 +208,8 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, inner_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        x = self.proj(x)
+        return gelu_by_exp(x) if torch.compiler.is_compiling() else F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):
