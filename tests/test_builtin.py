@@ -35,7 +35,7 @@ def test_pipeline_takes_prompts_as_they_are() -> None:
 def test_defaults_are_a_video_that_can_be_made() -> None:
     defaults = GenerateDefaults.of(builtin.folder())
     size = (defaults.frames or 0, defaults.height or 0, defaults.width or 0)
-    assert latent_shape(*size) == (4, 12, 12)
+    assert latent_shape(*size) == (4, 12, 16)
 
 
 def test_its_files_name_no_place_on_a_machine() -> None:

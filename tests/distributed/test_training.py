@@ -51,23 +51,34 @@ def losses(run: TrainSettings, name: str = "loss") -> list[float]:
     return list({record["step"]: record[name] for record in records if name in record}.values())
 
 
-def launch(
-    run: TrainSettings, *, processes: int, restarts: int = 0, resume: str = "latest"
-) -> subprocess.Popen[str]:
+class Job(subprocess.Popen[bytes]):
+    """Processes under way. What they say goes to a file: a pipe that is not read until they end fills up, and
+    torchrun, which tells of every killed process, would wait for room in it for ever.
+    """
+
+    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+        self._log = log
+        with log.open("wb") as file:
+            super().__init__(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stderr=file)
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+
+def launch(run: TrainSettings, *, processes: int, restarts: int = 0, resume: str = "latest") -> Job:
     config = run.output.with_suffix(f".{processes}.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "opensoraplan.cli", "launch", f"--processes={processes}"]
     command += [f"--max-restarts={restarts}", "--", "train", str(config), "--resume", resume]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return Job(command, config.with_suffix(".log"))
 
 
-def launch_cache(run: TrainSettings, out: Path, *, processes: int) -> subprocess.Popen[str]:
+def launch_cache(run: TrainSettings, out: Path, *, processes: int) -> Job:
     config = run.output.with_suffix(".cache.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "opensoraplan.cli", "cache", str(config), "--out", str(out)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return Job(command, config.with_suffix(".log"))
 
 
 def free_port() -> int:
@@ -76,21 +87,20 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def launch_rank(run: TrainSettings, rank: int, *, of: int, port: int) -> subprocess.Popen[str]:
+def launch_rank(run: TrainSettings, rank: int, *, of: int, port: int) -> Job:
     """One process of a job, without torchrun."""
     config = run.output.with_suffix(".ranks.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "opensoraplan.cli", "train", str(config)]
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(of), "RANK": str(rank)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **meeting}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return Job(command, config.with_suffix(f".{rank}.log"), **meeting)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(job: Job) -> str:
     """Wait for success; what was written to stderr."""
-    _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, said
-    return said
+    job.wait(timeout=TIMEOUT)
+    assert job.returncode == 0, job.said()
+    return job.said()
 
 
 @pytest.fixture
@@ -189,7 +199,7 @@ def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(six:
     assert losses(run) == pytest.approx(losses(one), rel=CLOSE)
 
 
-def wait_for_step(run: TrainSettings, step: int, job: subprocess.Popen[str]) -> None:
+def wait_for_step(run: TrainSettings, step: int, job: Job) -> None:
     """Return once the run has logged so many steps, or has ended."""
     deadline = time.monotonic() + TIMEOUT
     log = run.output / METRICS
@@ -198,9 +208,9 @@ def wait_for_step(run: TrainSettings, step: int, job: subprocess.Popen[str]) -> 
         time.sleep(0.1)
 
 
-def kill_a_worker(job: subprocess.Popen[str], chance: random.Random) -> None:
+def kill_a_worker(job: Job, chance: random.Random) -> None:
     while True:
-        assert job.poll() is None, f"no rank could be killed: {job.communicate()[1]}"
+        assert job.poll() is None, f"no rank could be killed: {job.said()}"
         workers = []
         for child in psutil.Process(job.pid).children():
             with suppress(psutil.NoSuchProcess):
@@ -218,7 +228,8 @@ def test_rank_that_hangs_ends_the_others_with_rank_and_step(six: MakeRun) -> Non
     try:
         wait_for_step(run, 2, jobs[0])
         jobs[1].send_signal(signal.SIGSTOP)
-        _, said = jobs[0].communicate(timeout=60)
+        jobs[0].wait(timeout=60)
+        said = jobs[0].said()
     finally:
         for job in jobs:
             job.kill()
@@ -237,7 +248,8 @@ def test_other_global_batch_is_refused_with_what_would_fit(six: MakeRun) -> None
     train(six(steps=2))
     run = six(steps=4, ranks=3)
     job = launch(run, processes=2)
-    _, said = job.communicate(timeout=TIMEOUT)
+    job.wait(timeout=TIMEOUT)
+    said = job.said()
     assert job.returncode != 0
     assert "set data.batch_size x optimizer.accumulate to 3" in said
 
