@@ -28,7 +28,7 @@ def latents_of(pipeline: OpenSoraPlanPipeline) -> Tensor:
     return output.frames
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_weight_is_off_by_half_a_step_at_most(dtype: torch.dtype, bias: bool) -> None:
     linear = nn.Linear(64, 32, bias=bias, dtype=dtype)

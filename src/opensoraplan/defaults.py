@@ -9,6 +9,8 @@ from opensoraplan.settings import Settings
 
 FILE = "generate.json"
 
+Solver = Literal["euler", "adams"]
+
 
 class GenerateDefaults(Settings):
     """Options of `osp generate` that suit a model; None leaves one as it is."""
@@ -18,7 +20,7 @@ class GenerateDefaults(Settings):
     width: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
-    solver: Literal["euler", "adams"] | None = None
+    solver: Solver | None = None
     guidance: float | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None

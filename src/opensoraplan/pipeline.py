@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from opensoraplan import flow
+from opensoraplan.defaults import Solver
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptEmbeds, PromptSettings
 from opensoraplan.models.text import encode_prompts as encode_texts
@@ -29,8 +30,7 @@ from opensoraplan.shapes import latent_shape
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Solver = Literal["euler", "adams"]
-SOLVERS = ("euler", "adams")
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 LARGEST_SEED = 2**63 - 1
 

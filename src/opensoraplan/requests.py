@@ -4,11 +4,12 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from opensoraplan import shapes
+from opensoraplan.defaults import Solver
 from opensoraplan.settings import Settings
 
 PROMPT_FILES = (".txt", ".jsonl", ".csv")
@@ -33,7 +34,7 @@ class Request(Settings):
     shift: float | None = Field(None, gt=0, allow_inf_nan=False)
     dynamic_shift: bool | None = None
     linear_quadratic: bool = False
-    solver: Literal["euler", "adams"] = "euler"
+    solver: Solver = "euler"
     step_cache: float = Field(0.0, ge=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**62)
 

@@ -19,6 +19,7 @@ from opensoraplan.cli.parts import (
     make_sources,
     options_of_parts,
 )
+from opensoraplan.defaults import Solver
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 from opensoraplan.shapes import SPATIAL_STRIDE
 
@@ -88,7 +89,7 @@ class Generate:
     """Tell the shift from the size of the picture instead."""
     linear_quadratic: bool = False
     """Use the linear-quadratic schedule, which has no shift."""
-    solver: Literal["euler", "adams"] = "euler"
+    solver: Solver = "euler"
     """How steps follow the flow. adams needs half as many for the same video, or is nearer to the exact one
     with as many; euler is the original's."""
     step_cache: float = 0.0

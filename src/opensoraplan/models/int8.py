@@ -25,7 +25,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         largest = weight.float().abs().amax(1, keepdim=True)
-        scale = (largest / LARGEST).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
+        scale = (largest / LARGEST).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
         integers = (weight.float() / scale.float()).round().clamp(-LARGEST, LARGEST)
         self.register_buffer("integers", integers.to(torch.int8))
         self.register_buffer("scale", scale)

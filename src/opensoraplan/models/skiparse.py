@@ -47,9 +47,8 @@ class Layout(NamedTuple):
 
     cos: Tensor  # [n, 1, S'/n, 1, d/2]
     sin: Tensor
-    key_mask: (
-        Tensor | None
-    )  # [n * B, 1, 1, S'/n + L]: True = attend, or to be added; None where nothing is masked
+    # [n * B, 1, 1, S'/n + L], True where attention may look, or floats to add; None where nothing is masked
+    key_mask: Tensor | None
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
