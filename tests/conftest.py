@@ -13,6 +13,7 @@ from tiny_release import sources_of, write_release
 from opensoraplan.convert.assemble import save_diffusers
 from opensoraplan.convert.mindspeed_json import read_inference
 from opensoraplan.data.shapes_demo import write_dataset
+from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.train.config import TrainSettings
 
 
@@ -36,6 +37,14 @@ def tiny_model(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     save_diffusers(sources, folder, scheduler=inference.scheduler, max_text_tokens=inference.max_text_tokens)
     return folder
+
+
+@pytest.fixture
+def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
+    """The tiny release with all its parts, each test's own."""
+    made = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,13 @@
-"""int8 weights: what they lose, what they take, and that a pipeline with them generates under every plan."""
-
-from pathlib import Path
+"""int8 weights: what they lose, and what they take."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from opensoraplan.memory import PLACEMENTS, Arrangement, needs_of, plans_for
+from opensoraplan.memory import needs_of
 from opensoraplan.models.int8 import Int8Linear, is_int8, keep_as_int8
 from opensoraplan.parallel.estimate import Model
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
-
-SIZE = {"num_frames": 9, "height": 32, "width": 32}
-
-
-@pytest.fixture
-def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
-    made = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def latents_of(pipeline: OpenSoraPlanPipeline) -> Tensor:
-    output = pipeline("a red ball", **SIZE, num_inference_steps=2, seed=0, output_type="latent")
-    assert isinstance(output, VideoOutput)
-    assert isinstance(output.frames, Tensor)
-    return output.frames
+from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -60,14 +42,3 @@ def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline) -> No
         assert needs.block == max(model.stored("fp32", unit=unit, int8=int8) for unit in units)
     assert after.block < before.block / 3
     assert (after.vae, after.encoders) == (before.vae, before.encoders)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placement: str) -> None:
-    exact = latents_of(pipeline)
-    keep_as_int8(pipeline.transformer.transformer_blocks)
-    near = latents_of(pipeline)
-    assert 0 < (near - exact).norm() < 0.1 * exact.norm()
-    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
-    Arrangement(pipeline, plans, torch.device("cpu"))
-    assert torch.equal(latents_of(pipeline), near)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from opensoraplan import generate
 from opensoraplan.data.reading import read_frames
 from opensoraplan.memory import PLACEMENTS, Arrangement, Needs, first_that_fits, needs_of, plans_for
+from opensoraplan.models.int8 import keep_as_int8
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 
@@ -23,13 +24,6 @@ RELEASE = Needs(
     denoising=4 * GB,
     decoding=(5 * GB, 3 * GB, 2 * GB),
 )
-
-
-@pytest.fixture
-def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
-    made = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def latents_of(pipeline: OpenSoraPlanPipeline) -> Tensor:
@@ -85,6 +79,17 @@ def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placeme
     Arrangement(pipeline, plans, CPU)
     assert torch.equal(latents_of(pipeline), expected)
     assert torch.allclose(torch.cat(list(pipeline.iter_decode(expected)), dim=2), frames, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_plan_takes_int8_weights(pipeline: OpenSoraPlanPipeline, placement: str) -> None:
+    exact = latents_of(pipeline)
+    keep_as_int8(pipeline.transformer.transformer_blocks)
+    near = latents_of(pipeline)
+    assert 0 < (near - exact).norm() < 0.1 * exact.norm()
+    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
+    Arrangement(pipeline, plans, CPU)
+    assert torch.equal(latents_of(pipeline), near)
 
 
 def test_full_memory_is_met_by_the_next_plan_until_there_is_none(pipeline: OpenSoraPlanPipeline) -> None:

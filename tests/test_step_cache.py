@@ -12,13 +12,6 @@ from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 STEPS = 10
 
 
-@pytest.fixture
-def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
-    made = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 def latents_of(pipeline: OpenSoraPlanPipeline, *, guidance: float = 4.0, batched: bool = False) -> Tensor:
     output = pipeline(
         "a red ball",
