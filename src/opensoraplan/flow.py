@@ -133,8 +133,10 @@ def adams_step(
     previous: Tensor,
     previous_sigma: float | Tensor,
 ) -> Tensor:
-    """One step of the two-step Adams-Bashforth method, which is of second order: along the velocity in the
-    middle of the step, drawn on from those at `previous_sigma` and `sigma`.
+    """One step of the two-step Adams-Bashforth method, which is of second order, in the sample's dtype: along
+    the velocity in the middle of the step, drawn on from those at `previous_sigma` (`previous`) and at
+    `sigma`. All tensors have the sample's shape. Source: Hairer, Norsett, Wanner, Solving Ordinary
+    Differential Equations I, III.5 (steps of any size); the original has Euler's alone.
     """
     half = (next_sigma - sigma) / (sigma - previous_sigma) / 2
     middle = velocity.to(sample.dtype) * (1 + half) - previous.to(sample.dtype) * half

@@ -36,7 +36,9 @@ class Int8Linear(nn.Module):
 
 
 def keep_as_int8(module: nn.Module) -> None:
-    """Give all linear layers inside the module, in place, int8 weights. Not for training."""
+    """Give all linear layers inside the module, in place, int8 weights. Not for training: they have no
+    gradients. Bytes of the release's: `parallel.estimate.Model.stored`.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, Int8Linear(child))
