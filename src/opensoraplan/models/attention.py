@@ -53,7 +53,7 @@ def set_backend(model: ModelMixin, name: str) -> None:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores instead of a mask of booleans (any shape): 0 where it is True, -inf elsewhere."""
+    """What is added to scores instead of a mask of booleans, of any shape: 0 where it is True, else -inf."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
