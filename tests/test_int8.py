@@ -39,6 +39,7 @@ def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline) -> No
     units = range(len(model.blocks))
     for needs, int8 in ((before, False), (after, True)):
         assert needs.denoiser == model.stored("fp32", int8=int8)
-        assert needs.block == max(model.stored("fp32", unit=unit, int8=int8) for unit in units)
+        assert needs.adaln == model.stored("fp32", int8=int8, adaln=True)
+        assert needs.block == max(model.stored("fp32", unit=unit, int8=int8, adaln=False) for unit in units)
     assert after.block < before.block / 3
     assert (after.vae, after.encoders) == (before.vae, before.encoders)

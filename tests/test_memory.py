@@ -19,8 +19,10 @@ CPU = torch.device("cpu")
 RELEASE = Needs(
     encoders=4 * GB,
     denoiser=17 * GB,
-    block=GB // 2,
+    adaln=2 * GB,
+    block=GB * 2 // 5,
     vae=GB // 2,
+    vectors=GB * 3 // 10,
     denoising=4 * GB,
     decoding=(5 * GB, 3 * GB, 2 * GB),
 )

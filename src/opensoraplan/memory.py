@@ -14,7 +14,8 @@ from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import nn
 
 from opensoraplan.device import is_out_of_memory
-from opensoraplan.parallel.estimate import Model, Shape, decoding_memory, forward_memory
+from opensoraplan.models.modulation import adaln_layers, keep_on_host
+from opensoraplan.parallel.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.shapes import latent_shape
 
@@ -22,8 +23,9 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 # From the fastest to the leanest. "resident": all parts are on the device. "in-turn": each part is while it
-# computes, the denoiser through all steps. "streamed": so are the denoiser's blocks, one after the other, and
-# the next one arrives while one computes.
+# computes, the denoiser through all steps; its AdaLN layers stay on the host, for what they give to all steps
+# is computed before. "streamed": so are the denoiser's blocks, one after the other, and the next one arrives
+# while one computes.
 Placement = Literal["resident", "in-turn", "streamed"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 # Latent frames that are decoded at a time: the fewer, the more is computed twice.
@@ -37,14 +39,17 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 @dataclass(frozen=True)
 class Needs:
-    """What the weights of each part take, the largest of the denoiser's blocks, the tensors of a denoising
+    """What the weights of each part take, `adaln` being a part of the denoiser's; the largest of its blocks
+    without these; what the AdaLN layers give to all steps of a video (`vectors`); the tensors of a denoising
     step, and those of decoding for each of CHUNKS.
     """
 
     encoders: int
     denoiser: int
+    adaln: int
     block: int
     vae: int
+    vectors: int
     denoising: int
     decoding: tuple[int, ...]
 
@@ -58,9 +63,10 @@ class Needs:
         decoding = self.decoding[CHUNKS.index(chunk)]
         if placement == "resident":
             return self.weights + max(self.denoising, decoding)
+        denoising = self.vectors + self.denoising
         if placement == "in-turn":
-            return max(self.encoders, self.denoiser + self.denoising, self.vae + decoding)
-        return self.vae + max(_STREAMED_BLOCKS * self.block + self.denoising, decoding)
+            return max(self.encoders, self.denoiser - self.adaln + denoising, self.vae + decoding)
+        return self.vae + max(_STREAMED_BLOCKS * self.block + denoising, decoding)
 
 
 def needs_of(
@@ -69,22 +75,28 @@ def needs_of(
     frames: int,
     height: int,
     width: int,
+    steps: int = 50,
     text_tokens: int = 512,
     batched: bool = False,
 ) -> Needs:
-    """What a video of this size needs; `batched`: both branches of guidance are one batch."""
+    """What a guided video of this size needs; `batched`: both branches of guidance are one batch."""
     transformer, vae = pipeline.transformer, pipeline.vae
     grid = latent_shape(frames, height, width)
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    model = Model(config)
     denoising = forward_memory(
-        Model(config), Shape(grid, text_tokens, batch=2 if batched else 1), _PRECISIONS[transformer.dtype]
+        model, Shape(grid, text_tokens, batch=2 if batched else 1), _PRECISIONS[transformer.dtype]
     )
     base, precision = vae.config["base_channels"], _PRECISIONS[vae.dtype]
+    adaln = [layer.linear for layer in adaln_layers(transformer)]
+    in_blocks = _size(*adaln[:-1]) // len(transformer.transformer_blocks)
     return Needs(
         encoders=_size(pipeline.text_encoder, pipeline.text_encoder_2),
         denoiser=_size(transformer),
-        block=max(_size(block) for block in transformer.transformer_blocks),
+        adaln=_size(*adaln),
+        block=max(_size(block) for block in transformer.transformer_blocks) - in_blocks,
         vae=_size(vae),
+        vectors=vector_bytes(model, _PRECISIONS[transformer.dtype], steps=steps),
         denoising=denoising,
         decoding=tuple(
             decoding_memory(Shape(grid, 0), precision, base=base, chunk=chunk) for chunk in CHUNKS
@@ -183,7 +195,9 @@ class Arrangement:
         pipeline.remove_all_hooks()
         if self.plan.placement == "resident":
             pipeline.to(device)
-        elif self.plan.placement == "in-turn":
+            return
+        keep_on_host(pipeline.transformer)
+        if self.plan.placement == "in-turn":
             pipeline.enable_model_cpu_offload(device=device)
         else:
             pipeline.to("cpu", silence_dtype_warnings=True)

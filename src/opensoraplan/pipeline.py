@@ -22,7 +22,8 @@ from torch import Tensor
 
 from opensoraplan import flow
 from opensoraplan.defaults import Solver
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.modulation import is_kept_on_host, modulations
+from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
 from opensoraplan.models.text import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptEmbeds, PromptSettings
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
@@ -324,13 +325,16 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         latents = latents.to(device, torch.float32)
 
         # 3. Denoise
+        plain, both = branches_of(positive), branches_of(positive, negative, batched=batched_guidance)
+        calls = [both if index in guided else plain for index in range(len(sampler.timesteps))]
+        vectors = self._modulations(sampler.timesteps, calls) if is_kept_on_host(self.transformer) else None
         self._interrupt = False
         with self.progress_bar(total=len(sampler.timesteps)) as progress:  # type: ignore[call-issue]
             progress.update(first_step)
             for index, timestep in enumerate(sampler.timesteps[first_step:], start=first_step):
-                branches = negative if index in guided else None
-                velocity = self._velocity(latents, timestep, positive, branches, batched=batched_guidance)
-                if branches is not None:
+                modulation = vectors[index] if vectors else None
+                velocity = self._velocity(latents, timestep, calls[index], modulation)
+                if index in guided:
                     uncond, cond = velocity.chunk(2)
                     velocity = flow.guide(uncond, cond, guidance_scale, guidance_rescale)
                 stepped = sampler.step(velocity, index, latents)
@@ -383,20 +387,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         self,
         latents: Tensor,
         timestep: Tensor,
-        positive: PromptEmbeds,
-        negative: PromptEmbeds | None,
-        *,
-        batched: bool,
+        branches: dict[str, PromptEmbeds],
+        modulation: dict[str, Modulation] | None,
     ) -> Tensor:
-        """The conditional velocity [B, ...] in fp32; with `negative` [2B, ...]: the unconditional one before
-        it.
-        """
-        if negative is None:
-            branches = {"cond": positive}
-        elif batched:
-            branches = {"both": PromptEmbeds.cat([negative, positive])}
-        else:
-            branches = {"uncond": negative, "cond": positive}
+        """Velocities in fp32 of all branches [B, ...], the unconditional one first."""
         outputs = []
         for name, embeds in branches.items():
             batch = embeds.batch_size
@@ -408,10 +402,25 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                     encoder_hidden_states=embeds.sequence,
                     pooled_projections=embeds.pooled,
                     encoder_attention_mask=embeds.key_mask,
+                    modulation=modulation[name] if modulation else None,
                     return_dict=False,
                 )[0]
             outputs.append(velocity.float())
         return torch.cat(outputs)
+
+    def _modulations(
+        self, timesteps: Tensor, calls: Sequence[dict[str, PromptEmbeds]]
+    ) -> list[dict[str, Modulation]]:
+        """Of each branch of each step. Of all steps, also where a run goes on in the middle: it then gets the
+        bits of a run that was not broken off.
+        """
+        conditions = [
+            (timestep.expand(embeds.batch_size), embeds.pooled)
+            for timestep, branches in zip(timesteps, calls, strict=True)
+            for embeds in branches.values()
+        ]
+        made = iter(modulations(self.transformer, conditions, device=self._execution_device))
+        return [{name: next(made) for name in branches} for branches in calls]
 
     def _sampler(
         self,
@@ -593,6 +602,17 @@ def check_texts(texts: Sequence[str], *, name: str) -> None:
     strange = [text for text in texts if not isinstance(text, str)]
     if strange:
         raise ValueError(f"{name} must be a string or several, got {strange[0]!r}")
+
+
+def branches_of(
+    positive: PromptEmbeds, negative: PromptEmbeds | None = None, *, batched: bool = False
+) -> dict[str, PromptEmbeds]:
+    """What one step runs the denoiser on, by the name of its cache; no `negative`: without guidance."""
+    if negative is None:
+        return {"cond": positive}
+    if batched:
+        return {"both": PromptEmbeds.cat([negative, positive])}
+    return {"uncond": negative, "cond": positive}
 
 
 def range_of_steps(interval: tuple[float, float], steps: int) -> range:

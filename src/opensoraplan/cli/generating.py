@@ -304,10 +304,14 @@ def _arrange(
     """Keep the pipeline's parts so that all these videos fit the device."""
     from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, free_memory, needs_of, plans_for
 
-    sizes = {(r.frames, r.height, r.width, r.batched_guidance) for r in requests}
+    sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance) for r in requests}
     placements = PLACEMENTS if options.memory == "auto" else (options.memory,)
     plans = plans_for(
-        [needs_of(pipeline, frames=t, height=h, width=w, batched=b) for t, h, w, b in sizes], placements
+        [
+            needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched)
+            for t, h, w, steps, batched in sizes
+        ],
+        placements,
     )
     free = free_memory(device)
     arrangement = Arrangement(pipeline, plans, device, place=first_that_fits(plans, free=free))

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 GB = 1e9
 # Frozen parts of the release, in numbers: what is on the device beside the denoiser.
 T5_NUMBERS, CLIP_NUMBERS, VAE_NUMBERS = 1_223_527_424, 694_659_840, 227_035_624
+_STEPS = 50  # of a video that is generated, as `osp generate` takes them
 
 Ema = Literal["same", "cpu", "none"]
 OptionalInt = Annotated[int | None, optional("INT", "(default: the run's, else 1)")]
@@ -341,7 +342,7 @@ def _training_lines(
 
 def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: str) -> Iterable[str]:
     from opensoraplan.memory import CHUNKS, Needs, plans_for
-    from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory
+    from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory, vector_bytes
     from opensoraplan.train.metrics import forward_flops
 
     compute = options.job.compute or "bf16"
@@ -349,17 +350,21 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
     text, vae = (T5_NUMBERS + CLIP_NUMBERS) * size, VAE_NUMBERS * size
     int8 = options.weights == "int8"
     denoiser = model.stored(compute, int8=int8)
-    block = max(model.stored(compute, unit=unit, int8=int8) for unit in range(len(model.blocks)))
+    adaln = model.stored(compute, int8=int8, adaln=True)
+    units = range(len(model.blocks))
+    block = max(model.stored(compute, unit=unit, int8=int8, adaln=False) for unit in units)
+    vectors = vector_bytes(model, compute, steps=_STEPS)
     forward = forward_memory(model, shape, compute)
     decoding = tuple(decoding_memory(shape, compute, chunk=chunk) for chunk in CHUNKS)
     yield f"{model.numbers():,} parameters; generating {said}, in {compute}; GB of one device"
     yield _row("denoiser", denoiser / GB)
+    yield _row("  its AdaLN layers", adaln / GB)
     yield _row("T5 and CLIP", text / GB)
     yield _row("VAE", vae / GB)
     yield _row("activations of the denoiser", forward / GB)
     yield _row("activations of decoding", decoding[0] / GB)
     yield "most at one moment, by osp generate --memory"
-    needs = Needs(text, denoiser, block=block, vae=vae, denoising=forward, decoding=decoding)
+    needs = Needs(text, denoiser, adaln, block, vae, vectors, denoising=forward, decoding=decoding)
     for plan in plans_for([needs]):
         name = f"  {plan.placement}, decoding {plan.chunk} at a time"
         yield _row(name, plan.peak / GB) + _verdict(plan.peak, options.memory)

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -104,14 +104,29 @@ class AdaNormZero(nn.Module):
         self.norm = NORMS[norm_cls](dim, eps=eps)
         self.norm_enc = NORMS[norm_cls](dim, eps=eps) if text_norm else None
 
-    def forward(self, video: Tensor, text: Tensor, cond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [B, 1, D] in fp32."""
-        vectors = self.linear(F.silu(cond).to(video.dtype)).float().unsqueeze(1)
+    def forward(
+        self, video: Tensor, text: Tensor, cond: Tensor, vectors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [B, 1, D] in fp32. `vectors`
+        [B, 6 D]: what the linear layer has made of the condition, if it was computed before.
+        """
+        if vectors is None:
+            vectors = cast(Tensor, self.linear(F.silu(cond).to(video.dtype)))
+        vectors = vectors.float().unsqueeze(1)
         shift, scale, gate, text_shift, text_scale, text_gate = vectors.chunk(6, dim=-1)
         video = (self.norm(video) * (1 + scale) + shift).to(video.dtype)
         if self.norm_enc is not None:
             text = (self.norm_enc(text) * (1 + text_scale) + text_shift).to(text.dtype)
         return video, text, gate, text_gate
+
+
+class Modulation(NamedTuple):
+    """The outputs of all AdaLN linear layers for one condition: [B, 6 D] twice for each block, and [B, 2 D]
+    at the end. Made by models/modulation.py.
+    """
+
+    blocks: Sequence[tuple[Tensor, Tensor]]
+    out: Tensor
 
 
 def add_gated(stream: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -298,29 +313,42 @@ class SparseUMMDiTBlock(nn.Module):
         cond: Tensor,
         layout: Layout,
         kept: tuple[Tensor, Tensor] | None = None,
+        vectors: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Video [n, B, s, D], text [B, L, D], cond [B, E] fp32 -> video, text. `kept`: an earlier stage's
-        two.
+        two. `vectors`: this block's of a `Modulation`.
         """
         if self.skip is None or self.skip_enc is None:
-            return self._run(hidden_states, encoder_hidden_states, cond, layout)
+            return self._run(hidden_states, encoder_hidden_states, cond, layout, vectors)
         assert kept is not None
         # Not by names, which would keep both streams alive while the block goes on from them.
         return self._run(
-            self.skip(hidden_states, kept[0]), self.skip_enc(encoder_hidden_states, kept[1]), cond, layout
+            self.skip(hidden_states, kept[0]),
+            self.skip_enc(encoder_hidden_states, kept[1]),
+            cond,
+            layout,
+            vectors,
         )
 
-    def _run(self, video: Tensor, text: Tensor, cond: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _run(
+        self,
+        video: Tensor,
+        text: Tensor,
+        cond: Tensor,
+        layout: Layout,
+        vectors: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        first, second = vectors or (None, None)
         if video.dtype == torch.float16 and not self.training:
             video, text = (torch.nan_to_num(x).clamp(-65504, 65504) for x in (video, text))
 
-        normed, normed_text, gate, text_gate = self.norm1(video, text, cond)
+        normed, normed_text, gate, text_gate = self.norm1(video, text, cond, first)
         update, text_update = self.attn1(normed, normed_text, layout)
         video = add_gated(video, gate, update)
         if text_update is not None:
             text = add_gated(text, text_gate, text_update)
 
-        normed, normed_text, gate, text_gate = self.norm2(video, text, cond)
+        normed, normed_text, gate, text_gate = self.norm2(video, text, cond, second)
         video = add_gated(video, gate, self.ff(normed))
         if not self.last:
             text_ff = self.ff if self.ff_enc is None else self.ff_enc
@@ -359,9 +387,10 @@ class AdaNormOut(nn.Module):
         self.linear = nn.Linear(embed_dim, 2 * dim)
         self.norm = NORMS[norm_cls](dim, eps=eps)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        vectors = self.linear(F.silu(cond).to(x.dtype)).float().unsqueeze(1)
-        shift, scale = vectors.chunk(2, dim=-1)
+    def forward(self, x: Tensor, cond: Tensor, vectors: Tensor | None = None) -> Tensor:
+        if vectors is None:
+            vectors = cast(Tensor, self.linear(F.silu(cond).to(x.dtype)))
+        shift, scale = vectors.float().unsqueeze(1).chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 
 
@@ -386,6 +415,7 @@ class Stages(nn.Module):
         *,
         blocks: Iterable[nn.Module],
         rates: Sequence[int],
+        modulation: Modulation | None = None,
     ) -> Tensor:
         """Tokens [B, S, D] in natural order -> the same. `tables` [1, S, 1, d/2], masks [B, S] and [B, L]."""
         tokens, middle = video.shape[1], len(self.num_layers) // 2
@@ -395,7 +425,8 @@ class Stages(nn.Module):
             n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2], additive=additive)
             for n in set(rates)
         }
-        rest = iter(blocks)
+        vectors = itertools.repeat(None) if modulation is None else modulation.blocks
+        rest = zip(blocks, vectors, strict=False)
         outputs: list[tuple[Tensor, Tensor]] = []
         for stage, (depth, n) in enumerate(zip(self.num_layers, rates, strict=True)):
             video = to_single_skip(video, n)
@@ -403,10 +434,10 @@ class Stages(nn.Module):
             if stage > middle and self.skip_connection:
                 kept_video, kept_text = outputs.pop()
                 kept = to_single_skip(kept_video, n), kept_text
-            for index, block in enumerate(itertools.islice(rest, depth)):
+            for index, (block, own) in enumerate(itertools.islice(rest, depth)):
                 if index:
                     video = swap_skip(video)
-                inputs = (video, text, cond, layouts[n][index % 2], None if index else kept)
+                inputs = (video, text, cond, layouts[n][index % 2], None if index else kept, own)
                 if block.gradient_checkpointing and torch.is_grad_enabled():
                     video, text = checkpoint(block, *inputs, use_reentrant=False)
                 else:
@@ -584,6 +615,7 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         pooled_projections: Tensor,
         encoder_attention_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        modulation: Modulation | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Velocity [B, C, T, H, W] of latents [B, C, T, H, W] at `timestep` [B] (1000 * sigma).
@@ -593,6 +625,7 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         counts if any of its cells does; what is predicted for padded cells means nothing). Leave a mask out
         where nothing is masked: a mask of ones gives the same, after a look at its values. Latents,
         text and pooled vector are in one dtype, in which the model computes outside of its fp32 islands.
+        `modulation`: that of this timestep and pooled vector, if it was made before.
         Raises ValueError for latents that do not fit.
         """
         patch = self.config["patch_size"]
@@ -612,10 +645,14 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         tables = rotary_tables(grid, self.config["attention_head_dim"], video.device)
         rates = self.config["sparse_n"] or [1] * len(self.config["num_layers"])
         video = self.stages(
-            video, text, cond, tables, video_mask, text_mask, blocks=self.transformer_blocks, rates=rates
+            *(video, text, cond, tables, video_mask, text_mask),
+            blocks=self.transformer_blocks,
+            rates=rates,
+            modulation=modulation,
         )
 
-        video = self.norm_out(self.norm_final(video).to(video.dtype), cond).to(video.dtype)
+        vectors = None if modulation is None else modulation.out
+        video = self.norm_out(self.norm_final(video).to(video.dtype), cond, vectors).to(video.dtype)
         video = self.proj_out(video)
         video = video.unflatten(-1, (patch, patch, -1)).unflatten(1, grid)  # [B, T, H/p, W/p, p, p, C]
         sample = video.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)

@@ -23,21 +23,25 @@ FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ROOT = -1  # the unit of what is outside of all blocks
 
+_ADALN = ("norm1.linear", "norm2.linear", "norm_out.linear")
 # Layers whose outputs, or inputs, tensor parallelism splits: as parallel/tensor.py does it.
 _SPLIT_OUTPUTS = (
     *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "net.0.proj"),
-    *("norm1.linear", "norm2.linear", "norm_out.linear"),
+    *_ADALN,
 )
 _SPLIT_INPUTS = ("to_out.0.weight", "to_add_out.weight", "net.2.weight")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: the block that it is in (or ROOT), its shape, the dimension that tp splits."""
+    """A parameter: the block that it is in (or ROOT), its shape, the dimension that tp splits, whether it is
+    of AdaLN's linear layers.
+    """
 
     unit: int
     shape: tuple[int, ...]
     split: int | None
+    adaln: bool
 
     def numbers(self, *, tp: int = 1, shards: int = 1) -> int:
         """How many of its numbers the first rank has; no rank has more."""
@@ -104,13 +108,16 @@ class Model:
         units = range(ROOT, len(self.blocks)) if unit is None else (unit,)
         return sum(self._numbers[of, tp, shards] for of in units)
 
-    def stored(self, compute: str, *, unit: int | None = None, int8: bool = False) -> int:
+    def stored(
+        self, compute: str, *, unit: int | None = None, int8: bool = False, adaln: bool | None = None
+    ) -> int:
         """Bytes of the weights of one unit or of all, on one device; `int8`: with the blocks' matrices so and
-        a scale for each of their outputs (models/int8.py).
+        a scale for each of their outputs (models/int8.py). `adaln`: only AdaLN's linear layers, or only the
+        others.
         """
         whole, total = BYTES[compute], 0
         for weight in self.weights:
-            if unit in (None, weight.unit):
+            if unit in (None, weight.unit) and adaln in (None, weight.adaln):
                 smaller = int8 and weight.unit != ROOT and len(weight.shape) == 2
                 total += weight.numbers() + weight.shape[0] * whole if smaller else weight.numbers() * whole
         return total
@@ -119,9 +126,9 @@ class Model:
 def _weight(name: str, shape: tuple[int, ...]) -> Weight:
     parts = name.split(".")
     unit = int(parts[1]) if parts[0] == "transformer_blocks" else ROOT
-    if name.endswith(_SPLIT_INPUTS):
-        return Weight(unit, shape, split=1)
-    return Weight(unit, shape, split=0 if name.rpartition(".")[0].endswith(_SPLIT_OUTPUTS) else None)
+    layer = name.rpartition(".")[0]
+    split = 1 if name.endswith(_SPLIT_INPUTS) else 0 if layer.endswith(_SPLIT_OUTPUTS) else None
+    return Weight(unit, shape, split, adaln=layer.endswith(_ADALN))
 
 
 @dataclass(frozen=True)
@@ -637,6 +644,12 @@ def forward_memory(model: Model, shape: Shape, compute: str) -> int:
     waiting = len(model.depths) // 2 if model.config["skip_connection"] else 0
     numbers = shape.batch * (tokens + shape.text) * model.dim
     return numbers * (max(13 * c, 7 * c + 3 * FP32) + waiting * c)
+
+
+def vector_bytes(model: Model, compute: str, *, steps: int) -> int:
+    """What AdaLN's linear layers give to all steps of a guided video (models/modulation.py)."""
+    numbers = sum(weight.shape[0] for weight in model.weights if weight.adaln and len(weight.shape) > 1)
+    return 2 * steps * numbers * BYTES[compute]
 
 
 def decoding_memory(shape: Shape, compute: str, *, base: int = 160, chunk: int = 4) -> int:
