@@ -9,7 +9,13 @@ import sys
 import pytest
 import torch
 
-from opensoraplan.device import available, resolve_device, resolve_dtype
+from opensoraplan.device import (
+    available,
+    explained_memory,
+    is_out_of_memory,
+    resolve_device,
+    resolve_dtype,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.cuda.is_available()
@@ -102,3 +108,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     )
     # 40 MB are 10,000 pages, or 20 huge ones.
     assert (int(done.stdout) < 100) is few
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NPU out of memory. Tried to allocate 256.00 MiB"),
+    ],
+)
+def test_full_memory_is_told_from_other_errors(error: RuntimeError) -> None:
+    assert is_out_of_memory(error)
+    with pytest.raises(MemoryError, match="nine clips do not fit"), explained_memory("nine clips do not fit"):
+        raise error
+    other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert not is_out_of_memory(other)
+    with pytest.raises(RuntimeError, match="mat1"), explained_memory("nine clips do not fit"):
+        raise other

@@ -1,5 +1,6 @@
 """The moving average of the weights."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,14 +36,16 @@ def test_average_of_bf16_weights_is_fp32() -> None:
     assert not torch.equal(ema.values["weight"], ema.values["weight"].bfloat16().float())
 
 
-def test_applied_gives_the_average_and_then_the_weights_back_bit_for_bit() -> None:
-    model = linear().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_applied_gives_the_average_and_then_all_back_bit_for_bit(dtype: torch.dtype) -> None:
+    model = linear().to(dtype)
     ema = Ema(dict(model.named_parameters()), decay=0.9)
     with torch.no_grad():
         model.weight.add_(1.0)
     ema.update(1)
-    own = model.weight.detach().clone()
+    own, average = model.weight.detach().clone(), ema.values["weight"].clone()
     with ema.applied():
-        assert torch.equal(model.weight, ema.values["weight"].bfloat16())
+        assert torch.equal(model.weight, average.to(dtype))
         assert not torch.equal(model.weight, own)
     assert torch.equal(model.weight, own)
+    assert torch.equal(ema.values["weight"], average)

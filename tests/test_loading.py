@@ -1,11 +1,13 @@
 """Micro-batches: in order, and with plain errors however many processes read them."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
+from torch.utils.data import Dataset
 
-from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import ClipDataset, Failure, collate
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import SelectionSettings, select
@@ -32,6 +34,26 @@ def test_an_error_of_the_data_is_the_same_in_a_worker(workers: int, tmp_path: Pa
     ) as caught:
         next(batches)
     assert "Traceback" not in str(caught.value)
+
+
+class Deadly(Dataset[int]):
+    """Ends the process that reads from it, as a full /dev/shm or a crash of FFmpeg does."""
+
+    def __getitem__(self, _draw: Draw) -> int:
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_an_error_that_says_what_helps() -> None:
+    sampler = BucketSampler([(9, 64, 64)], global_batch=1, seed=0)
+    batches = micro_batches(
+        Deadly(),
+        lambda: shares_of_steps(sampler, range(1), accumulate=1),
+        workers=1,
+        collate=list,
+        batch_bytes=1,
+    )
+    with pytest.raises(ValueError, match=r"worker that reads clips has died: .*lower data\.workers"):
+        next(batches)
 
 
 def test_an_account_of_bad_files_goes_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensoraplan.models.compiling import compile_blocks
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
 
@@ -127,31 +128,58 @@ def test_layerwise_casting_stores_low_and_computes_high(kind: tuple[type[ModelMi
     assert 0 < ((cast - whole).norm() / whole.norm()) < 0.03
 
 
-def test_a_model_compiles_to_four_graphs_whatever_the_size_and_the_prompt() -> None:
-    deep = {"num_layers": [2, 2, 2, 2, 2], "sparse_n": [1, 2, 4, 2, 1]}
-    model = SparseUMMDiT(**{**DENOISER, **deep}).eval()
-    model.load_state_dict(dict(model.initial_weights(seed=0)))
-    graphs = []
+@torch.no_grad()
+def velocity(model: SparseUMMDiT, grid: tuple[int, int, int], text_tokens: int, *, batch: int = 1) -> Tensor:
+    """The same for the same arguments; in a batch, all texts but the first are shorter."""
+    torch.manual_seed(0)
+    inputs = torch.randn(batch, 4, *grid), torch.full((batch,), 500.0)
+    text, pooled = torch.randn(batch, text_tokens, 24), torch.randn(batch, 20)
+    mask = torch.ones(batch, text_tokens)
+    mask[1:, text_tokens // 2 :] = 0
+    return model(*inputs, text, pooled, mask, return_dict=False)[0]
 
-    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
+
+@pytest.fixture
+def deep_model() -> SparseUMMDiT:
+    model = SparseUMMDiT(**{**DENOISER, "num_layers": [2, 2, 2, 2, 2], "sparse_n": [1, 2, 4, 2, 1]}).eval()
+    model.load_state_dict(dict(model.initial_weights(seed=0)))
+    torch.compiler.reset()
+    return model
+
+
+def counting(graphs: list[torch.fx.GraphModule]) -> Callable[..., object]:
+    """A backend that runs graphs as they are and keeps them in the list."""
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
         graphs.append(graph)
         return graph.forward
 
-    def velocity(grid: tuple[int, int, int], text_tokens: int) -> Tensor:
-        torch.manual_seed(0)
-        inputs = torch.randn(1, 4, *grid), torch.tensor([500.0])
-        with torch.no_grad():
-            return model(*inputs, torch.randn(1, text_tokens, 24), torch.randn(1, 20), return_dict=False)[0]
+    return keep
 
+
+def test_a_model_compiles_to_four_graphs_whatever_the_size_and_the_prompt(deep_model: SparseUMMDiT) -> None:
+    graphs: list[torch.fx.GraphModule] = []
     cases = [((4, 8, 8), 5), ((4, 8, 8), 9), ((8, 8, 16), 7)]
-    eager = [velocity(*case) for case in cases]
-    torch.compiler.reset()
+    eager = [velocity(deep_model, *case) for case in cases]
     # More graphs than a block may have would otherwise end in eager code without a word.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        model.compile_repeated_blocks(fullgraph=True, backend=count)
-        compiled = [velocity(*case) for case in cases]
+        deep_model.compile_repeated_blocks(fullgraph=True, backend=counting(graphs))
+        compiled = [velocity(deep_model, *case) for case in cases]
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert 1 <= len(graphs) <= 4
+
+
+def test_more_kinds_of_inputs_than_torch_compiles_by_itself_stay_compiled(deep_model: SparseUMMDiT) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    # One text token (an empty prompt), a grid that is padded to the rates, texts of several lengths.
+    cases = [((4, 8, 8), 5, 1), ((4, 8, 8), 1, 1), ((3, 6, 6), 5, 1), ((3, 6, 6), 1, 1), ((4, 8, 8), 5, 2)]
+    eager = [velocity(deep_model, grid, text, batch=batch) for grid, text, batch in cases]
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        compile_blocks(deep_model, fullgraph=True, backend=counting(graphs))
+        compiled = [velocity(deep_model, grid, text, batch=batch) for grid, text, batch in cases]
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert len(graphs) > 8
 
 
 def test_building_a_model_changes_nothing_around_it(kind: tuple[type[ModelMixin], dict]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,6 +421,46 @@ def test_validation_logs_losses_and_writes_videos(tiny_run: MakeRun, tiny_clips:
     assert (run.output / "samples" / "step-00000002-0.mp4").stat().st_size > 0
 
 
+def test_a_signal_ends_a_validation_which_is_made_up_for(tiny_run: MakeRun, tiny_clips: Path) -> None:
+    sampling = {"prompts": ["a red ball"], "frames": 9, "height": 64, "width": 64}
+    held_out = {"every": 4, "manifest": tiny_clips, "samples": 1, **sampling}
+    undisturbed = tiny_run("undisturbed", validation={**held_out, "sampling_steps": 1})
+    train(undisturbed)
+
+    # Ten thousand steps take minutes: who waits for their end is not who stops at once.
+    stopped = tiny_run("stopped", validation={**held_out, "sampling_steps": 10_000})
+    process = start(stopped)
+    wait_until(lambda: lines(stopped) >= 4 and checkpoint.steps(stopped.output)[-1:] == [4])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert final(stopped).step == 4
+    assert not logged(stopped, "validation_loss")
+    go_on = tiny_run("stopped", validation={**held_out, "sampling_steps": 1})
+    train(go_on, resume="latest")
+    assert_equal_runs(go_on, undisturbed)
+    assert logged(go_on, "validation_loss") == logged(undisturbed, "validation_loss")
+    assert len(logged(go_on, "validation_loss")) == 2
+    train(go_on, resume="latest")  # what was validated is not validated again
+    assert len(logged(go_on, "validation_loss")) == 2
+
+
+def test_held_out_clips_that_cannot_be_read_are_left_out(
+    tiny_run: MakeRun, tiny_clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny_clips.parent, tmp_path / "held_out")
+    gone = tmp_path / "held_out" / "clips" / "000000.mp4"
+    held_out = {"every": 2, "manifest": tmp_path / "held_out" / tiny_clips.name, "samples": 2}
+    gone.write_bytes(b"half of it")
+    run = tiny_run(optimizer={"steps": 2}, validation=held_out)
+    train(run)
+    assert len(logged(run, "validation_loss")) == 1
+    assert sum("a clip is left out: " in message and gone.name in message for message in caplog.messages) == 1
+    none = tiny_run("none", optimizer={"steps": 2}, validation={**held_out, "samples": 1})
+    with pytest.raises(ValueError, match="none of the 1 clips can be read"):
+        train(none)
+    assert final(none).step == 2
+
+
 def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
     run = tiny_run(model={"pretrained": None, "config": CONFIG}, optimizer={"steps": 2})
     train(run)
@@ -456,6 +497,8 @@ def test_resume_with_other_clips_is_refused(tiny_run: MakeRun, tiny_clips: Path,
     longer = tiny_run(data={"manifest": manifest}, optimizer={"steps": 4})
     with pytest.raises(ValueError, match=r"not the clips that the run was begun with \(8 then, 7 now"):
         train(longer, resume="latest")
+    manifest = tmp_path / "moved.json"
+    longer = tiny_run(data={"manifest": manifest}, optimizer={"steps": 4})
     write(records)
     train(longer, resume="latest")
 

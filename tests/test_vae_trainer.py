@@ -174,6 +174,20 @@ def test_an_error_in_mid_run_costs_no_step(vae_run: MakeRun, tiny_clips: Path, t
     assert two.state["averages"]["counts"]["loss"] == 4
 
 
+def test_steps_without_a_finite_gradient_are_left_out(
+    vae_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first step, far too long, breaks the model for good."""
+    optimizer = {"steps": 40, "lr": 1e30, "eps": 1e-8, "ema_decay": None}
+    run = vae_run(optimizer=optimizer, checkpoint={"every": 1, "keep": 40})
+    with pytest.raises(FloatingPointError, match="step 21: 20 gradients in a row are not finite: begin"):
+        train_vae(run)
+    assert checkpoint.steps(run.output)[-1] == 20
+    assert sum("the step is left out" in message for message in caplog.messages) == 20
+    one, two = (checkpoint.load(run.output, step).parts["model"] for step in (1, 20))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
 def test_an_extended_run_keeps_its_vae_until_the_new_one_is_whole(vae_run: MakeRun) -> None:
     first = train_vae(vae_run(optimizer={"steps": 1}))
     written = (first / "diffusion_pytorch_model.safetensors").read_bytes()

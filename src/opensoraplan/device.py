@@ -4,12 +4,15 @@ import ctypes
 import difflib
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 ACCELERATORS = ("cuda", "npu")
+_FULL = ("out of memory", "can't allocate memory", "alloc_failed")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -84,5 +87,19 @@ def prepare(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it for full memory, for which a CPU has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether torch raised it for full memory. Only its own allocator for devices has a type for that: the
+    CPU's, the one for pinned memory, an NPU's and the libraries of kernels say it in words.
+    """
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL)
+
+
+@contextmanager
+def explained_memory(what: str) -> Iterator[None]:
+    """Turn torch's errors for full memory into a MemoryError that says what does not fit, and what would."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(what) from error

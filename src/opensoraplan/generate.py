@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -117,6 +117,7 @@ def run(
     Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
     MemoryError for a size that does not fit.
     """
+    from opensoraplan.device import explained_memory
     from opensoraplan.parallel.ranks import ALONE
 
     ranks = ranks or ALONE
@@ -137,7 +138,8 @@ def run(
                 ranks=ranks, save_every=save_every, all_decode=all_decode, batched=batched,
                 step_ratios=step_ratios,
             )  # fmt: skip
-            with explained_memory(request):
+            size = f"{request.frames} frames of {request.width} x {request.height}"
+            with explained_memory(f"{size} do not fit into memory: ask for fewer or smaller ones"):
                 if arrangement is None:
                     path = make(go_on=resume)
                 else:
@@ -189,20 +191,6 @@ def _make(
     for _ in pipeline.iter_decode(latents) if all_decode else ():
         pass
     return None
-
-
-@contextmanager
-def explained_memory(request: Request) -> Iterator[None]:
-    """Turn torch's errors for full memory into a MemoryError."""
-    from opensoraplan.device import is_out_of_memory
-
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        size = f"{request.frames} frames of {request.width} x {request.height}"
-        raise MemoryError(f"{size} do not fit into memory: ask for fewer or smaller ones") from error
 
 
 def make_record(

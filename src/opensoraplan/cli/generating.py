@@ -295,7 +295,9 @@ def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
 
         set_backend(pipeline.transformer, options.attention)
     if options.compile:
-        pipeline.transformer.compile_repeated_blocks()
+        from opensoraplan.models.compiling import compile_blocks
+
+        compile_blocks(pipeline.transformer)
 
 
 def _arrange(

@@ -7,10 +7,10 @@ Not here: which samples there are (selection.py) and when each has its turn (buc
 import hashlib
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import av.error
 import torch
@@ -21,6 +21,8 @@ from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, fit, installed_reader, read_numbered
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 # Scores up to the first and from the second on are worth a sentence (original.md, section 6).
 _UGLY, _BEAUTIFUL = 4.25, 5.75
@@ -74,12 +76,16 @@ def caption_of(sample: Sample, draw: Draw, *, seed: int, dropout: float, use_aes
     return chance.choice(all_captions(sample, use_aesthetic=use_aesthetic))
 
 
+class UnreadableClipError(ValueError):
+    """Neither a clip nor any that might take its place can be read."""
+
+
 class ClipDataset(Dataset[Clip]):
     """Clips by `Draw`. The same draw is always the same clip, in any process.
 
     With `new_windows`, a clip longer than its sample begins elsewhere in each epoch. `caption_dropout` and
     `use_aesthetic`: see `caption_of`. In place of a file that cannot be read comes another sample of the same
-    shape, up to five in all; then ValueError.
+    shape, up to five in all (`replace`); then UnreadableClipError.
     """
 
     def __init__(
@@ -91,8 +97,10 @@ class ClipDataset(Dataset[Clip]):
         caption_dropout: float = 0.1,
         use_aesthetic: bool = False,
         reader: Reader = "pyav",
+        replace: bool = True,
     ) -> None:
         self._samples = samples
+        self._replace = replace
         self._seed = seed
         self._new_windows = new_windows
         self._caption_dropout = caption_dropout
@@ -108,7 +116,7 @@ class ClipDataset(Dataset[Clip]):
 
     def __getitem__(self, draw: Draw) -> Clip:
         failures: list[Failure] = []
-        for index in self._candidates(draw):
+        for index in self._candidates(draw) if self._replace else [draw.index]:
             sample = self._placed(draw._replace(index=index))
             try:
                 video = self._read(sample)
@@ -125,7 +133,7 @@ class ClipDataset(Dataset[Clip]):
             )
             return Clip(video, caption, sample, tuple(failures))
         shape = "x".join(map(str, self._samples[draw.index].shape))
-        raise ValueError(
+        raise UnreadableClipError(
             f"none of {len(failures)} clips of {shape} can be read: "
             + "; ".join(failure.message for failure in failures)
         )
@@ -150,6 +158,24 @@ class ClipDataset(Dataset[Clip]):
         reader: Reader = "pyav" if record.is_image else self._reader
         frames = read_numbered(record.path, sample.frame_numbers, crop=record.crop, reader=reader)
         return fit(frames, height=sample.height, width=sample.width)
+
+
+def readable(dataset: Dataset[Item], count: int) -> Iterator[tuple[Draw, Item]]:
+    """The first `count` items, to measure something on, without those that cannot be read, each of which is
+    warned of. Raises ValueError if none can.
+    """
+    read = 0
+    for index in range(count):
+        place = Draw(index=index, epoch=0, step=0, slot=index)
+        try:
+            item = dataset[place]
+        except UnreadableClipError as error:
+            logger.warning("a clip is left out: %s", error)
+            continue
+        read += 1
+        yield place, item
+    if not read:
+        raise ValueError(f"none of the {count} clips can be read")
 
 
 def collate(clips: Sequence[Clip]) -> Batch:

@@ -357,8 +357,8 @@ class SparseUMMDiTBlock(nn.Module):
 
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:  # noqa: ANN401 (torch.compile's)
         """Compile what all blocks have in common, everything but the skip connection, so that they share
-        graphs: one where n is 1, one for all other rates, one for the last block; as many again where keys
-        are masked. Numbers of tokens are symbols in them.
+        graphs: one where n is 1, one for all other rates, one for the last block. As many again where keys
+        are masked, where the text is a single token, or the batch a single sample; other sizes are symbols.
         """
         self._run = torch.compile(self._run, dynamic=dynamic, **options)
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from opensoraplan.models.compiling import compile_blocks
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.mesh import SEQUENCE, TENSOR, Mesh
 from opensoraplan.parallel.sequence import share_tokens
@@ -35,7 +36,7 @@ def parallelize(
     mesh: Mesh,
     *,
     compute: torch.dtype,
-    compile_blocks: bool = False,
+    compiled: bool = False,
     cpu_offload: bool = False,
 ) -> None:
     """Share a denoiser out over `mesh`, for training. All ranks must have the same weights, in the precision
@@ -46,8 +47,8 @@ def parallelize(
     """
     mesh.settings.check_model(model.config["num_attention_heads"])
     share_sample(model, mesh)
-    if compile_blocks:
-        model.compile_repeated_blocks()
+    if compiled:
+        compile_blocks(model)
     # Not all inputs are to be cast: timesteps, rotary tables and the condition stay in fp32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.register_forward_pre_hook(partial(_cast_inputs, dtype=compute), with_kwargs=True)

@@ -30,7 +30,7 @@ def build(settings: TrainSettings, *, device: torch.device, mesh: Mesh | None = 
             model,
             mesh,
             compute=DTYPES[settings.model.compute],
-            compile_blocks=settings.memory.compile,
+            compiled=settings.memory.compile,
             cpu_offload=settings.parallel.cpu_offload,
         )
         if settings.parallel.cpu_offload:

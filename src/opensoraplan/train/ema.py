@@ -45,13 +45,22 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model has the averaged weights inside this block, its own again after it, bit for bit."""
-        own = {name: weight.clone() for name, weight in self._weights.items()}
+        # Where both are in fp32 they change places, with no more memory than for one of them.
+        own = {
+            name: weight.clone() for name, weight in self._weights.items() if weight.dtype != torch.float32
+        }
         try:
-            self._fill(self.values)
+            self._exchange()
             yield
         finally:
-            self._fill(own)
+            self._exchange()
+            for name, weight in own.items():
+                self._weights[name].copy_(weight)
 
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
+    def _exchange(self) -> None:
         for name, weight in self._weights.items():
-            weight.copy_(values[name])
+            value = self.values[name]
+            before = weight.clone() if weight.dtype == torch.float32 else None
+            weight.copy_(value)
+            if before is not None:
+                value.copy_(before)

@@ -36,10 +36,13 @@ KINDS: Mapping[type[Settings], str] = {
 EXAMPLE = "configs/finetune.toml"
 
 # What may be different when a run is resumed: it changes how long, how fast and how loud, not what is
-# learned at a step. What happens to outliers is the remedy for a run that they have stopped.
+# learned at a step. What happens to outliers is the remedy for a run that they have stopped. Clips may lie
+# elsewhere: that they are the same ones is known from the checkpoint.
 RESUMABLE_CHANGES = (
     "output",
     "device",
+    "data.manifest",
+    "data.root",
     "data.workers",
     "data.reader",
     "data.max_bad_files",

@@ -77,10 +77,18 @@ def micro_batches(
         prefetch_factor=_ahead(workers, batch_bytes) if workers else None,
         worker_init_fn=ignore_signals,
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. A worker that reads clips has died: /dev/shm or memory may be full (lower "
+            "data.workers or data.batch_size), or a file breaks the video library (try another data.reader)"
+        ) from error
 
 
 def _ahead(workers: int, batch_bytes: int) -> int:

@@ -29,6 +29,7 @@ from opensoraplan.parallel.ranks import ALONE, Ranks
 logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
+VALIDATED = "validation_seconds"  # logged with whatever a validation has found
 QUARTERS = 4
 
 # Matrices of the benchmark: large enough to fill the device, small enough for its memory and a fraction of a
@@ -248,6 +249,13 @@ def drop_after(path: Path, step: int) -> None:
     kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, step))
     if kept != content:
         write_whole(path, lambda file: file.write_bytes(kept))
+
+
+def was_logged(path: Path, step: int, name: str) -> bool:
+    """Whether a metrics.jsonl has a value of that name for the step."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = (json.loads(line) for line in lines if _is_kept(line, step))
+    return any(line["step"] == step and name in line for line in whole)
 
 
 def _is_kept(line: bytes, step: int) -> bool:

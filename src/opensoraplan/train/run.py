@@ -8,7 +8,8 @@ import copy
 import fcntl
 import logging
 import signal
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import read_settings, refuse_changes
 from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.metrics import FILE as METRICS
-from opensoraplan.train.metrics import Averages, Metrics, Silence
+from opensoraplan.train.metrics import VALIDATED, Averages, Metrics, Silence, was_logged
 from opensoraplan.train.writers import Writer
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,16 @@ def open_metrics(settings: RunSettings, *, start: int, ranks: Ranks) -> Metrics 
     )
 
 
+class ValidationStoppedError(Exception):
+    """A validation was broken off, since the run is asked to stop."""
+
+
 class Job(Protocol):
     """What a trainer does in its loop. Steps count from 1.
 
     A step that raises ValueError, OSError, FloatingPointError or MemoryError has changed nothing that is
-    saved but the two counts.
+    saved but the two counts. `validate` calls `check`, which may raise ValidationStoppedError, every few
+    seconds, at the same moments in all processes.
     """
 
     averages: Averages
@@ -119,7 +125,7 @@ class Job(Protocol):
 
     def step(self, step: int) -> None: ...
     def report(self) -> Mapping[str, float]: ...
-    def validate(self, step: int) -> Mapping[str, float]: ...
+    def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]: ...
     def save(self, step: int) -> None: ...
 
 
@@ -138,41 +144,103 @@ def go_on_counting(job: Job, state: Mapping[str, Any], ranks: Ranks = ALONE) -> 
 
 
 def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:
-    """Do the steps after `start`; log, validate (if `validation.every` says so) and save when it is time.
+    """Do the steps after `start`; log, save and validate (if `validation.every` says so) when it is time.
 
-    SIGTERM and Ctrl-C end it after the step under way, which is saved: RunStoppedError. What else ends it and
-    can be helped by a user is raised, with the last whole step saved; not so in one of several processes,
-    whose others cannot save without it: there the message says which it was.
+    SIGTERM and Ctrl-C end it after the step under way, which is saved, or in the middle of a validation:
+    RunStoppedError. A validation that did not come to its end is made up for when the run goes on. What else
+    ends it and can be helped by a user is raised, with the last whole step saved; not so in one of several
+    processes, whose others cannot save without it: there the message says which it was.
     """
-    total, saved = settings.optimizer.steps, start
-
-    def due(step: int, every: int) -> bool:
-        return step == total or step % every == 0
-
+    total = settings.optimizer.steps
     with open_metrics(settings, start=start, ranks=ranks) as metrics, stop_on_signal() as stop:
         # No sooner: up to here a run that cannot begin after all has changed nothing.
         ranks.agree(lambda: checkpoint.set_aside(settings.output, after=start))
-        for step in range(start + 1, total + 1):
-            with _told_by_rank(step, ranks, job):
-                with _saved_on_error(job, step - 1, saved=saved, ranks=ranks):
-                    job.step(step)
-                if due(step, settings.log.every):
-                    metrics.log(step, job.report())
-                else:
-                    metrics.advance(step)
-                if settings.validation.every and due(step, settings.validation.every):
-                    with _saved_on_error(job, step, saved=saved, ranks=ranks):
-                        metrics.log(step, job.validate(step))
-                stopping = ranks.any(bool(stop))
-                if stopping or due(step, settings.checkpoint.every):
-                    job.save(step)
-                    saved = step
-                if step == total or stopping:
-                    job.writer.wait()
-            if stopping and step < total:
-                where = checkpoint.path_of(settings.output, step)
-                by = stop.signal or signal.SIGTERM  # the signal may have come to another process
-                raise RunStoppedError(by, step=step, steps=total, saved=where)
+        loop = _Loop(job, settings, ranks, metrics, stop, done=start)
+        if start:
+            with _told_by_rank(start, ranks, job):
+                loop.make_up_for_validation()
+        while loop.done < total and not loop.stopping:
+            with _told_by_rank(loop.done + 1, ranks, job):
+                loop.step()
+        if loop.done < total:
+            where = checkpoint.path_of(settings.output, loop.done)
+            by = stop.signal or signal.SIGTERM  # the signal may have come to another process
+            raise RunStoppedError(by, step=loop.done, steps=total, saved=where)
+
+
+class _Loop:
+    """What `run_steps` does, and how far it is: the last step done, and whether the run is asked to stop."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: RunSettings,
+        ranks: Ranks,
+        metrics: Metrics | Silence,
+        stop: "StopRequested",
+        *,
+        done: int,
+    ) -> None:
+        self.job = job
+        self.settings = settings
+        self.ranks = ranks
+        self.metrics = metrics
+        self.done = self.saved = done
+        self.stopping = False
+        self._stop = stop
+
+    def step(self) -> None:
+        """Do the next step and what is due after it."""
+        job, step = self.job, self.done + 1
+        with _saved_on_error(job, self.done, saved=self.saved, ranks=self.ranks):
+            job.step(step)
+        self.done = step
+        if self._is_due(self.settings.log.every):
+            self.metrics.log(step, job.report())
+        else:
+            self.metrics.advance(step)
+        self.stopping = self.ranks.any(bool(self._stop))
+        # Before validation, which may take long and fail.
+        if self.stopping or self._is_due(self.settings.checkpoint.every):
+            self._save()
+        if not self.stopping:
+            self._validate()
+        if self.stopping:
+            self._save()
+        if self.stopping or step == self.settings.optimizer.steps:
+            job.writer.wait()
+
+    def make_up_for_validation(self) -> None:
+        """Validate the step that the run goes on from, if it was to be and did not come to an end."""
+        path = self.settings.output / METRICS
+        if not self.ranks.agree(lambda: was_logged(path, self.done, VALIDATED)):
+            self._validate()
+
+    def _is_due(self, every: int) -> bool:
+        return self.done == self.settings.optimizer.steps or self.done % every == 0
+
+    def _save(self) -> None:
+        if self.saved < self.done:
+            self.job.save(self.done)
+            self.saved = self.done
+
+    def _validate(self) -> None:
+        every = self.settings.validation.every
+        if not every or not self._is_due(every):
+            return
+        began = time.monotonic()
+        try:
+            with _saved_on_error(self.job, self.done, saved=self.saved, ranks=self.ranks):
+                found = self.job.validate(self.done, self._check)
+        except ValidationStoppedError:
+            logger.warning("the validation of step %d is left for when the run goes on", self.done)
+        else:
+            self.metrics.log(self.done, {**found, VALIDATED: round(time.monotonic() - began, 3)})
+
+    def _check(self) -> None:
+        self.stopping = self.ranks.any(bool(self._stop))
+        if self.stopping:
+            raise ValidationStoppedError
 
 
 @contextmanager

@@ -158,6 +158,7 @@ def open_source(
         caption_dropout=dropout,
         use_aesthetic=data.use_aesthetic,
         reader=data.reader,
+        replace=not held_out,
     )
 
     def encode(batch: Batch) -> Encoded:

@@ -7,29 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from opensoraplan.device import is_out_of_memory
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train.config import LogSettings
 from opensoraplan.train.metrics import measured_peak_tflops, peak_memory, training_flops
-
-
-@contextmanager
-def explained_memory(latents: Tensor, prompt: PromptEmbeds) -> Iterator[None]:
-    """Turn errors for full memory into a MemoryError that says of what, and what needs less."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        shape = " x ".join(map(str, latents.shape))
-        raise MemoryError(
-            f"latents of {shape} with {prompt.sequence.shape[1]} text tokens do not fit into memory: raise "
-            "memory.recompute_blocks, or lower data.batch_size or data.selection's sizes; osp plan predicts "
-            "what they need"
-        ) from error
 
 
 class Speed:

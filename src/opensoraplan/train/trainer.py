@@ -5,7 +5,7 @@ come from (seed, step, slot), so that a resumed run continues bit for bit on the
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from opensoraplan import flow
 from opensoraplan.data.buckets import BucketSampler
-from opensoraplan.device import DTYPES, prepare, resolve_device
+from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
+from opensoraplan.models.compiling import compile_blocks
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.plan import forget_gathered
@@ -37,12 +38,21 @@ from opensoraplan.train.optimizer import (
 )
 from opensoraplan.train.run import begun_together, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import Source, check_clips, clips_of, global_batch_of, open_source
-from opensoraplan.train.speed import Speed, explained_memory
+from opensoraplan.train.speed import Speed
 from opensoraplan.train.turns import encoded_batches
 from opensoraplan.train.validation import Validation
 from opensoraplan.train.writers import ShardedWriter, Writer
 
 logger = logging.getLogger(__name__)
+
+_ENCODING = (
+    "a batch of clips cannot be encoded, memory is full: lower data.batch_size or data.selection's sizes, or "
+    "train from features that osp cache has written"
+)
+_VALIDATING = (
+    "validation does not fit into memory: lower the frames, height and width of validation, or set "
+    'optimizer.ema_device to "cpu"'
+)
 
 
 def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
@@ -121,7 +131,7 @@ class _Job:
         if self.ranks.mesh is not None:  # FSDP casts the weights that it gathers
             return model, MasterWeights(model, master=master, compute=master)
         if self.settings.memory.compile:
-            model.compile_repeated_blocks()
+            compile_blocks(model)
         return model, MasterWeights(model, master=master, compute=self.dtype)
 
     def step(self, step: int) -> None:
@@ -130,12 +140,18 @@ class _Job:
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(accumulate):
-            turn = next(self.batches)
+            with explained_memory(_ENCODING):
+                turn = next(self.batches)
             self.speed.waited(turn.waited, encoding=turn.encoding)
             self.bad_files.add(turn.failures)
             drawn, encoded = turn.drawn, turn.encoded
             latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
-            with explained_memory(latents, encoded.prompt):
+            shape, text = " x ".join(map(str, latents.shape)), encoded.prompt.sequence.shape[1]
+            with explained_memory(
+                f"latents of {shape} with {text} text tokens do not fit into memory: raise "
+                "memory.recompute_blocks, or lower data.batch_size or data.selection's sizes; osp plan "
+                "predicts what they need"
+            ):
                 losses = objective.losses(
                     self.model,
                     latents,
@@ -256,11 +272,11 @@ class _Job:
             f"{self.settings.optimizer.accumulate}: {advice}"
         )
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, check: Callable[[], None]) -> dict[str, float]:
         """Losses of the averaged weights on held-out clips; videos are written on the way."""
         assert self.validation is not None
-        with self.speed.apart(), self._averaged():
-            return self.validation.run(self.model, step)
+        with explained_memory(_VALIDATING), self.speed.apart(), self._averaged():
+            return self.validation.run(self.model, step, check)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from opensoraplan.convert.assemble import open_vae
 from opensoraplan.convert.export import new_folder, write_component
-from opensoraplan.data.buckets import BucketSampler, Draw
-from opensoraplan.data.dataset import ClipDataset, collate
+from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.dataset import ClipDataset, collate, readable
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
-from opensoraplan.device import DTYPES, prepare, resolve_device
+from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models import original
 from opensoraplan.models.strict import plain_config
@@ -59,6 +59,9 @@ logger = logging.getLogger(__name__)
 FINISHED = "vae"
 # How many clips tell the latents' shift and scale.
 _MEASURED = 256
+# So many steps in a row may be left out.
+_PATIENCE = 20
+_FULL = "pieces of this size do not fit into memory: lower data.batch_size, frames, height or width"
 
 
 def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
@@ -171,6 +174,7 @@ class _Job:
         self.lpips = load_lpips(device) if settings.loss.perceptual else None
         adversarial = settings.loss.adversarial_start is not None
         self.adversary = _Adversary(settings, device=device) if adversarial else None
+        self.skipped_in_a_row = 0
         self.averages = Averages()
         self.writer = Writer(settings.output, settings.checkpoint)
 
@@ -188,14 +192,17 @@ class _Job:
             self.bad_files.add(batch.failures)
             chance = f"{settings.seed} {step} {micro}"
             x = _pieces(batch.video, settings.data, chance=chance).to(self.device)
-            values, pixels = self._accumulate(x, step, chance=chance)
+            with explained_memory(_FULL):
+                values, pixels = self._accumulate(x, step, chance=chance)
             played.append((x, pixels))
             for name, value in values.items():
                 self.averages.add(name, value)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = global_norm(gradients).item()
         if not math.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient is not finite; lower optimizer.lr {rate:g}")
+            self._skip(step, rate)
+            return
+        self.skipped_in_a_row = 0
         if norm > settings.max_grad_norm:
             scale_(gradients, settings.max_grad_norm / norm)
         # What may raise is above, so that a failed step leaves the state before it: the discriminator, too,
@@ -210,6 +217,16 @@ class _Job:
         for name, value in (("grad_norm", norm), ("lr", rate), ("seconds", seconds)):
             self.averages.add(name, value)
         self.averages.add("data_wait", waited / seconds)
+
+    def _skip(self, step: int, rate: float) -> None:
+        """Leave a step out whose gradient is not finite: nothing learns. Too many in a row are an error."""
+        self.skipped_in_a_row += 1
+        logger.warning("step %d: the gradient is not finite: the step is left out", step)
+        if self.skipped_in_a_row >= _PATIENCE:
+            raise FloatingPointError(
+                f"step {step}: {_PATIENCE} gradients in a row are not finite: begin another run with a lower "
+                f"optimizer.lr than {rate:g}, and with model.pretrained to go on from what osp export gives"
+            )
 
     def _adversary_at(self, step: int) -> _Adversary | None:
         return self.adversary if self.adversary is not None and step >= self.adversary.start else None
@@ -241,11 +258,12 @@ class _Job:
         return self.averages.take() | {"bad_files": len(self.bad_files)}
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:  # noqa: ARG002 (as every trainer's)
+    def validate(self, step: int, check: Callable[[], None]) -> dict[str, float]:  # noqa: ARG002 (everyone's)
         """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
         fidelity = Fidelity()
-        with self._averaged():
+        with explained_memory(_FULL), self._averaged():
             for video in self._videos(self.held_out):
+                check()
                 (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
                 (result,) = self.model.decode(posterior.mode(), return_dict=False)
                 fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
@@ -306,10 +324,9 @@ class _Job:
     def _videos(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
         """Each sample whole, [1, 3, T, H, W]."""
         settings = self.settings
-        clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=settings.data.reader)
-        for index in range(len(samples)):
-            clip = clips[Draw(index=index, epoch=0, step=0, slot=0)]
-            self.bad_files.add(clip.failures)
+        reader = settings.data.reader
+        clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=reader, replace=False)
+        for _, clip in readable(clips, len(samples)):
             yield clip.video[None]
 
     @torch.no_grad()

@@ -1,14 +1,14 @@
 """What a denoiser is held against in training: its loss on held-out clips, and videos of fixed prompts."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from opensoraplan.data.buckets import Draw
-from opensoraplan.data.dataset import BadFiles
+from opensoraplan.data.dataset import readable
 from opensoraplan.data.video import VideoWriter, to_uint8
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -39,7 +39,6 @@ class Validation:
         self.run_settings = settings
         self.device = device
         self.writes = writes
-        self.bad_files = BadFiles(settings.data.max_bad_files)
         self.source: Source | None = None
         self.encoders = encoders
         if self.settings.prompts:
@@ -50,25 +49,25 @@ class Validation:
                 settings, device=device, held_out=True, encoders=self.encoders
             )
 
-    def run(self, model: SparseUMMDiT, step: int) -> dict[str, float]:
-        """Losses at the fixed sigmas and their mean; the videos are written on the way."""
+    def run(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> dict[str, float]:
+        """Losses at the fixed sigmas and their mean; the videos are written on the way. `check` is called for
+        each clip and after each denoising step, and may raise to end this.
+        """
         model.eval()
         try:
             if self.settings.prompts:
-                self._write_videos(model, step)
-            return {} if self.source is None else self._losses(model, self.source)
+                self._write_videos(model, step, check)
+            return {} if self.source is None else self._losses(model, self.source, check)
         finally:
             model.train()
 
     @torch.no_grad()
-    def _losses(self, model: SparseUMMDiT, source: Source) -> dict[str, float]:
+    def _losses(self, model: SparseUMMDiT, source: Source, check: Callable[[], None]) -> dict[str, float]:
         dtype = DTYPES[self.run_settings.model.compute]
-        sums = dict.fromkeys(self.settings.sigmas, 0.0)
-        count = min(self.settings.samples, len(source.shapes))
-        for index in range(count):
-            place = Draw(index=index, epoch=0, step=0, slot=index)
-            batch = source.collate([source.dataset[place]])
-            self.bad_files.add(batch.failures)
+        losses: dict[float, list[float]] = {sigma: [] for sigma in self.settings.sigmas}
+        for place, item in readable(source.dataset, min(self.settings.samples, len(source.shapes))):
+            check()
+            batch = source.collate([item])
             encoded = source.encode(batch)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
             drawn = objective.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
@@ -82,11 +81,12 @@ class Validation:
                     noise=drawn.noise,
                     dtype=dtype,
                 )
-                sums[sigma] += loss.item() / count
-        by_sigma = {f"validation_loss/sigma_{sigma:g}": value for sigma, value in sums.items()}
-        return {"validation_loss": sum(sums.values()) / len(sums), **by_sigma}
+                losses[sigma].append(loss.item())
+        means = {sigma: sum(values) / len(values) for sigma, values in losses.items()}
+        by_sigma = {f"validation_loss/sigma_{sigma:g}": value for sigma, value in means.items()}
+        return {"validation_loss": sum(means.values()) / len(means), **by_sigma}
 
-    def _write_videos(self, model: SparseUMMDiT, step: int) -> None:
+    def _write_videos(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> None:
         """One mp4 a prompt in OUTPUT/samples, named by step and number."""
         wanted, encoders = self.settings, self.encoders
         assert encoders is not None
@@ -104,6 +104,10 @@ class Validation:
             max_text_tokens=encoders.max_tokens,
         )
         pipeline.set_progress_bar_config(disable=True)
+
+        def check_after_step(*_: object) -> None:
+            check()
+
         for number, prompt in enumerate(wanted.prompts):
             output = pipeline(
                 prompt,
@@ -115,6 +119,7 @@ class Validation:
                 shift=wanted.shift,
                 seed=number,
                 output_type="latent",
+                callback_on_step_end=check_after_step,
             )
             if not self.writes:
                 continue
