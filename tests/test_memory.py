@@ -1,5 +1,6 @@
 """Plans that fit a device's memory, and pipelines that follow them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,19 @@ from torch import Tensor, nn
 
 from opensoraplan import generate
 from opensoraplan.data.reading import read_frames
-from opensoraplan.memory import PLACEMENTS, Arrangement, Needs, first_that_fits, needs_of, plans_for
+from opensoraplan.memory import (
+    CHUNKS,
+    PLACEMENTS,
+    Arrangement,
+    Needs,
+    decoding_chunk,
+    first_that_fits,
+    needs_of,
+    plans_for,
+)
 from opensoraplan.models.int8 import keep_as_int8
+from opensoraplan.models.step_cache import skipping
+from opensoraplan.models.streaming import stream_blocks
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 
@@ -28,9 +40,15 @@ RELEASE = Needs(
 )
 
 
-def latents_of(pipeline: OpenSoraPlanPipeline) -> Tensor:
+def latents_of(pipeline: OpenSoraPlanPipeline, *, steps: int = 2) -> Tensor:
     output = pipeline(
-        "a red ball", num_frames=9, height=32, width=32, num_inference_steps=2, seed=0, output_type="latent"
+        "a red ball",
+        num_frames=9,
+        height=32,
+        width=32,
+        num_inference_steps=steps,
+        seed=0,
+        output_type="latent",
     )
     assert isinstance(output, VideoOutput)
     assert isinstance(output.frames, Tensor)
@@ -52,9 +70,16 @@ def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
     peaks = [plan.peak for plan in plans]
     assert peaks == sorted(set(peaks), reverse=True)
     with pytest.raises(
-        MemoryError, match=r"leanest plan \(streamed, .* 6\.0 GB\) .* the 5\.0 GB that are free"
+        MemoryError, match=r"leanest plan \(streamed, .* 5\.6 GB\) .* the 5\.0 GB that are free"
     ):
         first_that_fits(plans, free=5 * GB)
+
+
+def test_decoding_alone_takes_the_largest_chunk_that_fits(pipeline: OpenSoraPlanPipeline) -> None:
+    vae, grid = pipeline.vae, (16, 72, 128)
+    needs = needs_of(pipeline, frames=121, height=576, width=1024)
+    room = [int(need / 0.92) + 1 for need in needs.decoding]
+    assert [decoding_chunk(vae, grid, free=free) for free in (*room, 0)] == [*CHUNKS, CHUNKS[-1]]
 
 
 def test_a_plan_for_several_videos_fits_the_largest(pipeline: OpenSoraPlanPipeline) -> None:
@@ -92,6 +117,36 @@ def test_every_plan_takes_int8_weights(pipeline: OpenSoraPlanPipeline, placement
     plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
     Arrangement(pipeline, plans, CPU)
     assert torch.equal(latents_of(pipeline), near)
+
+
+def test_streamed_blocks_are_on_the_device_only_while_they_compute(pipeline: OpenSoraPlanPipeline) -> None:
+    blocks = list(pipeline.transformer.transformer_blocks)
+    expected = latents_of(pipeline)
+    stream_blocks(pipeline.transformer, CPU)
+    places: set[tuple[int, int]] = set()
+
+    def note(index: int) -> Callable[..., None]:
+        return lambda module, _args: places.add((index, module.weight.data_ptr()))
+
+    for index, block in enumerate(blocks):
+        block.ff.net[2].register_forward_pre_hook(note(index))
+    hosts = [block.ff.net[2].weight.data_ptr() for block in blocks]
+    assert torch.equal(latents_of(pipeline), expected)
+    assert {index for index, _ in places} == set(range(len(blocks)))
+    assert not {place for _, place in places} & set(hosts)
+    assert [block.ff.net[2].weight.data_ptr() for block in blocks] == hosts
+
+
+def test_a_step_cache_spares_streamed_blocks_their_way(pipeline: OpenSoraPlanPipeline) -> None:
+    ratios = [1.0] * 8
+    with skipping(pipeline.transformer, ratios, threshold=1.0, steps=8):
+        expected = latents_of(pipeline, steps=8)
+    stream_blocks(pipeline.transformer, CPU)
+    calls: list[int] = []
+    pipeline.transformer.transformer_blocks[2].ff.register_forward_hook(lambda *_: calls.append(1))
+    with skipping(pipeline.transformer, ratios, threshold=1.0, steps=8):
+        assert torch.equal(latents_of(pipeline, steps=8), expected)
+    assert 2 <= len(calls) < 16  # of two branches
 
 
 def test_full_memory_is_met_by_the_next_plan_until_there_is_none(pipeline: OpenSoraPlanPipeline) -> None:

@@ -413,10 +413,10 @@ def write_frames(
     from PIL import Image, PngImagePlugin
     from tqdm import tqdm
 
-    from opensoraplan.data.video import VideoWriter, to_uint8
+    from opensoraplan.data.video import VideoWriter
 
     comment = json.dumps(record, ensure_ascii=False)
-    chunks = (to_uint8(frames[0] * 2 - 1) for frames in pipeline.iter_decode(latents))
+    chunks = pipeline.iter_pictures(latents)
     free = next(path for path in numbered(wanted) if not is_taken(path))
     if wanted.suffix.lower() == ".png":
         info = PngImagePlugin.PngInfo()

@@ -15,6 +15,8 @@ from torch import nn
 
 from opensoraplan.device import is_out_of_memory
 from opensoraplan.models.modulation import adaln_layers, keep_on_host
+from opensoraplan.models.streaming import SLOTS, stream_blocks
+from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.shapes import latent_shape
@@ -32,8 +34,6 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 CHUNKS = (4, 2, 1)
 # Of the free memory, what is left to allocators and libraries.
 _MARGIN = 0.08
-# Blocks on the device when they are streamed: one computes, one arrives, one is let go.
-_STREAMED_BLOCKS = 3
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -66,7 +66,7 @@ class Needs:
         denoising = self.vectors + self.denoising
         if placement == "in-turn":
             return max(self.encoders, self.denoiser - self.adaln + denoising, self.vae + decoding)
-        return self.vae + max(_STREAMED_BLOCKS * self.block + denoising, decoding)
+        return self.vae + max(SLOTS * self.block + denoising, decoding)
 
 
 def needs_of(
@@ -87,7 +87,6 @@ def needs_of(
     denoising = forward_memory(
         model, Shape(grid, text_tokens, batch=2 if batched else 1), _PRECISIONS[transformer.dtype]
     )
-    base, precision = vae.config["base_channels"], _PRECISIONS[vae.dtype]
     adaln = [layer.linear for layer in adaln_layers(transformer)]
     in_blocks = _size(*adaln[:-1]) // len(transformer.transformer_blocks)
     return Needs(
@@ -98,9 +97,21 @@ def needs_of(
         vae=_size(vae),
         vectors=vector_bytes(model, _PRECISIONS[transformer.dtype], steps=steps),
         denoising=denoising,
-        decoding=tuple(
-            decoding_memory(Shape(grid, 0), precision, base=base, chunk=chunk) for chunk in CHUNKS
-        ),
+        decoding=tuple(_decoding(vae, grid, chunk) for chunk in CHUNKS),
+    )
+
+
+def decoding_chunk(vae: WFVAE, grid: tuple[int, int, int], *, free: int) -> int:
+    """How many latent frames, of CHUNKS, of latents [B, C, *grid] the VAE, if it alone is on the device, can
+    decode at a time in `free` bytes; the fewest if none is predicted to fit.
+    """
+    room = free * (1 - _MARGIN)
+    return next((chunk for chunk in CHUNKS if _decoding(vae, grid, chunk) <= room), CHUNKS[-1])
+
+
+def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
+    return decoding_memory(
+        Shape(grid, 0), _PRECISIONS[vae.dtype], base=vae.config["base_channels"], chunk=chunk
     )
 
 
@@ -206,11 +217,9 @@ class Arrangement:
 
 def _stream(pipeline: OpenSoraPlanPipeline, device: torch.device) -> None:
     """Have the denoiser's blocks and the encoders' layers on the device only while they compute."""
-    ahead = device.type != "cpu"
-    apply_group_offloading(
-        pipeline.transformer, device, offload_type="block_level", num_blocks_per_group=1, use_stream=ahead
-    )
+    stream_blocks(pipeline.transformer, device)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         if encoder is not None:
-            apply_group_offloading(encoder, device, offload_type="leaf_level", use_stream=ahead)
+            apply_group_offloading(encoder, device, offload_type="leaf_level")
     pipeline.vae.to(device)  # type: ignore[arg-type]
+    pipeline.streamed_to = device

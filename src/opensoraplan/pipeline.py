@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from opensoraplan import flow
+from opensoraplan.data.video import to_uint8 as to_pictures
 from opensoraplan.defaults import Solver
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
@@ -140,6 +141,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     transformer: SparseUMMDiT
     vae: WFVAE
+    # Where it computes, if weights come there one after the other; set by memory.py.
+    streamed_to: torch.device | None = None
 
     def __init__(
         self,
@@ -174,6 +177,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             keep_chinese=keep_chinese,
             max_text_tokens=max_text_tokens,
         )
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.streamed_to or super()._execution_device
 
     @property
     def prompt_settings(self) -> PromptSettings:
@@ -355,11 +362,23 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return VideoOutput(frames=frames) if return_dict else (frames,)
 
-    @torch.no_grad()
     def iter_decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames [B, 3, t, height, width] in [0, 1] (fp32, on the CPU) of normalised latents [B, C, T, H, W],
         chunk by chunk: a long video never is in memory whole. Raises FloatingPointError if they are NaN.
         """
+        for pixels in self._decoded(latents):
+            yield (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def iter_pictures(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of one video as files take them: uint8 [t, height, width, 3], on the CPU. Made on the
+        device, for a quarter of the bytes has to leave it.
+        """
+        for pixels in self._decoded(latents):
+            yield to_pictures(pixels[0]).cpu()
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """Pixels [B, 3, t, height, width], about [-1, 1], chunk by chunk."""
         # Offloading moves a model when its `forward` is called, which is not so here.
         hook = getattr(self.vae, "_hf_hook", None)
         if hook is not None:
@@ -370,7 +389,9 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 raise FloatingPointError(
                     f"the decoded frames are not finite in {self.vae.dtype}: try dtype bf16 or fp32"
                 )
-            yield (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+            yield pixels
+        if hook is not None:
+            self.vae.to("cpu")  # type: ignore[arg-type]
 
     def _to_output(
         self, latents: Tensor, output_type: OutputType

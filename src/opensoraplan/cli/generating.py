@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Memory = Literal["auto", "resident", "in-turn", "streamed"]
+
 # How long processes wait for each other: one may decode a long video alone.
 PATIENCE_S = 7200.0
 
@@ -105,7 +107,7 @@ class Generate:
     """cpu, cuda, cuda:1, npu, ..."""
     dtype: Dtype = "bf16"
     """Precision to compute in."""
-    memory: Literal["auto", "resident", "in-turn", "streamed"] = "auto"
+    memory: Memory = "auto"
     """Where the model is: all of it on the device, each part in turn, or block after block, which takes the
     least memory and the most time. auto: the first of them that is predicted to fit, and the next when memory
     is full."""
@@ -250,7 +252,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         _tune(pipeline, options)
         if not moving:
             pipeline.to(device)
-        arrangement = _arrange(pipeline, requests, options, device) if moving else None
+        arrangement = _arrange(pipeline, requests, options.memory, device) if moving else None
         all_decode = False
         if ranks.mesh is not None:
             rows = {request.height // SPATIAL_STRIDE for request in requests}
@@ -301,13 +303,13 @@ def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
 
 
 def _arrange(
-    pipeline: "OpenSoraPlanPipeline", requests: list[Request], options: Generate, device: "torch.device"
+    pipeline: "OpenSoraPlanPipeline", requests: list[Request], memory: Memory, device: "torch.device"
 ) -> "Arrangement":
     """Keep the pipeline's parts so that all these videos fit the device."""
     from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, free_memory, needs_of, plans_for
 
     sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance) for r in requests}
-    placements = PLACEMENTS if options.memory == "auto" else (options.memory,)
+    placements = PLACEMENTS if memory == "auto" else (memory,)
     plans = plans_for(
         [
             needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched)
@@ -393,7 +395,9 @@ def calibrate(options: Calibrate) -> None:
     device = resolve_device(options.device)
     prepare(device)
     dtype = resolve_dtype(options.dtype, device)
-    pipeline = OpenSoraPlanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+    pipeline = OpenSoraPlanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    if device.type != "cpu":
+        _arrange(pipeline, [request.model_copy(update={"batched_guidance": True})], "auto", device)
     with step_cache.measured(pipeline.transformer) as ratios:
         pipeline(
             request.prompt,
@@ -426,7 +430,8 @@ def decode(options: Decode) -> None:
 
     from opensoraplan import generate as job
     from opensoraplan.convert.assemble import load_vae
-    from opensoraplan.device import prepare, resolve_device, resolve_dtype
+    from opensoraplan.device import explained_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.memory import decoding_chunk, free_memory
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
@@ -440,6 +445,12 @@ def decode(options: Decode) -> None:
     absent: dict[str, Any] = dict.fromkeys(names)
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
     found = saved.read(options.latents)
+    if device.type != "cpu" and not options.tiling:
+        frames, height, width = found.latents.shape[2:]
+        chunk = decoding_chunk(vae, (frames, height, width), free=free_memory(device))
+        vae.enable_streaming(latent_frames=chunk)
     vae.register_to_config(**found.scaling)
     record |= {"vae_dtype": str(vae.dtype).removeprefix("torch."), "vae_tiling": vae.tiling}
-    logger.info("wrote %s", job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"]))
+    with explained_memory("the frames do not fit into memory: --tiling needs less, and is not exact"):
+        written = job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"])
+    logger.info("wrote %s", written)

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -117,9 +118,9 @@ class PromptEmbeds:
     def batch_size(self) -> int:
         return self.sequence.shape[0]
 
-    @property
+    @cached_property
     def key_mask(self) -> Tensor | None:
-        """`mask`, or None where every token is real, so that attention needs none. Waits for the device."""
+        """`mask`, or None where all tokens are real, so that attention needs none. Asks the device once."""
         return None if bool(self.mask.all()) else self.mask
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptEmbeds:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.dataset import readable
-from opensoraplan.data.video import VideoWriter, to_uint8
+from opensoraplan.data.video import VideoWriter
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput, make_scheduler
@@ -126,8 +126,8 @@ class Validation:
             latents = cast(Tensor, cast(VideoOutput, output).frames)
             path = self._path(step, number)
             with VideoWriter(path, fps=wanted.fps, title=prompt) as writer:
-                for frames in pipeline.iter_decode(latents):
-                    writer.write(to_uint8(frames[0] * 2 - 1))
+                for frames in pipeline.iter_pictures(latents):
+                    writer.write(frames)
             logger.info("step %d: %s -> %s", step, prompt, writer.path)
 
     def _path(self, step: int, number: int) -> Path:
