@@ -186,6 +186,11 @@ class ChannelNorm(nn.Module):
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU, in place of what no gradient needs."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), of causal 3-D convolutions or, with `conv=FrameConv2d`, of
     2-D ones.
@@ -207,8 +212,9 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), stream)
-        h = self.conv2(F.silu(self.norm2(h)), stream)
+        # By `forward` and without a name, either of which would keep the input of a convolution alive while it
+        # computes on the padded copy.
+        h = self.conv2.forward(silu(self.norm2(self.conv1.forward(silu(self.norm1(x)), stream))), stream)
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
@@ -324,7 +330,7 @@ class Encoder(nn.Module):
         h = run(self.down1, level0, stream)
         h = run(self.down2, torch.cat([h, self.connect_l1(level1)], dim=1), stream)
         h = run(self.mid, torch.cat([h, self.connect_l2(level2)], dim=1), stream)
-        return self.conv_out(F.silu(self.norm_out(h)), stream)
+        return self.conv_out(silu(self.norm_out(h)), stream)
 
 
 class Decoder(nn.Module):
@@ -382,7 +388,7 @@ class Decoder(nn.Module):
         h, flow = self._part(run(self.up2, h, stream))
         level1 = add_to_low_band(run(self.connect_l1, flow, stream), inverse_haar(level2, stream))
         h = run(self.layer, run(self.up1, h, stream), stream)
-        level0 = add_to_low_band(self.conv_out(F.silu(self.norm_out(h))), inverse_haar(level1, stream))
+        level0 = add_to_low_band(self.conv_out(silu(self.norm_out(h))), inverse_haar(level1, stream))
         return inverse_haar(level0, stream), level1, level2
 
     def _part(self, h: Tensor) -> tuple[Tensor, Tensor]:

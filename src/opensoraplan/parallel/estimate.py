@@ -655,11 +655,11 @@ def vector_bytes(model: Model, compute: str, *, steps: int) -> int:
 def decoding_memory(shape: Shape, compute: str, *, base: int = 160, chunk: int = 4) -> int:
     """What the VAE of `base` channels needs to decode besides weights, `chunk` latent frames at a time.
 
-    The busiest is the resnet behind the last upsampling: five tensors of 2 base channels, and its stage's
-    input, a quarter of one; two frames that the convolution puts in front, and those that convolutions keep
-    from chunk to chunk, of that width 11 frames, of the stage before as much as 8.
+    The busiest is the resnet behind the last upsampling: three tensors of 2 base channels, and inputs of
+    stages that wait, most of one more; two frames that the convolution puts in front, and those that
+    convolutions keep from chunk to chunk, of that width 11 frames, of the stage before as much as 8.
     """
     frames, height, width = shape.grid
     rest = min(frames - 1, chunk + 1)  # of the first chunk besides frame 0; one of them is looked ahead at
-    wide = 5.25 * (1 + 4 * rest) + 2 + 19
+    wide = 3.8 * (1 + 4 * rest) + 2 + 19
     return int(shape.batch * 2 * base * wide * (4 * height) * (4 * width) * BYTES[compute])
