@@ -36,7 +36,7 @@ RELEASE = Needs(
     vae=GB // 2,
     vectors=GB * 3 // 10,
     denoising=4 * GB,
-    decoding=(5 * GB, 3 * GB, 2 * GB),
+    decoding=(16 * GB, 8 * GB, 5 * GB, 3 * GB, 2 * GB),
 )
 
 
@@ -67,8 +67,9 @@ def test_the_fastest_plan_that_fits_is_chosen(free: float, placement: str) -> No
 
 def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
     plans = plans_for([RELEASE])
-    peaks = [plan.peak for plan in plans]
-    assert peaks == sorted(set(peaks), reverse=True)
+    assert len(plans) == len(PLACEMENTS) * len(CHUNKS)
+    for place, plan in enumerate(plans):
+        assert all(plan.denoising < one.denoising or plan.decoding < one.decoding for one in plans[:place])
     with pytest.raises(
         MemoryError, match=r"leanest plan \(streamed, .* 5\.6 GB\) .* the 5\.0 GB that are free"
     ):
@@ -149,21 +150,32 @@ def test_a_step_cache_spares_streamed_blocks_their_way(pipeline: OpenSoraPlanPip
     assert 2 <= len(calls) < 16  # of two branches
 
 
-def test_full_memory_is_met_by_the_next_plan_until_there_is_none(pipeline: OpenSoraPlanPipeline) -> None:
-    plans = plans_for([RELEASE])
-    arrangement = Arrangement(pipeline, plans, CPU)
-    followed: list[tuple[bool, str, int | None]] = []
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    [
+        (False, [(placement, 16) for placement in PLACEMENTS]),
+        (True, [(placement, chunk) for placement in PLACEMENTS[:2] for chunk in CHUNKS]),
+    ],
+)
+def test_full_memory_is_met_by_what_needs_less_there_until_there_is_nothing(
+    pipeline: OpenSoraPlanPipeline, decoding: bool, expected: list[tuple[str, int]]
+) -> None:
+    arrangement = Arrangement(pipeline, plans_for([RELEASE]), CPU)
+    followed: list[tuple[str, int]] = []
+    asked: list[bool] = []
 
     def work(again: bool) -> None:
-        plan = arrangement.plan
-        followed.append((again, str(plan), pipeline.vae.streaming_latent_frames))
-        assert pipeline.vae.streaming_latent_frames == plan.chunk
+        asked.append(again)
+        followed.append((arrangement.plan.placement, arrangement.plan.chunk))
+        assert pipeline.vae.streaming_latent_frames == arrangement.plan.chunk
+        if decoding:
+            next(pipeline.iter_decode(torch.zeros(1, pipeline.vae.config["latent_channels"], 1, 4, 4)))
         raise torch.OutOfMemoryError("the device is full")
 
     with pytest.raises(torch.OutOfMemoryError):
         arrangement.run(work)
-    assert [text for _, text, _ in followed] == [str(plan) for plan in plans]
-    assert [again for again, _, _ in followed] == [False] + [True] * (len(plans) - 1)
+    assert followed == expected
+    assert asked == [False] + [True] * (len(expected) - 1)
 
 
 def test_a_video_goes_on_where_memory_was_full(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Placement = Literal["resident", "in-turn", "streamed"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 # Latent frames that are decoded at a time: the fewer, the more is computed twice.
-CHUNKS = (4, 2, 1)
+CHUNKS = (16, 8, 4, 2, 1)
 # Of the free memory, what is left to allocators and libraries.
 _MARGIN = 0.08
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -58,15 +58,18 @@ class Needs:
         """Of all parts together."""
         return self.encoders + self.denoiser + self.vae
 
-    def peak(self, placement: Placement, chunk: int) -> int:
-        """The most that is on the device at any moment."""
-        decoding = self.decoding[CHUNKS.index(chunk)]
+    def before_decoding(self, placement: Placement) -> int:
+        """The most that is on the device while prompts are encoded and latents denoised."""
         if placement == "resident":
-            return self.weights + max(self.denoising, decoding)
+            return self.weights + self.denoising
         denoising = self.vectors + self.denoising
         if placement == "in-turn":
-            return max(self.encoders, self.denoiser - self.adaln + denoising, self.vae + decoding)
-        return self.vae + max(SLOTS * self.block + denoising, decoding)
+            return max(self.encoders, self.denoiser - self.adaln + denoising)
+        return self.vae + SLOTS * self.block + denoising
+
+    def while_decoding(self, placement: Placement, chunk: int) -> int:
+        """The most that is on the device while frames are decoded."""
+        return (self.weights if placement == "resident" else self.vae) + self.decoding[CHUNKS.index(chunk)]
 
 
 def needs_of(
@@ -124,26 +127,35 @@ def _size(*modules: nn.Module | None) -> int:
 @dataclass(frozen=True)
 class Plan:
     """Where parts are kept, how many latent frames are decoded at a time, and what that is predicted to take
-    of the device.
+    of the device, until frames are decoded and then.
     """
 
     placement: Placement
     chunk: int
-    peak: int
+    denoising: int
+    decoding: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.denoising, self.decoding)
 
     def __str__(self) -> str:
         return f"{self.placement}, {self.chunk} latent frames decoded at a time, {self.peak / 1e9:.1f} GB"
 
 
 def plans_for(needs: Iterable[Needs], placements: Sequence[Placement] = PLACEMENTS) -> list[Plan]:
-    """Plans for videos of these needs, the fastest first; each is leaner than those before it."""
+    """Plans for videos of these needs, the fastest first; each is leaner, in one of its parts at least, than
+    any before it.
+    """
     every = list(needs)
     plans: list[Plan] = []
     for placement in placements:
         for chunk in CHUNKS:
-            peak = max(one.peak(placement, chunk) for one in every)
-            if not plans or peak < plans[-1].peak:
-                plans.append(Plan(placement, chunk, peak))
+            denoising = max(one.before_decoding(placement) for one in every)
+            decoding = max(one.while_decoding(placement, chunk) for one in every)
+            if not any(plan.denoising <= denoising and plan.decoding <= decoding for plan in plans):
+                plans.append(Plan(placement, chunk, denoising, decoding))
     return plans
 
 
@@ -155,8 +167,8 @@ def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
         if plan.peak <= free * (1 - _MARGIN):
             return place
     raise MemoryError(
-        f"even the leanest plan ({plans[-1]}) does not fit into the {free / 1e9:.1f} GB that are free: ask "
-        "for fewer or smaller frames"
+        f"even the leanest plan ({min(plans, key=lambda plan: plan.peak)}) does not fit into the "
+        f"{free / 1e9:.1f} GB that are free: ask for fewer or smaller frames"
     )
 
 
@@ -182,19 +194,21 @@ class Arrangement:
         return self._left[0]
 
     def run(self, work: Callable[[bool], Result]) -> Result:
-        """What `work(False)` returns. If the device's memory is full, `work(True)` is called under a leaner
-        plan, as long as there is one; then torch's error is raised.
+        """What `work(False)` returns. If the device's memory is full, `work(True)` is called under a plan
+        that is leaner in what was going on, as long as there is one; then torch's error is raised.
         """
         again = False
         while True:
             try:
                 return work(again)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or len(self._left) == 1:
+                before, part = self.plan, "decoding" if self._pipeline.is_decoding else "denoising"
+                leaner = [plan for plan in self._left if getattr(plan, part) < getattr(before, part)]
+                if not is_out_of_memory(error) or not leaner:
                     raise
             # Here, where the error no longer keeps what the work has left.
-            before, again = self._left.pop(0), True
-            logger.warning("out of memory, %s: now %s", before, self.plan)
+            self._left, again = self._left[self._left.index(leaner[0]) :], True
+            logger.warning("out of memory while %s, %s: now %s", part, before, self.plan)
             self._follow(before)
 
     def _follow(self, before: Plan | None) -> None:

@@ -143,6 +143,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     vae: WFVAE
     # Where it computes, if weights come there one after the other; set by memory.py.
     streamed_to: torch.device | None = None
+    # Since when it began to decode until it has: where it was stopped, if it was.
+    is_decoding = False
 
     def __init__(
         self,
@@ -284,6 +286,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         Raises ValueError for bad arguments before any model runs, NonFiniteLatentsError if the latents become
         NaN or infinite, FloatingPointError if the decoded frames do.
         """
+        self.is_decoding = False
         grid = latent_shape(num_frames, height, width) if latents is None else self._latent_grid(latents)
         check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         if output_type not in OUTPUT_TYPES:
@@ -379,6 +382,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
         """Pixels [B, 3, t, height, width], about [-1, 1], chunk by chunk."""
+        self.is_decoding = True
         # Offloading moves a model when its `forward` is called, which is not so here.
         hook = getattr(self.vae, "_hf_hook", None)
         if hook is not None:
@@ -390,6 +394,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                     f"the decoded frames are not finite in {self.vae.dtype}: try dtype bf16 or fp32"
                 )
             yield pixels
+        self.is_decoding = False
         if hook is not None:
             self.vae.to("cpu")  # type: ignore[arg-type]
 

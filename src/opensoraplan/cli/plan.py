@@ -1,6 +1,7 @@
 """`osp plan` and `osp launch`: what a run needs of how many devices, and the line that starts it on them."""
 
 import logging
+import math
 import os
 import shlex
 import sys
@@ -362,12 +363,15 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
     yield _row("T5 and CLIP", text / GB)
     yield _row("VAE", vae / GB)
     yield _row("activations of the denoiser", forward / GB)
-    yield _row("activations of decoding", decoding[0] / GB)
+    yield _row(f"activations of decoding {CHUNKS[0]} at a time", decoding[0] / GB)
     yield "most at one moment, by osp generate --memory"
     needs = Needs(text, denoiser, adaln, block, vae, vectors, denoising=forward, decoding=decoding)
+    least = math.inf
     for plan in plans_for([needs]):
-        name = f"  {plan.placement}, decoding {plan.chunk} at a time"
-        yield _row(name, plan.peak / GB) + _verdict(plan.peak, options.memory)
+        if plan.peak < least:
+            least = plan.peak
+            name = f"  {plan.placement}, decoding {plan.chunk} at a time"
+            yield _row(name, plan.peak / GB) + _verdict(plan.peak, options.memory)
     flops = 2 * forward_flops(model.config, grid=shape.grid, text_tokens=shape.text, batch=shape.batch)
     yield f"{flops / 1e12:,.1f} TFLOP a guided step"
     if options.tflops is not None:

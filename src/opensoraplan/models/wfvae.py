@@ -212,8 +212,8 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        # By `forward` and without a name, either of which would keep the input of a convolution alive while it
-        # computes on the padded copy.
+        # By `forward` and without a name, either of which would keep the input of a convolution alive while
+        # it computes on the padded copy.
         h = self.conv2.forward(silu(self.norm2(self.conv1.forward(silu(self.norm1(x)), stream))), stream)
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
