@@ -2,6 +2,7 @@
 overwritten.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +19,11 @@ from opensoraplan.data.video import VideoWriter
 from opensoraplan.train.cache import CacheSummary, write_cache
 from opensoraplan.train.config import DataSettings, ModelSettings, TextSettings, TrainSettings, VAESettings
 from opensoraplan.train.encoders import load_encoders
+from opensoraplan.train.files import read_run
+from opensoraplan.train.sources import open_source
 
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
 CAPTIONS = ["A Red ball rolls", "a drone view of waves", "the camera moves", "rain is falling", "a red ball"]
 
 
@@ -183,3 +188,60 @@ def test_settings_are_checked_first(settings: TrainSettings, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"cannot write to .*file: give another"):
         write(settings, tmp_path / "file" / "cache")
     assert not out.exists()
+
+
+def test_the_guides_files_that_load_features_make_them(clips: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The same two files for the cache and for training, which is without the clips."""
+    files: dict[str, Path] = {}
+    for name, flag in (("model", "_features"), ("data", "use_feature_data")):
+        text = (GOLDEN / f"guide_{name}.json").read_text(encoding="utf-8")
+        text = text.replace(f'{flag}": false', f'{flag}": true')
+        files[f"{name}_json"] = tmp_path / f"{name}.json"
+        files[f"{name}_json"].write_text(text.replace("./examples/opensoraplan1.5/data.txt", str(clips)))
+    changes = [
+        *("output=run", "device=cpu", "data.workers=0", "data.reader=pyav", "optimizer.accumulate=1"),
+        *(f"vae.pretrained={tiny_model}", "vae.config=none", f"text.t5={tiny_model}", "text.compute=fp32"),
+        *(f"text.clip={tiny_model}", "text.t5_tokenizer=none", "text.clip_tokenizer=none"),
+        *("data.selection.num_frames=9", "data.selection.min_num_frames=9"),
+        *("data.selection.max_height=32", "data.selection.max_width=32"),
+    ]
+    run = read_run(None, **files, changes=changes, to_cache=True)
+    assert write(run, tmp_path / "features").samples == 5
+    changes.append(f"data.features={tmp_path / 'features'}")
+    run = read_run(None, **files, changes=changes)
+    assert run.data.manifest is None
+    assert len(open_source(run, device=CPU)[0].samples) == 5
+    other = read_run(None, **files, changes=[*changes, "data.selection.speed_factor=1.5"])
+    with pytest.raises(
+        ValueError, match=r"is stale, .*another selection\.speed_factor \(was 1\.0, is 1\.5\): write"
+    ):
+        open_source(other, device=CPU)
+
+
+def test_features_without_clips_are_held_against_what_is_given(
+    settings: TrainSettings, cache: Path, tmp_path: Path
+) -> None:
+    run = settings.model_copy(update={"vae": VAESettings(), "text": TextSettings()})
+
+    def train_on(features: Path, **data: object) -> int:
+        given = DataSettings.read({"features": features, **data}, where="the test's run")
+        return len(open_source(run.model_copy(update={"data": given}), device=CPU)[0].samples)
+
+    assert train_on(cache) == 5  # num_frames, say, was another than the default
+    # How large batches are is for training to say.
+    size = {"num_frames": 9, "min_num_frames": 9, "max_width": 32, "min_batches": 1}
+    assert train_on(cache, selection=size, reader="pyav") == 5
+    with pytest.raises(
+        ValueError,
+        match=r"another selection\.num_frames \(was 9, is 121\), selection\.max_width \(was 32, is",
+    ):
+        train_on(cache, selection={"num_frames": 121, "max_width": 64})
+    # The reader need not be installed here.
+    read = tmp_path / "read"
+    shutil.copytree(cache, read)
+    description = json.loads((read / "features.json").read_text())
+    description["parts"]["reader"] = "torchcodec"
+    (read / "features.json").write_text(json.dumps(description))
+    assert train_on(read, reader="torchcodec") == 5
+    with pytest.raises(ValueError, match=r"another reader \(was torchcodec, is pyav\)"):
+        train_on(read, reader="pyav")

@@ -151,3 +151,27 @@ def test_mistakes_are_one_message(
     assert "osp: error: " in errors
     assert "Traceback" not in errors
     assert re.search(message, errors)
+
+
+def test_all_files_are_held_against_the_manifest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_clips: Path
+) -> None:
+    clip = {"path": str(next((tiny_clips.parent / "clips").glob("*.mp4"))), "cap": "a ball", "fps": 12}
+    # The file has 9 x 64 x 64.
+    rows = [
+        {**clip, "num_frames": 17, "height": 64, "width": 64},
+        {**clip, "num_frames": 9, "height": 64, "width": 128},
+    ]
+    path = tmp_path / "clips.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    sizes = ["num_frames=17", "min_num_frames=9", "max_height=64", "max_width=64"]
+    small = ["--set", *sizes, "train_fps=12", "drop_short_ratio=0"]
+    osp(monkeypatch, "data", "check", str(path), *small)
+    printed = capsys.readouterr().out
+    assert "kept     2" in printed
+    assert re.search("17 x 64 x 64 +1 ", printed)
+    osp(monkeypatch, "data", "check", str(path), "--all-files", *small)
+    printed = capsys.readouterr().out
+    assert "kept     1" in printed
+    assert re.search("  9 x 64 x 64 +1 ", printed)
+    assert "the manifest says 64 x 128 (height x width), the file is 64 x 64" in printed

@@ -243,3 +243,49 @@ def test_a_full_disk_while_saving_costs_no_checkpoint(osp: Osp, tiny_run: MakeRu
     assert checkpoint.steps(tmp_path / "run") == [2]
     assert osp("train", longer, "--resume", "latest")[0] == 0
     assert checkpoint.steps(tmp_path / "run") == [2, 4]
+
+
+def test_the_guides_files_make_the_features_that_they_load(
+    osp: Osp, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    run = tiny_run("run")
+    (tmp_path / "sizes.toml").write_text(SIZES)
+    for name, flag in (("model", "_features"), ("data", "use_feature_data")):
+        text = (GUIDE / f"guide_{name}.json").read_text(encoding="utf-8")
+        text = text.replace(f'{flag}": false', f'{flag}": true')
+        text = text.replace("./examples/opensoraplan1.5/data.txt", str(run.data.manifest))
+        (tmp_path / f"{name}.json").write_text(text)
+    changes = [
+        "output=run",
+        f"vae.pretrained={run.vae.pretrained}",
+        "vae.config=none",
+        f"text.t5={run.text.t5}",
+        f"text.clip={run.text.clip}",
+        "text.t5_tokenizer=none",
+        "text.clip_tokenizer=none",
+        "data.workers=0",
+        "data.reader=pyav",
+        "optimizer.steps=1",
+        "data.selection.num_frames=9",
+        "data.selection.min_num_frames=9",
+        "data.selection.train_fps=12",
+        "data.selection.max_height=64",
+        "data.selection.max_width=64",
+    ]
+    files = ["sizes.toml", "--model", "model.json", "--data", "data.json"]
+    code, err = osp("cache", *files, "--out", "features", "--set", *changes)
+    assert code == 0, err
+    code, err = osp("train", *files, "--set", *changes)
+    assert code == 2
+    assert "from where?" in err
+    changes.append("data.features=features")
+    code, err = osp("cache", *files, "--set", *changes)
+    assert code == 0, err
+    code, err = osp("train", *files, "--set", *changes)
+    assert code == 0, err
+    code, err = osp("train", "run/config.json", "--resume", "latest", "--set", "optimizer.steps=2")
+    assert code == 0, err
+    changes += ["output=other", "data.selection.speed_factor=2.0"]
+    code, err = osp("train", *files, "--set", *changes)
+    assert code == 2
+    assert "another selection.speed_factor (was 1.0, is 2.0)" in err

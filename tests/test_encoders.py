@@ -60,6 +60,24 @@ def test_captions_are_cleaned_and_in_no_template(encoders: Encoders) -> None:
     assert raw.mask.sum(1)[1] == 1  # "" is the end token alone
 
 
+def test_chinese_characters_may_stay_in_captions(tiny_model: Path, encoders: Encoders) -> None:
+    def load(**text: bool) -> Encoders:
+        paths = TextSettings(t5=tiny_model, clip=tiny_model, compute="fp32", **text)
+        return load_encoders(VAESettings(pretrained=tiny_model), paths, device="cpu")
+
+    def cleaned(text: str) -> torch.Tensor:
+        return dataclasses.replace(encoders, clean=False).encode_captions([text]).sequence
+
+    caption = "A Cat \u732b  runs"
+    kept = load(keep_chinese=True)
+    assert torch.equal(kept.encode_captions([caption]).sequence, cleaned("a cat \u732b runs"))
+    assert torch.equal(encoders.encode_captions([caption]).sequence, cleaned("a cat runs"))
+    # Caches of the default stay valid; where nothing is cleaned, nothing is removed.
+    parts = [made.fingerprint() for made in (encoders, kept, load(keep_chinese=True, clean=False))]
+    assert [part.pop("caption cleaning") for part in parts] == ["on", "on, Chinese kept", "off"]
+    assert parts[0] == parts[1] == parts[2]
+
+
 def test_long_captions_warn_for_t5_only(encoders: Encoders, caplog: pytest.LogCaptureFixture) -> None:
     short = dataclasses.replace(encoders, max_tokens=4)
     with caplog.at_level(logging.WARNING):

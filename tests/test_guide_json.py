@@ -32,6 +32,11 @@ def leaves(content: object, before: str = "") -> Iterator[str]:
 
 def read(folder: Path, **changes: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     """The guide's files with other values: model={"a.b": value}, data={...}."""
+    return read_guide(*write(folder, **changes).values())
+
+
+def write(folder: Path, **changes: Mapping[str, object]) -> dict[str, Path]:
+    """The files that `read` reads."""
     paths = {}
     for name, content in CONTENT.items():
         content = copy.deepcopy(content)
@@ -46,7 +51,7 @@ def read(folder: Path, **changes: Mapping[str, object]) -> tuple[dict[str, Any],
                 section[last] = value
         paths[name] = folder / f"{name}.json"
         paths[name].write_text(json.dumps(content), encoding="utf-8")
-    return read_guide(paths["model"], paths["data"])
+    return paths
 
 
 def test_as_printed() -> None:
@@ -286,6 +291,22 @@ def test_features_leave_the_clips_out(tmp_path: Path) -> None:
     values, notes = read(tmp_path, model=flags, data={"dataset_param.use_feature_data": True})
     assert "manifest" not in values["data"]
     assert any("basic_parameters.data_path, " in note and "data.features" in note for note in notes)
+
+
+def test_features_are_made_of_the_clips(tmp_path: Path) -> None:
+    """The same two files for `osp cache`, which say no more than that features are loaded in training."""
+    flags = {"load_video_features": True, "load_text_features": True}
+    features = {"dataset_param.use_feature_data": True, "dataset_param.basic_parameters.data_folder": "disk"}
+    paths = write(tmp_path, model=flags, data=features)
+    values, notes = read_guide(paths["model"], paths["data"], to_cache=True)
+    assert (values["data"]["manifest"], values["data"]["root"]) == (
+        "./examples/opensoraplan1.5/data.txt",
+        "disk",
+    )
+    assert not any("data_path" in note for note in notes)
+    trained = read_guide(paths["model"], paths["data"])[0]
+    del values["data"]["manifest"], values["data"]["root"]
+    assert values == trained
 
 
 def test_sizes_of_their_own(tmp_path: Path) -> None:

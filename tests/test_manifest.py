@@ -503,13 +503,70 @@ def test_probing_is_remembered_until_the_file_changes(
     assert read_manifest(data)[0].num_frames == 13
     os.utime(path, ns=(0, 0))
     assert read_manifest(data)[0].num_frames == 12
-    for nonsense in ("[]", "{", '{"a.mp4": {"size": 1}}', '{"a.mp4": 3}'):
+    whole = json.loads(cache.read_text())
+    wrong = [{"a.mp4": {"size": 1}}, {"a.mp4": 3}, [], None]
+    for nonsense in ("[]", "{", *(json.dumps({**whole, "files": files}) for files in wrong)):
         cache.write_text(nonsense)
         caplog.clear()
         assert read_manifest(data)[0].num_frames == 12
         assert ".osp-probed.json is not used" in caplog.text
-        assert json.loads(cache.read_text())["a.mp4"]["num_frames"] == 12
+        assert json.loads(cache.read_text()) == whole
     assert sorted(os.listdir(tmp_path)) == [cache.name, "a.mp4", "m.jsonl"]
+
+
+def test_what_an_earlier_version_remembered_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it was written before frames of Matroska were counted, with no version."""
+    write_clip(tmp_path / "a.mp4", frames=12)
+    data = write_lines(tmp_path / "m.jsonl", {"path": "a.mp4", "cap": "x"})
+    cache = tmp_path / ".m.jsonl.osp-probed.json"
+    read_manifest(data)
+    whole = json.loads(cache.read_text())
+    whole["files"]["a.mp4"]["num_frames"] = 99
+    for old in (whole["files"], {**whole, "version": whole["version"] - 1}):
+        cache.write_text(json.dumps(old))
+        assert read_manifest(data)[0].num_frames == 12
+        assert json.loads(cache.read_text())["files"]["a.mp4"]["num_frames"] == 12
+    assert not caplog.messages
+
+
+def test_every_file_is_held_against_the_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_clip(tmp_path / "a.mp4", frames=12)
+    write_image(tmp_path / "b.png")
+    whole = {"cap": "x", "num_frames": 12, "fps": 24, "height": 24, "width": 32}
+    clip, image = {"path": "a.mp4", **whole}, {"path": "b.png", **whole}
+    rows = [
+        clip,
+        {**clip, "fps": 23.976},
+        {**clip, "crop": [0, 16, 0, 8]},
+        {**clip, "num_frames": 99},
+        {**clip, "num_frames": 99, "cut": [2, 90]},
+        {**clip, "num_frames": 7},
+        image,
+        {**clip, "height": 32, "width": 24},
+        {**clip, "fps": 24.3},
+        {**image, "width": 33},
+        {**clip, "height": 25, "fps": 12},
+    ]
+    data = write_lines(tmp_path / "m.jsonl", *rows)
+    given = read_manifest(data)
+    assert [record.error for record in given] == [""] * len(rows)
+    assert [record.num_frames for record in given][:6] == [12, 12, 12, 99, 88, 7]
+    assert not caplog.messages
+    found = read_manifest(data, probing="all")
+    assert [record.num_frames for record in found][:7] == [12, 12, 12, 12, 10, 7, 1]
+    assert [record.fps for record in found][:2] == [24, 23.976]
+    clip_path, image_path = tmp_path / "a.mp4", tmp_path / "b.png"
+    assert [record.error for record in found] == [
+        *[""] * 7,
+        f"{clip_path}: the manifest says 32 x 24 (height x width), the file is 24 x 32",
+        f"{clip_path}: the manifest says 24.3 fps, the file has 24",
+        f"{image_path}: the manifest says 24 x 33 (height x width), the file is 24 x 32",
+        f"{clip_path}: the manifest says 25 x 32 (height x width), the file is 24 x 32; the manifest says "
+        "12 fps, the file has 24",
+    ]
+    assert "4 of 11 files cannot be read, or are not what the manifest says: " in caplog.text
 
 
 def test_probing_every_file_finds_what_is_gone(tmp_path: Path) -> None:

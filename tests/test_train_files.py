@@ -229,7 +229,6 @@ def test_the_guides_files(caplog: pytest.LogCaptureFixture) -> None:
     sized = ["data.selection.max_height=96", "data.selection.max_width=160", "data.manifest=clips"]
     changed = read_run(None, model_json=MODEL_JSON, data_json=DATA_JSON, changes=sized)
     assert differences(settings, changed) == [
-        "data.manifest: examples/opensoraplan1.5/data.txt -> clips",
         "data.selection.max_height: 576 -> 96",
         "data.selection.max_width: 1024 -> 160",
     ]
@@ -259,6 +258,22 @@ def test_features_of_the_guide_need_a_folder(tmp_path: Path) -> None:
         read_run(None, model_json=model, data_json=data)
     settings = read_run(None, model_json=model, data_json=data, changes=["data.features=cache"])
     assert (settings.data.features, settings.data.manifest) == (Path("cache"), None)
+    clips = Path("examples/opensoraplan1.5/data.txt")
+    for changes, features in (([], None), (["data.features=cache"], Path("cache"))):
+        settings = read_run(None, model_json=model, data_json=data, changes=changes, to_cache=True)
+        assert (settings.data.features, settings.data.manifest) == (features, clips)
+
+
+def test_a_config_gives_no_defaults_of_how_features_were_made(run: Path, tmp_path: Path) -> None:
+    """It has all values, and features without clips are held against those that somebody gave."""
+    config = tmp_path / "config.json"
+    for changes, given in (([], 19), (["data.manifest=none", "data.features=cache"], 1)):
+        settings = read_run(run, changes=changes)
+        again = read_run(write(config, settings.model_dump_json()))
+        assert again == settings
+        assert len(again.data.selection.model_fields_set) == given
+        assert ("reader" in again.data.model_fields_set) == (given > 1)
+        assert "num_frames" in again.data.selection.model_fields_set
 
 
 def test_vae_runs(tmp_path: Path) -> None:

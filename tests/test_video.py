@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from av.stream import Disposition
 
 from opensoraplan.data import reading
 from opensoraplan.data.video import (
@@ -261,18 +260,6 @@ def test_a_size_that_changes_is_an_error(tmp_path: Path) -> None:
         read_frames(both)
 
 
-def test_probe(tmp_path: Path) -> None:
-    info = probe(write_clip(tmp_path / "clip.mp4", grey_frames(10), rate=Fraction(30000, 1001)))
-    assert (info.frames, info.fps, info.height, info.width, info.codec) == (
-        10,
-        Fraction(30000, 1001),
-        32,
-        48,
-        "mpeg4",
-    )
-    assert info.duration == pytest.approx(10 * 1001 / 30000, abs=1e-4)
-
-
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
     missing = tmp_path / "missing.mp4"
     for read in (probe, read_frames, count_frames):
@@ -288,31 +275,6 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
         probe(empty)
     with pytest.raises(IsADirectoryError):
         probe(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "codec", "cover", "found"),
-    [("sound.wav", "pcm_s16le", False, r"audio$"), ("song.mp3", "libmp3lame", True, "audio, cover$")],
-)
-def test_sound_is_no_video_even_with_a_cover(
-    tmp_path: Path, name: str, codec: str, cover: bool, found: str
-) -> None:
-    with av.open(str(tmp_path / name), "w") as container:
-        sound = container.add_stream(codec, rate=8000, layout="mono")
-        assert isinstance(sound, av.AudioStream)
-        packets = []
-        if cover:
-            image = container.add_stream("png", rate=25)
-            assert isinstance(image, av.VideoStream)
-            image.height, image.width, image.pix_fmt = 16, 16, "rgb24"
-            image.disposition = Disposition.attached_pic
-            packets = image.encode(av.VideoFrame.from_ndarray(picture(16, 16))) + image.encode(None)
-        container.mux(packets)
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 576), np.int16), format="s16p", layout="mono")
-        samples.sample_rate = 8000
-        container.mux(sound.encode(samples) + sound.encode(None))
-    with pytest.raises(ValueError, match=rf"{name} .* has no video; found: {found}"):
-        probe(tmp_path / name)
 
 
 def test_a_clip_cut_off_before_its_index(tmp_path: Path) -> None:

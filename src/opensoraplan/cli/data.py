@@ -37,7 +37,9 @@ class DataCheck:
     unless given.
     """
     all_files: bool = False
-    """Open every file, also where the manifest says all there is to know."""
+    """Open every file, also where the manifest says all there is to know, and compare: frames that a file
+    does not have are not counted, clips of another size or rate than the manifest says are dropped.
+    """
     captions: bool = True
     """Drop clips without a caption; --no-captions is for training a VAE, and a VAE's run has it."""
     seed: Annotated[int | None, optional("N", "(default: 0)")] = None

@@ -148,7 +148,11 @@ def cache(options: Cache) -> None:
 
     files = options.files
     settings = read_run(
-        files.config, model_json=files.model, data_json=files.data, changes=[*chain(*files.set)]
+        files.config,
+        model_json=files.model,
+        data_json=files.data,
+        changes=[*chain(*files.set)],
+        to_cache=True,
     )
     out = options.out or settings.data.features
     if out is None:

@@ -26,6 +26,9 @@ def check_manifest(
 ) -> str:
     """Read and select as training would, write the CSV if wanted, and return the table.
 
+    With `probing` "all" the manifest is held against every file, which training does not do: what the table
+    then drops as unreadable, or counts fewer frames of, would fail there or be wrongly cropped.
+
     Dropping everything is no error here, for the table says why. Arguments and errors are otherwise those
     of `read_manifest`, `select` and `write_csv`.
     """

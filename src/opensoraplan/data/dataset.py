@@ -156,7 +156,8 @@ class ClipDataset(Dataset[Clip]):
         record = sample.record
         # Not every reader takes pictures.
         reader: Reader = "pyav" if record.is_image else self._reader
-        frames = read_numbered(record.path, sample.frame_numbers, crop=record.crop, reader=reader)
+        rate = record.fps if record.variable else None
+        frames = read_numbered(record.path, sample.frame_numbers, crop=record.crop, reader=reader, rate=rate)
         return fit(frames, height=sample.height, width=sample.width)
 
 

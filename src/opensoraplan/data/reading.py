@@ -54,9 +54,12 @@ class _UncertainError(Exception):
 class VideoInfo:
     """What a file says of its video.
 
-    `frames` is an estimate, duration times rate (only where the container gives no duration they are
-    counted); `count_frames` is exact. `fps` is the mean rate. `height` and `width` are those of the upright
-    picture, in pixels. `duration` is in seconds. `codec` is FFmpeg's name of the format, such as "h264".
+    Where the file tells how long its video is, `frames` is an estimate, that length times the rate. Where it
+    does not, as in Matroska and WebM, frames are counted. `count_frames` is exact. `fps` is the mean rate; of
+    counted frames by their time stamps, which keep a rate that the file names and that they fit. `variable`:
+    some frame appears at least a whole frame's time before or after its place at that rate. `height` and
+    `width` are those of the upright picture, in pixels. `duration` is in seconds. `codec` is FFmpeg's name of
+    the format, such as "h264".
     """
 
     frames: int
@@ -65,6 +68,7 @@ class VideoInfo:
     width: int
     duration: float
     codec: str
+    variable: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,20 +96,40 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Describe the video in `path` (of several, the one that players choose). Decodes one frame.
+    """Describe the video in `path` (of several, the one that players choose).
 
-    Raises FileNotFoundError, or ValueError for a file without readable video.
+    Decodes one frame. Where the file does not tell how long its video is, the packets of the whole file are
+    read, too, or, of a codec in which they are not frames, decoded.
+
+    Raises FileNotFoundError, or ValueError for a file without readable video or, where all of it is decoded,
+    for a damaged one.
     """
     with _opened(path) as (container, stream):
-        first = next(_timed(path, container, stream)).frame
+        shots = _timed(path, container, stream)
+        first = next(shots).frame
         height, width = first.height, first.width
         if _orientation(first)[0]:
             height, width = width, height
         fps, codec = _mean_rate(stream), _codec(stream)
-        seconds = _promised(container, stream)
-    frames = count_frames(path) if seconds is None else max(1, round(seconds * fps))
-    duration = float(frames / fps if seconds is None else seconds)
-    return VideoInfo(frames=frames, fps=fps, height=height, width=width, duration=duration, codec=codec)
+        seconds = _own_seconds(container, stream)
+        if seconds is not None:
+            frames, starts = max(1, round(seconds * fps)), _indexed(stream)
+        else:
+            starts = _counted(path, stream, first, shots)
+            frames, span = len(starts), starts[-1]
+            # Start and end of the span are both rounded.
+            if span > 0 and abs(span - (frames - 1) / fps) > 2 * _SAME_INSTANT:
+                fps = (frames - 1) / span
+            seconds = frames / fps
+    return VideoInfo(
+        frames=frames,
+        fps=fps,
+        height=height,
+        width=width,
+        duration=float(seconds),
+        codec=codec,
+        variable=any(abs(start * fps - place) >= 1 for place, start in enumerate(starts)),
+    )
 
 
 def count_frames(path: str | Path, *, fps: float | Fraction | None = None, limit: int | None = None) -> int:
@@ -148,12 +172,14 @@ def read_numbered(
     *,
     crop: tuple[int, int, int, int] | None = None,
     reader: Reader = "pyav",
+    rate: float | None = None,
 ) -> torch.Tensor:
     """The frames of these numbers, which rise and may repeat, as uint8 [len(numbers), H, W, 3].
 
-    Numbers count the decoded frames of the file from 0 in the order shown. `crop` = (left, right, top,
-    bottom) in pixels of the upright picture. Far into a file, the keyframe before the first frame is sought
-    instead of decoding all before it, if it is certain that this gives the same frames. `reader` "decord" or
+    Numbers count the decoded frames of the file from 0 in the order shown; with `rate`, for a file whose own
+    one varies, those that PyAV gives when it is resampled to that rate. `crop` = (left, right, top, bottom)
+    in pixels of the upright picture. Far into a file, the keyframe before the first frame is sought instead
+    of decoding all before it, if it is certain that this gives the same frames. `reader` "decord" or
     "torchcodec" decodes with that package, or with PyAV and one line of log if it is not installed.
 
     Raises FileNotFoundError, and ValueError for a file without readable video, with too few frames, damaged
@@ -165,6 +191,9 @@ def read_numbered(
         raise ValueError(f"crop must be [left, right, top, bottom] with left < right, got {list(crop)}")
     if not Path(path).exists():
         raise FileNotFoundError(f"video {path} does not exist")
+    if rate is not None:
+        shots = enumerate(shot.frame for shot in _shots(path, rate=frame_rate(rate)))
+        return _chosen(path, shots, numbers, crop=crop)
     if installed_reader(reader) != "pyav":
         frames = _by_decord(path, numbers) if reader == "decord" else _by_torchcodec(path, numbers)
         return _cropped(path, frames, crop)
@@ -216,11 +245,50 @@ def _mean_rate(stream: VideoStream) -> Fraction:
     return stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)
 
 
+def _own_seconds(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """How long the video stream is, if the file tells it."""
+    # Matroska has one length, that of the whole file, which FFmpeg puts here now and then.
+    if "matroska" in container.format.name or stream.duration is None or stream.time_base is None:
+        return None
+    return stream.duration * stream.time_base
+
+
 def _promised(container: InputContainer, stream: VideoStream) -> Fraction | None:
     """How many seconds of video there are according to the file, if it says."""
-    if stream.duration is not None and stream.time_base is not None:
-        return stream.duration * stream.time_base
-    return None if container.duration is None else Fraction(container.duration, av.time_base)
+    own = _own_seconds(container, stream)
+    if own is not None or container.duration is None or len(container.streams) > 1:
+        return own
+    return Fraction(container.duration, av.time_base)
+
+
+def _counted(
+    path: str | Path, stream: VideoStream, first: VideoFrame, rest: Iterable[_Shot]
+) -> list[Fraction]:
+    """When each frame of a file appears, in seconds from the `first` one on: by its packets if each of them
+    is a frame, else by decoding the `rest`.
+    """
+    # Two packets may be one interlaced frame, where the container leaves them apart.
+    if (
+        _codec(stream) in _PACKET_IS_FRAME
+        and not first.interlaced_frame
+        and first.pts is not None
+        and first.time_base == stream.time_base
+    ):
+        with suppress(_UncertainError):
+            stamps, tick = _listed_stamps(path, first=first.pts), stream.time_base or Fraction(0)
+            return [(stamp - stamps[0]) * tick for stamp in stamps]
+    return [Fraction(0), *(shot.start for shot in rest)]
+
+
+def _indexed(stream: VideoStream) -> list[Fraction]:
+    """When frames appear according to the container's index, in seconds from the first one on; none if it has
+    no index, or not of every frame.
+    """
+    entries = [entry for entry in getattr(stream, "index_entries", ()) if not entry.is_discard]
+    if not entries or len(entries) != stream.frames or stream.time_base is None:
+        return []
+    # Of decoding, which are as far apart as those of showing, in another order.
+    return [(entry.timestamp - entries[0].timestamp) * stream.time_base for entry in entries]
 
 
 def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -263,8 +331,7 @@ def _timed(path: str | Path, container: InputContainer, stream: VideoStream) -> 
     if origin is None:
         raise ValueError(f"{path} has a video stream ({_codec(stream)}) without frames")
     promised = _promised(container, stream)
-    whose = stream.duration is not None or len(container.streams) == 1
-    if whose and promised is not None and end < promised * Fraction(9, 10):
+    if promised is not None and end < promised * Fraction(9, 10):
         # No error: a last frame may rightly stay on screen for long, and Matroska counts no frames.
         logger.warning("%s: frames end after %.2f s of %.2f s; is it cut off?", path, end, promised)
 
@@ -404,21 +471,26 @@ def _even_stamps(stream: VideoStream, *, first: int, last: int) -> Sequence[int]
     return range(first, first + (last + 1) * step, step)
 
 
-def _listed_stamps(path: str | Path, *, first: int, last: int) -> Sequence[int]:
-    """Time stamps of frames 0 to `last`, from the file's packets, which are read but not decoded."""
+def _listed_stamps(path: str | Path, *, first: int, last: int | None = None) -> Sequence[int]:
+    """Time stamps of frames 0 to `last` (None: of all), from the file's packets, which are read but not
+    decoded; `first` is that of frame 0.
+    """
     stamps: list[int] = []
     with _opened(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard:
                 continue
-            if packet.pts is None or packet.dts is None or packet.is_corrupt:
+            if packet.pts is None or packet.is_corrupt:
                 raise _UncertainError
             # What is still to come is shown after it is decoded.
-            if len(stamps) > last and packet.dts > stamps[last]:
-                break
+            if last is not None:
+                if packet.dts is None:
+                    raise _UncertainError
+                if len(stamps) > last and packet.dts > stamps[last]:
+                    break
             if packet.pts >= first:
                 insort(stamps, packet.pts)
-    if len(stamps) <= last or stamps[0] != first or any(a == b for a, b in pairwise(stamps)):
+    if len(stamps) <= (last or 0) or stamps[0] != first or any(a == b for a, b in pairwise(stamps)):
         raise _UncertainError
     return stamps
 

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # How many files that cannot be read the warning names.
 _NAMED = 5
+# Of what is remembered of files. Before 2, frames were counted wrongly in Matroska and WebM.
+_VERSION = 2
+# How far, relatively, the rate of a manifest may be from that of the file, which may be a mean.
+_SAME_FPS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,8 @@ class Record:
     `num_frames` and `fps` are those of the file; with `cut` = (start, end), frame numbers in the file of
     which the end is not included, `num_frames` counts only the frames in it. `height` and `width` are those
     of the upright picture in pixels; with `crop` = (left, right, top, bottom), those of the part cut out.
-    None is unknown. `error` says why the file could not be read, if that was found out.
+    None is unknown. `variable`: the file was found to have no constant rate; its frames are then those of one
+    resampled to `fps`. `error` says why the file could not be read, if that was found out.
     """
 
     path: Path
@@ -43,6 +48,7 @@ class Record:
     cut: tuple[int, int] | None = None
     crop: tuple[int, int, int, int] | None = None
     aesthetic: float | None = None
+    variable: bool = False
     error: str = ""
 
     @property
@@ -66,6 +72,7 @@ class _Probed:
     fps: str
     height: int
     width: int
+    variable: bool
 
 
 def complete(
@@ -75,7 +82,8 @@ def complete(
 
     Files of records that lack something (or of all, with `every_file`) are opened by `workers` threads. What
     they say is remembered in the JSON file `cache`, by path, size and time of change, if its folder can be
-    written to.
+    written to. With `every_file`, records are held against their files: more frames than a file has are
+    lowered to its own, and another size, or a rate that is more than 1% off, is an `error`.
     """
     wanted = [index for index, record in enumerate(records) if every_file or not record.is_complete]
     if not wanted:
@@ -96,7 +104,7 @@ def complete(
             if isinstance(found, str):
                 result[index] = replace(records[index], error=found)
                 continue
-            result[index] = _filled(records[index], found)
+            result[index] = _filled(records[index], found, compared=every_file)
             if known.get(key) != found:
                 fresh[key] = found
     finally:
@@ -107,9 +115,9 @@ def complete(
     errors = [record.error for record in result if record.error]
     if errors:
         more = f"; and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
-        logger.warning(
-            "%d of %d files cannot be read: %s", len(errors), len(records), "; ".join(errors[:_NAMED]) + more
-        )
+        what = "cannot be read, or are not what the manifest says" if every_file else "cannot be read"
+        named = "; ".join(errors[:_NAMED]) + more
+        logger.warning("%d of %d files %s: %s", len(errors), len(records), what, named)
     return result
 
 
@@ -130,11 +138,14 @@ def _look(path: Path, known: _Probed | None) -> _Probed | str:
         fps=str(info.fps),
         height=info.height,
         width=info.width,
+        variable=info.variable,
     )
 
 
-def _filled(record: Record, found: _Probed) -> Record:
-    """`record` with what it lacks, or with an error if its cut or crop is outside of the file's picture."""
+def _filled(record: Record, found: _Probed, *, compared: bool) -> Record:
+    """`record` with what it lacks, or with an error if its cut or crop is outside of the file's picture or,
+    if it is to be `compared`, it contradicts the file.
+    """
     if record.cut is not None and record.cut[0] >= found.num_frames:
         return replace(
             record, error=f"{record.path} has {found.num_frames} frames, cut is {list(record.cut)}"
@@ -142,26 +153,47 @@ def _filled(record: Record, found: _Probed) -> Record:
     if record.crop is not None and (record.crop[1] > found.width or record.crop[3] > found.height):
         size = f"{found.height} x {found.width} (height x width)"
         return replace(record, error=f"{record.path} is {size}, crop is {list(record.crop)}")
+    if compared and (different := _different(record, found)):
+        return replace(record, error=f"{record.path}: {different}")
     frames = record.num_frames or found.num_frames
     if record.cut is not None:
         frames = min(frames, found.num_frames - record.cut[0])
+    elif compared:
+        frames = min(frames, found.num_frames)
     return replace(
         record,
         num_frames=1 if record.is_image else frames,
         fps=None if record.is_image else record.fps or float(Fraction(found.fps)),
         height=record.height or found.height,
         width=record.width or found.width,
+        variable=found.variable and not record.is_image,
     )
 
 
+def _different(record: Record, found: _Probed) -> str:
+    """What the manifest and the file say of size and rate where they differ; "" where they do not."""
+    problems: list[str] = []
+    height, width = record.height or found.height, record.width or found.width
+    # With a crop they are those of the part.
+    if record.crop is None and (height, width) != (found.height, found.width):
+        size = f"{found.height} x {found.width}"
+        problems.append(f"the manifest says {height} x {width} (height x width), the file is {size}")
+    rate = float(Fraction(found.fps))
+    if not record.is_image and record.fps is not None and abs(record.fps - rate) > _SAME_FPS * rate:
+        problems.append(f"the manifest says {record.fps:g} fps, the file has {rate:g}")
+    return "; ".join(problems)
+
+
 def _load(cache: Path) -> dict[str, _Probed]:
-    """What was remembered; anything else in that place is as good as nothing."""
+    """What was remembered; anything else in that place, or of another version, is as good as nothing."""
     try:
         content = json.loads(cache.read_text(encoding="utf-8"))
-        return {str(key): _Probed(**entry) for key, entry in content.items()}
+        if content.get("version") != _VERSION:
+            return {}
+        return {str(key): _Probed(**entry) for key, entry in content["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         logger.warning("%s is not used: %s", cache, error)
         return {}
 
@@ -169,7 +201,8 @@ def _load(cache: Path) -> dict[str, _Probed]:
 def _save(cache: Path, known: Mapping[str, _Probed]) -> None:
     """Remember, if the folder can be written to; readers see the old file or the new one, never a part."""
     fields = _Probed.__slots__
-    content = {key: {field: getattr(entry, field) for field in fields} for key, entry in known.items()}
+    files = {key: {field: getattr(entry, field) for field in fields} for key, entry in known.items()}
+    content = {"version": _VERSION, "files": files}
     try:
         write_whole(cache, lambda file: file.write_text(json.dumps(content, indent=0), encoding="utf-8"))
     except OSError as error:

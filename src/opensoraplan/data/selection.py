@@ -47,7 +47,7 @@ class Reason(StrEnum):
 
 
 _SENTENCES: Mapping[Reason, str] = {
-    Reason.UNREADABLE: "the file is missing or damaged, or lacks what its cut or crop names",
+    Reason.UNREADABLE: "the file is missing or damaged, or not what the manifest says of it",
     Reason.NO_CAPTION: "neither cap, caption or text, nor a .txt file of the same name",
     Reason.NO_SIZE: "height or width is unknown, and was not looked up in the file",
     Reason.NO_LENGTH: "num_frames or fps is unknown, and was not looked up in the file",

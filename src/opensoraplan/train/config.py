@@ -57,7 +57,8 @@ class VAESettings(Settings):
 
 class TextSettings(Settings):
     """The frozen text encoders: folders of a T5 encoder and a CLIP text model with projection, and of their
-    tokenizers (None: in the encoder's folder). `clean` captions as the original does.
+    tokenizers (None: in the encoder's folder). `clean` captions as the original does, which removes Chinese
+    characters unless `keep_chinese` is on.
     """
 
     t5: ModelPath | None = None
@@ -66,6 +67,7 @@ class TextSettings(Settings):
     clip_tokenizer: ModelPath | None = None
     max_tokens: Positive = 512
     clean: bool = True
+    keep_chinese: bool = False
     compute: Precision = "bf16"
 
 
@@ -162,7 +164,7 @@ class ParallelSettings(MeshSettings):
     """How several processes, started by torchrun or `osp launch`, are arranged: see parallel/mesh.py.
 
     `cpu_offload` keeps shards, gradients and optimizer state in host memory. `encoder_dp`: processes that
-    work on the same sample encode different ones in turn, instead of all the same. `timeout_s`: how long a
+    work on the same sample encode different ones in turn, instead of the first all. `timeout_s`: how long a
     process waits for the others, also for them to write a checkpoint, before it takes the job down.
     """
 

@@ -58,6 +58,7 @@ class Encoders:
     tokenizer_2: "PreTrainedTokenizerBase"
     max_tokens: int = 512
     clean: bool = True
+    keep_chinese: bool = False
 
     @property
     def text_widths(self) -> tuple[int, int]:
@@ -83,8 +84,12 @@ class Encoders:
         return torch.cat([torch.cat(list(self.vae.iter_encode([clip])), dim=2) for clip in clips])
 
     def encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
-        """States of captions as the original trains on them: cleaned (with `clean`), in no template."""
-        settings = PromptSettings(template=None, negative_prompt="", clean=self.clean)
+        """States of captions as the original trains on them: cleaned (with `clean`; `keep_chinese` leaves
+        Chinese characters in), in no template.
+        """
+        settings = PromptSettings(
+            template=None, negative_prompt="", clean=self.clean, keep_chinese=self.keep_chinese
+        )
         with _without_clip_warnings():
             return encode_prompts(
                 [settings.positive(caption) for caption in captions],
@@ -102,13 +107,14 @@ class Encoders:
         no part in it.
         """
         text = f"{_name(self.text_encoder.dtype)} {_name(self.text_encoder_2.dtype)}"
+        cleaning = "off" if not self.clean else "on, Chinese kept" if self.keep_chinese else "on"
         return {
             **_vae_parts(self.vae),
             **_t5_parts(self.text_encoder, self.tokenizer),
             **_clip_parts(self.text_encoder_2, self.tokenizer_2),
             "text precision": text,
             "max_tokens": str(self.max_tokens),
-            "caption cleaning": "on" if self.clean else "off",
+            "caption cleaning": cleaning,
         }
 
 
@@ -170,6 +176,7 @@ def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device 
         tokenizer_2=load_tokenizer(paths["text.clip_tokenizer"]),
         max_tokens=text.max_tokens,
         clean=text.clean,
+        keep_chinese=text.keep_chinese,
     )
 
 

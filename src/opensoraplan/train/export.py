@@ -135,6 +135,7 @@ def _write_diffusers(
             **_prompts_of(base),
             "max_text_tokens": text.max_tokens,
             "clean_prompts": text.clean,
+            "keep_chinese": text.keep_chinese,
             **prompts.as_config(),
         },
         max_shard_size=max_shard_size,

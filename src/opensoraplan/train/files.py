@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opensoraplan.convert.mindspeed_json import read_json
+from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.settings import Settings
-from opensoraplan.train.config import TrainSettings, VAETrainSettings
+from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
 from opensoraplan.train.guide_json import read_guide
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ def read_run(
     model_json: Path | None = None,
     data_json: Path | None = None,
     changes: Sequence[str] = (),
+    to_cache: bool = False,
 ) -> TrainSettings:
     """The run that `path` (.toml, or the config.json of a run) describes, or the guide's two files, or both:
-    then `path` goes before them. `changes` go before all: see `read_settings`.
+    then `path` goes before them. `changes` go before all: see `read_settings`. `to_cache`, for `osp cache`:
+    the guide's files name clips also where they say that features are loaded.
 
     Raises one ValueError for files that are missing or wrong, which names every key that is. Whether the
     paths in it exist is not looked at.
@@ -85,7 +88,7 @@ def read_run(
                 "--data"
             )
         return read_settings(TrainSettings, path, changes=changes)
-    values, notes = read_guide(model_json, data_json)
+    values, notes = read_guide(model_json, data_json, to_cache=to_cache)
     for note in notes:
         logger.info("%s", note)
     where = f"{model_json} and {data_json}"
@@ -98,7 +101,8 @@ def read_run(
     if isinstance(data, dict) and data.get("features") is None and data.get("manifest") is None:
         raise ValueError(
             f"{where}: features are to be loaded, but from where? Give data.features=FOLDER, which osp cache "
-            f"wrote, or set load_video_features, load_text_features and use_feature_data to false"
+            "writes with the same two files, or set load_video_features, load_text_features and "
+            "use_feature_data to false"
         )
     return TrainSettings.read(values, where=_with_changes(where, changes))
 
@@ -200,7 +204,7 @@ def _load(path: Path) -> dict[str, Any]:
         )
     try:
         if path.suffix == ".json":
-            content = read_json(path)
+            content = _given(read_json(path))
         else:
             content = _with_nothing(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except tomllib.TOMLDecodeError as error:
@@ -212,6 +216,26 @@ def _load(path: Path) -> dict[str, Any]:
     if any(key in content for key in OF_THE_GUIDE):
         raise ValueError(f"{path} is one of the guide's two files: give them as --model and --data")
     return content
+
+
+def _given(content: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json, which has every value, as if defaults of the selection and the reader had not been
+    given where features without clips are held against what is given (`open_source`).
+    """
+    data = content.get("data")
+    if not isinstance(data, dict) or data.get("features") is None or data.get("manifest") is not None:
+        return content
+    data = dict(data)
+    if data.get("reader") == DataSettings.model_fields["reader"].default:
+        del data["reader"]
+    if isinstance(data.get("selection"), dict):
+        defaults = SelectionSettings().model_dump(mode="json")
+        data["selection"] = {
+            key: value
+            for key, value in data["selection"].items()
+            if key not in defaults or value != defaults[key]
+        }
+    return {**content, "data": data}
 
 
 def _with_nothing(values: Mapping[str, Any]) -> dict[str, Any]:

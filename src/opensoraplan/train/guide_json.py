@@ -220,12 +220,14 @@ class _Files:
         return [f"{name}: without meaning here: {', '.join(given)} ({reason})"] if given else []
 
 
-def read_guide(model_json: Path, data_json: Path) -> tuple[dict[str, Any], list[str]]:
+def read_guide(
+    model_json: Path, data_json: Path, *, to_cache: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """What the two files say as nested values of TrainSettings, and notes to log, one a line.
 
     Raises ValueError for unknown keys, for values that v1.5.0 does not have, and for contradictions, naming
     both places. Paths in the files are taken as they are, whether they exist or not. With features there is
-    no data.manifest: the caller has to give data.features.
+    no data.manifest: the caller has to give data.features. `to_cache` leaves it in: features are made of it.
     """
     for path in (model_json, data_json):
         if not path.is_file():
@@ -274,7 +276,7 @@ def read_guide(model_json: Path, data_json: Path) -> tuple[dict[str, Any], list[
     }
     if agreed["num_frames"] is not None:
         selection["num_frames"] = agreed["num_frames"]
-    if not agreed["features"]:
+    if to_cache or not agreed["features"]:
         basic = data.dataset_param.basic_parameters
         values["data"] |= {"manifest": basic.data_path, "root": basic.data_folder or None}
     else:

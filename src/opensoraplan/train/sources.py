@@ -22,12 +22,12 @@ from opensoraplan.data.features import (
     read_parts,
 )
 from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import Reason, Sample, select
+from opensoraplan.data.selection import Reason, Sample, SelectionSettings, select
 from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
-from opensoraplan.train.config import ClipSourceSettings, TrainSettings, VAETrainSettings
+from opensoraplan.train.config import ClipSourceSettings, DataSettings, TrainSettings, VAETrainSettings
 from opensoraplan.train.encoders import (
     ENCODER_PARTS,
     Encoders,
@@ -115,8 +115,9 @@ def open_source(
     a step has in all processes (None: in this one alone).
 
     Features are held against the clips and encoders that the settings name, if they do; the encoders then
-    are loaded on the CPU and, unless validation needs them, let go. Raises ValueError for data that does not
-    exist, is empty, or was encoded by something else.
+    are loaded on the CPU and, unless validation needs them, let go. Without clips, features are held against
+    what the settings give of the selection and the reader. Raises ValueError for data that does not exist, is
+    empty, or was encoded by something else.
     """
     data = settings.data
     manifest, root, features = data.manifest, data.root, data.features
@@ -136,6 +137,8 @@ def open_source(
             parts |= preprocessing_parts(
                 settings, select_clips(data, manifest, root=root, seed=settings.seed)
             )
+        elif not held_out:
+            parts |= _given_parts(data, of=read_parts(features))
         if named:
             loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
             parts |= loaded.fingerprint()
@@ -232,14 +235,30 @@ def digest_of(samples: Sequence[Sample]) -> str:
 def preprocessing_parts(settings: TrainSettings, samples: Sequence[Sample]) -> dict[str, str]:
     """What features depend on beside the encoders, as `Encoders.fingerprint` names parts."""
     data = settings.data
-    # Caches are not made of batches.
-    selection = data.selection.model_dump(exclude={"min_batches"})
     return {
-        **{f"selection.{name}": json.dumps(value) for name, value in selection.items()},
+        **_selection_parts(data.selection),
         "reader": installed_reader(data.reader),
         "use_aesthetic": str(data.use_aesthetic).lower(),
         "clips, windows (drawn by seed) and captions": digest_of(samples),
     }
+
+
+def _selection_parts(selection: SelectionSettings, *, given: bool = False) -> dict[str, str]:
+    """Of all settings of the selection, or only of those that are given."""
+    # Caches are not made of batches.
+    values = selection.model_dump(exclude={"min_batches"}, exclude_unset=given)
+    return {f"selection.{name}": json.dumps(value) for name, value in values.items()}
+
+
+def _given_parts(data: DataSettings, *, of: Mapping[str, str]) -> dict[str, str]:
+    """As `preprocessing_parts`, but of what the settings give and can be known without clips, to be compared
+    with the parts `of` a cache.
+    """
+    parts = _selection_parts(data.selection, given=True)
+    # The reader of the cache need not be installed where nothing is read.
+    if "reader" in data.model_fields_set and of.get("reader") != data.reader:
+        parts["reader"] = installed_reader(data.reader)
+    return parts
 
 
 def encoders_of_cache(folder: Path) -> dict[str, str]:

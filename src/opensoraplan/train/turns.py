@@ -1,7 +1,7 @@
 """Micro-batches with their latents and text states, for every process that works on them.
 
-Processes of one sample (tp, sp) would all encode the same. With `parallel.encoder_dp` they take turns
-instead: each reads and encodes every so many micro-batches, and shares the results when it is their turn.
+Processes of one sample (tp, sp) must have the same, also when a file cannot be read: one of them reads and
+encodes it, and shares the results. With `parallel.encoder_dp` they take turns at it, else it is the first.
 """
 
 import time
@@ -51,7 +51,8 @@ def encoded_batches(
 
     mesh = ranks.mesh
     turns = ranks.sample_ranks if settings.parallel.encoder_dp else 1
-    own = 0 if turns == 1 or mesh is None else mesh.rank(SAMPLE)
+    shared = mesh is not None and ranks.sample_ranks > 1
+    own = mesh.rank(SAMPLE) if mesh is not None and shared else 0
 
     def drawn_for(draws: list[Draw]) -> Drawn:
         shape = source.latent_shape(draws[0].index)
@@ -75,7 +76,7 @@ def encoded_batches(
             mine = Turn(together[own], encoded, batch.failures, there - began, time.perf_counter() - there)
         for turn, drawn in enumerate(together):
             own_turn = mine if turn == own else None
-            if mesh is not None and turns > 1:
+            if mesh is not None and shared:
                 own_turn = _shared(own_turn, drawn, turn, group=mesh.group(SAMPLE), device=source.device)
             assert own_turn is not None
             yield own_turn

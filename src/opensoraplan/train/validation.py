@@ -101,6 +101,7 @@ class Validation:
             prompt_template=None,
             default_negative_prompt="",
             clean_prompts=encoders.clean,
+            keep_chinese=encoders.keep_chinese,
             max_text_tokens=encoders.max_tokens,
         )
         pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,153 @@
+"""What a file says of its video, and what is counted where it says nothing: length, rate, start, sound."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+
+from opensoraplan.data.record import Record, complete
+from opensoraplan.data.video import count_frames, probe, read_numbered
+
+MILLISECOND = Fraction(1, 1000)
+
+
+def write_clip(
+    path: Path,
+    count: int,
+    *,
+    codec: str = "libx264",
+    rate: Fraction = Fraction(24),
+    stamps: Sequence[int] | None = None,
+    sound: float = 0.0,
+) -> Path:
+    """So many small frames, one after the other or at `stamps` in milliseconds, and seconds of `sound`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        tick = MILLISECOND if stamps else 1 / rate
+        stream.codec_context.time_base = tick
+        audio = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
+        for index in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 10 + index % 200, np.uint8))
+            frame.pts, frame.time_base = stamps[index] if stamps else index, tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if audio is not None:
+            assert isinstance(audio, av.AudioStream)
+            silence = np.zeros((1, round(sound * 8000)), np.int16)
+            samples = av.AudioFrame.from_ndarray(silence, format="s16p", layout="mono")
+            samples.sample_rate = 8000
+            container.mux(audio.encode(samples) + audio.encode(None))
+    return path
+
+
+def test_probe(tmp_path: Path) -> None:
+    info = probe(write_clip(tmp_path / "clip.mp4", 10, codec="mpeg4", rate=Fraction(30000, 1001)))
+    assert (info.frames, info.fps) == (10, Fraction(30000, 1001))
+    assert (info.height, info.width, info.codec) == (32, 48, "mpeg4")
+    assert info.duration == pytest.approx(10 * 1001 / 30000, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mkv", "libx264"), ("mkv", "mpeg4"), ("webm", "libvpx"), ("webm", "libvpx-vp9")]
+)
+@pytest.mark.parametrize("rate", [Fraction(24), Fraction(24000, 1001)], ids=["24", "23.976"])
+def test_a_rate_that_is_kept_is_told_exactly(tmp_path: Path, suffix: str, codec: str, rate: Fraction) -> None:
+    for count in (1, 2, 59):
+        info = probe(write_clip(tmp_path / f"clip.{suffix}", count, codec=codec, rate=rate))
+        assert (info.frames, info.fps) == (count, rate)
+        assert info.duration == pytest.approx(count / rate)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])  # whose packets are frames, and whose are not
+def test_only_frames_are_counted(tmp_path: Path, codec: str) -> None:
+    """Neither sound that goes on after them, nor the time before a late start."""
+    longer = write_clip(tmp_path / "longer.mkv", 24, codec=codec, sound=3.0)
+    late = write_clip(
+        tmp_path / "late.mkv", 24, codec=codec, stamps=[5000 + 1000 * i // 24 for i in range(24)]
+    )
+    for clip in (longer, late):
+        info = probe(clip)
+        assert (info.frames, info.fps, info.duration) == (24, 24, 1.0)
+        assert len(read_numbered(clip, [info.frames - 1])) == 1
+    assert probe(write_clip(tmp_path / "one.mkv", 1, codec=codec, sound=3.0)).frames == 1
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_rate_that_changes_is_the_mean(tmp_path: Path, codec: str) -> None:
+    # One second of 24 frames, then two of 8.
+    stamps = [round(1000 * i / 24) for i in range(24)] + [1000 + 125 * i for i in range(17)]
+    clip = write_clip(tmp_path / "clip.mkv", 41, codec=codec, stamps=stamps)
+    info = probe(clip)
+    assert (info.frames, count_frames(clip)) == (41, 41)
+    assert info.fps == Fraction(40, 3)
+    assert info.duration == pytest.approx(41 / (40 / 3))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_clips_of_a_varying_rate_are_told_and_read_by_time(tmp_path: Path, suffix: str) -> None:
+    even = write_clip(tmp_path / f"even.{suffix}", 40)
+    # 29.97 as players round it to milliseconds is no other rate from frame to frame.
+    rounded = write_clip(tmp_path / f"rounded.{suffix}", 40, stamps=[round(i * 1001 / 30) for i in range(40)])
+    stamps = [round(1000 * i / 24) for i in range(24)] + [1000 + 125 * i for i in range(17)]
+    uneven = write_clip(tmp_path / f"uneven.{suffix}", 41, stamps=stamps)
+    assert [probe(clip).variable for clip in (even, rounded, uneven)] == [False, False, True]
+
+    (record,) = complete([Record(uneven)], cache=tmp_path / "cache.json")
+    assert record.variable
+    assert record.num_frames is not None
+    assert record.fps is not None
+    numbers = list(range(0, record.num_frames, 5))
+    frames = read_numbered(uneven, numbers, rate=record.fps)
+    times = [1000 * number / record.fps + 0.5 for number in numbers]
+    shown = [max(i for i, stamp in enumerate(stamps) if stamp <= time) for time in times]
+    seen = [round(frame.float().mean().item()) - 10 for frame in frames]
+    assert seen == pytest.approx(shown, abs=1)
+    assert seen != pytest.approx(numbers, abs=1)
+    (again,) = complete([Record(uneven)], cache=tmp_path / "cache.json")  # from what was remembered
+    assert again == record
+
+
+def test_packets_are_counted_without_decoding(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mkv", 60, sound=5.0)
+    with av.open(str(clip)) as container:
+        places = [(packet.pos or 0, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(clip.read_bytes())
+    # Sizes of H.264's units, behind the header of a Matroska block, become nonsense.
+    for position, size in places[40:]:
+        data[position + 6 : position + size] = b"\xff" * (size - 6)
+    clip.write_bytes(data)
+    assert probe(clip).frames == 60
+    with pytest.raises(ValueError, match="is damaged or cut off"):
+        count_frames(clip)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "cover", "found"),
+    [("sound.wav", "pcm_s16le", False, r"audio$"), ("song.mp3", "libmp3lame", True, "audio, cover$")],
+)
+def test_sound_is_no_video_even_with_a_cover(
+    tmp_path: Path, name: str, codec: str, cover: bool, found: str
+) -> None:
+    with av.open(str(tmp_path / name), "w") as container:
+        sound = container.add_stream(codec, rate=8000, layout="mono")
+        assert isinstance(sound, av.AudioStream)
+        packets = []
+        if cover:
+            image = container.add_stream("png", rate=25)
+            assert isinstance(image, av.VideoStream)
+            image.height, image.width, image.pix_fmt = 16, 16, "rgb24"
+            image.disposition = Disposition.attached_pic
+            blank = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
+            packets = image.encode(blank) + image.encode(None)
+        container.mux(packets)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 576), np.int16), format="s16p", layout="mono")
+        samples.sample_rate = 8000
+        container.mux(sound.encode(samples) + sound.encode(None))
+    with pytest.raises(ValueError, match=rf"{name} .* has no video; found: {found}"):
+        probe(tmp_path / name)
