@@ -482,7 +482,9 @@ def test_what_cannot_be_is_said_before_training(tiny_run: MakeRun, changes: dict
         train(tiny_run(**changes))
 
 
-def test_resume_with_other_clips_is_refused(tiny_run: MakeRun, tiny_clips: Path, tmp_path: Path) -> None:
+def test_resume_with_other_clips_is_for_those_who_ask_for_it(
+    tiny_run: MakeRun, tiny_clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     records = json.loads(tiny_clips.with_name("annotation.json").read_text())
     manifest = tmp_path / "clips.json"
 
@@ -498,9 +500,13 @@ def test_resume_with_other_clips_is_refused(tiny_run: MakeRun, tiny_clips: Path,
     with pytest.raises(ValueError, match=r"not the clips that the run was begun with \(8 then, 7 now"):
         train(longer, resume="latest")
     manifest = tmp_path / "moved.json"
-    longer = tiny_run(data={"manifest": manifest}, optimizer={"steps": 4})
     write(records)
-    train(longer, resume="latest")
+    train(tiny_run(data={"manifest": manifest}, optimizer={"steps": 4}), resume="latest")
+    write(records[1:])
+    others = {"manifest": manifest, "other_clips": True}
+    train(tiny_run(data=others, optimizer={"steps": 6}), resume="latest")
+    assert len(logged(run)) == 6
+    assert "not the clips that the run was begun with (8 then, 7 now" in caplog.text
 
 
 def test_memory_that_is_full_is_told_and_the_last_step_saved(tiny_run: MakeRun) -> None:

@@ -75,6 +75,8 @@ class ClipSourceSettings(Settings):
     """Where clips come from. `manifest`: anything that `osp data check` reads. `batch_size` is that of a
     micro-batch in the processes that share samples. `new_windows`: draw another window of a long clip each
     epoch. `max_bad_files`: how many unreadable files are replaced by others before the run stops.
+    `other_clips`: a run may be resumed with other clips than it was begun with, since some are gone or have
+    come; its steps then have other ones than they would have had.
     """
 
     manifest: Path | None = None
@@ -85,6 +87,7 @@ class ClipSourceSettings(Settings):
     reader: Literal["pyav", "decord", "torchcodec"] = "pyav"
     workers: Count = 4
     max_bad_files: Count = 20
+    other_clips: bool = False
 
 
 class DataSettings(ClipSourceSettings):

@@ -47,6 +47,7 @@ RESUMABLE_CHANGES = (
     "data.workers",
     "data.reader",
     "data.max_bad_files",
+    "data.other_clips",
     "optimizer.steps",
     "optimizer.ema_device",
     "clip.outlier",

@@ -210,14 +210,20 @@ def clips_of(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"count": len(samples), "digest": digest_of(samples)}
 
 
-def check_clips(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the clips are those that the run was begun with (None: it is not known)."""
-    if before is not None and before != now:
-        raise ValueError(
-            f"these are not the clips that the run was begun with ({before['count']} then, {now['count']} "
-            "now, or other captions or sizes): a step would have other ones. Restore the manifest, or begin "
-            "another run with model.pretrained to go on from this one's weights"
-        )
+def check_clips(before: Mapping[str, Any] | None, now: Mapping[str, Any], *, others: bool) -> None:
+    """Raise ValueError unless the clips are those that the run was begun with (None: it is not known), or
+    `others` may take their places.
+    """
+    if before is None or before == now:
+        return
+    what = f"{before['count']} then, {now['count']} now, or other captions or sizes"
+    if others:
+        logger.warning("these are not the clips that the run was begun with (%s)", what)
+        return
+    raise ValueError(
+        f"these are not the clips that the run was begun with ({what}): a step would have other ones. Restore "
+        "the manifest, or set data.other_clips to go on with these"
+    )
 
 
 def digest_of(samples: Sequence[Sample]) -> str:

@@ -291,7 +291,7 @@ class _Job:
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run."""
         state = checkpoint.read_state(self.settings.output, step)
-        check_clips(state.get("clips"), self.clips)
+        check_clips(state.get("clips"), self.clips, others=self.settings.data.other_clips)
         checkpoint.read_into(self.settings.output, step, self._parts())
         go_on_counting(self, state)
 
