@@ -221,8 +221,8 @@ def check_clips(before: Mapping[str, Any] | None, now: Mapping[str, Any], *, oth
         logger.warning("these are not the clips that the run was begun with (%s)", what)
         return
     raise ValueError(
-        f"these are not the clips that the run was begun with ({what}): a step would have other ones. Restore "
-        "the manifest, or set data.other_clips to go on with these"
+        f"these are not the clips that the run was begun with ({what}): a step would have other ones. "
+        "Restore the manifest, or set data.other_clips to go on with these"
     )
 
 
