@@ -49,3 +49,18 @@ def test_applied_gives_the_average_and_then_all_back_bit_for_bit(dtype: torch.dt
         assert not torch.equal(model.weight, own)
     assert torch.equal(model.weight, own)
     assert torch.equal(ema.values["weight"], average)
+
+
+def test_a_failure_on_the_way_leaves_both_as_they_were() -> None:
+    model = nn.ModuleList([linear(), linear()])
+    ema = Ema(dict(model.named_parameters()), decay=0.9)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    before = [(weight.clone(), ema.values[name].clone()) for name, weight in model.named_parameters()]
+    ema.values["1.weight"] = broken = torch.zeros(7, 7)  # which cannot be copied
+    with pytest.raises(RuntimeError), ema.applied():
+        pass
+    for (name, weight), (own, average) in zip(model.named_parameters(), before, strict=True):
+        assert torch.equal(weight, own)
+        assert ema.values[name] is broken or torch.equal(ema.values[name], average)

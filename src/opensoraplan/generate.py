@@ -318,6 +318,7 @@ def denoise(
 
     if start is not None and start.step == request.steps:
         return start.latents
+    pipeline.is_decoding = False  # of an earlier video that was broken off
 
     def tell(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
         if after_step is not None:
@@ -421,7 +422,8 @@ def write_frames(
     if wanted.suffix.lower() == ".png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("comment", comment)
-        picture = Image.fromarray(next(chunks)[0].numpy())
+        (frames,) = chunks
+        picture = Image.fromarray(frames[0].numpy())
         path = write_new(free, lambda file: picture.save(file, pnginfo=info))
     else:
         total = shapes.pixel_frames(latents.shape[2])

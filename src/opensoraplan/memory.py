@@ -33,7 +33,7 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 # Latent frames that are decoded at a time: the fewer, the more is computed twice.
 CHUNKS = (16, 8, 4, 2, 1)
 # Of the free memory, what is left to allocators and libraries.
-_MARGIN = 0.08
+MARGIN = 0.08
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -108,7 +108,7 @@ def decoding_chunk(vae: WFVAE, grid: tuple[int, int, int], *, free: int) -> int:
     """How many latent frames, of CHUNKS, of latents [B, C, *grid] the VAE, if it alone is on the device, can
     decode at a time in `free` bytes; the fewest if none is predicted to fit.
     """
-    room = free * (1 - _MARGIN)
+    room = free * (1 - MARGIN)
     return next((chunk for chunk in CHUNKS if _decoding(vae, grid, chunk) <= room), CHUNKS[-1])
 
 
@@ -164,7 +164,7 @@ def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
     numbers, if none does.
     """
     for place, plan in enumerate(plans):
-        if plan.peak <= free * (1 - _MARGIN):
+        if plan.peak <= free * (1 - MARGIN):
             return place
     raise MemoryError(
         f"even the leanest plan ({min(plans, key=lambda plan: plan.peak)}) does not fit into the "

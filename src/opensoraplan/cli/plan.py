@@ -342,7 +342,7 @@ def _training_lines(
 
 
 def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: str) -> Iterable[str]:
-    from opensoraplan.memory import CHUNKS, Needs, plans_for
+    from opensoraplan.memory import CHUNKS, MARGIN, Needs, plans_for
     from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory, vector_bytes
     from opensoraplan.train.metrics import forward_flops
 
@@ -371,7 +371,7 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
         if plan.peak < least:
             least = plan.peak
             name = f"  {plan.placement}, decoding {plan.chunk} at a time"
-            yield _row(name, plan.peak / GB) + _verdict(plan.peak, options.memory)
+            yield _row(name, plan.peak / GB) + _verdict(plan.peak / (1 - MARGIN), options.memory)
     flops = 2 * forward_flops(model.config, grid=shape.grid, text_tokens=shape.text, batch=shape.batch)
     yield f"{flops / 1e12:,.1f} TFLOP a guided step"
     if options.tflops is not None:
@@ -382,7 +382,7 @@ def _row(name: str, gigabytes: float) -> str:
     return f"{name:<36}{gigabytes:>10.3f}"
 
 
-def _verdict(peak: int, memory: float | None) -> str:
+def _verdict(peak: float, memory: float | None) -> str:
     if memory is None:
         return ""
     return f"   {'fits' if peak <= memory * GB else 'does NOT fit'} into {memory:g}"

@@ -7,7 +7,7 @@ Not here: which samples there are (selection.py) and when each has its turn (buc
 import hashlib
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -161,18 +161,24 @@ class ClipDataset(Dataset[Clip]):
         return fit(frames, height=sample.height, width=sample.width)
 
 
-def readable(dataset: Dataset[Item], count: int) -> Iterator[tuple[Draw, Item]]:
+def readable(
+    dataset: Dataset[Item], count: int, *, agree: Callable[[bool], bool] = bool
+) -> Iterator[tuple[Draw, Item]]:
     """The first `count` items, to measure something on, without those that cannot be read, each of which is
-    warned of. Raises ValueError if none can.
+    warned of. Raises ValueError if none can. `agree`: whether any of several processes could not read one,
+    which all of them then leave out.
     """
     read = 0
     for index in range(count):
         place = Draw(index=index, epoch=0, step=0, slot=index)
+        item = None
         try:
             item = dataset[place]
         except UnreadableClipError as error:
             logger.warning("a clip is left out: %s", error)
+        if agree(item is None):
             continue
+        assert item is not None
         read += 1
         yield place, item
     if not read:

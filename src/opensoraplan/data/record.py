@@ -166,7 +166,8 @@ def _filled(record: Record, found: _Probed, *, compared: bool) -> Record:
         fps=None if record.is_image else record.fps or float(Fraction(found.fps)),
         height=record.height or found.height,
         width=record.width or found.width,
-        variable=found.variable and not record.is_image,
+        # Numbers that a manifest gives are of the file's own frames.
+        variable=found.variable and record.cut is None and record.fps is None and record.num_frames is None,
     )
 
 

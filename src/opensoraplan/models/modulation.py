@@ -64,9 +64,8 @@ def is_kept_on_host(model: SparseUMMDiT) -> bool:
 def modulations(
     model: SparseUMMDiT, conditions: Sequence[tuple[Tensor, Tensor]], *, device: torch.device
 ) -> list[Modulation]:
-    """What a `forward` of each (timestep [B], pooled vector [B, P]) would compute, to the bit, on the device.
-
-    The weights of one layer after the other are there meanwhile.
+    """What a `forward` of each (timestep [B], pooled vector [B, P]) would compute, on the device: the weights
+    of one layer after the other are there meanwhile. The condition vectors are made where their weights are.
     """
     home = model.time_text_embed.text_embedder.linear_1.weight.device
     inputs = []

@@ -1,10 +1,10 @@
 """Decoding one video on several devices: each rank has some rows of every frame, and gets from its neighbours
-the rows next to its own where a layer looks beyond them. Exact, unlike tiles. Applied from outside, by hooks.
+the rows next to its own where a layer looks beyond them. Exact, unlike tiles. Applied from outside.
 
 Shapes: [B, C, T, H, W], of which a rank has H / ranks rows at every stage.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
     within_upsampling = {id(layer.conv) for layer in vae.decoder.modules() if isinstance(layer, Upsample)}
     for layer in vae.decoder.modules():
         if isinstance(layer, Upsample):
-            _Halo(group, grown=2).hook(layer)
+            _Halo(group, grown=2).put_around(layer)
             layer.conv.register_forward_pre_hook(_outside_is_zero(group))
         elif isinstance(layer, FrameAttention):
             layer.register_forward_pre_hook(
@@ -34,7 +34,7 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
             )
             layer.register_forward_hook(partial(_own_rows, group=group))
         elif _looks_beyond(layer) and id(layer) not in within_upsampling:
-            _Halo(group, grown=1).hook(layer)
+            _Halo(group, grown=1).put_around(layer)
     decode_own = vae.iter_decode
 
     @torch.no_grad()
@@ -64,28 +64,28 @@ def _looks_beyond(layer: nn.Module) -> bool:
 
 
 class _Halo:
-    """Hooks that give a layer one row more above and below, and cut from its output what comes of them."""
+    """Gives a layer one row more above and below, and cuts from its output what comes of them. Not by hooks:
+    the VAE calls `forward` of some layers itself.
+    """
 
     def __init__(self, group: Group, *, grown: int) -> None:
         self.group = group
         self.grown = grown  # rows of output for one row of input
         self.repeats_edge = grown > 1  # interpolation sees the frame's edge again, a convolution sees zeros
 
-    def hook(self, layer: nn.Module) -> None:
-        layer.register_forward_pre_hook(self.widen)
-        layer.register_forward_hook(self.cut)
+    def put_around(self, layer: nn.Module) -> None:
+        layer.forward = partial(self.run, layer.forward)
 
-    def widen(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
+    def run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:  # noqa: ANN401 (a layer's)
+        return forward(self.widened(x), *args)[..., self.grown : -self.grown, :]
+
+    def widened(self, x: Tensor) -> Tensor:
         rank, last = self.group.rank(), self.group.size() - 1
         edges = torch.stack([x[..., :1, :], x[..., -1:, :]])  # what the neighbours need: [2, B, C, T, 1, W]
         everyones = gather(edges, dim=0, group=self.group).unflatten(0, (-1, 2))
         above = everyones[rank - 1, 1] if rank else self._outside(edges[0])
         below = everyones[rank + 1, 0] if rank < last else self._outside(edges[1])
-        return torch.cat([above, x, below], dim=ROWS), *args[1:]
-
-    def cut(self, _layer: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return out[..., self.grown : -self.grown, :]
+        return torch.cat([above, x, below], dim=ROWS)
 
     def _outside(self, edge: Tensor) -> Tensor:
         return edge if self.repeats_edge else torch.zeros_like(edge)

@@ -45,22 +45,24 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model has the averaged weights inside this block, its own again after it, bit for bit."""
-        # Where both are in fp32 they change places, with no more memory than for one of them.
-        own = {
-            name: weight.clone() for name, weight in self._weights.items() if weight.dtype != torch.float32
-        }
+        own: dict[str, Tensor] = {}
+        exchanged: list[str] = []
         try:
-            self._exchange()
+            for name, weight in self._weights.items():
+                # Where both are in fp32 they change places, with no more memory than for one of them.
+                before = weight.clone()
+                weight.copy_(self.values[name])
+                if weight.dtype == torch.float32:
+                    self.values[name].copy_(before)
+                    exchanged.append(name)
+                else:
+                    own[name] = before
             yield
         finally:
-            self._exchange()
+            for name in exchanged:
+                weight, value = self._weights[name], self.values[name]
+                average = weight.clone()
+                weight.copy_(value)
+                value.copy_(average)
             for name, weight in own.items():
                 self._weights[name].copy_(weight)
-
-    def _exchange(self) -> None:
-        for name, weight in self._weights.items():
-            value = self.values[name]
-            before = weight.clone() if weight.dtype == torch.float32 else None
-            weight.copy_(value)
-            if before is not None:
-                value.copy_(before)

@@ -162,14 +162,16 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
         while loop.done < total and not loop.stopping:
             with _told_by_rank(loop.done + 1, ranks, job):
                 loop.step()
-        if loop.done < total:
+        if loop.done < total or loop.owes_validation:
             where = checkpoint.path_of(settings.output, loop.done)
             by = stop.signal or signal.SIGTERM  # the signal may have come to another process
             raise RunStoppedError(by, step=loop.done, steps=total, saved=where)
 
 
 class _Loop:
-    """What `run_steps` does, and how far it is: the last step done, and whether the run is asked to stop."""
+    """What `run_steps` does, and how far it is: the last step done, whether its validation is still to be
+    made, and whether the run is asked to stop.
+    """
 
     def __init__(
         self,
@@ -187,6 +189,7 @@ class _Loop:
         self.metrics = metrics
         self.done = self.saved = done
         self.stopping = False
+        self.owes_validation = False
         self._stop = stop
 
     def step(self) -> None:
@@ -203,8 +206,7 @@ class _Loop:
         # Before validation, which may take long and fail.
         if self.stopping or self._is_due(self.settings.checkpoint.every):
             self._save()
-        if not self.stopping:
-            self._validate()
+        self._validate()
         if self.stopping:
             self._save()
         if self.stopping or step == self.settings.optimizer.steps:
@@ -228,6 +230,9 @@ class _Loop:
         every = self.settings.validation.every
         if not every or not self._is_due(every):
             return
+        self.owes_validation = True
+        if self.stopping:
+            return
         began = time.monotonic()
         try:
             with _saved_on_error(self.job, self.done, saved=self.saved, ranks=self.ranks):
@@ -235,6 +240,7 @@ class _Loop:
         except ValidationStoppedError:
             logger.warning("the validation of step %d is left for when the run goes on", self.done)
         else:
+            self.owes_validation = False
             self.metrics.log(self.done, {**found, VALIDATED: round(time.monotonic() - began, 3)})
 
     def _check(self) -> None:

@@ -234,6 +234,8 @@ def digest_of(samples: Sequence[Sample]) -> str:
     for sample in samples:
         record = sample.record
         facts = [record.path.name, record.captions, record.crop, record.aesthetic, sample.shape]
+        if record.variable:
+            facts.append("by time")
         digest.update(json.dumps([*facts, sample.frame_numbers]).encode())
     return digest.hexdigest()
 

@@ -78,7 +78,7 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
             logger.info("each epoch leaves out other clips that fill no whole step: %s", left)
         validation = None
         if settings.validation.every:
-            validation = Validation(settings, encoders=encoders, device=device, writes=ranks.first)
+            validation = Validation(settings, encoders=encoders, device=device, ranks=ranks)
         job = _Job(settings, source, sampler, validation, ranks, start=start, device=device)
         if start:
             job.load(start)

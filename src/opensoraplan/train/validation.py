@@ -12,6 +12,7 @@ from opensoraplan.data.dataset import readable
 from opensoraplan.data.video import VideoWriter
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput, make_scheduler
 from opensoraplan.shapes import latent_shape
 from opensoraplan.train import objective
@@ -30,15 +31,20 @@ class Validation:
     """
 
     def __init__(
-        self, settings: TrainSettings, *, encoders: Encoders | None, device: torch.device, writes: bool = True
+        self,
+        settings: TrainSettings,
+        *,
+        encoders: Encoders | None,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Open what the settings name; raises ValueError for what is missing. `encoders`: already loaded.
-        `writes`: whether videos are written here; of several processes, one does.
+        """Open what the settings name; raises ValueError for what is missing. `encoders`: already loaded. Of
+        several `ranks`, the first writes the videos.
         """
         self.settings = settings.validation
         self.run_settings = settings
         self.device = device
-        self.writes = writes
+        self.ranks = ranks
         self.source: Source | None = None
         self.encoders = encoders
         if self.settings.prompts:
@@ -65,7 +71,8 @@ class Validation:
     def _losses(self, model: SparseUMMDiT, source: Source, check: Callable[[], None]) -> dict[str, float]:
         dtype = DTYPES[self.run_settings.model.compute]
         losses: dict[float, list[float]] = {sigma: [] for sigma in self.settings.sigmas}
-        for place, item in readable(source.dataset, min(self.settings.samples, len(source.shapes))):
+        count = min(self.settings.samples, len(source.shapes))
+        for place, item in readable(source.dataset, count, agree=self.ranks.any):
             check()
             batch = source.collate([item])
             encoded = source.encode(batch)
@@ -122,7 +129,7 @@ class Validation:
                 output_type="latent",
                 callback_on_step_end=check_after_step,
             )
-            if not self.writes:
+            if not self.ranks.first:
                 continue
             latents = cast(Tensor, cast(VideoOutput, output).frames)
             path = self._path(step, number)
