@@ -99,6 +99,7 @@ def main() -> None:
     if options.only != "denoiser":
         print("\n".join(vaes(options, device, dtype)))
     if options.only != "vae":
+        print("Denoisers of equal width, depth and tokens:")
         print("\n".join(denoisers(device, dtype)))
 
 
