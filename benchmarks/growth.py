@@ -10,14 +10,13 @@ compares solvers with the end of the flow, which is where 8 times the steps lead
 
 import argparse
 import math
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import torch
-from timing import machine, ready
+from timing import machine, ready, resident_peak
 from torch import Tensor
 
 from opensoraplan import builtin
@@ -63,17 +62,13 @@ def measure(frames: int, steps: int) -> tuple[float, float, float, float]:
     pipeline = load()
     for _ in pipeline.iter_decode(latents_of(pipeline, PROMPT, frames=9, num_inference_steps=1)):
         pass
-    start, began = _peak(), time.perf_counter()
+    start, began = resident_peak(), time.perf_counter()
     latents = latents_of(pipeline, PROMPT, frames=frames, num_inference_steps=steps)
-    denoised, middle = time.perf_counter() - began, _peak()
+    denoised, middle = time.perf_counter() - began, resident_peak()
     began = time.perf_counter()
     for _ in pipeline.iter_decode(latents):
         pass
-    return denoised, time.perf_counter() - began, (middle - start) / 1e9, (_peak() - middle) / 1e9
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return denoised, time.perf_counter() - began, (middle - start) / 1e9, (resident_peak() - middle) / 1e9
 
 
 def growth(steps: int) -> list[str]:

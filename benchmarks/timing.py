@@ -1,8 +1,10 @@
 """What the benchmarks share: seconds of a call, and how fast this machine multiplies and convolves."""
 
 import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,15 @@ def ready(name: str | None) -> torch.device:
     device = resolve_device(name)
     prepare(device)
     return device
+
+
+def resident_peak() -> int:
+    """The most bytes of memory that this process had, on Linux. Not getrusage's, which begins with what the
+    process had that started this one.
+    """
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def seconds(work: Callable[[], object], *, repeat: int = 1, warm: int = 1) -> float:

@@ -9,13 +9,12 @@ the time of everything, and that over the rate of a large convolution in the sam
 
 import argparse
 import math
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
 from plain_vae import count_flops, plain
-from timing import DTYPES, conv_peak, machine, ready, seconds
+from timing import DTYPES, conv_peak, machine, ready, resident_peak, seconds
 
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import latent_shape
@@ -79,10 +78,10 @@ def decode_in_process(base: int, frames: int, side: int, streamed: bool) -> tupl
     torch.manual_seed(1)
     model.decode(torch.randn(1, 32, 1, 4, 4))
     z = torch.randn(1, 32, *latent_shape(frames, side, side))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     result: list[torch.Tensor] = []
     time = seconds(lambda: result.append(model.decode(z).sample), warm=0)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    grown = (resident_peak() - before) / 1e9
     return time, grown, result[0]
 
 
