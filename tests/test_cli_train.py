@@ -96,13 +96,10 @@ def test_export_in_the_originals_formats(osp: Osp, tiny_run: MakeRun, tmp_path: 
         assert torch.equal(released["proj_out.weight"], weights["proj_out.weight"])
 
 
-def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
-    """Only paths and sizes are overridden."""
-    run = tiny_run("run")
-    (tmp_path / "sizes.toml").write_text(SIZES)
-    changes = [
+def guide_changes(run: TrainSettings) -> list[str]:
+    """Paths and sizes of the run, in place of those in the guide's files."""
+    return [
         "output=run",
-        f"data.manifest={run.data.manifest}",
         f"vae.pretrained={run.vae.pretrained}",
         "vae.config=none",
         f"text.t5={run.text.t5}",
@@ -118,6 +115,13 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
         "data.selection.max_height=64",
         "data.selection.max_width=64",
     ]
+
+
+def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    """Only paths and sizes are overridden."""
+    run = tiny_run("run")
+    (tmp_path / "sizes.toml").write_text(SIZES)
+    changes = [*guide_changes(run), f"data.manifest={run.data.manifest}"]
     arguments = ["--model", GUIDE / "guide_model.json", "--data", GUIDE / "guide_data.json"]
     code, err = osp("train", "sizes.toml", *arguments, "--set", *changes)
     assert code == 0, err
@@ -255,23 +259,7 @@ def test_the_guides_files_make_the_features_that_they_load(
         text = text.replace(f'{flag}": false', f'{flag}": true')
         text = text.replace("./examples/opensoraplan1.5/data.txt", str(run.data.manifest))
         (tmp_path / f"{name}.json").write_text(text)
-    changes = [
-        "output=run",
-        f"vae.pretrained={run.vae.pretrained}",
-        "vae.config=none",
-        f"text.t5={run.text.t5}",
-        f"text.clip={run.text.clip}",
-        "text.t5_tokenizer=none",
-        "text.clip_tokenizer=none",
-        "data.workers=0",
-        "data.reader=pyav",
-        "optimizer.steps=1",
-        "data.selection.num_frames=9",
-        "data.selection.min_num_frames=9",
-        "data.selection.train_fps=12",
-        "data.selection.max_height=64",
-        "data.selection.max_width=64",
-    ]
+    changes = guide_changes(run)
     files = ["sizes.toml", "--model", "model.json", "--data", "data.json"]
     code, err = osp("cache", *files, "--out", "features", "--set", *changes)
     assert code == 0, err
