@@ -105,8 +105,8 @@ def needs_of(
 
 
 def decoding_chunk(vae: WFVAE, grid: tuple[int, int, int], *, free: int) -> int:
-    """How many latent frames, of CHUNKS, of latents [B, C, *grid] the VAE, if it alone is on the device, can
-    decode at a time in `free` bytes; the fewest if none is predicted to fit.
+    """The most latent frames of CHUNKS that the VAE, already on the device, is predicted to decode at a time
+    in `free` bytes, of latents [B, C, *grid]; the fewest if none fits.
     """
     room = free * (1 - MARGIN)
     return next((chunk for chunk in CHUNKS if _decoding(vae, grid, chunk) <= room), CHUNKS[-1])

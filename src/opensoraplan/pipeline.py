@@ -143,7 +143,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     vae: WFVAE
     # Where it computes, if weights come there one after the other; set by memory.py.
     streamed_to: torch.device | None = None
-    # Since when it began to decode until it has: where it was stopped, if it was.
+    # Whether it decodes, or was stopped by an error while it did.
     is_decoding = False
 
     def __init__(
