@@ -47,6 +47,7 @@ TINY: dict[str, Any] = {
     "timestep_embed_dim": 16,
 }
 GRID, TEXT, BATCH = (4, 8, 16), 6, 2
+RELEASE_GRID = (16, 72, 128)
 ONE = MeshSettings(dp_shard=1)
 COLLECTIVES = {
     "exchange": "all_to_all_single",
@@ -146,18 +147,22 @@ def test_a_forward_pass_needs_what_is_alive_at_most(compute: Literal["fp32", "bf
     assert forward_memory(Model(TINY), shape, compute) == pytest.approx(alive.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("frames", [1, 10])
-def test_decoding_needs_what_is_alive_at_most(frames: int) -> None:
-    vae = WFVAE(base_channels=32, latent_channels=4, shift=None, scale=None)
-    latents = torch.randn(1, 4, frames, 2, 4)
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_decoding_needs_what_is_alive_at_most(chunk: int, compute: Literal["fp32", "bf16"]) -> None:
+    dtype = DTYPES[compute]
+    with torch.device("meta"):
+        vae, latents = nn.Module.to(WFVAE(), dtype), torch.randn(1, 32, *RELEASE_GRID, dtype=dtype)
+    vae.enable_streaming(latent_frames=chunk)
     with torch.no_grad(), Alive(*vae.parameters()) as alive:
         for pixels in vae.iter_decode(latents):
             del pixels
-    assert decoding_memory(Shape((frames, 2, 4), 1), "fp32", base=32) == pytest.approx(alive.peak, rel=0.2)
+    predicted = decoding_memory(Shape(RELEASE_GRID, 1), compute, chunk=chunk)
+    assert predicted == pytest.approx(alive.peak, rel=0.05)
 
 
 def test_parameters_are_those_of_the_release() -> None:
-    model, shape, job = Model({}), Shape((16, 72, 128), 512), Job()
+    model, shape, job = Model({}), Shape(RELEASE_GRID, 512), Job()
     assert model.numbers() == 8_504_661_120
     alone = training_memory(model, shape, ONE, job)
     assert alone.parameters == 8_504_661_120 * (4 + 2)  # and bf16 copies
@@ -167,7 +172,7 @@ def test_parameters_are_those_of_the_release() -> None:
 
 
 def test_recompute_and_sharing_need_less() -> None:
-    model, shape = Model({}), Shape((16, 72, 128), 512)
+    model, shape = Model({}), Shape(RELEASE_GRID, 512)
 
     def need(job: Job, **sizes: int) -> int:
         return training_memory(model, shape, MeshSettings(**{"dp_shard": 1, **sizes}), job).peak

@@ -11,6 +11,7 @@ from opensoraplan.models.wfvae import (
     WFVAE,
     Stream,
     Tile,
+    Upsample,
     blend,
     fixed_tensors,
     frame_chunks,
@@ -68,7 +69,7 @@ def test_streamed_is_whole(vae: WFVAE, frames: int, latent_frames: int) -> None:
 def test_streaming_really_runs_in_chunks(vae: WFVAE) -> None:
     vae.enable_streaming(latent_frames=2)
     latents = torch.randn(1, 4, 6, 4, 3)
-    assert [chunk.shape[2] for chunk in vae.iter_decode(latents)] == [17, 24]
+    assert [chunk.shape[2] for chunk in vae.iter_decode(latents)] == [17, 16, 8]
     assert [chunk.shape[2] for chunk in vae.iter_encode([clip(41)])] == [3, 2, 1]
     vae.disable_streaming()
     assert [chunk.shape[2] for chunk in vae.iter_decode(latents)] == [41]
@@ -102,6 +103,16 @@ def test_chunks_cover_every_latent_once() -> None:
     assert list(latent_chunks(7, None)) == [(0, 7, 0)]
     sizes = [chunk.shape[2] for chunk in frame_chunks([torch.zeros(1, 3, 25, 8, 8)], 16)]
     assert sizes == [17, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_upsampling_rounds_once(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 6, 5, 7, 4).to(dtype)
+    layer = Upsample(6, lookahead=0)
+    expected = layer._from_frame_0(x.float()).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(layer._from_frame_0(x), expected)
+    assert torch.equal(layer._from_frame_0(x), expected)
 
 
 def test_haar_is_undone_by_its_inverse() -> None:

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensoraplan.models import original
+from opensoraplan.models import convolution, original
 from opensoraplan.models.strict import StrictMixin
 from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
 
@@ -94,7 +94,7 @@ def haar(x: Tensor, stream: Stream | None) -> Tensor:
     """
     if stream is None or stream.first:
         x = torch.cat([x[:, :, :1], x], dim=2)
-    return F.conv3d(x, haar_filter(x), stride=2)
+    return F.conv3d(x, haar_filter(x), stride=2).contiguous(memory_format=torch.channels_last_3d)
 
 
 def inverse_haar(coefficients: Tensor, stream: Stream | None) -> Tensor:
@@ -106,7 +106,10 @@ def inverse_haar(coefficients: Tensor, stream: Stream | None) -> Tensor:
 
 
 def add_to_low_band(coefficients: Tensor, low: Tensor) -> Tensor:
-    """Add colours [B, 3, t, h, w] to the low-pass band of coefficients [B, 24, t, h, w]."""
+    """Add colours [B, 3, t, h, w] to the low-pass band of coefficients [B, 24, t, h, w]. There may be more
+    frames of colours: those of look-ahead, which is not needed any more.
+    """
+    low = low[:, :, : coefficients.shape[2]]
     return torch.cat([coefficients[:, :COLOURS] + low, coefficients[:, COLOURS:]], dim=1)
 
 
@@ -155,12 +158,18 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        if self.before:
-            front = None if stream is None else stream.kept.get(self)
-            # `cat` keeps the layout only if all that it joins has it, which no expanded frame would.
-            x = torch.cat([x[:, :, :1]] * self.before + [x] if front is None else [front, x], dim=2)
-            if stream is not None:
-                stream.keep(self, x, self.overlap)
+        if not self.before:
+            return self.conv(x)
+        kept = None if stream is None else stream.kept.get(self)
+        # `cat` keeps the layout only if all that it joins has it, which no expanded frame would.
+        front = [x[:, :, :1]] * self.before if kept is None else [kept]
+        if stream is not None:
+            last = self.overlap + stream.lookahead
+            stream.keep(self, torch.cat([*front, x[:, :, -last:]], dim=2), self.overlap)
+        if convolution.applies(self.conv, x):
+            return convolution.causal_conv3d(kept, x, self.conv.weight, self.conv.bias)
+        x = torch.cat([*front, x], dim=2)
+        del front  # it would keep alive what the copy replaces
         return self.conv(x)
 
 
@@ -215,7 +224,9 @@ class ResnetBlock(nn.Module):
         # By `forward` and without a name, either of which would keep the input of a convolution alive while
         # it computes on the padded copy.
         h = self.conv2.forward(silu(self.norm2(self.conv1.forward(silu(self.norm1(x)), stream))), stream)
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        if self.nin_shortcut is not None:
+            x = self.nin_shortcut(x)
+        return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
 class FrameAttention(nn.Module):
@@ -255,27 +266,34 @@ class Upsample(nn.Module):
 
     Frame 0 grows only in space; the rest is interpolated in time as a clip of its own. In a stream the frame
     before the chunk, if it is not frame 0, is kept and put in front of it, and the two frames that it becomes
-    are dropped again.
+    are dropped again. Of the frames of look-ahead, the first `lookahead` are computed on, as the layers that
+    follow need them.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, lookahead: int) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, out_channels=channels)
+        self.lookahead = lookahead
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        return self.conv.forward(self._grown(x, stream), stream)  # as in ResnetBlock
+
+    def _grown(self, x: Tensor, stream: Stream | None) -> Tensor:
         if stream is None:
-            return self.conv(self._from_frame_0(x))
+            return self._from_frame_0(x)
         before = stream.kept.get(self)
         if x.shape[2] > 1 or not stream.first:
             stream.keep(self, x, 1)
-        stream.lookahead *= 2
         if stream.first:
             grown = self._from_frame_0(x)
         elif before is None:
             grown = self._grow(x, time=2)
         else:
             grown = self._grow(torch.cat([before, x], dim=2), time=2)[:, :, 2:]
-        return self.conv(grown, stream)
+        ahead = min(stream.lookahead, self.lookahead)
+        grown = grown[:, :, : grown.shape[2] + ahead - 2 * stream.lookahead]
+        stream.lookahead = ahead
+        return grown
 
     def _from_frame_0(self, x: Tensor) -> Tensor:
         parts = [self._grow(x[:, :, :1], time=1)]
@@ -285,7 +303,10 @@ class Upsample(nn.Module):
 
     @staticmethod
     def _grow(x: Tensor, *, time: int) -> Tensor:
-        return F.interpolate(x.float(), scale_factor=(time, 2, 2), mode="trilinear").to(x.dtype)
+        # Without gradients these compute in fp32 and round once by themselves, which saves the copies.
+        by_itself = x.device.type in ("cpu", "cuda", "meta") and not torch.is_grad_enabled()
+        grown = F.interpolate(x if by_itself else x.float(), scale_factor=(time, 2, 2), mode="trilinear")
+        return grown.to(x.dtype)
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor:
@@ -358,13 +379,13 @@ class Decoder(nn.Module):
         )
         self.up2 = nn.Sequential(
             *(ResnetBlock(four) for _ in range(num_resblocks)),
-            Upsample(four),
+            Upsample(four, lookahead=1),
             ResnetBlock(four, out_channels=four + flow_channels),
         )
         self.up1 = nn.Sequential(
             ResnetBlock(four, out_channels=two),
             *(ResnetBlock(two) for _ in range(num_resblocks - 1)),
-            Upsample(two),
+            Upsample(two, lookahead=0),
             ResnetBlock(two),
         )
         self.layer = nn.Sequential(ResnetBlock(two, out_channels=base), ResnetBlock(base))
@@ -423,7 +444,7 @@ def latent_chunks(frames: int, step: int | None) -> Iterator[tuple[int, int, int
     then `step` at a time, each with one more to look ahead at, except at the end. None: the whole clip.
     """
     start, done = 0, frames if step is None else step + 1
-    while step is not None and frames - done > 1:
+    while step is not None and done < frames:
         yield start, done + 1, 1
         start, done = done, done + step
     yield start, frames, 0
@@ -642,8 +663,7 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         tiles = self._tiles(*z.shape[3:], unit=SPATIAL_STRIDE)
         for start, stop, ahead in latent_chunks(z.shape[2], self.streaming_latent_frames):
             chunk = z[:, :, start:stop]
-            pixels = self._run_tiles(self.decoder, chunk, tiles, zoom=SPATIAL_STRIDE, lookahead=ahead)
-            yield pixels[:, :, : pixels.shape[2] - TEMPORAL_STRIDE * ahead]
+            yield self._run_tiles(self.decoder, chunk, tiles, zoom=SPATIAL_STRIDE, lookahead=ahead)
 
     def _tiles(self, height: int, width: int, *, unit: int) -> list[Tile]:
         """The tiles of a frame whose sides are given in `unit` pixels: one if tiling is off or the frame

@@ -26,15 +26,15 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
     within_upsampling = {id(layer.conv) for layer in vae.decoder.modules() if isinstance(layer, Upsample)}
     for layer in vae.decoder.modules():
         if isinstance(layer, Upsample):
-            _Halo(group, grown=2).put_around(layer)
-            layer.conv.register_forward_pre_hook(_outside_is_zero(group))
+            _put_around(layer, _Halo(group, grown=2).run)
+            _put_around(layer.conv, partial(_zero_outside, group))
         elif isinstance(layer, FrameAttention):
             layer.register_forward_pre_hook(
                 lambda _layer, args: (gather(args[0], dim=ROWS, group=group), *args[1:])
             )
             layer.register_forward_hook(partial(_own_rows, group=group))
         elif _looks_beyond(layer) and id(layer) not in within_upsampling:
-            _Halo(group, grown=1).put_around(layer)
+            _put_around(layer, _Halo(group, grown=1).run)
     decode_own = vae.iter_decode
 
     @torch.no_grad()
@@ -63,18 +63,20 @@ def _looks_beyond(layer: nn.Module) -> bool:
     )
 
 
-class _Halo:
-    """Gives a layer one row more above and below, and cuts from its output what comes of them. Not by hooks:
-    the VAE calls `forward` of some layers itself.
+def _put_around(layer: nn.Module, run: Callable[..., Tensor]) -> None:
+    """Have `run(forward, x, ...)` in the place of `forward(x, ...)`. No hook: the VAE calls `forward` of some
+    layers itself.
     """
+    layer.forward = partial(run, layer.forward)
+
+
+class _Halo:
+    """Gives a layer one row more above and below, and cuts from its output what comes of them."""
 
     def __init__(self, group: Group, *, grown: int) -> None:
         self.group = group
         self.grown = grown  # rows of output for one row of input
         self.repeats_edge = grown > 1  # interpolation sees the frame's edge again, a convolution sees zeros
-
-    def put_around(self, layer: nn.Module) -> None:
-        layer.forward = partial(self.run, layer.forward)
 
     def run(self, forward: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:  # noqa: ANN401 (a layer's)
         return forward(self.widened(x), *args)[..., self.grown : -self.grown, :]
@@ -91,18 +93,13 @@ class _Halo:
         return edge if self.repeats_edge else torch.zeros_like(edge)
 
 
-def _outside_is_zero(group: Group) -> Any:  # noqa: ANN401 (a hook)
-    """Of an upsampled part with its halo, rows that lie outside of the frame are zero to the convolution."""
+def _zero_outside(group: Group, forward: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:  # noqa: ANN401
+    """A convolution of an upsampled part with its halo: rows that lie outside of the frame are zero to it."""
     rank, last = group.rank(), group.size() - 1
-
-    def hook(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        if rank in (0, last):
-            x = x.clone()
-            if rank == 0:
-                x[..., :2, :] = 0
-            if rank == last:
-                x[..., -2:, :] = 0
-        return x, *args[1:]
-
-    return hook
+    if rank in (0, last):
+        x = x.clone()
+        if rank == 0:
+            x[..., :2, :] = 0
+        if rank == last:
+            x[..., -2:, :] = 0
+    return forward(x, *args)

@@ -656,10 +656,10 @@ def decoding_memory(shape: Shape, compute: str, *, base: int = 160, chunk: int =
     """What the VAE of `base` channels needs to decode besides weights, `chunk` latent frames at a time.
 
     The busiest is the resnet behind the last upsampling: three tensors of 2 base channels, and inputs of
-    stages that wait, most of one more; two frames that the convolution puts in front, and those that
-    convolutions keep from chunk to chunk, of that width 11 frames, of the stage before as much as 8.
+    stages that wait; two frames that the convolution puts in front, and those that convolutions keep from
+    chunk to chunk, of that width 11 frames, of the stage before as much as 8.
     """
     frames, height, width = shape.grid
-    rest = min(frames - 1, chunk + 1)  # of the first chunk besides frame 0; one of them is looked ahead at
-    wide = 3.8 * (1 + 4 * rest) + 2 + 19
+    rest = min(frames - 1, chunk)  # of the first chunk besides frame 0
+    wide = 3.2 * (1 + 4 * rest) + 2 + 19
     return int(shape.batch * 2 * base * wide * (4 * height) * (4 * width) * BYTES[compute])
