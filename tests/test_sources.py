@@ -91,6 +91,30 @@ def test_validation_drops_no_rare_shapes(mixed_run: MakeRun, tiny_mixed: Path) -
     assert len(open_source(run, device=CPU, held_out=True)[0].samples) == 11
 
 
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_clips_come_again_that_an_expression_finds(
+    mixed_run: MakeRun, cached: Path, tiny_mixed: Path, from_cache: bool
+) -> None:
+    where: dict[str, Any] = {"features": cached} if from_cache else {}
+    once, _ = open_source(mixed_run(**where), device=CPU)
+    captions = [sample.record.captions for sample in once.samples]
+    word = captions[0][0].split()[-1].strip(".")
+    found = [any(word in caption for caption in some) for some in captions]
+    assert 0 < sum(found) < len(found)
+    run = mixed_run(repeat={f"{word}\\b": 2, "^": 1}, **where)
+    again, _ = open_source(run, device=CPU)
+    expected = [index for index, more in enumerate(found) for _ in range(2 + 2 * more)]
+    assert [sample.index for sample in again.samples] == [once.samples[index].index for index in expected]
+    drawn = [again.dataset[Draw(index=index, epoch=0, step=0, slot=0)].sample for index in range(4)]
+    assert drawn == list(again.samples[:4])
+    validation = mixed_run(repeat={"^": 1}, validation={"every": 1, "manifest": tiny_mixed})
+    assert len(open_source(validation, device=CPU, held_out=True)[0].samples) == 11
+    with pytest.raises(ValueError, match=r"data.repeat: 'nowhere' is found in no caption of the 8 clips"):
+        open_source(mixed_run(repeat={"nowhere": 1}, **where), device=CPU)
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression: missing \)"):
+        mixed_run(repeat={"(": 1})
+
+
 def test_a_vae_is_trained_on_what_is_selected_and_logged(
     tiny_mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -316,10 +316,13 @@ class FeatureDataset(Dataset[Features]):
                 f"{self.folder}: no shape has the {enough} samples of a global batch, the most are "
                 f"{max(counts.values())}: lower data.batch_size or optimizer.accumulate"
             )
-        both = zip(self.samples, self._files, strict=True)
-        kept = [(sample, file) for sample, file in both if counts[sample.shape] >= enough]
-        self.samples, self._files = [sample for sample, _ in kept], [file for _, file in kept]
+        self.take([place for place, shape in enumerate(self.shapes) if counts[shape] >= enough])
         return dropped
+
+    def take(self, places: Sequence[int]) -> None:
+        """Have the samples at these places from now on, each as often as it is named."""
+        self.samples = [self.samples[place] for place in places]
+        self._files = [self._files[place] for place in places]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -6,6 +6,7 @@ Pure arithmetic on records: no file is opened here. Batches of one shape are mad
 import hashlib
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -305,6 +306,26 @@ def samples_needed(counts: Iterable[int], *, min_batches: int, global_batch: int
         raise ValueError(f"global_batch must be at least 1, got {global_batch}")
     enough = min_batches * global_batch
     return enough if any(count >= enough for count in counts) else global_batch
+
+
+def repeated(samples: Sequence[Sample], repeat: Mapping[str, int]) -> list[int]:
+    """The places of all samples, those again that have a caption in which a regular expression of `repeat` is
+    found, so many times more as it says; for several expressions these add up.
+
+    Raises ValueError for an expression that is found in no caption.
+    """
+    times = [1] * len(samples)
+    for pattern, more in repeat.items():
+        found = [
+            place
+            for place, sample in enumerate(samples)
+            if any(re.search(pattern, caption) for caption in sample.record.captions)
+        ]
+        if not found:
+            raise ValueError(f"data.repeat: {pattern!r} is found in no caption of the {len(samples)} clips")
+        for place in found:
+            times[place] += more
+    return [place for place, count in enumerate(times) for _ in range(count)]
 
 
 def _reasons(selection: Selection) -> str:

@@ -3,10 +3,11 @@
 Every default is the original's, where it has one (original.md, sections 4 to 6). Nothing here computes.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from opensoraplan import builtin
 from opensoraplan.data.selection import SelectionSettings
@@ -20,10 +21,19 @@ def _builtin(value: object) -> object:
     return builtin.folder() if value == "builtin" else value
 
 
+def _expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from None
+    return value
+
+
 ModelPath = Annotated[Path, BeforeValidator(_builtin)]
 Precision = Literal["fp32", "bf16"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Expression = Annotated[str, AfterValidator(_expression)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -93,9 +103,12 @@ class ClipSourceSettings(Settings):
 class DataSettings(ClipSourceSettings):
     """What a denoiser is trained on: clips of `manifest`, or `features` of them, a folder that `osp cache`
     wrote (it has one window of each clip). `caption_dropout`: how often the caption is the empty one.
+    `repeat`: how many times more an epoch has clips with a caption in which a regular expression is found;
+    for several of them these add up.
     """
 
     features: Path | None = None
+    repeat: dict[Expression, Positive] = Field(default={})
     caption_dropout: Fraction = 0.1
     use_aesthetic: bool = False
 

@@ -22,7 +22,7 @@ from opensoraplan.data.features import (
     read_parts,
 )
 from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import Reason, Sample, SelectionSettings, select
+from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repeated, select
 from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
@@ -149,10 +149,19 @@ def open_source(
         if held_out and data.features is not None:
             parts |= encoders_of_cache(data.features)
         check_fresh(features, parts)
-        source = _features(features, settings, dropout=dropout, global_batch=global_batch, device=device)
+        source = _features(
+            features,
+            settings,
+            dropout=dropout,
+            repeat={} if held_out else data.repeat,
+            global_batch=global_batch,
+            device=device,
+        )
         return source, encoders
     assert manifest is not None
     samples = select_clips(data, manifest, root=root, seed=settings.seed, global_batch=global_batch)
+    if not held_out:
+        samples = tuple(samples[place] for place in repeated(samples, data.repeat))
     encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
     dataset = ClipDataset(
         samples,
@@ -284,6 +293,7 @@ def _features(
     settings: TrainSettings,
     *,
     dropout: float,
+    repeat: Mapping[str, int],
     global_batch: int | None,
     device: torch.device,
 ) -> Source:
@@ -300,6 +310,7 @@ def _features(
         if rare:
             reason = Reason.RARE_SHAPE
             logger.info("%s: %d dropped, %s: %s", folder, len(rare), reason, reason.sentence)
+    dataset.take(repeated(dataset.samples, repeat))
     _, t5, clip = dataset.widths
 
     def encode(batch: FeatureBatch) -> Encoded:
