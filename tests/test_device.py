@@ -5,13 +5,16 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from opensoraplan import device
 from opensoraplan.device import (
     available,
     explained_memory,
+    free_memory,
     is_out_of_memory,
     resolve_device,
     resolve_dtype,
@@ -128,3 +131,19 @@ def test_full_memory_is_told_from_other_errors(error: RuntimeError) -> None:
     assert not is_out_of_memory(other)
     with pytest.raises(RuntimeError, match="mat1"), explained_memory("nine clips do not fit"):
         raise other
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's own account")
+def test_free_memory_of_the_host_is_what_the_kernel_says() -> None:
+    kernel = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    assert 0 < free_memory(torch.device("cpu")) <= 1.2 * kernel
+
+
+def test_a_container_has_no_more_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": "5000", "memory.current": "4000", "memory.stat": "anon 1500\nfile 2500"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(device, "_CONTAINER", ((tmp_path, "memory.max", "memory.current", "file"),))
+    assert free_memory(torch.device("cpu")) == 3500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 5000

@@ -6,9 +6,12 @@ import logging
 import re
 import resource
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -468,6 +471,21 @@ def test_parts_that_do_not_fit_each_other(tiny_release: Path, tmp_path: Path) ->
         with pytest.raises(ValueError, match=r"made for 4 channels \(in_channels\), .* latents have 6"):
             job()
     assert [path.name for path in tmp_path.iterdir()] == ["other.ckpt"]
+
+
+def test_weights_that_do_not_fit_the_host_are_not_read(
+    tiny_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = sources_of(tiny_release)
+    pipeline = load_pipeline(sources, dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU)
+    models = pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2
+    needed = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
+    for short in (0, 1):
+        available = SimpleNamespace(available=needed - 1000 - short)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: available)
+        with pytest.raises(MemoryError, match=r"GB of the host's memory") if short else nullcontext():
+            load_pipeline(sources, dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU)
 
 
 def test_config_of_another_width(tiny_release: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 
 logger = logging.getLogger(__name__)
@@ -15,6 +17,12 @@ ACCELERATORS = ("cuda", "npu")
 _FULL = ("out of memory", "can't allocate memory", "alloc_failed")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# Where control groups say what a container may have of memory, what it has, and what of that is cached files
+# (in memory.stat), which make room; version 2 and 1.
+_CONTAINER = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -84,6 +92,24 @@ def prepare(device: torch.device) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device that are free; of a CPU, those that programs can have without swapping, and no more
+    than the container may have.
+    """
+    if device.type != "cpu":
+        free, _total = getattr(torch, device.type).mem_get_info(device)
+        return free
+    free = psutil.virtual_memory().available
+    for folder, limit, used, cached in _CONTAINER:
+        try:
+            numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(numbers[cached])
+            free = min(free, int((folder / limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+            continue
+    return max(0, free)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import nn
 
-from opensoraplan.device import is_out_of_memory
+from opensoraplan.device import free_memory, is_out_of_memory
 from opensoraplan.models.modulation import adaln_layers, keep_on_host
 from opensoraplan.models.streaming import SLOTS, stream_blocks
 from opensoraplan.models.wfvae import WFVAE
@@ -112,6 +112,16 @@ def decoding_chunk(vae: WFVAE, grid: tuple[int, int, int], *, free: int) -> int:
     return next((chunk for chunk in CHUNKS if _decoding(vae, grid, chunk) <= room), CHUNKS[-1])
 
 
+def decode_on_host(vae: WFVAE, grids: Iterable[tuple[int, int, int]]) -> None:
+    """Have the VAE, which computes on the CPU, decode fewer latent frames at a time than it would if not so
+    many, of latents [B, C, *grid], are predicted to fit what is free.
+    """
+    if vae.streaming_latent_frames is not None and vae.tiling is None:
+        free = free_memory(torch.device("cpu"))
+        fits = min(decoding_chunk(vae, grid, free=free) for grid in grids)
+        vae.enable_streaming(latent_frames=min(fits, vae.streaming_latent_frames))
+
+
 def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
     return decoding_memory(
         Shape(grid, 0), _PRECISIONS[vae.dtype], base=vae.config["base_channels"], chunk=chunk
@@ -120,8 +130,7 @@ def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
 
 def _size(*modules: nn.Module | None) -> int:
     """Bytes of all parameters and buffers; of None none."""
-    tensors = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
 
 
 @dataclass(frozen=True)
@@ -170,12 +179,6 @@ def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
         f"even the leanest plan ({min(plans, key=lambda plan: plan.peak)}) does not fit into the "
         f"{free / 1e9:.1f} GB that are free: ask for fewer or smaller frames"
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """What is free of an accelerator's memory."""
-    free, _total = getattr(torch, device.type).mem_get_info(device)
-    return free
 
 
 class Arrangement:

@@ -21,7 +21,7 @@ from opensoraplan.cli.parts import (
 )
 from opensoraplan.defaults import Solver
 from opensoraplan.requests import Request, is_prompt_file, read_requests
-from opensoraplan.shapes import SPATIAL_STRIDE
+from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +222,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     import torch
 
     from opensoraplan.device import prepare, resolve_device, resolve_dtype
+    from opensoraplan.memory import decode_on_host
     from opensoraplan.parallel.generating import generating_mesh, share_generating
     from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
 
@@ -252,6 +253,8 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         _tune(pipeline, options)
         if not moving:
             pipeline.to(device)
+        if device.type == "cpu":
+            decode_on_host(pipeline.vae, [latent_shape(r.frames, r.height, r.width) for r in requests])
         arrangement = _arrange(pipeline, requests, options.memory, device) if moving else None
         all_decode = False
         if ranks.mesh is not None:
@@ -306,7 +309,8 @@ def _arrange(
     pipeline: "OpenSoraPlanPipeline", requests: list[Request], memory: Memory, device: "torch.device"
 ) -> "Arrangement":
     """Keep the pipeline's parts so that all these videos fit the device."""
-    from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, free_memory, needs_of, plans_for
+    from opensoraplan.device import free_memory
+    from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, needs_of, plans_for
 
     sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance) for r in requests}
     placements = PLACEMENTS if memory == "auto" else (memory,)
@@ -430,8 +434,8 @@ def decode(options: Decode) -> None:
 
     from opensoraplan import generate as job
     from opensoraplan.convert.assemble import load_vae
-    from opensoraplan.device import explained_memory, prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import decoding_chunk, free_memory
+    from opensoraplan.device import explained_memory, free_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.memory import decode_on_host, decoding_chunk
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
@@ -445,8 +449,10 @@ def decode(options: Decode) -> None:
     absent: dict[str, Any] = dict.fromkeys(names)
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
     found = saved.read(options.latents)
-    if device.type != "cpu" and not options.tiling:
-        frames, height, width = found.latents.shape[2:]
+    frames, height, width = found.latents.shape[2:]
+    if device.type == "cpu":
+        decode_on_host(vae, [(frames, height, width)])
+    elif not options.tiling:
         chunk = decoding_chunk(vae, (frames, height, width), free=free_memory(device))
         vae.enable_streaming(latent_frames=chunk)
     vae.register_to_config(**found.scaling)

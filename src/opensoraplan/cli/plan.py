@@ -372,6 +372,8 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
             least = plan.peak
             name = f"  {plan.placement}, decoding {plan.chunk} at a time"
             yield _row(name, plan.peak / GB) + _verdict(plan.peak / (1 - MARGIN), options.memory)
+    whole = model.stored(compute)
+    yield _row("of the host, unless resident", (whole + text + vae) / GB)
     flops = 2 * forward_flops(model.config, grid=shape.grid, text_tokens=shape.text, batch=shape.batch)
     yield f"{flops / 1e12:,.1f} TFLOP a guided step"
     if options.tflops is not None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensoraplan.convert.checkpoints import Checkpoint, open_checkpoint
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
 from opensoraplan.convert.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, naming
+from opensoraplan.device import free_memory
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.text import load_text_encoder, load_tokenizer
+from opensoraplan.models.text import empty_text_encoder, load_text_encoder, load_tokenizer
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline, check_parts, make_scheduler
 
@@ -145,11 +147,17 @@ def load_pipeline(
 ) -> OpenSoraPlanPipeline:
     """A pipeline straight from the original's files. The VAE has `vae_dtype` (None: `dtype`).
 
-    Raises what `check_exist` and the loading of each part raise; denoiser and VAE are checked before any
-    weight is read.
+    Raises what `check_exist` and the loading of each part raise, and MemoryError for a CPU without room for
+    the weights; denoiser and VAE are checked before any weight is read.
     """
     denoiser_part, vae_part = _open_models(sources)
     transformer, vae = denoiser_part.model, vae_part.model
+    if device.type == "cpu":
+        encoders = [
+            empty_text_encoder(sources.text_encoder, kind="t5"),
+            empty_text_encoder(sources.text_encoder_2, kind="clip"),
+        ]
+        _check_room([*((model, dtype) for model in (transformer, *encoders)), (vae, vae_dtype or dtype)])
     text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
     text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
     check_parts(transformer, vae, text_encoder, text_encoder_2)
@@ -165,6 +173,17 @@ def load_pipeline(
         scheduler=make_scheduler(**scheduler),
         max_text_tokens=max_text_tokens,
     )
+
+
+def _check_room(models: Sequence[tuple[nn.Module, torch.dtype]]) -> None:
+    """Raise MemoryError if the models' parameters, of these dtypes, do not fit into the host's memory."""
+    needed = sum(dtype.itemsize * sum(p.numel() for p in model.parameters()) for model, dtype in models)
+    free = free_memory(torch.device("cpu")) + psutil.swap_memory().free
+    if needed > free:
+        raise MemoryError(
+            f"the weights take {needed / 1e9:.3g} GB of the host's memory, and {free / 1e9:.3g} GB are free, "
+            "swap included"
+        )
 
 
 def save_diffusers(

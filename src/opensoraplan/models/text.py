@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensoraplan.models.captions import clean_caption
 from opensoraplan.models.original import aligned
@@ -283,9 +283,18 @@ def load_text_encoder(
     model_type = _model_type(folder, kind)
     _check_weight_files(folder)
 
+    with _only_value_errors(folder), _without_load_report():
+        model, info = _load(folder, kind, model_type, dtype)
+    _check_complete(folder, kind, info)
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
+    return model.requires_grad_(False).eval().to(device)
+
+
+@contextmanager
+def _only_value_errors(folder: Path) -> Iterator[None]:
     try:
-        with _without_load_report():
-            model, info = _load(folder, kind, model_type, dtype)
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights in {folder} are not plain tensors: no checkpoint, or a pickle with code in it, "
@@ -295,26 +304,11 @@ def load_text_encoder(
         raise ValueError(
             f"cannot load the model in {folder}, its files may be damaged or incomplete: {_short(error)}"
         ) from error
-    _check_complete(folder, kind, info)
-    for parameter in model.parameters():
-        parameter.data = aligned(parameter.data)
-    return model.requires_grad_(False).eval().to(device)
 
 
 def _load(folder: Path, kind: Kind, model_type: str, dtype: torch.dtype) -> tuple[Any, dict]:
     """The model, and the library's account of what it found in the files."""
-    from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    if kind == "t5":
-        cls, config = T5EncoderModel, T5Config.from_pretrained(folder, local_files_only=True)
-    elif model_type == "clip":
-        cls, whole = CLIPTextModelWithProjection, CLIPConfig.from_pretrained(folder, local_files_only=True)
-        config = whole.get_text_config()
-        # In a whole CLIP the top level says how wide the projection is. The text part often keeps a default.
-        config.update({"projection_dim": whole.projection_dim})
-    else:
-        cls = CLIPTextModelWithProjection
-        config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+    cls, config = _class_and_config(folder, kind, model_type)
     loaded = cls.from_pretrained(
         folder,
         config=config,
@@ -325,6 +319,31 @@ def _load(folder: Path, kind: Kind, model_type: str, dtype: torch.dtype) -> tupl
         output_loading_info=True,
     )
     return cast(tuple[Any, dict], loaded)
+
+
+def _class_and_config(folder: Path, kind: Kind, model_type: str) -> tuple[Any, Any]:
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    if kind == "t5":
+        return T5EncoderModel, T5Config.from_pretrained(folder, local_files_only=True)
+    if model_type != "clip":
+        return CLIPTextModelWithProjection, CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+    whole = CLIPConfig.from_pretrained(folder, local_files_only=True)
+    config = whole.get_text_config()
+    # In a whole CLIP the top level says how wide the projection is. The text part often keeps a default.
+    config.update({"projection_dim": whole.projection_dim})
+    return CLIPTextModelWithProjection, config
+
+
+def empty_text_encoder(folder: Path | str, *, kind: Kind) -> nn.Module:
+    """One encoder on the meta device, of which `folder` needs no more than `config.json`. Errors are those of
+    `load_text_encoder`.
+    """
+    folder = _existing_folder(folder)
+    model_type = _model_type(folder, kind)
+    with _only_value_errors(folder), torch.device("meta"):
+        cls, config = _class_and_config(folder, kind, model_type)
+        return cls(config)
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
