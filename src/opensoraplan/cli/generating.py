@@ -253,7 +253,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         _tune(pipeline, options)
         if not moving:
             pipeline.to(device)
-        if device.type == "cpu":
+        if device.type == "cpu" and processes == 1:  # several have to decode the same chunks
             decode_on_host(pipeline.vae, [latent_shape(r.frames, r.height, r.width) for r in requests])
         arrangement = _arrange(pipeline, requests, options.memory, device) if moving else None
         all_decode = False
