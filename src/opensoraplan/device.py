@@ -17,11 +17,11 @@ ACCELERATORS = ("cuda", "npu")
 _FULL = ("out of memory", "can't allocate memory", "alloc_failed")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# Where control groups say what a container may have of memory, what it has, and what of that is cached files
-# (in memory.stat), which make room; version 2 and 1.
-_CONTAINER = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+# Where control groups, of version 2 and 1, say what memory may be had, what is, and, in memory.stat, what of
+# that is cached files.
+_CONTROL_GROUPS = (
+    ("", "memory.max", "memory.current", "file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -101,15 +101,22 @@ def free_memory(device: torch.device) -> int:
     if device.type != "cpu":
         free, _total = getattr(torch, device.type).mem_get_info(device)
         return free
-    free = psutil.virtual_memory().available
-    for folder, limit, used, cached in _CONTAINER:
+    available, allowed = psutil.virtual_memory().available, free_in_container(Path("/sys/fs/cgroup"))
+    return available if allowed is None else min(available, allowed)
+
+
+def free_in_container(folder: Path) -> int | None:
+    """Bytes that the control group in `folder` may still have of memory; cached files make room. None: there
+    is no limit, or no control group.
+    """
+    for place, limit, used, cached in _CONTROL_GROUPS:
         try:
-            numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(numbers[cached])
-            free = min(free, int((folder / limit).read_text()) - taken)
-        except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+            numbers = dict(line.split() for line in (folder / place / "memory.stat").read_text().splitlines())
+            taken = int((folder / place / used).read_text()) - int(numbers[cached])
+            return max(0, int((folder / place / limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # other control groups, or no limit ("max")
             continue
-    return max(0, free)
+    return None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

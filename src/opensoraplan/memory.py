@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import nn
 
-from opensoraplan.device import free_memory, is_out_of_memory
+from opensoraplan.device import is_out_of_memory
 from opensoraplan.models.modulation import adaln_layers, keep_on_host
 from opensoraplan.models.streaming import SLOTS, stream_blocks
 from opensoraplan.models.wfvae import WFVAE
@@ -112,12 +112,11 @@ def decoding_chunk(vae: WFVAE, grid: tuple[int, int, int], *, free: int) -> int:
     return next((chunk for chunk in CHUNKS if _decoding(vae, grid, chunk) <= room), CHUNKS[-1])
 
 
-def decode_on_host(vae: WFVAE, grids: Iterable[tuple[int, int, int]]) -> None:
-    """Have the VAE, which computes on the CPU, decode fewer latent frames at a time than it would if not so
-    many, of latents [B, C, *grid], are predicted to fit what is free.
+def limit_decoding(vae: WFVAE, grids: Iterable[tuple[int, int, int]], *, free: int) -> None:
+    """Have the VAE decode fewer latent frames at a time than it would, if not so many, of latents
+    [B, C, *grid], are predicted to fit into `free` bytes. Frames then differ by rounding.
     """
     if vae.streaming_latent_frames is not None and vae.tiling is None:
-        free = free_memory(torch.device("cpu"))
         fits = min(decoding_chunk(vae, grid, free=free) for grid in grids)
         vae.enable_streaming(latent_frames=min(fits, vae.streaming_latent_frames))
 

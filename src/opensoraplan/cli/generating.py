@@ -221,8 +221,8 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     import torch
 
-    from opensoraplan.device import prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import decode_on_host
+    from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.memory import limit_decoding
     from opensoraplan.parallel.generating import generating_mesh, share_generating
     from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
 
@@ -254,7 +254,8 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         if not moving:
             pipeline.to(device)
         if device.type == "cpu" and processes == 1:  # several have to decode the same chunks
-            decode_on_host(pipeline.vae, [latent_shape(r.frames, r.height, r.width) for r in requests])
+            grids = [latent_shape(r.frames, r.height, r.width) for r in requests]
+            limit_decoding(pipeline.vae, grids, free=free_memory(device))
         arrangement = _arrange(pipeline, requests, options.memory, device) if moving else None
         all_decode = False
         if ranks.mesh is not None:
@@ -435,7 +436,7 @@ def decode(options: Decode) -> None:
     from opensoraplan import generate as job
     from opensoraplan.convert.assemble import load_vae
     from opensoraplan.device import explained_memory, free_memory, prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import decode_on_host, decoding_chunk
+    from opensoraplan.memory import decoding_chunk, limit_decoding
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
@@ -451,7 +452,7 @@ def decode(options: Decode) -> None:
     found = saved.read(options.latents)
     frames, height, width = found.latents.shape[2:]
     if device.type == "cpu":
-        decode_on_host(vae, [(frames, height, width)])
+        limit_decoding(vae, [(frames, height, width)], free=free_memory(device))
     elif not options.tiling:
         chunk = decoding_chunk(vae, (frames, height, width), free=free_memory(device))
         vae.enable_streaming(latent_frames=chunk)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _WIDE = 512  # channels
-_GROUP = 2**25  # bytes of the frames that are computed at a time, which should stay in a cache
 
 # Fills out [T, O, H, W] from frames [T + 2, C, H, W].
 _Convolve = Callable[[Tensor, Tensor], None]
@@ -37,9 +36,13 @@ def applies(conv: nn.Conv3d, x: Tensor) -> bool:
     return made_for and on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def causal_conv3d(front: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def causal_conv3d(
+    front: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 2**25
+) -> Tensor:
     """The convolution [B, O, T, H, W] of clips x [B, C, T, H, W] by weight [O, C, 3, 3, 3], with zeros around
     each frame, after the two frames `front` [B, C, 2, H, W]; None: the first frame, twice.
+
+    `group`: bytes of the frames that are computed at a time, which should stay in a cache; two at least.
     """
     out = torch.empty(
         (x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last_3d
@@ -52,7 +55,7 @@ def causal_conv3d(front: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor 
     for clip in range(x.shape[0]):
         frames, made = x[clip].transpose(0, 1), out[clip].transpose(0, 1)
         before = [frames[:1]] * 2 if front is None else front[clip].transpose(0, 1).split(1)
-        step = max(2, _GROUP // frames[:1].nbytes // 2 * 2)
+        step = max(2, group // frames[:1].nbytes // 2 * 2)
         for start in range(1 if front is None else 0, len(frames), step):
             stop = min(len(frames), start + step)
             near = frames[start - 2 : stop] if start >= 2 else torch.cat([*before[start:], frames[:stop]])
