@@ -48,7 +48,8 @@ def causal_conv3d(
         (x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last_3d
     )
     if front is None:  # three times the same frame
-        out[:, :, 0] = F.conv2d(x[:, :, 0], _taps(weight).sum(0), bias, padding=1)
+        whole = _taps(weight).sum(0).permute(0, 3, 1, 2)
+        out[:, :, 0] = F.conv2d(x[:, :, 0], whole, bias, padding=1)
         if x.shape[2] == 1:
             return out
     convolve = _in_groups(x.dtype, weight, bias)
@@ -64,14 +65,14 @@ def causal_conv3d(
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """[3, O, C, 3, 3] of weight [O, C, 3, 3, 3], copied into the layout of two-dimensional ones."""
-    return weight.permute(2, 0, 3, 4, 1).contiguous().permute(0, 1, 4, 2, 3)
+    """[3, O, 3, 3, C], copied, of weight [O, C, 3, 3, 3]: so summing and convolving are fastest."""
+    return weight.permute(2, 0, 3, 4, 1).contiguous()
 
 
 def _in_groups(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> _Convolve:
     """How a group of frames is convolved, with what that needs of the weight."""
     if dtype == torch.float32:
-        first, middle, last = _taps(weight)
+        first, middle, last = _taps(weight).permute(0, 1, 4, 2, 3)
         outer, middle = (first + last) / 2, middle / 2
         return partial(_winograd, (first, outer + middle, outer - middle, last), weight, bias)
     if weight.shape[1] >= _WIDE:
