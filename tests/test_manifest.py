@@ -1,17 +1,18 @@
 """Manifests in every format, probing and its cache, and selection against the original's measured cases."""
 
-import importlib
-import importlib.util
 import json
 import logging
 import os
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import av
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.record import Record
@@ -338,22 +339,23 @@ def test_csv_cells_are_text_and_may_be_empty(tmp_path: Path) -> None:
     assert found[1] == Record(tmp_path / "b.jpg", ("two\nlines",), num_frames=1, height=5, width=6)
 
 
-def test_parquet_is_read_or_its_package_named(tmp_path: Path) -> None:
+def test_parquet_is_read(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
-    if importlib.util.find_spec("pyarrow") is None:
-        path.touch()
-        with pytest.raises(ValueError, match="pip install pyarrow"):
-            read_manifest(path)
-        return
-    arrow = importlib.import_module("pyarrow")
     rows = [{**FULL, "embedding": [1.0, 2.0]}, {**FULL, "path": "b.mp4", "aes": None}]
-    importlib.import_module("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     found = read_manifest(path)
     assert found[0] == replace(EXPECTED, path=tmp_path / "a.mp4")
     assert found[1] == replace(EXPECTED, path=tmp_path / "b.mp4", aesthetic=None)
     path.write_text("no table")
     with pytest.raises(ValueError, match=r"data\.parquet: not Parquet"):
         read_manifest(path)
+
+
+def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        read_manifest(tmp_path / "data.parquet")
 
 
 @pytest.mark.parametrize(

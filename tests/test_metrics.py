@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,6 +113,32 @@ def test_an_absent_package_is_named_before_anything_is_written(
     with pytest.raises(ValueError, match=extra):
         run(tmp_path, range(1, 4), **options)
     assert len(lines(tmp_path)) == 3
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 8), tensorboard=True)
+    run(tmp_path, range(6, 11), tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([1 / n for n in range(1, 11)])
+
+
+def test_wandb_keeps_a_resumed_run_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(tmp_path, range(1, 4), wandb_project="shapes", config={"seed": 5})
+    run(tmp_path, range(3, 6), wandb_project="shapes", config={"seed": 5})
+    name = (tmp_path / "wandb_id").read_text().strip()
+    runs = sorted(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(runs) == 2
+    for file in runs:
+        assert all(word in file.read_bytes() for word in (b"shapes", b"seed", b"loss"))
+
+
+def test_what_wandb_refuses_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(ValueError, match=r"wandb says: .*project name.*a/b.* set WANDB_MODE=offline"):
+        run(tmp_path, range(1, 4), wandb_project="a/b")
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,5 @@
 """data/video.py on tiny clips that the tests write themselves: time stamps, colours, turns, damage, names."""
 
-import importlib.util
 import logging
 import math
 import os
@@ -17,9 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opensoraplan.data import reading
 from opensoraplan.data.video import (
-    Reader,
     VideoWriter,
     _move_without_link,
     count_frames,
@@ -448,22 +445,6 @@ def test_numbers_that_cannot_be_read(tmp_path: Path) -> None:
         read_numbered(tmp_path / "missing.mp4", [0])
     with pytest.raises(ValueError, match=r"clip\.mp4 .* is cut off"):
         read_numbered(cut(clip, share=0.6), [0])
-
-
-@pytest.mark.parametrize("reader", ["decord", "torchcodec"])
-def test_a_reader_that_is_missing_is_named_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, reader: Reader
-) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", moving_frames(3))
-    every = read_frames(clip)
-    reading._is_installed.cache_clear()  # of other tests in this process
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            difference = read_numbered(clip, [0, 2], reader=reader).int() - every[[0, 2]].int()
-            # Where the package is installed, it may convert colours a little differently.
-            assert difference.abs().max() <= (8 if importlib.util.find_spec(reader) else 0)
-    expected = [] if importlib.util.find_spec(reader) else [f"reader {reader} is not installed"]
-    assert [message.split(":")[0] for message in caplog.messages] == expected
 
 
 # --- Pixels -------------------------------------------------------------------------------------------------

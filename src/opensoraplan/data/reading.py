@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal, cast
@@ -180,7 +180,8 @@ def read_numbered(
     one varies, those that PyAV gives when it is resampled to that rate. `crop` = (left, right, top, bottom)
     in pixels of the upright picture. Far into a file, the keyframe before the first frame is sought instead
     of decoding all before it, if it is certain that this gives the same frames. `reader` "decord" or
-    "torchcodec" decodes with that package, or with PyAV and one line of log if it is not installed.
+    "torchcodec" decodes with that package; PyAV, and a line of log, take the place of one that is not
+    installed, or cannot read the file.
 
     Raises FileNotFoundError, and ValueError for a file without readable video, with too few frames, damaged
     before the last one, frames of several sizes, or a crop outside of the picture.
@@ -196,7 +197,8 @@ def read_numbered(
         return _chosen(path, shots, numbers, crop=crop)
     if installed_reader(reader) != "pyav":
         frames = _by_decord(path, numbers) if reader == "decord" else _by_torchcodec(path, numbers)
-        return _cropped(path, frames, crop)
+        if frames is not None:
+            return _cropped(path, frames, crop)
     if numbers[0] >= _NEAR:
         try:
             with _opened(path) as (container, stream):
@@ -557,14 +559,21 @@ def installed_reader(reader: Reader) -> Reader:
 
 @cache
 def _is_installed(reader: Reader) -> bool:
-    """Whether the package of a reader is there; says so, once a process, if it is not."""
-    found = find_spec(reader) is not None
-    if not found:
-        logger.warning("reader %s is not installed: videos are read with PyAV", reader)
-    return found
+    """Whether the package of a reader can be loaded; says so, once a process, if not."""
+    try:
+        import_module("torchcodec.decoders" if reader == "torchcodec" else reader)
+    except ModuleNotFoundError:
+        problem = "is not installed"
+    except (ImportError, OSError, RuntimeError) as error:  # such as FFmpeg's libraries, which it has not
+        problem = f"cannot be loaded ({str(error).strip().partition(chr(10))[0]})"
+    else:
+        return True
+    logger.warning("reader %s %s: videos are read with PyAV", reader, problem)
+    return False
 
 
-def _by_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor:
+def _by_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
+    """Frames [len(numbers), H, W, 3], or None of a file that decord cannot read, such as one of AV1."""
     import decord  # type: ignore[import-not-found]
 
     try:
@@ -572,10 +581,11 @@ def _by_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor:
         _check_count(path, len(video), numbers)
         return torch.from_numpy(video.get_batch(list(numbers)).asnumpy())
     except decord.DECORDError as error:
-        raise ValueError(f"{path} cannot be read by decord: {error}") from error
+        return _left_to_pyav(path, "decord", error)
 
 
-def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor:
+def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
+    """Frames [len(numbers), H, W, 3], or None of a file that torchcodec cannot read."""
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
     try:
@@ -583,7 +593,12 @@ def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor:
         _check_count(path, len(video), numbers)
         return video.get_frames_at(indices=list(numbers)).data
     except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read by torchcodec: {error}") from error
+        return _left_to_pyav(path, "torchcodec", error)
+
+
+def _left_to_pyav(path: str | Path, reader: Reader, error: Exception) -> None:
+    reason = str(error).strip().rpartition("\n")[2]
+    logger.info("%s cannot be read by %s (%s): it is read with PyAV", path, reader, reason)
 
 
 def _check_count(path: str | Path, frames: int, numbers: Sequence[int]) -> None:

@@ -46,7 +46,8 @@ class Metrics:
     records go around the bar as long as the object is open as a context manager.
 
     Going on from `start` drops what a broken run logged after that step. Raises ValueError if an optional
-    package is wanted and absent, before any file is touched, and for a full or read-only disk.
+    package is wanted and absent, before any file is touched, if wandb refuses the run, and for a full or
+    read-only disk.
     """
 
     def __init__(
@@ -80,13 +81,20 @@ class Metrics:
             self._open.callback(self._tensorboard.close)
         self._wandb: Any = None
         if wandb is not None:
-            self._wandb = wandb.init(
-                project=wandb_project,
-                dir=str(output),
-                id=_run_id(output / "wandb_id"),
-                resume="allow",
-                config=dict(config or {}),
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=wandb_project,
+                    dir=str(output),
+                    id=_run_id(output / "wandb_id"),
+                    resume="allow",
+                    config=dict(config or {}),
+                )
+            except wandb.Error as error:
+                self._open.close()
+                raise ValueError(
+                    f"log.wandb_project is set, but wandb says: {error} You can set WANDB_MODE=offline, or "
+                    "leave it out (metrics.jsonl has the same numbers)"
+                ) from None
             self._open.callback(self._wandb.finish)
         console = sys.stderr if console is None else console
         self._bar: tqdm | None = None
