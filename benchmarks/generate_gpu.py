@@ -9,24 +9,28 @@ One run, one process: the ratio of the two lines counts. The first step of each 
 
 import argparse
 import time
+from typing import get_args
 
 import torch
 from load_release import fill, peak
 
+from opensoraplan.defaults import Weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.weights import check_weights, keep_weights
 from opensoraplan.shapes import latent_shape
 
 TEXT_TOKENS = 64
 TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": [2, 2, 2], "sparse_n": [1, 2, 1]}
 
 
-def build(device: torch.device, *, tiny: bool) -> SparseUMMDiT:
-    """The denoiser with random bf16 weights, made on its device."""
+def build(device: torch.device, *, tiny: bool, weights: Weights) -> SparseUMMDiT:
+    """The denoiser with random bf16 weights, made on its device, and kept as that kind."""
     with torch.device("meta"):
         model = SparseUMMDiT(**(TINY if tiny else {}))
     model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         fill(parameter, name)
+    keep_weights(model, weights)
     return model
 
 
@@ -66,12 +70,15 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=576)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--weights", choices=get_args(Weights), default="whole", help="as in osp generate")
     options = parser.parse_args()
     device = torch.device(options.device)
+    check_weights(options.weights, device, torch.bfloat16)
     grid = latent_shape(options.frames, options.height, options.width)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(f"{where}, torch {torch.__version__}, bf16, {options.frames} x {options.height} x {options.width}")
-    model = build(device, tiny=options.tiny)
+    print(f"{where}, torch {torch.__version__}, bf16, weights {options.weights}")
+    print(f"{options.frames} x {options.height} x {options.width}")
+    model = build(device, tiny=options.tiny, weights=options.weights)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
             model.compile_repeated_blocks(fullgraph=True)

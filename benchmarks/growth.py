@@ -20,8 +20,8 @@ from timing import machine, ready, resident_peak
 from torch import Tensor
 
 from opensoraplan import builtin
-from opensoraplan.models.int8 import keep_as_int8
 from opensoraplan.models.step_cache import measured, skipping
+from opensoraplan.models.weights import keep_weights
 from opensoraplan.pipeline import SOLVERS, OpenSoraPlanPipeline, VideoOutput
 
 PROMPT = "A large red star moves to the right over a green meadow."
@@ -107,9 +107,16 @@ def left_out(steps: int) -> list[str]:
     lines.append(f"| guided in the first half only | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
     seconds, video = timed(num_inference_steps=steps // 2)
     lines.append(f"| half the steps | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
-    keep_as_int8(pipeline.transformer.transformer_blocks)
+    keep_weights(pipeline.transformer, "int8")
     seconds, video = timed()
     lines.append(f"| int8 weights | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
+    pipeline = load()
+    pipeline.transformer.to(torch.bfloat16)
+    _, video = timed()
+    lines.append(f"| denoiser in bf16 | | {_psnr(video, exact):.1f} |")
+    keep_weights(pipeline.transformer, "fp8")
+    _, video = timed()
+    lines.append(f"| the same, fp8 weights (their time is a card's) | | {_psnr(video, exact):.1f} |")
     return lines
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_release import sources_of, write_release
 
 from opensoraplan.convert.assemble import save_diffusers
@@ -19,6 +20,12 @@ from opensoraplan.train.config import TrainSettings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how often tests/distributed kills a rank")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers each time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -313,7 +313,7 @@ def test_a_calibrated_model_leaves_steps_out(osp: Command, tiny_model: Path, tmp
 def test_how_a_video_is_made_decides_how_it_looks_and_is_told(
     osp: Command, tiny_model: Path, tmp_path: Path
 ) -> None:
-    ways = {"exact": {}, "adams": {"solver": "adams"}, "int8": {"weights": "int8"}}
+    ways = {"exact": {}, "adams": {"solver": "adams"}, "int8": {"weights": "int8"}, "fp8": {"weights": "fp8"}}
     usual = {"solver": "euler", "weights": "whole"}
     for name, way in ways.items():
         options = [word for key, value in way.items() for word in (f"--{key}", value)]

@@ -107,6 +107,7 @@ def test_int8_weights_spare_a_card_of_16_gb_the_streaming(osp: Osp) -> None:
     ("arguments", "message"),
     [
         (["--weights", "int8"], "--weights int8 is for --generate"),
+        (["--generate", "--weights", "fp8", "--compute", "fp32"], "fp8 goes with --compute bf16, got fp32"),
         (["--tp", 5], "sp 1 x tp 5 = 5 must divide the model's 24 attention heads"),
         (["--devices", 8, "--sp", 3], "8 processes cannot be arranged"),
         (["--memory", 0], "--memory must be more than 0"),

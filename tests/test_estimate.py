@@ -13,7 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opensoraplan.defaults import Weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.weights import keep_weights
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.collectives import GATHER, SUM_PARTS
 from opensoraplan.parallel.estimate import (
@@ -137,14 +139,15 @@ def test_activations_are_what_a_forward_pass_keeps(case: str, compute: Literal["
     assert most == pytest.approx(peak, rel=0.06)
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_a_forward_pass_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"]) -> None:
+@pytest.mark.parametrize(("compute", "kind"), [("fp32", "whole"), ("bf16", "whole"), ("bf16", "fp8")])
+def test_a_forward_pass_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"], kind: Weights) -> None:
     dtype, shape = DTYPES[compute], Shape((4, 16, 16), 8)
     model = nn.Module.to(SparseUMMDiT(**TINY), dtype).eval()
+    keep_weights(model, kind)
     inputs = torch.randn(1, 4, *shape.grid), torch.rand(1), torch.randn(1, 8, 12), torch.randn(1, 10)
-    with torch.no_grad(), Alive(*model.parameters()) as alive:
+    with torch.no_grad(), Alive(*model.parameters(), *model.buffers()) as alive:
         model(*(tensor.to(dtype) for tensor in inputs))
-    assert forward_memory(Model(TINY), shape, compute) == pytest.approx(alive.peak, rel=0.15)
+    assert forward_memory(Model(TINY), shape, compute, kind=kind) == pytest.approx(alive.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

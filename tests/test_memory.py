@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from opensoraplan import generate
 from opensoraplan.data.reading import read_frames
+from opensoraplan.defaults import Weights
 from opensoraplan.memory import (
     CHUNKS,
     PLACEMENTS,
@@ -20,9 +21,9 @@ from opensoraplan.memory import (
     needs_of,
     plans_for,
 )
-from opensoraplan.models.int8 import keep_as_int8
 from opensoraplan.models.step_cache import skipping
 from opensoraplan.models.streaming import stream_blocks
+from opensoraplan.models.weights import keep_weights
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 
@@ -125,9 +126,13 @@ def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placeme
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_plan_takes_int8_weights(pipeline: OpenSoraPlanPipeline, placement: str) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_every_plan_takes_smaller_weights(
+    pipeline: OpenSoraPlanPipeline, placement: str, kind: Weights
+) -> None:
+    pipeline.transformer.to(torch.bfloat16)
     exact = latents_of(pipeline)
-    keep_as_int8(pipeline.transformer.transformer_blocks)
+    keep_weights(pipeline.transformer, kind)
     near = latents_of(pipeline)
     assert 0 < (near - exact).norm() < 0.1 * exact.norm()
     plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]

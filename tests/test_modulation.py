@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opensoraplan.defaults import Weights
 from opensoraplan.memory import needs_of
-from opensoraplan.models.int8 import keep_as_int8
 from opensoraplan.models.modulation import (
     HostLayer,
     adaln_layers,
@@ -14,6 +14,7 @@ from opensoraplan.models.modulation import (
     modulations,
 )
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.weights import keep_weights
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 CPU = torch.device("cpu")
@@ -34,14 +35,13 @@ def inputs_of(model: SparseUMMDiT, *, batch: int, seed: int) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "int8"])
 @torch.no_grad()
 def test_each_condition_has_the_bits_of_its_own_forward_pass(
-    pipeline: OpenSoraPlanPipeline, dtype: torch.dtype, int8: bool
+    pipeline: OpenSoraPlanPipeline, dtype: torch.dtype, kind: Weights
 ) -> None:
     model = pipeline.transformer.to(dtype)
-    if int8:
-        keep_as_int8(model.transformer_blocks)
+    keep_weights(model, kind)
     calls = [inputs_of(model, batch=batch, seed=seed) for seed, batch in enumerate((1, 2, 1))]
     expected = [model(**call).sample for call in calls]
 

@@ -10,6 +10,8 @@ from opensoraplan.settings import Settings
 FILE = "generate.json"
 
 Solver = Literal["euler", "adams"]
+# How the denoiser's matrices are kept: models/weights.py.
+Weights = Literal["whole", "int8", "fp8"]
 
 
 class GenerateDefaults(Settings):

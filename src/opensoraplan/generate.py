@@ -197,7 +197,7 @@ def make_record(
     pipeline: "OpenSoraPlanPipeline", request: Request, model: str | dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides how a video looks, to be stored with it. Values are those of JSON."""
-    from opensoraplan.models.int8 import is_int8
+    from opensoraplan.models.weights import weights_of
 
     scheduler = pipeline.scheduler.config
     shifts = ("shift", "flow_shift", "use_dynamic_shifting")
@@ -212,7 +212,7 @@ def make_record(
         },
         "sparse_n": pipeline.transformer.config["sparse_n"],
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        "weights": "int8" if is_int8(pipeline.transformer) else "whole",
+        "weights": weights_of(pipeline.transformer),
         "vae_dtype": str(pipeline.vae.dtype).removeprefix("torch."),
         "vae_tiling": pipeline.vae.tiling,
         "opensoraplan": version("opensoraplan"),

@@ -16,6 +16,7 @@ from torch import nn
 from opensoraplan.device import is_out_of_memory
 from opensoraplan.models.modulation import adaln_layers, keep_on_host
 from opensoraplan.models.streaming import SLOTS, stream_blocks
+from opensoraplan.models.weights import weights_of
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
 from opensoraplan.pipeline import OpenSoraPlanPipeline
@@ -88,7 +89,10 @@ def needs_of(
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     model = Model(config)
     denoising = forward_memory(
-        model, Shape(grid, text_tokens, batch=2 if batched else 1), _PRECISIONS[transformer.dtype]
+        model,
+        Shape(grid, text_tokens, batch=2 if batched else 1),
+        _PRECISIONS[transformer.dtype],
+        kind=weights_of(transformer),
     )
     adaln = [layer.linear for layer in adaln_layers(transformer)]
     in_blocks = _size(*adaln[:-1]) // len(transformer.transformer_blocks)

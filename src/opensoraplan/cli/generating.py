@@ -19,7 +19,7 @@ from opensoraplan.cli.parts import (
     make_sources,
     options_of_parts,
 )
-from opensoraplan.defaults import Solver
+from opensoraplan.defaults import Solver, Weights
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 
@@ -111,9 +111,9 @@ class Generate:
     """Where the model is: all of it on the device, each part in turn, or block after block, which takes the
     least memory and the most time. auto: the first of them that is predicted to fit, and the next when memory
     is full."""
-    weights: Literal["whole", "int8"] = "whole"
-    """int8: keep the denoiser's matrices so, which halves their memory, and cast each when it is used: not
-    exact."""
+    weights: Weights = "whole"
+    """int8: keep the denoiser's matrices so, which halves their memory, and cast each when it is used. fp8:
+    keep and multiply those of its feed-forwards so, which is faster on cards that can. Neither is exact."""
     attention: Annotated[str | None, optional("NAME", "(default: torch's own)")] = None
     """The implementation of attention, one of diffusers' backends: _native_cudnn, flash, sage, ..."""
     compile: bool = False
@@ -223,11 +223,14 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype
     from opensoraplan.memory import limit_decoding
+    from opensoraplan.models.weights import check_weights
     from opensoraplan.parallel.generating import generating_mesh, share_generating
     from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
 
     device = device_of_rank(resolve_device(options.device))
     prepare(device)
+    dtype = resolve_dtype(options.dtype, device)
+    check_weights(options.weights, device, dtype)
     branches, tp = options.sharing.branch_ranks, options.sharing.tp
     processes = place_in_job()[1]
     if tp < 1 or processes % (branches * tp):
@@ -247,9 +250,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     moving = device.type != "cpu" and processes == 1 and options.memory != "resident"
     place = torch.device("cpu") if moving or options.weights != "whole" else device
     with joined(mesh, device, timeout=PATIENCE_S) as ranks:
-        pipeline, model = _load_pipeline(
-            options, inference, paths, folder=folder, place=place, dtype=resolve_dtype(options.dtype, device)
-        )
+        pipeline, model = _load_pipeline(options, inference, paths, folder=folder, place=place, dtype=dtype)
         _tune(pipeline, options)
         if not moving:
             pipeline.to(device)
@@ -292,10 +293,10 @@ def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ..
 
 def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
     """Choose how the denoiser is kept and computes."""
-    if options.weights == "int8":
-        from opensoraplan.models.int8 import keep_as_int8
+    if options.weights != "whole":
+        from opensoraplan.models.weights import keep_weights
 
-        keep_as_int8(pipeline.transformer.transformer_blocks)
+        keep_weights(pipeline.transformer, options.weights)
     if options.attention is not None:
         from opensoraplan.models.attention import set_backend
 

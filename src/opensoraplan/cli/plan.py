@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from opensoraplan.cli.options import Changes, check_exists, optional
+from opensoraplan.defaults import Weights
 
 if TYPE_CHECKING:
     from opensoraplan.parallel.estimate import Job, Model, Shape
@@ -102,7 +103,7 @@ class Plan:
     """Of an epoch, for its time and the size of the feature cache."""
     generate: bool = False
     """Predict what generating one video on one device needs instead."""
-    weights: Literal["whole", "int8"] = "whole"
+    weights: Weights = "whole"
     """Of --generate, as in osp generate."""
 
 
@@ -349,13 +350,15 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
     compute = options.job.compute or "bf16"
     size = BYTES[compute]
     text, vae = (T5_NUMBERS + CLIP_NUMBERS) * size, VAE_NUMBERS * size
-    int8 = options.weights == "int8"
-    denoiser = model.stored(compute, int8=int8)
-    adaln = model.stored(compute, int8=int8, adaln=True)
+    if options.weights == "fp8" and compute != "bf16":
+        raise ValueError(f"--weights fp8 goes with --compute bf16, got {compute}")
+    kind = options.weights
+    denoiser = model.stored(compute, kind=kind)
+    adaln = model.stored(compute, kind=kind, adaln=True)
     units = range(len(model.blocks))
-    block = max(model.stored(compute, unit=unit, int8=int8, adaln=False) for unit in units)
+    block = max(model.stored(compute, unit=unit, kind=kind, adaln=False) for unit in units)
     vectors = vector_bytes(model, compute, steps=_STEPS)
-    forward = forward_memory(model, shape, compute)
+    forward = forward_memory(model, shape, compute, kind=kind)
     decoding = tuple(decoding_memory(shape, compute, chunk=chunk) for chunk in CHUNKS)
     yield f"{model.numbers():,} parameters; generating {said}, in {compute}; GB of one device"
     yield _row("denoiser", denoiser / GB)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from opensoraplan.defaults import Weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.mesh import MeshSettings, said
 from opensoraplan.parallel.sequence import padded_tokens
@@ -35,13 +36,14 @@ _SPLIT_INPUTS = ("to_out.0.weight", "to_add_out.weight", "net.2.weight")
 @dataclass(frozen=True)
 class Weight:
     """A parameter: the block that it is in (or ROOT), its shape, the dimension that tp splits, whether it is
-    of AdaLN's linear layers.
+    of AdaLN's linear layers, or of feed-forwards.
     """
 
     unit: int
     shape: tuple[int, ...]
     split: int | None
     adaln: bool
+    feed_forward: bool
 
     def numbers(self, *, tp: int = 1, shards: int = 1) -> int:
         """How many of its numbers the first rank has; no rank has more."""
@@ -109,17 +111,19 @@ class Model:
         return sum(self._numbers[of, tp, shards] for of in units)
 
     def stored(
-        self, compute: str, *, unit: int | None = None, int8: bool = False, adaln: bool | None = None
+        self, compute: str, *, unit: int | None = None, kind: Weights = "whole", adaln: bool | None = None
     ) -> int:
-        """Bytes of the weights of one unit or of all, on one device; `int8`: with the blocks' matrices so and
-        a scale for each of their outputs (models/int8.py). `adaln`: only AdaLN's linear layers, or only the
-        others.
+        """Bytes of the weights of one unit or of all, on one device, kept as `kind` (models/weights.py): a
+        byte for each number of the smaller ones, and a scale for each of their outputs. `adaln`: only AdaLN's
+        linear layers, or only the others.
         """
         whole, total = BYTES[compute], 0
+        scale = FP32 if kind == "fp8" else whole
         for weight in self.weights:
             if unit in (None, weight.unit) and adaln in (None, weight.adaln):
-                smaller = int8 and weight.unit != ROOT and len(weight.shape) == 2
-                total += weight.numbers() + weight.shape[0] * whole if smaller else weight.numbers() * whole
+                in_block = weight.unit != ROOT and len(weight.shape) == 2
+                smaller = weight.feed_forward if kind == "fp8" else kind == "int8" and in_block
+                total += weight.numbers() + weight.shape[0] * scale if smaller else weight.numbers() * whole
         return total
 
 
@@ -128,7 +132,8 @@ def _weight(name: str, shape: tuple[int, ...]) -> Weight:
     unit = int(parts[1]) if parts[0] == "transformer_blocks" else ROOT
     layer = name.rpartition(".")[0]
     split = 1 if name.endswith(_SPLIT_INPUTS) else 0 if layer.endswith(_SPLIT_OUTPUTS) else None
-    return Weight(unit, shape, split, adaln=layer.endswith(_ADALN))
+    feed_forward = unit != ROOT and parts[2] in ("ff", "ff_enc")
+    return Weight(unit, shape, split, adaln=layer.endswith(_ADALN), feed_forward=feed_forward)
 
 
 @dataclass(frozen=True)
@@ -635,15 +640,17 @@ def cache_bytes(model: Model, shape: Shape, *, moments: str = "fp32", states: st
     return video + text * BYTES[states]
 
 
-def forward_memory(model: Model, shape: Shape, compute: str) -> int:
-    """What one forward pass without gradients needs besides weights. The busiest moments of a block are GELU
-    (its input and output, and five tensors of the stream's width) and the norm of k (seven of them, and three
-    in fp32); earlier stages' outputs wait for the later ones.
+def forward_memory(model: Model, shape: Shape, compute: str, *, kind: Weights = "whole") -> int:
+    """What one forward pass without gradients needs besides weights of this kind. The busiest moments of a
+    block are GELU (its input and output, and five tensors of the stream's width; in fp8 its output, scaled
+    and rounded) and the norm of k (seven of them, and three in fp32); earlier stages' outputs wait for the
+    later ones.
     """
     c, tokens = BYTES[compute], shape.tokens(model.config["patch_size"])
     waiting = len(model.depths) // 2 if model.config["skip_connection"] else 0
     numbers = shape.batch * (tokens + shape.text) * model.dim
-    return numbers * (max(13 * c, 7 * c + 3 * FP32) + waiting * c)
+    busiest = 15 if kind == "fp8" else 13
+    return numbers * (max(busiest * c, 7 * c + 3 * FP32) + waiting * c)
 
 
 def vector_bytes(model: Model, compute: str, *, steps: int) -> int:

@@ -1,0 +1,136 @@
+"""A denoiser's matrices in 8 bits instead of 16, to generate with: not exact.
+
+"int8" keeps those of all blocks so, and casts each when it is used; what is computed is computed in the
+model's own precision, on any device. "fp8" keeps those of the feed-forwards so, which are two thirds of what
+linear layers compute, and multiplies in fp8, which cards with the instructions for it do at twice the rate of
+bf16.
+
+On plain torch, so that it is there for every device: torchao's kernels are not for NPUs.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import ScalingType
+
+from opensoraplan.defaults import Weights
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
+
+LARGEST_INT8 = 127
+FP8 = torch.float8_e4m3fn
+LARGEST_FP8 = torch.finfo(FP8).max
+# Of cards that multiply in fp8: Ada and Hopper, and what came after them.
+_FP8_CAPABILITY = (8, 9)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is `integers` int8 [out, in] times `scale` [out, 1], one for each output.
+
+    The scale is rounded to the layer's precision before the weight is divided by it, so that only the
+    weight's own rounding is lost: at most half of a 127th of the largest weight of the same output.
+    """
+
+    integers: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        largest = weight.float().abs().amax(1, keepdim=True)
+        scale = (largest / LARGEST_INT8).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
+        integers = (weight.float() / scale.float()).round().clamp(-LARGEST_INT8, LARGEST_INT8)
+        self.register_buffer("integers", integers.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.integers.to(x.dtype) * self.scale, self.bias)
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer without bias, x [..., in] -> [..., out] in bf16, that multiplies in fp8: `rounded`
+    [out, in] times `scale` [1, out], one for each output, by x with a scale for each token.
+    """
+
+    rounded: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        rounded, scale = _rounded_to_fp8(linear.weight.detach())
+        self.register_buffer("rounded", rounded)
+        self.register_buffer("scale", scale.t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, scale = _rounded_to_fp8(x.flatten(0, -2))
+        y = F.scaled_mm(
+            tokens,
+            self.rounded.t(),
+            scale,
+            ScalingType.RowWise,
+            self.scale,
+            ScalingType.RowWise,
+            output_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return y.unflatten(0, x.shape[:-1])
+
+
+def _rounded_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [R, C] in bf16 -> [R, C] in fp8, as large as it goes, and what to multiply them by, fp32
+    [R, 1].
+    """
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).float()
+    inverse = (LARGEST_FP8 / largest.clamp(min=1e-12)).to(rows.dtype)
+    # In bf16 the product may lie a 256th above the largest; fp8 rounds it down to that again.
+    return (rows * inverse).to(FP8), 1 / inverse.float()
+
+
+def keep_weights(model: SparseUMMDiT, kind: Weights) -> None:
+    """Keep the denoiser's matrices as this kind, in place. Not for training: they have no gradients. Bytes of
+    the release's: `parallel.estimate.Model.stored`. Raises ValueError as `check_weights` does.
+    """
+    check_weights(kind, model.device, model.dtype)
+    if kind == "int8":
+        _replace_linears(model.transformer_blocks, Int8Linear)
+    elif kind == "fp8":
+        for block in model.transformer_blocks:
+            block = cast(SparseUMMDiTBlock, block)
+            for feed_forward in (block.ff, block.ff_enc):
+                if feed_forward is not None:
+                    _replace_linears(feed_forward, Fp8Linear)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """What `keep_weights` made of the model."""
+    kinds = {type(layer) for layer in model.modules()}
+    return "int8" if Int8Linear in kinds else "fp8" if Fp8Linear in kinds else "whole"
+
+
+def check_weights(kind: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError if weights of this kind are not for that device, or for a model of that dtype. All are
+    for CPUs, which are slow in fp8.
+    """
+    if kind != "fp8":
+        return
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"fp8 weights are for computing in bfloat16, not {str(dtype).removeprefix('torch.')}"
+        )
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+    if device.type not in ("cpu", "meta") and not capable:
+        raise ValueError(
+            f"{device} does not multiply in fp8: that takes a card of compute capability "
+            f"{'.'.join(map(str, _FP8_CAPABILITY))} or more; int8 weights are for all devices"
+        )
+
+
+def _replace_linears(module: nn.Module, kind: type[Int8Linear] | type[Fp8Linear]) -> None:
+    """Make all linear layers inside the module such ones."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, kind(child))
+        else:
+            _replace_linears(child, kind)
