@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import ClipDataset
@@ -16,6 +18,7 @@ from opensoraplan.data.features import FeatureDataset, check_fresh, collate_feat
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import SelectionSettings, select
 from opensoraplan.data.video import VideoWriter
+from opensoraplan.models import wfvae
 from opensoraplan.train.cache import CacheSummary, write_cache
 from opensoraplan.train.config import DataSettings, ModelSettings, TextSettings, TrainSettings, VAESettings
 from opensoraplan.train.encoders import load_encoders
@@ -147,6 +150,18 @@ def _listed(folder: Path) -> Path:
     path = folder / "clips.csv"
     path.write_text("\n".join(["path,caption,num_frames,fps,height,width", *rows]))
     return path
+
+
+def test_memory_that_is_full_is_told(settings: TrainSettings, tmp_path: Path) -> None:
+    def full(module: nn.Module, _arguments: object) -> None:
+        if isinstance(module, wfvae.Encoder):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with (
+        register_module_forward_pre_hook(full),
+        pytest.raises(MemoryError, match=r"a clip or its caption cannot be encoded, memory is full"),
+    ):
+        write(settings, tmp_path / "cache")
 
 
 def test_another_cache_is_not_overwritten(settings: TrainSettings, cache: Path, tmp_path: Path) -> None:

@@ -181,6 +181,20 @@ def test_another_clip_takes_the_place_of_a_bad_one(damaged: list[Path]) -> None:
     assert "short.mp4 has 5 frames, asked for frame" in messages[2]
 
 
+def test_a_bad_film_of_many_cuts_is_one_bad_file(damaged: list[Path], clips: list[Path]) -> None:
+    cuts = [sample(damaged[0], index=index) for index in range(40)]
+    dataset = ClipDataset([*cuts, sample(clips[3], index=40)], seed=0)
+    for index in range(40):
+        clip = dataset[draw(index)]
+        assert clip.sample.index == 40
+        assert len(clip.failures) == 1
+
+
+def test_a_bad_cut_can_be_replaced_by_another_of_its_film(clips: list[Path]) -> None:
+    beyond = sample(clips[3], index=0, crop=(0, 99, 0, 32))
+    assert ClipDataset([beyond, sample(clips[3], index=1)], seed=0)[draw(0)].sample.index == 1
+
+
 def test_only_bad_clips_of_a_shape(damaged: list[Path]) -> None:
     dataset = ClipDataset([*samples(damaged[:3]), sample(damaged[4], frames=1)], seed=0)
     with pytest.raises(ValueError, match=r"none of 3 clips of 9x16x16 can be read: ") as caught:

@@ -1,5 +1,9 @@
 """What a file says of its video, and what is counted where it says nothing: length, rate, start, sound."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -44,6 +48,30 @@ def write_clip(
             samples.sample_rate = 8000
             container.mux(audio.encode(samples) + audio.encode(None))
     return path
+
+
+# A pipe that nobody writes to keeps the one who reads it waiting.
+PROBING = """
+import sys
+from pathlib import Path
+from opensoraplan.data.record import Record, complete
+folder = Path(sys.argv[1])
+names = ("a.mp4", "b.mp4", "pipe.mp4")
+complete([Record(folder / name, ("",)) for name in names], cache=folder / "cache.json", save_every_s=0)
+"""
+
+
+def test_what_was_learned_outlives_a_kill(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, 5)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with subprocess.Popen([sys.executable, "-c", PROBING, tmp_path]) as process:
+        cache = tmp_path / "cache.json"
+        while process.poll() is None and not (cache.exists() and "b.mp4" in cache.read_text()):
+            time.sleep(0.05)
+        assert process.poll() is None
+        process.kill()
+    assert "a.mp4" in cache.read_text()
 
 
 def test_probe(tmp_path: Path) -> None:

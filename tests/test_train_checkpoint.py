@@ -99,6 +99,17 @@ def test_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, 20)
 
 
+def test_a_part_that_is_cut_off_leaves_all_tensors_as_they_are(tmp_path: Path) -> None:
+    parts = {name: {"a": torch.ones(4)} for name in ("model", "optimizer", "ema")}
+    folder = checkpoint.save(tmp_path, 1, parts=parts, state={}, keep=1)
+    last = folder / "ema.safetensors"
+    last.write_bytes(last.read_bytes()[:-3])
+    now = {name: {"a": torch.zeros(4)} for name in parts}
+    with pytest.raises(ValueError, match="step-00000001 cannot be read"):
+        checkpoint.read_into(tmp_path, 1, now)
+    assert not any(part["a"].any() for part in now.values())
+
+
 def test_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(4, 3)

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan.data import features
 from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
 from opensoraplan.train.cache import write_cache
@@ -61,6 +62,17 @@ def assert_equal_runs(first: TrainSettings, second: TrainSettings) -> None:
     for part, tensors in one.parts.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, two.parts[part][name]), f"{part} {name}"
+
+
+def memory_full_at(call: int) -> Callable[[torch.nn.Module, object], None]:
+    """A hook that lets the device's memory be full at the denoiser's forward of that number."""
+    calls = itertools.count(1)
+
+    def full(module: torch.nn.Module, _arguments: object) -> None:
+        if isinstance(module, SparseUMMDiT) and next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return full
 
 
 @pytest.fixture
@@ -178,6 +190,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "the run did not come so far within five minutes"
+        time.sleep(0.01)  # let it run
 
 
 def test_resumed_from_an_older_step_is_the_run_from_there(
@@ -234,6 +247,23 @@ def test_run_that_never_began_to_train_can_be_begun_with_other_settings(tiny_run
     train(tiny_run(optimizer={"steps": 1}))
 
 
+def test_run_whose_first_step_fails_can_be_begun_with_other_settings(tiny_run: MakeRun) -> None:
+    with register_module_forward_pre_hook(memory_full_at(1)), pytest.raises(MemoryError):
+        train(tiny_run())
+    train(tiny_run(optimizer={"steps": 1, "lr": 5e-4}))
+
+
+def test_a_resume_that_is_refused_leaves_the_settings_of_the_run(tiny_run: MakeRun) -> None:
+    run = tiny_run(optimizer={"steps": 2})
+    train(run)
+    config = (run.output / "config.json").read_bytes()
+    refused = {"data": {"manifest": "typo.txt"}}, {"data": {"batch_size": 4}}
+    for changes in refused:
+        with pytest.raises((ValueError, OSError)):
+            train(tiny_run(**changes), resume="latest")
+        assert (run.output / "config.json").read_bytes() == config
+
+
 def test_resume_latest_begins_a_run_that_is_not_there(tiny_run: MakeRun) -> None:
     run = tiny_run(optimizer={"steps": 2})
     train(run, resume="latest")
@@ -255,6 +285,22 @@ def test_training_on_features_equals_training_on_clips(tiny_run: MakeRun, tmp_pa
     train(features)
     assert logged(features) == logged(clips)
     assert logged(features, "grad_norm") == logged(clips, "grad_norm")
+
+
+def test_a_model_trained_on_features_alone_makes_videos_like_theirs(
+    tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    write_cache(tiny_run("clips"), tmp_path / "features")
+    run = tiny_run(
+        data={"features": tmp_path / "features", "manifest": None, "selection": {}}, optimizer={"steps": 1}
+    )
+    train(run)
+    export_run(run.output, tmp_path / "model")
+    made = GenerateDefaults.of(tmp_path / "model")
+    assert (made.frames, made.height, made.width, made.fps) == (9, 64, 64, 12)
+    (tmp_path / "features").rename(tmp_path / "elsewhere")
+    export_run(run.output, tmp_path / "other")
+    assert GenerateDefaults.of(tmp_path / "other").frames is None  # as the pipeline that it began from
 
 
 def test_features_of_another_vae_are_refused_by_name(tiny_run: MakeRun, tmp_path: Path) -> None:
@@ -475,6 +521,7 @@ def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
         ({"data": {"manifest": "nowhere.txt"}}, "nowhere.txt does not exist"),
         ({"vae": {"pretrained": None}}, r"vae\.pretrained"),
         ({"data": {"batch_size": 9}}, "9"),
+        ({"parallel": {"cpu_offload": True}}, r"parallel\.cpu_offload is for several processes"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(tiny_run: MakeRun, changes: dict, message: str) -> None:
@@ -511,14 +558,8 @@ def test_resume_with_other_clips_is_for_those_who_ask_for_it(
 
 def test_memory_that_is_full_is_told_and_the_last_step_saved(tiny_run: MakeRun) -> None:
     run = tiny_run(checkpoint={"every": 100})
-    calls = itertools.count(1)
-
-    def full(module: torch.nn.Module, _arguments: object) -> None:
-        if isinstance(module, SparseUMMDiT) and next(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
     with (
-        register_module_forward_pre_hook(full),
+        register_module_forward_pre_hook(memory_full_at(3)),
         pytest.raises(MemoryError, match=r"latents of 2 x 4 x 2 x 8 x 8 .* raise memory\.recompute_blocks"),
     ):
         train(run)

@@ -81,7 +81,7 @@ def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline, kind:
 
 
 def test_fp8_is_refused_where_it_cannot_be(pipeline: OpenSoraPlanPipeline) -> None:
-    with pytest.raises(ValueError, match="for computing in bfloat16, not float32"):
+    with pytest.raises(ValueError, match="for computing in bf16, not float32"):
         keep_weights(pipeline.transformer, "fp8")
     other = torch.device("privateuseone:0")
     with pytest.raises(ValueError, match=r"privateuseone:0 does not multiply in fp8.*int8 .* all devices"):

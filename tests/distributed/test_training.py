@@ -35,7 +35,7 @@ from opensoraplan.train.cache import write_cache
 from opensoraplan.train.cache_ray import write_cache_by_ray
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.metrics import FILE as METRICS
-from opensoraplan.train.sources import Encoded, open_source
+from opensoraplan.train.sources import Encoded, clips_of_all, open_source, select_clips
 from opensoraplan.train.trainer import train
 from opensoraplan.train.turns import encoded_batches
 
@@ -242,6 +242,25 @@ def test_cache_of_two_processes_has_the_files_of_one(tiny_run: MakeRun, tmp_path
     write_cache(run, tmp_path / "one")
     finish(launch_cache(run, tmp_path / "two", processes=2))
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_processes_that_see_different_clips_are_told(ranks: Ranks, six: MakeRun) -> None:
+    assert ranks(clips_seen, six(), 0, ranks=2) == ["", ""]
+    first, second = ranks(clips_seen, six(), 1, ranks=2)
+    assert first == second
+    assert re.match(r"the processes see different clips \(rank 0: 8, rank 1: 7, or other captions", first)
+
+
+def clips_seen(run: TrainSettings, missing: int) -> str:
+    """What is said if the second rank lacks so many of the clips."""
+    job = JobRanks(Mesh.build(run.parallel.filled(2), device_type="cpu"))
+    assert run.data.manifest is not None
+    samples = select_clips(run.data, run.data.manifest, root=None, seed=0)
+    try:
+        clips_of_all(samples[missing * job.rank :], job)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def test_other_global_batch_is_refused_with_what_would_fit(six: MakeRun) -> None:

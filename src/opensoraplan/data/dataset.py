@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +29,8 @@ Item = TypeVar("Item")
 _UGLY, _BEAUTIFUL = 4.25, 5.75
 # How many samples are tried for one place of a batch.
 _ATTEMPTS = 5
+# Among so many samples of the same shape they are looked for.
+_CONSIDERED = 1000
 
 
 class Failure(NamedTuple):
@@ -116,7 +119,7 @@ class ClipDataset(Dataset[Clip]):
 
     def __getitem__(self, draw: Draw) -> Clip:
         failures: list[Failure] = []
-        for index in self._candidates(draw) if self._replace else [draw.index]:
+        for index in islice(self._candidates(draw), _ATTEMPTS if self._replace else 1):
             sample = self._placed(draw._replace(index=index))
             try:
                 video = self._read(sample)
@@ -138,12 +141,22 @@ class ClipDataset(Dataset[Clip]):
             + "; ".join(failure.message for failure in failures)
         )
 
-    def _candidates(self, draw: Draw) -> list[int]:
-        """The sample drawn, then others of its shape."""
+    def _candidates(self, draw: Draw) -> Iterator[int]:
+        """The sample drawn, then others of its shape: those of other files first, since what is wrong is
+        mostly wrong with a whole file.
+        """
+        yield draw.index
         same = self._same[self._samples[draw.index].shape]
-        # One more, since the sample itself may be among them.
-        others = _chance("another", self._seed, draw).sample(same, min(_ATTEMPTS, len(same)))
-        return [draw.index, *(index for index in others if index != draw.index)][:_ATTEMPTS]
+        others = _chance("another", self._seed, draw).sample(same, min(_CONSIDERED, len(same)))
+        files, again = {self._samples[draw.index].record.path}, []
+        for index in others:
+            path = self._samples[index].record.path
+            if path not in files:
+                files.add(path)
+                yield index
+            elif index != draw.index:
+                again.append(index)
+        yield from again
 
     def _placed(self, draw: Draw) -> Sample:
         """The sample with this epoch's window."""

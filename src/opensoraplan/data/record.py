@@ -6,6 +6,7 @@ Not here: manifests (manifest.py), which clips are trained on (selection.py), de
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -76,14 +77,20 @@ class _Probed:
 
 
 def complete(
-    records: Sequence[Record], *, cache: Path, every_file: bool = False, workers: int = 16
+    records: Sequence[Record],
+    *,
+    cache: Path,
+    every_file: bool = False,
+    workers: int = 16,
+    save_every_s: float = 120.0,
 ) -> list[Record]:
     """The same records with nothing missing, or with an `error`; those are counted in one warning.
 
     Files of records that lack something (or of all, with `every_file`) are opened by `workers` threads. What
     they say is remembered in the JSON file `cache`, by path, size and time of change, if its folder can be
-    written to. With `every_file`, records are held against their files: more frames than a file has are
-    lowered to its own, and another size, or a rate that is more than 1% off, is an `error`.
+    written to; it is written down every `save_every_s` seconds, too, lest hours of it are lost. With
+    `every_file`, records are held against their files: more frames than a file has are lowered to its own,
+    and another size, or a rate that is more than 1% off, is an `error`.
     """
     wanted = [index for index, record in enumerate(records) if every_file or not record.is_complete]
     if not wanted:
@@ -99,6 +106,7 @@ def complete(
 
     result = list(records)
     executor = ThreadPoolExecutor(workers)
+    saved = time.monotonic()
     try:
         for index, key, found in executor.map(look, wanted):
             if isinstance(found, str):
@@ -107,6 +115,9 @@ def complete(
             result[index] = _filled(records[index], found, compared=every_file)
             if known.get(key) != found:
                 fresh[key] = found
+            if time.monotonic() - saved > save_every_s:
+                _save(cache, {**known, **fresh})
+                saved = time.monotonic()
     finally:
         # Also after an interrupt: hours of probing are not lost.
         executor.shutdown(cancel_futures=True)

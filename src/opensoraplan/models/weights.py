@@ -116,9 +116,8 @@ def check_weights(kind: Weights, device: torch.device, dtype: torch.dtype) -> No
     if kind != "fp8":
         return
     if dtype != torch.bfloat16:
-        raise ValueError(
-            f"fp8 weights are for computing in bfloat16, not {str(dtype).removeprefix('torch.')}"
-        )
+        precision = str(dtype).removeprefix("torch.")
+        raise ValueError(f"fp8 weights are for computing in bf16, not {precision}: use that, or int8 weights")
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
     if device.type not in ("cpu", "meta") and not capable:
         raise ValueError(

@@ -20,13 +20,19 @@ from opensoraplan.data.dataset import ClipDataset, all_captions
 from opensoraplan.data.features import Description, Kind, LeftOut
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, installed_reader
-from opensoraplan.device import prepare, resolve_device
+from opensoraplan.device import explained_memory, prepare, resolve_device
 from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import check_paths, load_encoders
+from opensoraplan.train.loading import explained_workers
 from opensoraplan.train.sources import preprocessing_parts, select_clips
 
 logger = logging.getLogger(__name__)
+
+_FULL = (
+    "a clip or its caption cannot be encoded, memory is full: lower the sizes of data.selection, or set "
+    'vae.compute to "bf16"'
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -150,7 +156,8 @@ class CacheJob:
         for shard in shards:
             states: dict[str, tuple[Tensor, Tensor]] = {}
             for place in self.description.places("texts", shard):
-                encoded = self.encoders.encode_captions([self.texts[place]])
+                with explained_memory(_FULL):
+                    encoded = self.encoders.encode_captions([self.texts[place]])
                 states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
                 one_more()
             features.write_texts(self.out, shard, states)
@@ -177,12 +184,15 @@ class CacheJob:
             moments: list[tuple[Sample, Tensor]] = []
             bad: list[LeftOut] = []
             for place in self.description.places("videos", shard):
-                read = next(clips)
+                with explained_workers():
+                    read = next(clips)
                 if isinstance(read, LeftOut):
                     bad.append(read)
                     check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
                 else:
-                    moments.append((self.samples[place], self.encoders.encode_videos(read[None])[0].cpu()))
+                    with explained_memory(_FULL):
+                        encoded = self.encoders.encode_videos(read[None])[0].cpu()
+                    moments.append((self.samples[place], encoded))
                 one_more()
             features.write_videos(self.out, shard, moments, left_out=bad)
             left_out += bad

@@ -112,7 +112,7 @@ class _Worker:
         try:
             os.chdir(folder)  # where relative paths of the settings begin
             self.job = CacheJob(settings, out, **sizes)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             self.error = str(error)
 
     def __call__(self, row: Row) -> Row:
@@ -123,7 +123,7 @@ class _Worker:
                 self.job.write_texts([row["shard"]], _nothing)
             elif not self.error:
                 left_out = self.job.write_videos([row["shard"]], _nothing)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return {**row, "left_out": "[]", "error": str(error)}
         return {**row, "left_out": json.dumps(left_out), "error": self.error}
 

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,10 +154,15 @@ def read_into(output: Path, step: int, parts: Mapping[str, Tensors]) -> None:
         if shards.are_in(folder):
             shards.read_into(folder, parts)
             return
-        for part, tensors in parts.items():
-            with safe_open(folder / f"{part}.safetensors", framework="pt") as file:
+        with ExitStack() as stack:
+            # All of them, before anything is filled: one that is missing or cut off must not leave a mixture.
+            files = {
+                part: stack.enter_context(safe_open(folder / f"{part}.safetensors", framework="pt"))
+                for part in parts
+            }
+            for part, tensors in parts.items():
                 for name, tensor in tensors.items():
-                    shards.fill(tensor, file.get_tensor(name))
+                    shards.fill(tensor, files[part].get_tensor(name))
 
 
 @contextmanager

@@ -10,12 +10,14 @@ import torch
 
 from opensoraplan.convert.assemble import Opened, Sources, open_vae, write_pipeline
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
+from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
-from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import find_parts
 from opensoraplan.train.run import CONFIG
+from opensoraplan.train.sources import selection_of_cache
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +174,7 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
     """Videos like those of the run's validation, else of the size that it was trained on, if that is one, and
     else as of the pipeline that it began from.
     """
-    validation, selection = settings.validation, settings.data.selection
+    validation, selection = settings.validation, _selection(settings.data)
     before = GenerateDefaults() if base is None else GenerateDefaults.of(base)
     if validation.prompts:
         shown = {
@@ -184,7 +186,21 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
             "guidance": validation.guidance_scale,
         }
         return before.model_copy(update={**shown, "dtype": settings.model.compute})
+    if selection is None:
+        return before.model_copy(update={"dtype": settings.model.compute})
     size = {"frames": selection.sample_frames(selection.num_frames), "fps": selection.train_fps}
     if selection.force_resolution:
         size |= {"height": selection.max_height, "width": selection.max_width}
     return before.model_copy(update={**size, "dtype": settings.model.compute})
+
+
+def _selection(data: DataSettings) -> SelectionSettings | None:
+    """How the clips were selected that the run was trained on, which a run from features alone does not know
+    itself; None: the features are gone, too.
+    """
+    if data.manifest is not None or data.features is None:
+        return data.selection
+    try:
+        return selection_of_cache(data.features)
+    except (ValueError, OSError):
+        return None

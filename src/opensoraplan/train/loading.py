@@ -4,6 +4,7 @@ they could not read.
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -77,11 +78,18 @@ def micro_batches(
         prefetch_factor=_ahead(workers, batch_bytes) if workers else None,
         worker_init_fn=ignore_signals,
     )
-    try:
+    with explained_workers():
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+
+
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Turn torch's error for a worker process that has died into a ValueError that says what may help."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

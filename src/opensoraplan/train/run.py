@@ -62,7 +62,8 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
     """
     config = output / CONFIG
     step, total = 0, settings.optimizer.steps
-    if checkpoint.steps(output) or (output / METRICS).exists():
+    began_before = _has_trained(output)
+    if began_before:
         if resume is None:
             raise ValueError(
                 f"{output} has a training run already: go on with --resume latest, or choose another output"
@@ -84,12 +85,23 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
         raise ValueError(f"cannot write to {output}: {error.strerror}") from None
     with _locked(output):
         checkpoint.remove_unfinished(output)
-        text = settings.model_dump_json(indent=1) + "\n"
-        with plain_errors(config, whole="nothing was begun"):
-            write_whole(config, lambda path: path.write_text(text))
+        if not began_before:  # else when it does go on
+            _write_config(settings)
         if resume is not None:
             logger.info("%s: going on after step %d of %d", output, step, total)
         yield step
+
+
+def _has_trained(output: Path) -> bool:
+    """Whether a run has done anything there that should not be lost."""
+    metrics = output / METRICS
+    return bool(checkpoint.steps(output)) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _write_config(settings: RunSettings) -> None:
+    config, text = settings.output / CONFIG, settings.model_dump_json(indent=1) + "\n"
+    with plain_errors(config, whole="nothing was begun"):
+        write_whole(config, lambda path: path.write_text(text))
 
 
 def open_metrics(settings: RunSettings, *, start: int, ranks: Ranks) -> Metrics | Silence:
@@ -153,8 +165,12 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
     """
     total = settings.optimizer.steps
     with open_metrics(settings, start=start, ranks=ranks) as metrics, stop_on_signal() as stop:
-        # No sooner: up to here a run that cannot begin after all has changed nothing.
-        ranks.agree(lambda: checkpoint.set_aside(settings.output, after=start))
+
+        def go_on() -> None:
+            _write_config(settings)
+            checkpoint.set_aside(settings.output, after=start)
+
+        ranks.agree(go_on)  # no sooner: up to here a run that cannot begin after all has changed nothing
         loop = _Loop(job, settings, ranks, metrics, stop, done=start)
         if start:
             with _told_by_rank(start, ranks, job):
@@ -252,7 +268,7 @@ class _Loop:
 @contextmanager
 def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
     """If the block raises what a user can help, save `step`, the last one done, unless it is `saved`."""
-    if ranks.mesh is not None:
+    if ranks.count > 1:
         yield
         return
     counts = copy.deepcopy((job.averages, job.bad_files))
@@ -263,6 +279,7 @@ def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterato
             job.averages, job.bad_files = counts
             try:
                 job.save(step)
+                job.writer.wait()
             except ValueError as error:  # the one that ended the run says more
                 logger.warning("%s", error)
             else:
@@ -282,7 +299,7 @@ def _told_by_rank(step: int, ranks: Ranks, job: Job) -> Iterator[None]:
         job.writer.wait()
         raise
     except kinds as error:
-        if ranks.mesh is None:
+        if ranks.count == 1:
             raise
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"rank {ranks.rank} of {ranks.count}, step {step}: {error}") from error

@@ -26,6 +26,7 @@ from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repea
 from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 from opensoraplan.train.config import ClipSourceSettings, DataSettings, TrainSettings, VAETrainSettings
 from opensoraplan.train.encoders import (
@@ -37,6 +38,9 @@ from opensoraplan.train.encoders import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Before the names of its settings, among the parts of a cache.
+_SELECTION = "selection."
 
 
 class Encoded(NamedTuple):
@@ -219,6 +223,18 @@ def clips_of(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"count": len(samples), "digest": digest_of(samples)}
 
 
+def clips_of_all(samples: Sequence[Sample], ranks: Ranks) -> dict[str, Any]:
+    """`clips_of` of all processes, which all ask. Raises ValueError, with what each has, if they differ."""
+    mine = clips_of(samples)
+    if ranks.any(mine != ranks.agree(lambda: mine)):
+        counts = ranks.merged({f"rank {ranks.rank}": str(mine["count"])})
+        raise ValueError(
+            f"the processes see different clips ({', '.join(f'{who}: {n}' for who, n in counts.items())}, or "
+            "other captions or sizes): each of them reads the manifest and must find the same files"
+        )
+    return mine
+
+
 def check_clips(before: Mapping[str, Any] | None, now: Mapping[str, Any], *, others: bool) -> None:
     """Raise ValueError unless the clips are those that the run was begun with (None: it is not known), or
     `others` may take their places.
@@ -264,7 +280,7 @@ def _selection_parts(selection: SelectionSettings, *, given: bool = False) -> di
     """Of all settings of the selection, or only of those that are given."""
     # Caches are not made of batches.
     values = selection.model_dump(exclude={"min_batches"}, exclude_unset=given)
-    return {f"selection.{name}": json.dumps(value) for name, value in values.items()}
+    return {f"{_SELECTION}{name}": json.dumps(value) for name, value in values.items()}
 
 
 def _given_parts(data: DataSettings, *, of: Mapping[str, str]) -> dict[str, str]:
@@ -276,6 +292,13 @@ def _given_parts(data: DataSettings, *, of: Mapping[str, str]) -> dict[str, str]
     if "reader" in data.model_fields_set and of.get("reader") != data.reader:
         parts["reader"] = installed_reader(data.reader)
     return parts
+
+
+def selection_of_cache(folder: Path) -> SelectionSettings:
+    """How the clips of the features in `folder` were selected. Raises ValueError for a folder without."""
+    parts = {name: value for name, value in read_parts(folder).items() if name.startswith(_SELECTION)}
+    values = {name.removeprefix(_SELECTION): json.loads(value) for name, value in parts.items()}
+    return SelectionSettings.read(values, where=str(folder))
 
 
 def encoders_of_cache(folder: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ from opensoraplan.train.optimizer import (
     set_learning_rate,
 )
 from opensoraplan.train.run import begun_together, counted, go_on_counting, run_steps
-from opensoraplan.train.sources import Source, check_clips, clips_of, global_batch_of, open_source
+from opensoraplan.train.sources import Source, check_clips, clips_of_all, global_batch_of, open_source
 from opensoraplan.train.speed import Speed
 from opensoraplan.train.turns import encoded_batches
 from opensoraplan.train.validation import Validation
@@ -68,6 +68,8 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
         joined(settings.parallel, device, timeout=settings.parallel.timeout_s) as ranks,
         begun_together(settings.output, settings, resume=resume, ranks=ranks) as start,
     ):
+        if settings.parallel.cpu_offload and ranks.mesh is None:
+            raise ValueError("parallel.cpu_offload is for several processes (FSDP): start them by osp launch")
         global_batch = global_batch_of(settings) * ranks.data_ranks
         source, encoders = open_source(settings, device=device, global_batch=global_batch)
         sampler = BucketSampler(source.shapes, global_batch=global_batch, seed=settings.seed)
@@ -102,7 +104,7 @@ class _Job:
     ) -> None:
         self.settings = settings
         self.source = source
-        self.clips = clips_of(source.samples)
+        self.clips = clips_of_all(source.samples, ranks)
         self.sampler = sampler
         self.validation = validation
         self.ranks = ranks

@@ -18,7 +18,7 @@ from opensoraplan.shapes import latent_shape
 from opensoraplan.train import objective
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
-from opensoraplan.train.sources import Source, open_source
+from opensoraplan.train.sources import Source, clips_of_all, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Validation:
             self.source, self.encoders = open_source(
                 settings, device=device, held_out=True, encoders=self.encoders
             )
+            clips_of_all(self.source.samples, ranks)
 
     def run(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> dict[str, float]:
         """Losses at the fixed sigmas and their mean; the videos are written on the way. `check` is called for
