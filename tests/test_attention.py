@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opensoraplan.models.attention import additive_mask, attention
+from opensoraplan.models.attention import additive_mask, attention, set_backend
+from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 
 def with_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ours: bool) -> list[Tensor]:
@@ -35,3 +36,10 @@ def test_training_gives_the_outputs_and_gradients_of_sdpa(
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == dtype
         assert ((one.float() - other).norm() / other.norm()) < off
+
+
+def test_a_backend_that_does_not_work_here_is_refused(pipeline: OpenSoraPlanPipeline) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="attention '_native_cudnn' cannot be had on cpu here: "):
+        set_backend(pipeline.transformer, "_native_cudnn", cpu)
+    set_backend(pipeline.transformer, "native", cpu)

@@ -24,10 +24,12 @@ from av.video.stream import VideoStream
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_release import DENOISER, VAE
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli
 from opensoraplan.data.video import read_frames
 from opensoraplan.generate import run
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.requests import Request
 
 GUIDE = Path(__file__).parent / "golden/inference_t2v_model1_5.json"
@@ -605,6 +607,26 @@ def test_conversions_that_cannot_be(
 def test_templates(osp: Command, tiny_model: Path) -> None:
     said = mistake(osp("generate", "cat", "--model", tiny_model, *SMALL, "--prompt-template", "a film"))
     assert "must hold {} once" in said
+
+
+def test_placements_are_for_cards(osp: Command, tiny_model: Path) -> None:
+    said = mistake(osp("generate", "cat", "--model", tiny_model, "--device", "cpu", "--memory", "streamed"))
+    assert "--memory streamed is for a card" in said
+
+
+def test_full_memory_where_nothing_was_prepared_for_it(
+    osp: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    def full(module: torch.nn.Module, _arguments: object) -> None:
+        if isinstance(module, SparseUMMDiT):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+
+    command = ["calibrate", "--model", tiny_model, *SMALL[:6], "--out"]
+    with register_module_forward_pre_hook(full):
+        said = mistake(osp(*command, tmp_path / "new" / "ratios.json"))
+    assert said == "memory is full: CUDA out of memory."
+    (tmp_path / "file").touch()
+    assert "cannot write to" in mistake(osp(*command, tmp_path / "file" / "ratios.json"))
 
 
 def test_a_size_beyond_memory(osp: Command, tiny_model: Path) -> None:

@@ -103,6 +103,12 @@ def test_int8_weights_spare_a_card_of_16_gb_the_streaming(osp: Osp) -> None:
         assert rows[-1].endswith(verdict)
 
 
+def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Osp) -> None:
+    run = Path(__file__).parents[1] / "configs" / "finetune_builtin.toml"
+    alone, one, two = (osp("plan", run, "--generate", *more) for more in ([], ["--batch", 1], ["--batch", 2]))
+    assert alone == one != two
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

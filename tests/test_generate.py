@@ -205,6 +205,11 @@ def test_a_full_stop_makes_a_prompt() -> None:
         ({"shift": 3.0, "dynamic_shift": True}, "shift 3 has no use with dynamic_shift"),
         ({"shift": 3.0, "linear_quadratic": True}, "shift 3 has no use with linear_quadratic"),
         ({"linear_quadratic": True, "steps": 7}, "even number of steps, got 7: use 8"),
+        ({"step_cache": 0.1, "guidance_interval": (0.1, 1.0)}, "that begins at 0 .*got 0.1 1"),
+        (
+            {"step_cache": 0.1, "guidance_interval": (0.0, 0.5), "batched_guidance": True},
+            "one batch, ends",
+        ),
         ({"seed": 2**64}, "the options: seed: .*less than"),
     ],
 )
@@ -512,6 +517,25 @@ def test_latents_outlive_a_failure_to_write(
     wanted = sample(pipeline, num_frames=9, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     assert torch.equal(latents, wanted)
     assert "the latents, which are finished, are in" in caplog.text
+
+
+def test_beginning_anew_keeps_finished_latents(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
+    """Until there are as many steps again: who forgets --resume, and stops, has lost nothing."""
+    place = tmp_path / "a-cat_seed0.latents.safetensors"
+    for part, calls in ((pipeline.vae.decoder, 0), (pipeline.transformer, 2)):
+        before_it_stops = iter(range(calls))
+
+        def stop(*_: object, left: Iterator[int] = before_it_stops) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        handle = part.register_forward_pre_hook(stop)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                make(pipeline, tmp_path, "a cat", steps=4, save_every=1, resume=False)
+        finally:
+            handle.remove()
+        assert saved.read_record(place)[1] == 4
 
 
 def test_a_folder_that_went_away(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from opensoraplan.memory import (
 from opensoraplan.models.step_cache import skipping
 from opensoraplan.models.streaming import stream_blocks
 from opensoraplan.models.weights import keep_weights
+from opensoraplan.parallel.estimate import Shape, decoding_memory
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 
@@ -105,6 +106,22 @@ def test_a_plan_for_several_videos_fits_the_largest(pipeline: OpenSoraPlanPipeli
     assert small.weights == large.weights == sum(map(_bytes, _models(pipeline)))
     assert [p.peak for p in plans_for([small, large])] == [p.peak for p in plans_for([large])]
     assert needs_of(pipeline, frames=9, height=32, width=32, batched=True).denoising > small.denoising
+
+
+def test_a_plan_knows_tiles_and_step_caches(pipeline: OpenSoraPlanPipeline) -> None:
+    size = {"frames": 121, "height": 512, "width": 1024}
+    whole = needs_of(pipeline, **size)
+    config = pipeline.transformer.config
+    tokens, width = 16 * 32 * 64, config["num_attention_heads"] * config["attention_head_dim"]
+    kept = needs_of(pipeline, **size, step_cache=True).denoising - whole.denoising
+    assert kept == 4 * tokens * width * pipeline.transformer.dtype.itemsize
+    pipeline.vae.enable_tiling()
+    tiled = needs_of(pipeline, **size)
+    pipeline.vae.disable_tiling()
+    base, shape = pipeline.vae.config["base_channels"], Shape((16, 64, 128), 0)
+    for chunk, need in zip(CHUNKS, tiled.decoding, strict=True):
+        assert need == decoding_memory(shape, "fp32", base=base, chunk=chunk, tiling=(256, 64))
+    assert tiled.denoising == whole.denoising
 
 
 def _models(pipeline: OpenSoraPlanPipeline) -> list[nn.Module]:

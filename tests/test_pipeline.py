@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -600,6 +601,18 @@ def test_cpu_offload_runs(pipeline: OpenSoraPlanPipeline) -> None:
     before = run(pipeline, output_type="pt")
     pipeline.enable_model_cpu_offload(device="cpu")
     assert torch.equal(run(pipeline, output_type="pt"), before)
+
+
+def test_a_vae_whose_layers_are_offloaded_decodes(pipeline: OpenSoraPlanPipeline) -> None:
+    """As sequential offloading leaves it: weights are on the device only while a layer computes."""
+    before = run(pipeline, num_inference_steps=1, output_type="pt")
+    cpu_offload(pipeline.vae, execution_device="cpu")
+    try:
+        assert pipeline.vae.decoder.conv_in.conv.weight.is_meta
+        close = torch.isclose(run(pipeline, num_inference_steps=1, output_type="pt"), before, atol=1e-5)
+        assert close.all()
+    finally:
+        remove_hook_from_module(pipeline.vae, recurse=True)
 
 
 def test_decoding_wakes_an_offloaded_vae(pipeline: OpenSoraPlanPipeline) -> None:

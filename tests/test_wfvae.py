@@ -7,18 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensoraplan.models.chunks import blend, frame_chunks, latent_chunks, tile_starts
 from opensoraplan.models.wfvae import (
     WFVAE,
     Stream,
     Tile,
     Upsample,
-    blend,
     fixed_tensors,
-    frame_chunks,
     haar,
     inverse_haar,
-    latent_chunks,
-    tile_starts,
 )
 
 SMALL = {
@@ -192,6 +189,18 @@ def test_small_frames_are_not_tiled(vae: WFVAE) -> None:
     whole = vae.encode(clip(9)).latent_dist.parameters
     vae.enable_tiling(tile_size=64, tile_overlap=16)
     assert torch.equal(vae.encode(clip(9)).latent_dist.parameters, whole)
+
+
+def test_no_tensor_has_more_numbers_than_32_bits_count() -> None:
+    with torch.device("meta"):
+        vae, latents = WFVAE().requires_grad_(False), torch.randn(1, 32, 16, 72, 128)
+        video = torch.randn(1, 3, 121, 576, 1024)
+    vae.enable_streaming(latent_frames=16)
+    # 320 channels of 288 x 512: 45 frames, of which two are in front.
+    assert [pixels.shape[2] for pixels in vae.iter_decode(latents)] == [81, 40]
+    assert [moments.shape[2] for moments in vae.iter_encode([video])] == [11, 5]
+    vae.enable_tiling()
+    assert len(list(vae.iter_decode(latents))) == 1
 
 
 @pytest.mark.parametrize(("frames", "named"), [(29, "use 25 or 33"), (10, "use 9 or 17"), (8, "use 1 or 9")])

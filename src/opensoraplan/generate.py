@@ -53,16 +53,7 @@ class Targets:
             )
         self.folder = out.parent if self.single else out
         self.count = count
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"cannot write to {self.folder}: it is a file, not a folder")
-        # As long as the longest name there may be, which is that of latents.
-        probe = self.folder / f"{self.single.stem if self.single else ''}.osp-write-test-0001"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to {out}: {error.strerror}") from error
+        check_folder(self.folder, out.name if self.single else "")
 
     def path(self, index: int, request: Request) -> Path:
         """The name wanted for the index-th video. One frame is a png, more are an mp4."""
@@ -78,6 +69,20 @@ class Targets:
             return self.single
         number = f"{index:04d}_" if self.count > 1 else ""
         return self.folder / f"{number}{stem_of(request.prompt)}_seed{request.seed}{suffix}"
+
+
+def check_folder(folder: Path, name: str = "") -> None:
+    """Make the folder. Raises ValueError if it, or a file in it with a name like that, cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot write to {folder}: it is a file, not a folder")
+    # As long as the longest name there may be, which is that of latents.
+    probe = folder / f"{Path(name).stem}.osp-write-test-0001"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder / name}: {error.strerror}") from error
 
 
 def stem_of(prompt: str) -> str:
@@ -148,8 +153,10 @@ def run(
                 logger.info("wrote %s", path)
                 written.append(path)
     except KeyboardInterrupt:
-        hint = "" if resume else " with --resume"
-        logger.info("stopped, %d of %d done: the same command%s goes on", len(written), total, hint)
+        goes_on = "goes on" if resume else "with --resume goes on"
+        if any(request.step_cache for request in requests):  # nothing is kept of a video under way
+            goes_on = "makes the others" if resume else "with --resume makes the others"
+        logger.info("stopped, %d of %d done: the same command %s", len(written), total, goes_on)
         raise
     return written
 
@@ -390,11 +397,15 @@ def save_latents(
     request: Request,
     velocity: "Tensor | None" = None,
 ) -> None:
-    """Keep the latents [1, C, T, H, W] after so many steps; a disk that is full is no reason to stop."""
+    """Keep the latents [1, C, T, H, W] after so many steps, unless the file has those of this video after
+    more of them. A disk that is full is no reason to stop.
+    """
     from safetensors import SafetensorError
 
     from opensoraplan import saved
 
+    if saved.is_of(place, record) and saved.read_record(place)[1] > step:
+        return
     config = embeds.pipeline.vae.config
     scaling = {key: None if config[key] is None else list(config[key]) for key in ("shift", "scale")}
     try:

@@ -82,18 +82,20 @@ def needs_of(
     steps: int = 50,
     text_tokens: int = 512,
     batched: bool = False,
+    step_cache: bool = False,
 ) -> Needs:
-    """What a guided video of this size needs; `batched`: both branches of guidance are one batch."""
+    """What a guided video of this size needs; `batched`: both branches of guidance are one batch,
+    `step_cache`: of each it is kept what all blocks began from, and what they added.
+    """
     transformer, vae = pipeline.transformer, pipeline.vae
     grid = latent_shape(frames, height, width)
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     model = Model(config)
-    denoising = forward_memory(
-        model,
-        Shape(grid, text_tokens, batch=2 if batched else 1),
-        _PRECISIONS[transformer.dtype],
-        kind=weights_of(transformer),
-    )
+    shape = Shape(grid, text_tokens, batch=2 if batched else 1)
+    precision = _PRECISIONS[transformer.dtype]
+    denoising = forward_memory(model, shape, precision, kind=weights_of(transformer))
+    if step_cache:
+        denoising += 2 * 2 * shape.tokens(model.config["patch_size"]) * model.dim * transformer.dtype.itemsize
     adaln = [layer.linear for layer in adaln_layers(transformer)]
     in_blocks = _size(*adaln[:-1]) // len(transformer.transformer_blocks)
     return Needs(
@@ -102,7 +104,7 @@ def needs_of(
         adaln=_size(*adaln),
         block=max(_size(block) for block in transformer.transformer_blocks) - in_blocks,
         vae=_size(vae),
-        vectors=vector_bytes(model, _PRECISIONS[transformer.dtype], steps=steps),
+        vectors=vector_bytes(model, precision, steps=steps),
         denoising=denoising,
         decoding=tuple(_decoding(vae, grid, chunk) for chunk in CHUNKS),
     )
@@ -120,14 +122,18 @@ def limit_decoding(vae: WFVAE, grids: Iterable[tuple[int, int, int]], *, free: i
     """Have the VAE decode fewer latent frames at a time than it would, if not so many, of latents
     [B, C, *grid], are predicted to fit into `free` bytes. Frames then differ by rounding.
     """
-    if vae.streaming_latent_frames is not None and vae.tiling is None:
+    if vae.streaming_latent_frames is not None:
         fits = min(decoding_chunk(vae, grid, free=free) for grid in grids)
         vae.enable_streaming(latent_frames=min(fits, vae.streaming_latent_frames))
 
 
 def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
     return decoding_memory(
-        Shape(grid, 0), _PRECISIONS[vae.dtype], base=vae.config["base_channels"], chunk=chunk
+        Shape(grid, 0),
+        _PRECISIONS[vae.dtype],
+        base=vae.config["base_channels"],
+        chunk=chunk,
+        tiling=vae.tiling,
     )
 
 
@@ -180,7 +186,7 @@ def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
             return place
     raise MemoryError(
         f"even the leanest plan ({min(plans, key=lambda plan: plan.peak)}) does not fit into the "
-        f"{free / 1e9:.1f} GB that are free: ask for fewer or smaller frames"
+        f"{free / 1e9:.1f} GB that are free: ask for fewer or smaller frames, or for --tiling"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
@@ -395,7 +396,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 )
             yield pixels
         self.is_decoding = False
-        if hook is not None:
+        if isinstance(hook, CpuOffload):
             self.vae.to("cpu")  # type: ignore[arg-type]
 
     def _to_output(

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.video import VideoInfo, VideoWriter, count_frames, fit, iter_frames, probe, to_uint8
+from opensoraplan.device import free_memory
 from opensoraplan.fidelity import Fidelity
+from opensoraplan.memory import limit_decoding
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides, nearest_frames
+from opensoraplan.shapes import (
+    SPATIAL_STRIDE,
+    TEMPORAL_STRIDE,
+    check_frames,
+    check_sides,
+    latent_shape,
+    nearest_frames,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +77,8 @@ def reconstruct(
     info = probe(path)
     height, width = _size(info, height=height, width=width)
     frames = _length(path, frames=frames, fps=fps)
+    grid = latent_shape(frames, height, width, multiple=SPATIAL_STRIDE)
+    limit_decoding(vae, [grid], free=free_memory(vae.device))
 
     def source(pictures: Iterator[Tensor], count: int) -> Tensor:
         """The next `count` pictures at most, [3, t, H, W] in [-1, 1]."""

@@ -77,7 +77,19 @@ class Request(Settings):
                 "the linear-quadratic schedule needs an even number of steps, "
                 f"got {self.steps}: use {self.steps + 1}"
             )
+        self.check_step_cache()
         return self
+
+    def check_step_cache(self) -> None:
+        """Raise ValueError if guidance begins or ends in a way that a step cache cannot follow: it counts the
+        steps of each branch, and of both together, by itself.
+        """
+        start, end = self.guidance_interval
+        if self.step_cache and (start > 0 or (self.batched_guidance and end < 1)):
+            raise ValueError(
+                f"step_cache {self.step_cache:g} goes with a guidance_interval that begins at 0 and, where "
+                f"both branches are one batch, ends at 1, got {start:g} {end:g}"
+            )
 
 
 def is_prompt_file(prompt: str) -> bool:

@@ -91,3 +91,10 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         sys.stderr.write(f"osp: error: {error}\n")
         sys.exit(2)
+    except RuntimeError as error:
+        from opensoraplan.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"osp: error: memory is full: {str(error).partition(chr(10))[0]}\n")
+        sys.exit(2)

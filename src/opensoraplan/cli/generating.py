@@ -221,7 +221,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     import torch
 
-    from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.device import explained_memory, free_memory, prepare, resolve_device, resolve_dtype
     from opensoraplan.memory import limit_decoding
     from opensoraplan.models.weights import check_weights
     from opensoraplan.parallel.generating import generating_mesh, share_generating
@@ -240,8 +240,14 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         config = json.loads((folder / "transformer" / "config.json").read_text())
         mesh.filled(processes).check_model(config.get("num_attention_heads", 24))
     resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
-    if processes > 1 and options.memory not in ("auto", "resident"):
-        raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
+    if options.memory not in ("auto", "resident"):
+        if processes > 1:
+            raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
+        if device.type == "cpu":
+            raise ValueError(f"--memory {options.memory} is for a card: on a CPU everything is on the host")
+    if branches > 1:
+        for request in requests:
+            request.model_copy(update={"batched_guidance": True}).check_step_cache()
     if tp > 1 and options.weights != "whole":
         raise ValueError(
             f"--weights {options.weights} cannot be shared out by --tp {tp}: leave one of them out"
@@ -251,9 +257,10 @@ def generate(options: Generate, inference: "Inference | None") -> None:
     place = torch.device("cpu") if moving or options.weights != "whole" else device
     with joined(mesh, device, timeout=PATIENCE_S) as ranks:
         pipeline, model = _load_pipeline(options, inference, paths, folder=folder, place=place, dtype=dtype)
-        _tune(pipeline, options)
+        _tune(pipeline, options, device)
         if not moving:
-            pipeline.to(device)
+            with explained_memory(f"the model does not fit onto {device}: on one, --memory auto finds room"):
+                pipeline.to(device)
         if device.type == "cpu" and processes == 1:  # several have to decode the same chunks
             grids = [latent_shape(r.frames, r.height, r.width) for r in requests]
             limit_decoding(pipeline.vae, grids, free=free_memory(device))
@@ -291,8 +298,8 @@ def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ..
     return Calibration.of(folder).ratios
 
 
-def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
-    """Choose how the denoiser is kept and computes."""
+def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate, device: "torch.device") -> None:
+    """Choose how the denoiser is kept, and computes on the device."""
     if options.weights != "whole":
         from opensoraplan.models.weights import keep_weights
 
@@ -300,7 +307,7 @@ def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate) -> None:
     if options.attention is not None:
         from opensoraplan.models.attention import set_backend
 
-        set_backend(pipeline.transformer, options.attention)
+        set_backend(pipeline.transformer, options.attention, device)
     if options.compile:
         from opensoraplan.models.compiling import compile_blocks
 
@@ -314,12 +321,12 @@ def _arrange(
     from opensoraplan.device import free_memory
     from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, needs_of, plans_for
 
-    sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance) for r in requests}
+    sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)) for r in requests}
     placements = PLACEMENTS if memory == "auto" else (memory,)
     plans = plans_for(
         [
-            needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched)
-            for t, h, w, steps, batched in sizes
+            needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached)
+            for t, h, w, steps, batched, cached in sizes
         ],
         placements,
     )
@@ -379,6 +386,7 @@ def _load_pipeline(
 def calibrate(options: Calibrate) -> None:
     """`osp calibrate`."""
     from opensoraplan import builtin
+    from opensoraplan import generate as job
     from opensoraplan.defaults import GenerateDefaults
     from opensoraplan.models import step_cache
 
@@ -395,6 +403,8 @@ def calibrate(options: Calibrate) -> None:
     if request.steps < 2:
         raise ValueError(f"--steps must be at least 2, got {request.steps}")
 
+    job.check_folder(out.parent, out.name)
+
     from opensoraplan.device import prepare, resolve_device, resolve_dtype
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
@@ -402,21 +412,28 @@ def calibrate(options: Calibrate) -> None:
     prepare(device)
     dtype = resolve_dtype(options.dtype, device)
     pipeline = OpenSoraPlanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    if device.type != "cpu":
-        _arrange(pipeline, [request.model_copy(update={"batched_guidance": True})], "auto", device)
-    with step_cache.measured(pipeline.transformer) as ratios:
-        pipeline(
-            request.prompt,
-            num_frames=request.frames,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            batched_guidance=True,
-            seed=0,
-            output_type="latent",
-        )
-    step_cache.Calibration(ratios=tuple(ratios)).write(out)
+
+    def measure(_again: bool) -> tuple[float, ...]:
+        with step_cache.measured(pipeline.transformer) as ratios:
+            pipeline(
+                request.prompt,
+                num_frames=request.frames,
+                height=request.height,
+                width=request.width,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                batched_guidance=True,
+                seed=0,
+                output_type="latent",
+            )
+        return tuple(ratios)
+
+    if device.type == "cpu":
+        ratios = measure(False)
+    else:
+        batched = request.model_copy(update={"batched_guidance": True})
+        ratios = _arrange(pipeline, [batched], "auto", device).run(measure)
+    step_cache.Calibration(ratios=ratios).write(out)
     logger.info("wrote %s: osp generate ... --step-cache 0.06", out)
 
 
@@ -454,7 +471,7 @@ def decode(options: Decode) -> None:
     frames, height, width = found.latents.shape[2:]
     if device.type == "cpu":
         limit_decoding(vae, [(frames, height, width)], free=free_memory(device))
-    elif not options.tiling:
+    else:
         chunk = decoding_chunk(vae, (frames, height, width), free=free_memory(device))
         vae.enable_streaming(latent_frames=chunk)
     vae.register_to_config(**found.scaling)

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -154,7 +154,8 @@ def plan(options: Plan) -> None:
     model = _model_of(options, run)
     said = f"{frames} x {height} x {width}, {text} text tokens"
     if options.generate:
-        _write(_generation_lines(model, shape, options, said=said))
+        one = replace(shape, batch=options.job.batch or 1)
+        _write(_generation_lines(model, one, options, said=said))
         return
     if options.weights != "whole":
         raise ValueError(f"--weights {options.weights} is for --generate: training needs the weights whole")

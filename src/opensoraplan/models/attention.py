@@ -41,15 +41,19 @@ def check_backend(name: str) -> None:
         raise ValueError(f"there is no attention {name!r}: {hint}there are {', '.join(names)}")
 
 
-def set_backend(model: ModelMixin, name: str) -> None:
+def set_backend(model: ModelMixin, name: str, device: torch.device) -> None:
     """Have a model compute attention by the backend of that name. Raises ValueError for one that does not
-    exist, or cannot be had on this machine.
+    exist, or does not work on this device and in the model's precision, which is tried.
     """
     check_backend(name)
+    q = torch.zeros(1, 128, 2, model.config["attention_head_dim"], dtype=model.dtype, device=device)
     try:
         model.set_attention_backend(name)
-    except (RuntimeError, ImportError, ValueError) as error:
-        raise ValueError(f"attention {name!r} cannot be had here: {error}") from None
+        with torch.no_grad():
+            dispatch_attention_fn(q, q, q, backend=name)  # type: ignore[arg-type]
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"attention {name!r} cannot be had on {device} here: {reason}") from None
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,11 +29,14 @@ _Convolve = Callable[[Tensor, Tensor], None]
 
 def applies(conv: nn.Conv3d, x: Tensor) -> bool:
     """Whether `causal_conv3d` is for this convolution, of clips x [B, C, T, H, W]. Weights that are stored in
-    another dtype are cast when the module is called, which it then has to be.
+    another dtype, or on another device, come when the module is called, which it then has to be.
     """
     made_for = conv.kernel_size == (3, 3, 3) and conv.stride == (1, 1, 1) and conv.padding == (0, 1, 1)
-    on_cpu = x.device.type == "cpu" and x.dtype == conv.weight.dtype in (torch.float32, torch.bfloat16)
-    return made_for and on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    on_cpu = x.device.type == conv.weight.device.type == "cpu"
+    stored = x.dtype == conv.weight.dtype in (torch.float32, torch.bfloat16)
+    return (
+        made_for and on_cpu and stored and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
 
 
 def causal_conv3d(

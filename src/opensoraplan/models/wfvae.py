@@ -9,6 +9,7 @@ before. Module names are the original's own, so that its files need no renaming.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models import convolution, original
+from opensoraplan.models.chunks import (
+    Tile,
+    blend,
+    frame_chunks,
+    latent_chunks,
+    latents_at_a_time,
+    tile_starts,
+)
 from opensoraplan.models.strict import StrictMixin
 from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
 
@@ -416,89 +425,6 @@ class Decoder(nn.Module):
         return h[:, : -self.flow_channels], h[:, -self.flow_channels :]
 
 
-# --- Chunks and tiles ---------------------------------------------------------------------------------------
-
-
-def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]:
-    """A clip in pieces [B, 3, t, H, W] of any length -> frame 0 and `step` more, then `step` at a time, then
-    what is left (None: the whole clip). Raises ValueError before the last chunk if the clip is not 8k + 1
-    frames long.
-    """
-    waiting: list[Tensor] = []
-    frames = 0
-    size = step + 1 if step else None
-    for piece in pieces:
-        frames += piece.shape[2]
-        waiting.append(piece)
-        while size and sum(w.shape[2] for w in waiting) >= size:
-            ready = torch.cat(waiting, dim=2)
-            yield ready[:, :, :size]
-            waiting, size = [ready[:, :, size:]], step
-    check_frames(frames)
-    if any(w.shape[2] for w in waiting):
-        yield torch.cat(waiting, dim=2)
-
-
-def latent_chunks(frames: int, step: int | None) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, look-ahead) of the chunks in which latent frames are decoded: frame 0 and `step` more,
-    then `step` at a time, each with one more to look ahead at, except at the end. None: the whole clip.
-    """
-    start, done = 0, frames if step is None else step + 1
-    while step is not None and done < frames:
-        yield start, done + 1, 1
-        start, done = done, done + step
-    yield start, frames, 0
-
-
-@dataclass
-class Tile:
-    """A window of H and W, with its own stream."""
-
-    rows: slice
-    columns: slice
-    stream: Stream | None
-
-
-def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover `size` with at least `overlap` between neighbours; the last one ends at
-    `size`.
-    """
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, tile - overlap), size - tile]
-
-
-def blend(
-    outputs: list[Tensor], tiles: list[Tile], size: tuple[int, int], overlap: int, zoom: float
-) -> Tensor:
-    """Join the outputs of tiles into [.., H * zoom, W * zoom], weighted by ramps over `overlap` (before
-    zoom).
-    """
-    height, width = (int(side * zoom) for side in size)
-    total = outputs[0].new_zeros(*outputs[0].shape[:-2], height, width)
-    weight = outputs[0].new_zeros(height, width)
-    for output, tile in zip(outputs, tiles, strict=True):
-        top, left = int(tile.rows.start * zoom), int(tile.columns.start * zoom)
-        rows = edge_ramp(output.shape[-2], top, height, int(overlap * zoom), output)
-        columns = edge_ramp(output.shape[-1], left, width, int(overlap * zoom), output)
-        window = (..., slice(top, top + len(rows)), slice(left, left + len(columns)))
-        share = rows[:, None] * columns
-        total[window] += output * share
-        weight[window] += share
-    return total / weight
-
-
-def edge_ramp(length: int, start: int, size: int, overlap: int, like: Tensor) -> Tensor:
-    """Weights [length] of a tile at `start` of `size`: 1, falling towards each edge that has a neighbour."""
-    ramp = torch.linspace(0, 1, overlap + 2, dtype=like.dtype, device=like.device)[1:-1]
-    weights = like.new_ones(length)
-    if start > 0:
-        weights[:overlap] *= ramp
-    if start + length < size:
-        weights[-overlap:] *= ramp.flip(0)
-    return weights
-
-
 # --- Model --------------------------------------------------------------------------------------------------
 
 
@@ -645,12 +571,14 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         Raises ValueError for sides that are not multiples of 8 and, at the end, for a clip that is not 8k + 1
         long.
         """
-        step = self.streaming_latent_frames
-        tiles: list[Tile] = []
-        for chunk in frame_chunks(pieces, step and TEMPORAL_STRIDE * step):
-            if not tiles:
-                check_sides(*chunk.shape[3:], multiple=SPATIAL_STRIDE)
-                tiles = self._tiles(*chunk.shape[3:], unit=1)
+        first = next(pieces := iter(pieces), None)
+        if first is None:
+            check_frames(0)
+            return
+        check_sides(*first.shape[3:], multiple=SPATIAL_STRIDE)
+        tiles = self._tiles(*first.shape[3:], unit=1)
+        step = self._latents_at_a_time(first, tiles, unit=1)
+        for chunk in frame_chunks(chain([first], pieces), step and TEMPORAL_STRIDE * step):
             yield self._run_tiles(self.encoder, chunk, tiles, zoom=1 / SPATIAL_STRIDE)
 
     def iter_decode(self, z: Tensor) -> Iterator[Tensor]:
@@ -661,7 +589,8 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         if z.ndim != 5 or z.shape[1] != channels:
             raise ValueError(f"this VAE decodes latents [B, {channels}, T, H, W], got {list(z.shape)}")
         tiles = self._tiles(*z.shape[3:], unit=SPATIAL_STRIDE)
-        for start, stop, ahead in latent_chunks(z.shape[2], self.streaming_latent_frames):
+        step = self._latents_at_a_time(z, tiles, unit=SPATIAL_STRIDE)
+        for start, stop, ahead in latent_chunks(z.shape[2], step):
             chunk = z[:, :, start:stop]
             yield self._run_tiles(self.decoder, chunk, tiles, zoom=SPATIAL_STRIDE, lookahead=ahead)
 
@@ -678,6 +607,14 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
             for top in tile_starts(height, tile, overlap)
             for left in tile_starts(width, tile, overlap)
         ]
+
+    def _latents_at_a_time(self, x: Tensor, tiles: list[Tile], *, unit: int) -> int | None:
+        """Of clips x, or their latents, whose sides are in `unit` pixels; None: all."""
+        if self.streaming_latent_frames is None:
+            return None
+        tile = x[0, 0, 0, tiles[0].rows, tiles[0].columns]
+        frame = x.shape[0] * 2 * self.config["base_channels"] * tile.numel() * unit**2 // 4
+        return latents_at_a_time(self.streaming_latent_frames, frame=frame)
 
     def _run_tiles(
         self, coder: nn.Module, x: Tensor, tiles: list[Tile], *, zoom: float, lookahead: int = 0

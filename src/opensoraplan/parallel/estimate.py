@@ -16,9 +16,12 @@ from typing import Any, Literal
 import torch
 
 from opensoraplan.defaults import Weights
+from opensoraplan.models.chunks import latents_at_a_time, tile_starts
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.wfvae import COLOURS
 from opensoraplan.parallel.mesh import MeshSettings, said
 from opensoraplan.parallel.sequence import padded_tokens
+from opensoraplan.shapes import SPATIAL_STRIDE
 
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -659,14 +662,30 @@ def vector_bytes(model: Model, compute: str, *, steps: int) -> int:
     return 2 * steps * numbers * BYTES[compute]
 
 
-def decoding_memory(shape: Shape, compute: str, *, base: int = 160, chunk: int = 4) -> int:
-    """What the VAE of `base` channels needs to decode besides weights, `chunk` latent frames at a time.
+def decoding_memory(
+    shape: Shape,
+    compute: str,
+    *,
+    base: int = 160,
+    chunk: int = 4,
+    tiling: tuple[int, int] | None = None,
+) -> int:
+    """What the VAE of `base` channels needs to decode besides weights, `chunk` latent frames at a time,
+    perhaps in tiles (size and overlap in pixels).
 
     The busiest is the resnet behind the last upsampling: three tensors of 2 base channels, and inputs of
     stages that wait; two frames that the convolution puts in front, and those that convolutions keep from
-    chunk to chunk, of that width 11 frames, of the stage before as much as 8.
+    chunk to chunk, of that width 11 frames, of the stage before as much as 8. Of tiles, one is computed at a
+    time, and all of them keep theirs, and their pixels.
     """
-    frames, height, width = shape.grid
+    frames, *sides = shape.grid
+    largest, all_of_them = math.prod(sides), math.prod(sides)
+    if tiling is not None:
+        tile, overlap = (size // SPATIAL_STRIDE for size in tiling)
+        lengths = [[min(tile, side - start) for start in tile_starts(side, tile, overlap)] for side in sides]
+        largest, all_of_them = (math.prod(map(of, lengths)) for of in (max, sum))
+    chunk = latents_at_a_time(chunk, frame=shape.batch * 2 * base * 16 * largest)
     rest = min(frames - 1, chunk)  # of the first chunk besides frame 0
-    wide = 3.2 * (1 + 4 * rest) + 2 + 19
-    return int(shape.batch * 2 * base * wide * (4 * height) * (4 * width) * BYTES[compute])
+    wide = (3.2 * (1 + 4 * rest) + 2) * largest + 19 * all_of_them
+    pixels = 0 if tiling is None else COLOURS * (1 + 8 * rest) * 64 * (2 * all_of_them + math.prod(sides))
+    return int(shape.batch * (2 * base * wide * 16 + pixels) * BYTES[compute])
