@@ -1,5 +1,6 @@
 """Writes settings.md: every key of a run, its default and what it may be, from their own classes."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def _tables(kind: type[Settings], shown: set[type[Settings]], name: str = "") ->
             sections[key] = field.annotation
             continue
         default = "needed" if field.is_required() else f"`{_toml(field.default)}`"
-        meaning = " ".join((field.description or "").split())
+        meaning = _in_toml(field.description)
         yield f"| `{key}` | {default} | {_values(schema['properties'][key])} | {meaning} |"
     yield ""
     for key, section in sections.items():
@@ -52,7 +53,12 @@ def _tables(kind: type[Settings], shown: set[type[Settings]], name: str = "") ->
 def _said(kind: type[Settings]) -> str:
     """What its classes say of it, the most general one first."""
     classes = [one for one in reversed(kind.__mro__) if issubclass(one, Settings) and one is not Settings]
-    return " ".join(" ".join((one.__doc__ or "").split()) for one in classes)
+    return " ".join(_in_toml(one.__doc__) for one in classes)
+
+
+def _in_toml(text: str | None) -> str:
+    """A docstring on one line, with Python's None as these files have it."""
+    return re.sub(r"\bNone\b", '`"none"`', " ".join((text or "").split()))
 
 
 def _toml(value: object) -> str:

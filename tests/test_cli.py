@@ -496,7 +496,7 @@ SET = {
         r"caption_projection.weight is \[64, 24\], the config needs \[64, 32\]",
     ),
     "device": ("device=cuda:99", "cuda"),
-    "device name": ("device=tpu", "device 'tpu' is not one of cpu, cuda, npu .*: use --device .*cpu"),
+    "device name": ("device=tpu", "device 'tpu' is not one of cpu, cuda, npu .*: use .*cpu"),
     "dtype": ("weight_dtype=float16", "weight_dtype 'float16' is not one of bf16, fp16, fp32"),
 }
 
@@ -514,7 +514,7 @@ def test_devices(osp: Command, tiny_model: Path) -> None:
     for name in ("npu:99", "cuda:99", "nonsense"):
         said = mistake(osp("generate", "cat", "--model", tiny_model, "--device", name))
         assert name.partition(":")[0] in said
-        assert "use --device" in said or "the last is" in said
+        assert ": use " in said or "the last is" in said
 
 
 def test_swapped_parts(osp: Command, tiny_release: Path) -> None:

@@ -36,13 +36,13 @@ def resolve_device(name: str | None) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in (*ACCELERATORS, "cpu") or (":" in name and not index.isdecimal()):
         raise ValueError(
-            f"device {name!r} is not one of cpu, cuda, npu (or cuda:1 and so on): use --device {available()}"
+            f"device {name!r} is not one of cpu, cuda, npu (or cuda:1 and so on): use {available()}"
         )
     if kind == "cpu":
         return torch.device("cpu")
     if not _is_available(kind):
         extra = " (torch_npu is not installed, or finds no card)" if kind == "npu" else ""
-        raise ValueError(f"there is no {kind} device on this machine{extra}: use --device {available()}")
+        raise ValueError(f"there is no {kind} device on this machine{extra}: use {available()}")
     count = getattr(torch, kind).device_count()
     if index and int(index) >= count:
         raise ValueError(f"device {name!r}: there are {count}, the last is {kind}:{count - 1}")

@@ -85,7 +85,7 @@ class Generate:
     """Guide only this part of the steps."""
     batched_guidance: bool = False
     """Compute with and without the prompt in one batch: more memory."""
-    shift: Annotated[float | None, optional("FLOAT", "(default: the model's, 7)")] = None
+    shift: Annotated[float | None, optional("FLOAT", "(default: the model's; 7 of the release)")] = None
     """Of the schedule; more spends more steps on noise."""
     dynamic_shift: Annotated[bool | None, optional("True|False", "(default: the model's, False)")] = None
     """Tell the shift from the size of the picture instead."""
@@ -118,9 +118,9 @@ class Generate:
     """The implementation of attention, one of diffusers' backends: _native_cudnn, flash, sage, ..."""
     compile: bool = False
     """Compile the denoiser's blocks: minutes before the first step, less time for each."""
-    prompt_template: Annotated[str | None, optional("TEXT", "(default: the model's, 'high quality, {}')")] = (
-        None
-    )
+    prompt_template: Annotated[
+        str | None, optional("TEXT", "(default: the model's; 'high quality, {}' of the release)")
+    ] = None
     """What is put around a prompt; {} is where it goes, and alone is nothing."""
     default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the model's)")] = None
     """Instead of the model's long one; '' is none."""

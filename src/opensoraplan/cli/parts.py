@@ -36,7 +36,7 @@ class Parts:
     sparse_n: Annotated[tuple[int, ...] | None, optional("N ...")] = None
     """Skiparse rates, one a stage, where neither --config nor the release's shape tells them."""
     set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
-    """Other values in --config, for example predictor.num_heads=4. After the prompt."""
+    """Other values in --config, for example predictor.num_heads=4; a prompt comes first."""
 
 
 NO_PARTS = Parts()

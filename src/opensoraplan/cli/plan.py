@@ -94,7 +94,7 @@ class Plan:
     mesh: OmitArgPrefixes[PlanMesh] = PlanMesh()
     job: OmitArgPrefixes[PlanJob] = PlanJob()
     memory: Annotated[float | None, optional("GB")] = None
-    """Of each device, less what its driver and allocator take; suggests the cheapest mesh that fits."""
+    """Of each device, of which 8% are kept back; suggests the cheapest mesh that fits."""
     machine: int = 8
     """Devices of one machine; tp stays within it."""
     tflops: Annotated[float | None, optional("FLOAT")] = None
@@ -135,6 +135,7 @@ class Launch:
 
 def plan(options: Plan) -> None:
     """`osp plan`."""
+    from opensoraplan.memory import MARGIN
     from opensoraplan.parallel.estimate import Shape, cheapest_mesh
     from opensoraplan.shapes import latent_shape
 
@@ -167,7 +168,7 @@ def plan(options: Plan) -> None:
             model,
             shape,
             job,
-            memory=int(options.memory * GB),
+            memory=int(options.memory * GB * (1 - MARGIN)),
             machine=options.machine,
             others=encoders,
         )
@@ -197,12 +198,13 @@ def _model_of(options: Plan, run: "TrainSettings | None") -> "Model":
     settings = run.model
     if settings.pretrained is not None and settings.pretrained.exists():
         config = _config_in(settings.pretrained, settings.config)
-    elif settings.config is not None:  # planning comes before weights are there
-        config = dict(settings.config)
-    else:
-        raise ValueError(
-            f"model.pretrained {settings.pretrained} does not exist, and there is no model.config"
-        )
+    else:  # planning comes before weights are there
+        config = dict(settings.config or {})
+        if settings.pretrained is not None:
+            what = "of model.config" if config else "like the release"
+            logger.warning(
+                "model.pretrained %s does not exist: planned for a model %s", settings.pretrained, what
+            )
     if settings.sparse_n is not None:
         config["sparse_n"] = list(settings.sparse_n)
     return Model(config)
@@ -290,6 +292,7 @@ def _training_lines(
     encoders: int,
     said: str,
 ) -> Iterable[str]:
+    from opensoraplan.memory import MARGIN
     from opensoraplan.parallel.estimate import (
         cache_bytes,
         devices_of,
@@ -306,6 +309,10 @@ def _training_lines(
     yield f"{model.numbers():,} parameters; {said}"
     yield f"{_count(devices, 'device')}: {sizes_said(mesh.sizes())}; {job.compute}, weights {job.master}"
     yield f"batch {shape.batch} x accumulate {job.accumulate}: {_count(samples, 'sample')} a step"
+    replicas = mesh.dp_replicate * mesh.dp_shard
+    if replicas > 1 and job.accumulate % replicas == 0:
+        fewer = job.accumulate // replicas
+        yield f"optimizer.accumulate {fewer} would keep the {samples // replicas:,} of one process"
     yield ""
     yield "GB of a device"
     where = " (host)" if job.cpu_offload else ""
@@ -321,7 +328,7 @@ def _training_lines(
         yield _row(f"  stage {number}, {stage.depth} blocks of rate {stage.rate}", stage.kept / GB)
     yield _row("working memory of backward", memory.working / GB)
     peak = memory.peak + encoders
-    yield _row("most at one moment", peak / GB) + _verdict(peak, options.memory)
+    yield _row("most at one moment", peak / GB) + _verdict(peak / (1 - MARGIN), options.memory)
     if memory.host:
         yield _row("of the host", memory.host / GB)
     yield ""

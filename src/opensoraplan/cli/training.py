@@ -21,7 +21,7 @@ class RunFiles:
     """What the run is."""
 
     config: Annotated[Positional[Path | None], optional("RUN.toml")] = None
-    """The run's settings; docs/training.md has them all."""
+    """The run's settings; docs/settings.md has them all."""
     model: OptionalPath = None
     """The guide's model_opensoraplan1_5.json; goes with --data."""
     data: OptionalPath = None
@@ -40,7 +40,7 @@ class Train:
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
     resume: Annotated[str | None, optional("latest|STEP")] = None
-    """Go on from this checkpoint of the output folder; latest also begins a new run."""
+    """Go on from this checkpoint of the output folder; latest: the newest, or a new run if there is none."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class TrainVAE:
     """Train or fine-tune the WF-VAE on clips, without captions. Stopping and resuming as in `osp train`."""
 
     config: Positional[Path]
-    """The run's settings; docs/training.md has them all."""
+    """The run's settings; docs/settings.md has them all."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
     """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
     resume: Annotated[str | None, optional("latest|STEP")] = None
-    """Go on from this checkpoint of the output folder; latest also begins a new run."""
+    """Go on from this checkpoint of the output folder; latest: the newest, or a new run if there is none."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Export:
     """Precision to write."""
     max_shard_size: str = "2GB"
     """Of the diffusers folder's files."""
-    prompt_template: Annotated[str | None, optional("TEXT", "(default: 'high quality, {}')")] = None
+    prompt_template: Annotated[str | None, optional("TEXT", "(default: the run's pipeline's)")] = None
     """What the pipeline puts around a prompt; {} is where it goes, and alone is nothing."""
-    default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the original's)")] = None
+    default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the run's pipeline's)")] = None
     """The pipeline's negative prompt; '' is none."""
 
 

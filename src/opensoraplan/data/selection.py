@@ -102,7 +102,7 @@ class SelectionSettings(Settings):
     sequence_parallel: int = Field(default=1, ge=1)
     """Latent frames of a video are a multiple of it."""
     min_batches: int = Field(default=4, ge=1)
-    """Shapes that fill fewer global batches are dropped; see `samples_needed`."""
+    """Shapes that fill fewer global batches are dropped; if all do, those that do not fill one."""
 
     @property
     def smallest_area(self) -> int:

@@ -147,9 +147,10 @@ class OptimizerSettings(Settings):
 
 
 class ClipSettings(Settings):
-    """Adaptive gradient clipping (original.md, section 5): see train/clip.py. `outlier` is what happens to a
-    step whose gradient norm is not finite or beyond max(mean + 5 sigma, 5). "skip" leaves the step out and,
-    after `patience` such steps in a row, goes back to the last checkpoint that was made before them.
+    """Gradients clipped at mean + 3 sigma of the norms so far, as in the original (`ema_decay`: of both).
+    `outlier` is what happens to a step whose norm is not finite or beyond max(mean + 5 sigma, 5). "skip"
+    leaves the step out and, after `patience` such steps in a row, goes back to the last checkpoint that was
+    made before them.
     """
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
@@ -177,7 +178,7 @@ class MemorySettings(Settings):
 
 
 class ParallelSettings(MeshSettings):
-    """How several processes, started by torchrun or `osp launch`, are arranged: see parallel/mesh.py.
+    """How several processes, started by torchrun or `osp launch`, are arranged.
 
     `cpu_offload` keeps shards, gradients and optimizer state in host memory. `encoder_dp`: processes that
     work on the same sample encode different ones in turn, instead of the first all. `timeout_s`: how long a

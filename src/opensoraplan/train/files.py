@@ -79,6 +79,11 @@ def read_run(
     Raises one ValueError for files that are missing or wrong, which names every key that is. Whether the
     paths in it exist is not looked at.
     """
+    if model_json is not None and model_json.is_dir():
+        raise ValueError(
+            f"{model_json} is a folder, --model takes the guide's JSON: to begin from weights in a folder, "
+            f"give --set model.pretrained={model_json}"
+        )
     if (model_json is None) != (data_json is None):
         given, other = ("--model", "--data") if data_json is None else ("--data", "--model")
         raise ValueError(f"{given} {model_json or data_json} needs {other}: the guide's files go together")

@@ -62,6 +62,9 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     before anything heavy where possible, GradientOutlierError if `clip.outlier` is "stop", RunStoppedError
     for a signal. What was learned until then is saved.
     """
+    pretrained = settings.model.pretrained
+    if pretrained is not None and not pretrained.exists():
+        raise ValueError(f"model.pretrained {pretrained} does not exist: `osp convert` makes such a folder")
     device = device_of_rank(resolve_device(settings.device))
     prepare(device)
     with (
