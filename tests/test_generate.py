@@ -519,9 +519,7 @@ def test_latents_outlive_a_failure_to_write(
     assert "the latents, which are finished, are in" in caplog.text
 
 
-def test_beginning_anew_keeps_finished_latents(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
-    """Until there are as many steps again: who forgets --resume, and stops, has lost nothing."""
-    place = tmp_path / "a-cat_seed0.latents.safetensors"
+def test_beginning_anew_keeps_the_latents_of_before(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
     for part, calls in ((pipeline.vae.decoder, 0), (pipeline.transformer, 2)):
         before_it_stops = iter(range(calls))
 
@@ -535,7 +533,8 @@ def test_beginning_anew_keeps_finished_latents(pipeline: OpenSoraPlanPipeline, t
                 make(pipeline, tmp_path, "a cat", steps=4, save_every=1, resume=False)
         finally:
             handle.remove()
-        assert saved.read_record(place)[1] == 4
+    first, second = (tmp_path / f"a-cat_seed0{number}.latents.safetensors" for number in ("_1", ""))
+    assert (saved.read_record(first)[1], saved.read_record(second)[1]) == (4, 2)
 
 
 def test_a_folder_that_went_away(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_wandb_keeps_a_resumed_run_under_one_name(tmp_path: Path, monkeypatch: p
     run(tmp_path, range(1, 4), wandb_project="shapes", config={"seed": 5})
     run(tmp_path, range(3, 6), wandb_project="shapes", config={"seed": 5})
     name = (tmp_path / "wandb_id").read_text().strip()
-    runs = sorted(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    runs = sorted(tmp_path.glob(f"wandb/offline-run-*-{name}*/run-{name}.wandb"))
     assert len(runs) == 2
     for file in runs:
         assert all(word in file.read_bytes() for word in (b"shapes", b"seed", b"loss"))
@@ -137,8 +137,10 @@ def test_wandb_keeps_a_resumed_run_under_one_name(tmp_path: Path, monkeypatch: p
 
 def test_what_wandb_refuses_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path, range(1, 4))
     with pytest.raises(ValueError, match=r"wandb says: .*project name.*a/b.* set WANDB_MODE=offline"):
-        run(tmp_path, range(1, 4), wandb_project="a/b")
+        run(tmp_path, range(2, 4), wandb_project="a/b")
+    assert len(lines(tmp_path)) == 3
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -65,12 +65,15 @@ def test_what_was_learned_outlives_a_kill(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         write_clip(tmp_path / name, 5)
     os.mkfifo(tmp_path / "pipe.mp4")
+    cache, end = tmp_path / "cache.json", time.monotonic() + 120
     with subprocess.Popen([sys.executable, "-c", PROBING, tmp_path]) as process:
-        cache = tmp_path / "cache.json"
-        while process.poll() is None and not (cache.exists() and "b.mp4" in cache.read_text()):
-            time.sleep(0.05)
-        assert process.poll() is None
-        process.kill()
+        try:
+            while not (cache.exists() and "b.mp4" in cache.read_text()):
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        finally:
+            process.kill()
     assert "a.mp4" in cache.read_text()
 
 

@@ -276,6 +276,8 @@ def make_video(
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
+    if start is None:
+        set_latents_aside(wanted, record)
     place = place_of_latents(wanted, record)
     save = partial(save_latents, place, record=record, embeds=embeds, request=request)
 
@@ -374,6 +376,19 @@ def place_of_latents(wanted: Path, record: dict[str, Any]) -> Path:
     return next(place for place in places if not place.exists() or saved.is_of(place, record))
 
 
+def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
+    """If a run has left latents of this video, give them another name, for one that begins anew."""
+    from opensoraplan import saved
+
+    place = place_of_latents(wanted, record)
+    if place.exists():
+        other = next(free for free in map(saved.place_of, numbered(wanted)) if not free.exists())
+        place.rename(other)
+        logger.warning(
+            "%s has latents of this video, and without --resume it begins anew: now %s", place, other
+        )
+
+
 def find_latents(
     pipeline: "OpenSoraPlanPipeline", wanted: Path, record: dict[str, Any]
 ) -> "SavedLatents | None":
@@ -397,15 +412,11 @@ def save_latents(
     request: Request,
     velocity: "Tensor | None" = None,
 ) -> None:
-    """Keep the latents [1, C, T, H, W] after so many steps, unless the file has those of this video after
-    more of them. A disk that is full is no reason to stop.
-    """
+    """Keep the latents [1, C, T, H, W] after so many steps; a disk that is full is no reason to stop."""
     from safetensors import SafetensorError
 
     from opensoraplan import saved
 
-    if saved.is_of(place, record) and saved.read_record(place)[1] > step:
-        return
     config = embeds.pipeline.vae.config
     scaling = {key: None if config[key] is None else list(config[key]) for key in ("shift", "scale")}
     try:

@@ -159,7 +159,9 @@ class Plan:
         return max(self.denoising, self.decoding)
 
     def __str__(self) -> str:
-        return f"{self.placement}, {self.chunk} latent frames decoded at a time, {self.peak / 1e9:.1f} GB"
+        return (
+            f"{self.placement}, up to {self.chunk} latent frames decoded at a time, {self.peak / 1e9:.1f} GB"
+        )
 
 
 def plans_for(needs: Iterable[Needs], placements: Sequence[Placement] = PLACEMENTS) -> list[Plan]:
@@ -184,9 +186,11 @@ def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
     for place, plan in enumerate(plans):
         if plan.peak <= free * (1 - MARGIN):
             return place
+    leanest = min(plans, key=lambda plan: plan.peak)
+    tiles = ", or decode in tiles" if leanest.decoding > leanest.denoising else ""
     raise MemoryError(
-        f"even the leanest plan ({min(plans, key=lambda plan: plan.peak)}) does not fit into the "
-        f"{free / 1e9:.1f} GB that are free: ask for fewer or smaller frames, or for --tiling"
+        f"even the leanest plan ({leanest}) does not fit into the {free / 1e9:.1f} GB that are free: ask for "
+        f"fewer or smaller frames{tiles}"
     )
 
 

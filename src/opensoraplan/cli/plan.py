@@ -374,14 +374,14 @@ def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: st
     yield _row("T5 and CLIP", text / GB)
     yield _row("VAE", vae / GB)
     yield _row("activations of the denoiser", forward / GB)
-    yield _row(f"activations of decoding {CHUNKS[0]} at a time", decoding[0] / GB)
+    yield _row(f"activations of decoding <= {CHUNKS[0]} at a time", decoding[0] / GB)
     yield "most at one moment, by osp generate --memory"
     needs = Needs(text, denoiser, adaln, block, vae, vectors, denoising=forward, decoding=decoding)
     least = math.inf
     for plan in plans_for([needs]):
         if plan.peak < least:
             least = plan.peak
-            name = f"  {plan.placement}, decoding {plan.chunk} at a time"
+            name = f"  {plan.placement}, decoding <= {plan.chunk} at a time"
             yield _row(name, plan.peak / GB) + _verdict(plan.peak / (1 - MARGIN), options.memory)
     whole = model.stored(compute)
     yield _row("of the host, unless resident", (whole + text + vae) / GB)

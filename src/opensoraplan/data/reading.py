@@ -598,7 +598,13 @@ def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | N
 
 def _left_to_pyav(path: str | Path, reader: Reader, error: Exception) -> None:
     reason = str(error).strip().rpartition("\n")[2]
-    logger.info("%s cannot be read by %s (%s): it is read with PyAV", path, reader, reason)
+    logger.debug("%s cannot be read by %s (%s): it is read with PyAV", path, reader, reason)
+    _warn_that_some_are_left(reader)
+
+
+@cache
+def _warn_that_some_are_left(reader: Reader) -> None:
+    logger.warning("not all videos can be read by %s: the others are read with PyAV", reader)
 
 
 def _check_count(path: str | Path, frames: int, numbers: Sequence[int]) -> None:

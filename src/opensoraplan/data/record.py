@@ -115,7 +115,7 @@ def complete(
             result[index] = _filled(records[index], found, compared=every_file)
             if known.get(key) != found:
                 fresh[key] = found
-            if time.monotonic() - saved > save_every_s:
+            if fresh and time.monotonic() - saved > save_every_s:
                 _save(cache, {**known, **fresh})
                 saved = time.monotonic()
     finally:

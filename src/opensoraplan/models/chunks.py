@@ -47,9 +47,9 @@ def latent_chunks(frames: int, step: int | None) -> Iterator[tuple[int, int, int
 
 
 def latents_at_a_time(wanted: int, *, frame: int) -> int:
-    """How many latent frames to decode at a time: `wanted`, or fewer where the input of a convolution of the
-    widest layer, of `frame` numbers a frame, would have more numbers than 32 bits count, beyond which cards
-    convolve slowly or not at all.
+    """How many latent frames to encode or decode at a time: `wanted`, or fewer where the input of a
+    convolution of the widest layer, of `frame` numbers a frame, would have more numbers than 32 bits count,
+    beyond which cards convolve slowly or not at all.
     """
     most = (_MOST_NUMBERS // frame - 3) // 4  # two frames in front, frame 0, and four for each
     return max(1, min(wanted, most))

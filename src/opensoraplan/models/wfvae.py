@@ -577,7 +577,8 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
             return
         check_sides(*first.shape[3:], multiple=SPATIAL_STRIDE)
         tiles = self._tiles(*first.shape[3:], unit=1)
-        step = self._latents_at_a_time(first, tiles, unit=1)
+        base = self.config["base_channels"]
+        step = self._latents_at_a_time(first, tiles, unit=1, width=base)
         for chunk in frame_chunks(chain([first], pieces), step and TEMPORAL_STRIDE * step):
             yield self._run_tiles(self.encoder, chunk, tiles, zoom=1 / SPATIAL_STRIDE)
 
@@ -589,7 +590,8 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         if z.ndim != 5 or z.shape[1] != channels:
             raise ValueError(f"this VAE decodes latents [B, {channels}, T, H, W], got {list(z.shape)}")
         tiles = self._tiles(*z.shape[3:], unit=SPATIAL_STRIDE)
-        step = self._latents_at_a_time(z, tiles, unit=SPATIAL_STRIDE)
+        base = self.config["base_channels"]
+        step = self._latents_at_a_time(z, tiles, unit=SPATIAL_STRIDE, width=2 * base)
         for start, stop, ahead in latent_chunks(z.shape[2], step):
             chunk = z[:, :, start:stop]
             yield self._run_tiles(self.decoder, chunk, tiles, zoom=SPATIAL_STRIDE, lookahead=ahead)
@@ -608,12 +610,14 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
             for left in tile_starts(width, tile, overlap)
         ]
 
-    def _latents_at_a_time(self, x: Tensor, tiles: list[Tile], *, unit: int) -> int | None:
-        """Of clips x, or their latents, whose sides are in `unit` pixels; None: all."""
+    def _latents_at_a_time(self, x: Tensor, tiles: list[Tile], *, unit: int, width: int) -> int | None:
+        """Of clips x, or their latents, whose sides are in `unit` pixels, by layers that have `width`
+        channels at half of them; None: all.
+        """
         if self.streaming_latent_frames is None:
             return None
         tile = x[0, 0, 0, tiles[0].rows, tiles[0].columns]
-        frame = x.shape[0] * 2 * self.config["base_channels"] * tile.numel() * unit**2 // 4
+        frame = x.shape[0] * width * tile.numel() * unit**2 // 4
         return latents_at_a_time(self.streaming_latent_frames, frame=frame)
 
     def _run_tiles(

@@ -113,7 +113,7 @@ class _Worker:
             os.chdir(folder)  # where relative paths of the settings begin
             self.job = CacheJob(settings, out, **sizes)
         except (ValueError, OSError, MemoryError) as error:
-            self.error = str(error)
+            self.error = str(error) or "memory is full"
 
     def __call__(self, row: Row) -> Row:
         """Write one shard."""
@@ -124,7 +124,7 @@ class _Worker:
             elif not self.error:
                 left_out = self.job.write_videos([row["shard"]], _nothing)
         except (ValueError, OSError, MemoryError) as error:
-            return {**row, "left_out": "[]", "error": str(error)}
+            return {**row, "left_out": "[]", "error": str(error) or "memory is full"}
         return {**row, "left_out": json.dumps(left_out), "error": self.error}
 
 

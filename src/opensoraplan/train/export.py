@@ -195,12 +195,12 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
 
 
 def _selection(data: DataSettings) -> SelectionSettings | None:
-    """How the clips were selected that the run was trained on, which a run from features alone does not know
-    itself; None: the features are gone, too.
+    """How the clips were selected that the run was trained on. A run from features alone knows that itself
+    only if its settings say so; None: they do not, and the features are gone.
     """
     if data.manifest is not None or data.features is None:
         return data.selection
     try:
         return selection_of_cache(data.features)
     except (ValueError, OSError):
-        return None
+        return data.selection if data.selection != SelectionSettings() else None

@@ -72,15 +72,8 @@ class Metrics:
         self._path = output / FILE
         with plain_errors(self._path, whole="nothing was changed"):
             output.mkdir(parents=True, exist_ok=True)
-            drop_after(self._path, start)
-            self._path.touch()
-        self._tensorboard: Any = None
-        if writer is not None:
-            # What has this step or a later one is hidden.
-            self._tensorboard = writer(log_dir=str(output / "tensorboard"), purge_step=start + 1)
-            self._open.callback(self._tensorboard.close)
         self._wandb: Any = None
-        if wandb is not None:
+        if wandb is not None:  # before anything is dropped, since it may refuse
             try:
                 self._wandb = wandb.init(
                     project=wandb_project,
@@ -90,12 +83,19 @@ class Metrics:
                     config=dict(config or {}),
                 )
             except wandb.Error as error:
-                self._open.close()
                 raise ValueError(
                     f"log.wandb_project is set, but wandb says: {error} You can set WANDB_MODE=offline, or "
                     "leave it out (metrics.jsonl has the same numbers)"
                 ) from None
             self._open.callback(self._wandb.finish)
+        with plain_errors(self._path, whole="nothing was changed"):
+            drop_after(self._path, start)
+            self._path.touch()
+        self._tensorboard: Any = None
+        if writer is not None:
+            # What has this step or a later one is hidden.
+            self._tensorboard = writer(log_dir=str(output / "tensorboard"), purge_step=start + 1)
+            self._open.callback(self._tensorboard.close)
         console = sys.stderr if console is None else console
         self._bar: tqdm | None = None
         if console is not None and console.isatty():
