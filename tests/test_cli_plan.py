@@ -70,6 +70,25 @@ def test_plan_of_a_run_takes_its_settings(osp: Osp, tmp_path: Path) -> None:
     assert "stage 2, 2 blocks of rate 2" in said
 
 
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ("num_frames = 93\nmax_height = 64\nmax_width = 64", "89 x 64 x 64"),
+        ("num_frames = 1\nmin_num_frames = 1\nforce_resolution = false\nmax_hxw = 70000", "1 x 256 x 256"),
+    ],
+)
+def test_plan_of_a_run_is_of_its_largest_sample(osp: Osp, tmp_path: Path, selection: str, said: str) -> None:
+    head = RUN.partition("[data.selection]")[0]
+    (tmp_path / "run.toml").write_text(f"{head}[data.selection]\n{selection}\n")
+    assert f"parameters; {said}, " in osp("plan", "run.toml")[1]
+
+
+def test_plan_before_there_are_weights(osp: Osp, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+    code, said, _ = osp("plan", "run.toml", "--set", "model.pretrained=absent", "model.config=none")
+    assert (code, said[:24]) == (0, "8,504,661,120 parameters")
+
+
 def test_plan_suggests_a_mesh_that_fits(osp: Osp) -> None:
     code, said, _ = osp("plan", "--recompute-blocks", 32, "--memory", 80)
     assert code == 0

@@ -118,6 +118,17 @@ def test_fingerprint_names_what_changed(tiny_model: Path, encoders: Encoders) ->
     assert changed() == expected | {"T5", "CLIP", "T5 tokenizer", "VAE config"}
 
 
+def test_a_config_of_the_settings_goes_before_the_checkpoints_own(tiny_model: Path) -> None:
+    """Which is not lost: shift and scale of the latents are in it."""
+    text = TextSettings(t5=tiny_model, clip=tiny_model)
+    own = load_encoders(VAESettings(pretrained=tiny_model), text, device="cpu").vae.config
+    same = load_encoders(VAESettings(pretrained=tiny_model, config={}), text, device="cpu").vae.config
+    assert same["shift"] == own["shift"] is not None
+    given = VAESettings(pretrained=tiny_model, config={"scale": [2.0] * own["latent_channels"]})
+    other = load_encoders(given, text, device="cpu").vae.config
+    assert (other["shift"], other["scale"]) == (own["shift"], [2.0] * own["latent_channels"])
+
+
 def test_settings_are_checked_first(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"missing: vae\.pretrained \(.*, text\.t5 \(.*, text\.clip \("):
         load_encoders(VAESettings(), TextSettings(), device="cpu")

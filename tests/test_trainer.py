@@ -521,6 +521,11 @@ def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
         ({"data": {"manifest": "nowhere.txt"}}, "nowhere.txt does not exist"),
         ({"vae": {"pretrained": None}}, r"vae\.pretrained"),
         ({"data": {"batch_size": 9}}, "9"),
+        (
+            {"model": {"pretrained": None, "config": {"num_layers": 4}}},
+            r"model\.config has a value of",
+        ),
+        ({"validation": {"every": 1, "sigmas": []}}, r"validation\.sigmas"),
         ({"parallel": {"cpu_offload": True}}, r"parallel\.cpu_offload is for several processes"),
     ],
 )

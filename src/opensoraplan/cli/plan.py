@@ -142,10 +142,8 @@ def plan(options: Plan) -> None:
     _check_positive(options, "memory", "tflops", "samples", "machine", "text_tokens")
     _check_positive(options.job, "batch", "accumulate")
     run = _run_of(options)
-    selection = None if run is None else run.data.selection
-    frames = options.frames or (selection.num_frames if selection else 121)
-    height = options.height or (selection.max_height if selection else 576)
-    width = options.width or (selection.max_width if selection else 1024)
+    frames, height, width = (121, 576, 1024) if run is None else _largest_sample(run)
+    frames, height, width = options.frames or frames, options.height or height, options.width or width
     text = options.text_tokens or (run.text.max_tokens if run else 512)
     shape = Shape(
         latent_shape(frames, height, width),
@@ -174,6 +172,14 @@ def plan(options: Plan) -> None:
         )
         said += "; the cheapest mesh that fits"
     _write(_training_lines(model, shape, mesh or _one_device(), job, options, encoders=encoders, said=said))
+
+
+def _largest_sample(run: "TrainSettings") -> tuple[int, int, int]:
+    """Frames, height and width of what the run is trained on at most."""
+    from opensoraplan.train.sources import selection_of_run
+
+    selection = selection_of_run(run.data) or run.data.selection
+    return selection.sample_frames(selection.num_frames), *selection.largest_size
 
 
 def _run_of(options: Plan) -> "TrainSettings | None":
@@ -251,10 +257,11 @@ def _job_of(given: PlanJob, run: "TrainSettings | None") -> "Job":
 def _encoder_bytes(given: PlanJob, run: "TrainSettings | None") -> int:
     """Of the release's VAE and text encoders, where clips are encoded while training."""
     from opensoraplan.parallel.estimate import BYTES
+    from opensoraplan.train.sources import validation_encodes
 
     wanted = given.encoders
     if wanted is None:
-        wanted = run is not None and run.data.features is None
+        wanted = run is not None and (run.data.features is None or validation_encodes(run))
     if not wanted:
         return 0
     vae, text = (run.vae.compute, run.text.compute) if run else ("fp32", "bf16")

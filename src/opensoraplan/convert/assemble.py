@@ -81,10 +81,14 @@ def empty_denoiser(
 
 
 def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE:
-    """A VAE on the meta device that fits the checkpoint; `config` and errors as in `empty_denoiser`."""
+    """A VAE on the meta device that fits the checkpoint; `config` and errors as in `empty_denoiser`, but that
+    it goes before what the checkpoint's own says, and need not be whole: in that are shift and scale.
+    """
     with naming(checkpoint.path):
         if kind_of(checkpoint.shapes) != "vae":
             raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
+        if config is not None and checkpoint.info.config is not None:
+            config = {**config_of(checkpoint), **config}
         return cast(WFVAE, empty_model(checkpoint, config))
 
 

@@ -116,6 +116,14 @@ class SelectionSettings(Settings):
         """max_hxw or what stands for it."""
         return self.max_height * self.max_width if self.max_hxw is None else self.max_hxw
 
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Height and width of the largest samples; of many, those that are nearest to square."""
+        if self.force_resolution:
+            return self.max_height, self.max_width
+        side = math.isqrt(self.largest_area) // self.hw_stride * self.hw_stride
+        return side, side
+
     def sample_frames(self, frames: int) -> int:
         """The most frames, of so many, that a sample can have; 0 if none."""
         unit = self.ae_stride_t * self.sequence_parallel

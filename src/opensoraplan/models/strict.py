@@ -3,7 +3,8 @@ errors.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -39,6 +40,15 @@ class StrictMixin:
         """Raise ValueError naming each key of `given` that the constructor does not take."""
         known: set[str] = cls._get_init_keys(cls)  # type: ignore[attr-defined]
         check_known_keys(given, known - {"self"}, where=where)
+
+
+@contextmanager
+def wrong_types_told(where: str) -> Iterator[None]:
+    """Turn the TypeError that a constructor makes of a value of the wrong type into a ValueError."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{where} has a value of the wrong type: {error}") from None
 
 
 def check_known_keys(given: Iterable[str], known: Iterable[str], *, where: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from opensoraplan.defaults import Weights
 from opensoraplan.models.chunks import latents_at_a_time, tile_starts
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.models.wfvae import COLOURS
 from opensoraplan.parallel.mesh import MeshSettings, said
 from opensoraplan.parallel.sequence import padded_tokens
@@ -76,7 +77,7 @@ class Model:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         SparseUMMDiT.check_keys(config, where="the model's config")
-        with torch.device("meta"):
+        with torch.device("meta"), wrong_types_told("the model's config"):
             model = SparseUMMDiT(**config)
         self.config: dict[str, Any] = {k: v for k, v in model.config.items() if not k.startswith("_")}
         self.heads: int = self.config["num_attention_heads"]

@@ -121,6 +121,11 @@ def device_of_rank(device: torch.device) -> torch.device:
         if place_in_job()[1] > 1:
             raise ValueError(f"{device} is one device for several processes: give {device.type}")
         return device
+    count = getattr(torch, device.type).device_count()
+    if int(local) >= count:
+        raise ValueError(
+            f"this process wants {device.type}:{local}, but there are {count}: start as many at most"
+        )
     return torch.device(device.type, int(local))
 
 

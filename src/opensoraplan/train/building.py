@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opensoraplan.convert.assemble import open_denoiser
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.parallel.mesh import Mesh
 from opensoraplan.parallel.plan import parallelize
 from opensoraplan.parallel.shards import fill
@@ -49,7 +50,7 @@ def _blueprint(settings: ModelSettings, *, seed: int) -> tuple[SparseUMMDiT, Ite
         return opened.model, opened.weights()
     config = dict(settings.config or {})
     SparseUMMDiT.check_keys(config, where="model.config")
-    with torch.device("meta"):
+    with torch.device("meta"), wrong_types_told("model.config"):
         model = SparseUMMDiT(**config)  # type: ignore[arg-type] (values are checked there)
     if rates is not None:
         model.set_sparsity(rates)

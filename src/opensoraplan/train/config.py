@@ -213,7 +213,7 @@ class ValidationSettings(Settings):
     root: Path | None = None
     features: Path | None = None
     samples: Positive = 16
-    sigmas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.2, 0.5, 0.8)
+    sigmas: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.2, 0.5, 0.8)
     prompts: tuple[str, ...] = ()
     frames: Positive = 33
     height: Positive = 288

@@ -10,14 +10,13 @@ import torch
 
 from opensoraplan.convert.assemble import Opened, Sources, open_vae, write_pipeline
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
-from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
-from opensoraplan.train.config import DataSettings, TrainSettings
+from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.encoders import find_parts
 from opensoraplan.train.run import CONFIG
-from opensoraplan.train.sources import selection_of_cache
+from opensoraplan.train.sources import selection_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +173,7 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
     """Videos like those of the run's validation, else of the size that it was trained on, if that is one, and
     else as of the pipeline that it began from.
     """
-    validation, selection = settings.validation, _selection(settings.data)
+    validation, selection = settings.validation, selection_of_run(settings.data)
     before = GenerateDefaults() if base is None else GenerateDefaults.of(base)
     if validation.prompts:
         shown = {
@@ -192,15 +191,3 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
     if selection.force_resolution:
         size |= {"height": selection.max_height, "width": selection.max_width}
     return before.model_copy(update={**size, "dtype": settings.model.compute})
-
-
-def _selection(data: DataSettings) -> SelectionSettings | None:
-    """How the clips were selected that the run was trained on. A run from features alone knows that itself
-    only if its settings say so; None: they do not, and the features are gone.
-    """
-    if data.manifest is not None or data.features is None:
-        return data.selection
-    try:
-        return selection_of_cache(data.features)
-    except (ValueError, OSError):
-        return data.selection if data.selection != SelectionSettings() else None

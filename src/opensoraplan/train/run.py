@@ -5,6 +5,7 @@ checkpoints/     see checkpoint.py            .lock           held while the run
 """
 
 import copy
+import errno
 import fcntl
 import logging
 import signal
@@ -340,6 +341,8 @@ def _locked(output: Path) -> Iterator[None]:
         try:
             # Not flock, which data workers would have, too: they live on for seconds when this one is killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is training in {output}: wait for it or stop it") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"another process is training in {output}: wait for it or stop it") from None
+            logger.warning("%s cannot be locked (%s): start no second run in it", output, error.strerror)
         yield

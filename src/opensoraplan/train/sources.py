@@ -146,7 +146,7 @@ def open_source(
         if named:
             loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
             parts |= loaded.fingerprint()
-            if not held_out and _validation_encodes(settings):
+            if not held_out and validation_encodes(settings):
                 encoders = loaded.to(device)
         else:
             parts |= fingerprint_of_named(settings.vae, settings.text)
@@ -301,12 +301,25 @@ def selection_of_cache(folder: Path) -> SelectionSettings:
     return SelectionSettings.read(values, where=str(folder))
 
 
+def selection_of_run(data: DataSettings) -> SelectionSettings | None:
+    """How the clips are selected that a run is trained on. One from features alone knows that itself only if
+    its settings say so; None: they do not, and the features are gone.
+    """
+    if data.manifest is not None or data.features is None:
+        return data.selection
+    try:
+        return selection_of_cache(data.features)
+    except (ValueError, OSError):
+        return data.selection if data.selection != SelectionSettings() else None
+
+
 def encoders_of_cache(folder: Path) -> dict[str, str]:
     """The fingerprints of what encoded the features in `folder`."""
     return {name: value for name, value in read_parts(folder).items() if name in ENCODER_PARTS}
 
 
-def _validation_encodes(settings: TrainSettings) -> bool:
+def validation_encodes(settings: TrainSettings) -> bool:
+    """Whether the run's validation needs the encoders, which then stay on the device."""
     wanted = settings.validation
     return wanted.every > 0 and bool(wanted.prompts or wanted.manifest)
 

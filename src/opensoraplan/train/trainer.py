@@ -247,7 +247,8 @@ class _Job:
 
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run, made by any number of processes."""
-        state = self._restore(step)
+        with self.speed.apart():
+            state = self._restore(step)
         check_clips(state.get("clips"), self.clips, others=self.settings.data.other_clips)
         self.outliers_in_a_row = state["outliers_in_a_row"]
         go_on_counting(self, state, self.ranks)

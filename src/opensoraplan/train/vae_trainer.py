@@ -26,7 +26,7 @@ from opensoraplan.data.video import to_uint8
 from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models import original
-from opensoraplan.models.strict import plain_config
+from opensoraplan.models.strict import plain_config, wrong_types_told
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 from opensoraplan.train import checkpoint
@@ -95,9 +95,13 @@ def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
     """
     settings = VAETrainSettings.read_file(run / CONFIG)
     start = checkpoint.find(run, step)
+    # What is only needed to train need not be there, nor the very clips of the run.
+    others = {"data": settings.data.model_copy(update={"other_clips": True}), "output": run}
+    others["loss"] = settings.loss.model_copy(update={"perceptual": 0.0})
+    settings = settings.model_copy(update=others)
     samples = _samples_to_train_on(settings)
     device = resolve_device(settings.device)
-    job = _Job(settings.model_copy(update={"output": run}), samples, (), start=start, device=device)
+    job = _Job(settings, samples, (), start=start, device=device)
     job.load(start)
     with new_folder(out) as folder:
         job.write(folder, samples)
@@ -350,17 +354,15 @@ class _Job:
 
 def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
     if settings.pretrained is not None:
-        has_config = any(
-            (settings.pretrained / name).is_file() for name in ("config.json", "vae/config.json")
-        )
-        opened = open_vae(settings.pretrained, None if has_config else settings.config)
+        opened = open_vae(settings.pretrained, settings.config)
         original.fill(opened.model, opened.names, opened.tensors, dtype=torch.float32)
         return opened.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
         WFVAE.check_keys(config, where="model.config")
-        return WFVAE(**config)
+        with wrong_types_told("model.config"):
+            return WFVAE(**config)
 
 
 def _samples_to_train_on(settings: VAETrainSettings) -> tuple[Sample, ...]:
