@@ -195,6 +195,18 @@ def test_contradictions(name: str, key: str, value: object, problem: str, tmp_pa
         read(tmp_path, **{name: {key: value}})
 
 
+def test_what_is_left_out_in_one_place_counts_as_well(tmp_path: Path) -> None:
+    left_out = {"load_text_features": LEFT_OUT}
+    with pytest.raises(
+        ValueError, match=r"load_video_features in .* is True, load_text_features in .* left out"
+    ):
+        read(
+            tmp_path,
+            model={"load_video_features": True, **left_out},
+            data={"dataset_param.use_feature_data": True},
+        )
+
+
 def test_all_contradictions_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"frames in .* is 9, .*; predictor\.patch_size"):
         read(tmp_path, model={"frames": 9, "predictor.patch_size": 4})

@@ -16,6 +16,7 @@ from opensoraplan.flow import Weighting
 from opensoraplan.models import original
 from opensoraplan.models.strict import check_known_keys
 from opensoraplan.settings import Settings
+from opensoraplan.shapes import TEMPORAL_STRIDE
 
 READING = "dataset_param.preprocess_parameters"
 LOADER = "dataloader_param"
@@ -181,6 +182,8 @@ TWICE: dict[str, list[Place]] = {
         Place("data", "dataset_param.use_feature_data"),
     ],
 }
+# What a place stands for that leaves such a key out, where that decides something.
+LEFT_OUT = {"stride in time": TEMPORAL_STRIDE, "features": False}
 # What to do if they differ, where it is more than to make them equal.
 REMEDIES = {
     "latent channels": "the denoiser takes and gives the latents of the VAE",
@@ -302,9 +305,12 @@ def _agreed(files: _Files) -> dict[str, Any]:
     for subject, places in TWICE.items():
         given = [place for place in places if files.has(place)]
         values[subject] = files.get(given[0]) if given else None
-        if any(files.get(place) != values[subject] for place in given):
-            remedy = REMEDIES.get(subject, "make them equal")
-            problems.append(f"{', '.join(map(files.tell, given))}: {remedy}")
+        told = {files.tell(place): files.get(place) for place in given}
+        if given and subject in LEFT_OUT:
+            without = [place for place in places if place not in given]
+            told |= {f"{files.name(place)} is left out": LEFT_OUT[subject] for place in without}
+        if any(value != values[subject] for value in told.values()):
+            problems.append(f"{', '.join(told)}: {REMEDIES.get(subject, 'make them equal')}")
     channels = files.get(Place("model", "ae.latent_dim"))
     for key in ("ae.shift", "ae.scale"):
         place = Place("model", key)
