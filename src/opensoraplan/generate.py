@@ -384,9 +384,7 @@ def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
     if place.exists():
         other = next(free for free in map(saved.place_of, numbered(wanted)) if not free.exists())
         place.rename(other)
-        logger.warning(
-            "%s has latents of this video, and without --resume it begins anew: now %s", place, other
-        )
+        logger.warning("%s has latents of this video, which begins anew: they are in %s now", place, other)
 
 
 def find_latents(
