@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.parallel.collectives import GATHER, SUM_PARTS
+from opensoraplan.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from opensoraplan.parallel.estimate import (
     Collective,
     Job,
@@ -51,7 +51,7 @@ GRID, TEXT = (4, 16, 16), 32
 RELEASE_GRID, RELEASE_TEXT = (16, 72, 128), 512
 OUTSIDE = "outside"
 # What a rank sends, in parts of the collective's largest tensor and of all ranks but itself.
-TIMES = {GATHER: 1, SUM_PARTS: 1, "all_reduce": 2, "all_to_all_single": 1}
+TIMES = {ALL_GATHER: 1, REDUCE_SCATTER: 1, "all_reduce": 2, "all_to_all_single": 1}
 
 
 class Meter:

@@ -3,20 +3,21 @@
     python benchmarks/growth.py                 25, 49 and 97 frames of 96 x 128, each in a process of its own
     python benchmarks/growth.py --steps 10
 
-Memory is the growth of the peak of resident memory over the loaded pipeline. The first video of a process is
-not timed. The second table leaves steps out by the step cache, calibrated on another prompt; the third
+Memory is what each adds, at its peak, to what the process had before. The first video of a process is not
+measured. The second table leaves steps out by the step cache, calibrated on another prompt; the third
 compares solvers with the end of the flow, which is where 8 times the steps lead.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import torch
-from timing import machine, ready, resident_peak
+from timing import begin_peak, machine, ready, resident_peak
 from torch import Tensor
 
 from opensoraplan import builtin
@@ -57,24 +58,33 @@ def latents_of(pipeline: OpenSoraPlanPipeline, prompt: str, *, frames: int, **op
 
 
 def measure(frames: int, steps: int) -> tuple[float, float, float, float]:
-    """Seconds of denoising and of decoding, and the GB that each adds to this process's peak."""
+    """Seconds of denoising and of decoding, and the GB by which each raises what this process has."""
     ready("cpu")
     pipeline = load()
     for _ in pipeline.iter_decode(latents_of(pipeline, PROMPT, frames=9, num_inference_steps=1)):
         pass
-    start, began = resident_peak(), time.perf_counter()
-    latents = latents_of(pipeline, PROMPT, frames=frames, num_inference_steps=steps)
-    denoised, middle = time.perf_counter() - began, resident_peak()
-    began = time.perf_counter()
-    for _ in pipeline.iter_decode(latents):
-        pass
-    return denoised, time.perf_counter() - began, (middle - start) / 1e9, (resident_peak() - middle) / 1e9
+
+    def denoise() -> Tensor:
+        return latents_of(pipeline, PROMPT, frames=frames, num_inference_steps=steps)
+
+    def decode() -> None:
+        for _ in pipeline.iter_decode(latents):
+            pass
+
+    def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
+        before, began = begin_peak(), time.perf_counter()
+        result = work()
+        return result, time.perf_counter() - began, (resident_peak() - before) / 1e9
+
+    latents, denoising_s, denoising_gb = measured(denoise)
+    _, decoding_s, decoding_gb = measured(decode)
+    return denoising_s, decoding_s, denoising_gb, decoding_gb
 
 
 def growth(steps: int) -> list[str]:
     """Rows of the first table."""
     lines = [
-        "| frames | denoising, s | decoding, s | memory of denoising, GB | more of decoding, GB |",
+        "| frames | denoising, s | decoding, s | memory of denoising, GB | of decoding, GB |",
         "|---|---|---|---|---|",
     ]
     for frames in FRAMES:

@@ -9,7 +9,6 @@ random.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from timing import resident_peak
 from torch import Tensor
 
 from opensoraplan.convert.export import write_component
@@ -65,7 +65,7 @@ def sample(folder: Path) -> None:
     """Load it and take two guided steps; the VAE is a small one, which is not asked to decode."""
     start = time.perf_counter()
     transformer = SparseUMMDiT.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    print(f"loaded in {time.perf_counter() - start:.0f} s, peak so far {peak():.2f} GiB")
+    print(f"loaded in {time.perf_counter() - start:.0f} s, peak so far {resident_peak() / 2**30:.2f} GiB")
     vae = WFVAE(base_channels=8, encoder_energy_flow_hidden_size=8, decoder_energy_flow_hidden_size=8)
     pipeline = OpenSoraPlanPipeline(transformer, vae, None, None, None, None, make_scheduler())
     embeds = PromptEmbeds(
@@ -86,11 +86,6 @@ def sample(folder: Path) -> None:
     print(f"{FRAMES} x {SIDE} x {SIDE}: {seconds:.1f} s a guided step, latents {list(latents.shape)}")
 
 
-def peak() -> float:
-    """Peak resident memory of this process, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.stage:
         {"write": write, "sample": sample}[options.stage](options.folder)
-        print(f"{options.stage}: peak {peak():.2f} GiB of resident memory")
+        print(f"{options.stage}: peak {resident_peak() / 2**30:.2f} GiB of resident memory")
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for stage in ("write", "sample"):

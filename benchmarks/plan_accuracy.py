@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import resident
 
 from opensoraplan import flow
 from opensoraplan.device import DTYPES
@@ -139,12 +139,6 @@ def measure(rank: int, case: Case, meeting: str) -> None:
             ema.update(step)
     if rank == 0:
         print(json.dumps(resident("VmHWM") - before), flush=True)
-
-
-def resident(field: str) -> int:
-    """Bytes that this process has resident (VmRSS), or had at most (VmHWM); of Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def predict(case: Case) -> int:

@@ -150,7 +150,7 @@ def _judge_part(pixels: Tensor, soft: Tensor) -> Verdict:
     others = (soft > 0.5 * level[:, None, None]).sum() / mask.sum() - 1
     area, x, y = _moments(cover)
     shape, turn = _match(cover, x, y, (area / math.pi).sqrt())
-    side = min(height, width) if width >= height else height
+    side = height  # the frame's shorter one, of a half, too: frames are no higher than wide
     # Over the whole clip, by straight lines through all frames.
     time = torch.linspace(-0.5, 0.5, len(seen))[seen]
     way_x, way_y, growth = _slope(time, x) / side, _slope(time, y) / side, _slope(time, area.log()) / 2

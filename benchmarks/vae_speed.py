@@ -14,7 +14,7 @@ from multiprocessing import get_context
 
 import torch
 from plain_vae import count_flops, plain
-from timing import DTYPES, conv_peak, machine, ready, resident_peak, seconds
+from timing import DTYPES, begin_peak, conv_peak, machine, ready, resident_peak, seconds
 
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import latent_shape
@@ -78,7 +78,7 @@ def decode_in_process(base: int, frames: int, side: int, streamed: bool) -> tupl
     torch.manual_seed(1)
     model.decode(torch.randn(1, 32, 1, 4, 4))
     z = torch.randn(1, 32, *latent_shape(frames, side, side))
-    before = resident_peak()
+    before = begin_peak()
     result: list[torch.Tensor] = []
     time = seconds(lambda: result.append(model.decode(z).sample), warm=0)
     grown = (resident_peak() - before) / 1e9
