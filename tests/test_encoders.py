@@ -34,6 +34,15 @@ def test_videos(encoders: Encoders) -> None:
     torch.testing.assert_close(moments, expected)
 
 
+def test_chunks_change_no_features(tiny_model: Path, encoders: Encoders) -> None:
+    text = TextSettings(t5=tiny_model, clip=tiny_model, compute="fp32")
+    single = load_encoders(VAESettings(pretrained=tiny_model, chunk=1), text, device="cpu")
+    assert [part.vae.streaming_latent_frames for part in (encoders, single)] == [4, 1]
+    assert single.fingerprint() == encoders.fingerprint()
+    videos = torch.rand(1, 3, 25, 16, 24) * 2 - 1
+    torch.testing.assert_close(single.encode_videos(videos), encoders.encode_videos(videos))
+
+
 def test_everything_is_frozen(encoders: Encoders) -> None:
     for model in (encoders.vae, encoders.text_encoder, encoders.text_encoder_2):
         assert not model.training

@@ -1,5 +1,7 @@
 """Settings that a user writes: unknown keys and wrong values are told by name."""
 
+from typing import Annotated, Literal
+
 import pytest
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +30,7 @@ class Outer(Settings):
     inner: Inner = Inner()
     other: Inner | None = None
     span: Span = Span()
+    mode: Literal["fast"] | Annotated[float, Field(gt=0)] | None = None
 
     @field_validator("rate")
     @classmethod
@@ -60,6 +63,15 @@ def test_values() -> None:
             "run.toml: inner.depth: Input should be greater than or equal to 1, got 0",
         ),
         ({"size": 3, "span": {"low": 3, "high": 1}}, "run.toml: span: low 3 is above high 1"),
+        (
+            {"size": 3, "other": {"dept": 4}},
+            "run.toml: unknown key 'other.dept' (did you mean 'depth'?)",
+        ),
+        ({"size": 3, "mode": -1}, "run.toml: mode: Input should be 'fast' or greater than 0, got -1"),
+        (
+            {"size": 3, "inner": {"names": ["a", 4]}},
+            "run.toml: inner.names.1: Input should be a valid string, got 4",
+        ),
     ],
 )
 def test_mistakes(values: dict, text: str) -> None:

@@ -17,6 +17,7 @@ from opensoraplan.data.buckets import Draw
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.train.cache import write_cache
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.sources import Source, digest_of, open_source, preprocessing_parts
@@ -198,3 +199,15 @@ def test_digest_is_of_clips_order_captions_and_frames_but_not_of_folders() -> No
         [first, sample("clips/b.mp4", start=1)],
     )
     assert len({digest, *map(digest_of, others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("missing", [(), ("shift",), ("scale",), ("shift", "scale")])
+def test_latents_are_normalized_as_in_generation(
+    mixed_run: MakeRun, cached: Path, missing: tuple[str, ...]
+) -> None:
+    source, _ = open_source(mixed_run(features=cached), device=CPU)
+    config = {**source.vae_config, **dict.fromkeys(missing)}
+    latents = torch.randn(2, 4, 2, 3, 3)
+    expected = WFVAE(**config).normalize_latents(latents)
+    assert torch.equal(latents, expected) == (len(missing) == 2)
+    assert torch.equal(replace(source, vae_config=config).normalize(latents), expected)

@@ -208,6 +208,12 @@ def test_changes(run: Path) -> None:
         ("optimizer.lr.x=3", r"optimizer\.lr: .*valid number"),
         ("optimizer=3", r"optimizer: .*got 3"),
         ("output=none", r"output: .*got None"),
+        ("optimizer.betas=[0.9, 1.0]", r"optimizer\.betas\.1: .*less than 1, got 1\.0"),
+        ("flow.shift=-1", r"flow\.shift: Input should be 'dynamic' or greater than 0, got -1$"),
+        ("vae.chunk=0", r"vae\.chunk: .*greater than or equal to 1, got 0"),
+        ("validation.guidance_scale=-3", r"validation\.guidance_scale: .*equal to 0, got -3"),
+        ("validation.fps=5000", r"validation\.fps: .*equal to 1000, got 5000"),
+        ("validation.shift=inf", r"validation\.shift: .*finite number, got inf"),
         ("data.reader=opencv", r"data\.reader: .*'pyav', 'decord' or 'torchcodec', got 'opencv'"),
         ("data.selection.max_height=100", r"data\.selection: .*nearest valid size is 96 x 1024"),
         ("memory={recompute_blocks = 1, recompute_feed_forwards = 1}", "exclude each other"),
@@ -285,6 +291,8 @@ def test_vae_runs(tmp_path: Path) -> None:
     assert (optimizer.lr, optimizer.ema_decay, optimizer.eps) == (1e-4, 0.999, 1e-8)
     with pytest.raises(ValueError, match=r"unknown key 'data\.caption_dropout'"):
         read_settings(VAETrainSettings, path, changes=["data.caption_dropout=0"])
+    with pytest.raises(ValueError, match=r"validation: `manifest` is missing"):
+        read_settings(VAETrainSettings, path, changes=["validation.every=1"])
 
 
 def test_a_file_for_the_other_command_is_recognized(run: Path, tmp_path: Path) -> None:
@@ -302,14 +310,22 @@ def test_a_file_for_the_other_command_is_recognized(run: Path, tmp_path: Path) -
     assert not is_vae_run(write(tmp_path / "config.json", read_run(run).model_dump_json()))
 
 
+PROMPTS = ["validation.every=5", 'validation.prompts=["a ball"]']
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         (["validation.every=5"], r"validation every 5 steps of what\? Give `manifest` or `features`"),
         (['validation.prompts=["a ball"]'], r"`prompts` are given, but `every` is 0"),
+        ([*PROMPTS, "validation.frames=10"], r"validation: the video of 'a ball': frames must be 8k \+ 1"),
+        ([*PROMPTS, "validation.height=100"], r"got height 100: the nearest valid size is 96 x 512"),
+        ([*PROMPTS, 'validation.prompts=["a", " "]'], r"the video of ' ': prompt: the prompt is empty"),
     ],
 )
-def test_validation_of_nothing_or_never(changes: list[str], problem: str, run: Path) -> None:
+def test_validation_of_nothing_or_never_or_what_cannot_be(
+    changes: list[str], problem: str, run: Path
+) -> None:
     with pytest.raises(ValueError, match=problem):
         read_run(run, changes=changes)
 
@@ -340,6 +356,8 @@ def test_what_a_resume_allows(run: Path) -> None:
         "validation.sigmas=[0.5]",
         "checkpoint.keep=9",
         "memory.compile=true",
+        "model.attention=flash",
+        "vae.chunk=2",
         "data.workers=0",
         "data.reader=decord",
         "data.batch_size=2",

@@ -13,19 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from opensoraplan.convert.assemble import load_vae
 from opensoraplan.data import features
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
+from opensoraplan.train.building import build
 from opensoraplan.train.cache import write_cache
-from opensoraplan.train.clip import GradientOutlierError
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.export import export_run
+from opensoraplan.train.gradient_clip import GradientOutlierError
 from opensoraplan.train.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
@@ -264,10 +267,16 @@ def test_a_resume_that_is_refused_leaves_the_settings_of_the_run(tiny_run: MakeR
         assert (run.output / "config.json").read_bytes() == config
 
 
-def test_resume_latest_begins_a_run_that_is_not_there(tiny_run: MakeRun) -> None:
-    run = tiny_run(optimizer={"steps": 2})
-    train(run, resume="latest")
-    assert checkpoint.steps(run.output) == [2]
+def test_resume_latest_begins_a_run_that_is_not_there(
+    tiny_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run = tiny_run(optimizer={"steps": 2})
+        train(run, resume="latest")
+        assert checkpoint.steps(run.output) == [2]
+        assert "going on after" not in caplog.text
+        train(tiny_run(optimizer={"steps": 3}), resume="latest")
+        assert "going on after step 2 of 3" in caplog.text
 
 
 def test_resume_of_a_step_that_is_not_there_is_refused(tiny_run: MakeRun) -> None:
@@ -303,15 +312,23 @@ def test_a_model_trained_on_features_alone_makes_videos_like_theirs(
     assert GenerateDefaults.of(tmp_path / "other").frames is None  # as the pipeline that it began from
 
 
-def test_features_of_another_vae_are_refused_by_name(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_features_of_other_encoders_are_refused_by_name(
+    tiny_run: MakeRun, tiny_model: Path, tmp_path: Path
+) -> None:
     write_cache(tiny_run("clips"), tmp_path / "features")
-    run = tiny_run(
-        "other",
-        data={"features": tmp_path / "features"},
-        text={"clean": False},
+    vae = load_vae(tiny_model, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        vae.encoder.conv_out.conv.bias.add_(1)
+    vae.save_pretrained(tmp_path / "vae")
+    others = (
+        ({"vae": {"pretrained": tmp_path / "vae"}}, "VAE weights"),
+        ({"vae": {"config": {"scale": [2.0] * 4}}}, "VAE config"),
+        ({"text": {"clean": False}}, "caption cleaning"),
     )
-    with pytest.raises(ValueError, match="is stale, it was written with another caption cleaning"):
-        train(run)
+    for changes, part in others:
+        run = tiny_run("other", data={"features": tmp_path / "features"}, **changes)
+        with pytest.raises(ValueError, match=f"is stale, it was written with another {part}"):
+            train(run)
 
 
 def test_micro_batches_add_up_to_the_batch(tiny_run: MakeRun) -> None:
@@ -321,6 +338,32 @@ def test_micro_batches_add_up_to_the_batch(tiny_run: MakeRun) -> None:
     train(parts)
     assert logged(parts) == pytest.approx(logged(whole), rel=1e-5)
     assert logged(parts, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-4)
+
+
+def test_attention_may_be_chosen(tiny_run: MakeRun, undisturbed: TrainSettings) -> None:
+    run = tiny_run(model={"attention": "_native_math"})
+    with attention_backend("native"):  # and back: diffusers' choice is the process's
+        train(run)
+        model = build(run, device=torch.device("cpu"))
+    assert {p._attention_backend.value for p in model.attn_processors.values()} == {"_native_math"}
+    assert model.dtype == torch.float32
+    assert logged(run) == pytest.approx(logged(undisturbed), rel=1e-4)
+
+
+def test_attention_that_cannot_train_here_is_refused(tiny_run: MakeRun) -> None:
+    refused = (
+        ("_native_cudnn", 1, "attention '_native_cudnn' cannot be had on cpu here"),
+        ("flex", 1, "attention 'flex' gives no gradients on cpu here"),
+        (
+            "_native_flash",
+            2,
+            "attention '_native_flash' cannot mask keys, and data.batch_size 2 makes batches of captions",
+        ),
+    )
+    for name, batch_size, problem in refused:
+        run = tiny_run(model={"attention": name}, data={"batch_size": batch_size})
+        with attention_backend("native"), pytest.raises(ValueError, match=problem):
+            train(run)
 
 
 def test_bf16_compute_keeps_fp32_master_weights(tiny_run: MakeRun) -> None:
@@ -335,7 +378,11 @@ def test_bf16_compute_keeps_fp32_master_weights(tiny_run: MakeRun) -> None:
 
 
 def test_recompute_does_not_change_the_losses(tiny_run: MakeRun, undisturbed: TrainSettings) -> None:
-    for name, memory in (("blocks", {"recompute_blocks": 8}), ("ffs", {"recompute_feed_forwards": 8})):
+    for name, memory in {
+        "blocks": {"recompute_blocks": 8},
+        "feed-forwards": {"recompute_feed_forwards": 8},
+        "attention kept": {"recompute_blocks": 8, "keep_attention": True},
+    }.items():
         run = tiny_run(name, memory=memory)
         train(run)
         assert logged(run) == pytest.approx(logged(undisturbed), rel=1e-6)
@@ -527,6 +574,7 @@ def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
         ),
         ({"validation": {"every": 1, "sigmas": []}}, r"validation\.sigmas"),
         ({"parallel": {"cpu_offload": True}}, r"parallel\.cpu_offload is for several processes"),
+        ({"model": {"attention": "flahs"}}, r"no attention 'flahs' .did you mean 'flash'"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(tiny_run: MakeRun, changes: dict, message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensoraplan.convert.assemble import load_vae
 from opensoraplan.data.buckets import BucketSampler
@@ -18,7 +19,7 @@ from opensoraplan.data.video import fit, read_frames
 from opensoraplan.models.wfvae import WFVAE, haar, haar_levels
 from opensoraplan.train import checkpoint, vae_losses
 from opensoraplan.train.config import VAETrainSettings
-from opensoraplan.train.vae_trainer import export_vae, train_vae
+from opensoraplan.train.vae_trainer import export_vae, spread, train_vae
 
 CONFIG = {
     "base_channels": 8,
@@ -225,7 +226,7 @@ def test_frozen_encoder_shift_and_scale_stay_as_they_are(vae_run: MakeRun) -> No
         ({"data": {"frames": 10}}, r"frames must be 8k \+ 1 .* got 10: use 9 or 17"),
         ({"data": {"height": 20}}, "multiples of 8, got height 20"),
         ({"data": {"height": 128}}, "gives 9 x 64 x 64 .* pieces are to be 9 x 128 x 32"),
-        ({"validation": {"every": 1}}, r"validation\.manifest is missing"),
+        ({"validation": {"every": 1}}, r"validation: `manifest` is missing"),
         ({"loss": {"perceptual": 1.0}}, "lpips"),
     ],
 )
@@ -246,3 +247,75 @@ def test_export_of_an_unfinished_run_is_what_it_would_have_been(vae_run: MakeRun
         assert vae.config["shift"] is not None
     finished = tmp_path / "run" / "vae" / "config.json"
     assert (tmp_path / "whole" / "config.json").read_text() == finished.read_text()
+
+
+def test_export_of_a_frozen_encoder_needs_no_clips(
+    vae_run: MakeRun, tiny_clips: Path, tmp_path: Path
+) -> None:
+    first = train_vae(vae_run("first", optimizer={"steps": 1}))
+    manifest = tmp_path / "clips.txt"
+    manifest.write_text(f"{tiny_clips.parent},{tiny_clips.with_name('annotation.json')}\n")
+    frozen = {"config": None, "pretrained": first, "freeze_encoder": True}
+    run = vae_run(model=frozen, data={"manifest": manifest})
+    finished = train_vae(run)
+    manifest.unlink()
+    shutil.rmtree(first)
+    export_vae(run.output, tmp_path / "exported")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "exported" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_held_out_clips_may_be_smaller_than_pieces(
+    vae_run: MakeRun, tiny_clips: Path, tiny_mixed: Path
+) -> None:
+    short = {"min_num_frames": 1, "drop_short_ratio": 0}
+    run = vae_run(
+        data={"selection": {**vae_run().data.selection.model_dump(), **short}},
+        optimizer={"steps": 1},
+        validation={"every": 1, "manifest": tiny_mixed},
+    )
+    assert run.data.manifest == tiny_clips
+    train_vae(run)
+    assert len(logged(run, "validation_psnr")) == 1
+
+
+def test_a_folder_that_has_a_run_is_refused_before_clips_are_read(vae_run: MakeRun, tmp_path: Path) -> None:
+    train_vae(vae_run(optimizer={"steps": 1}))
+    with pytest.raises(ValueError, match="has a training run already"):
+        train_vae(vae_run(data={"manifest": tmp_path / "nowhere.txt"}))
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_micro_batches_do_not_wait_for_the_device(vae_run: MakeRun) -> None:
+    waits = []
+    for accumulate in (1, 3):
+        optimizer = {"steps": 2, "lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9, "accumulate": accumulate}
+        run = vae_run(f"{accumulate}", optimizer=optimizer, loss={"adversarial_start": 0})
+        with Waits() as counted:
+            train_vae(run)
+        waits.append(counted.count)
+    assert waits[0] == waits[1] > 0
+
+
+def test_what_is_measured_is_spread_evenly() -> None:
+    assert spread("abcde", most=9) == list("abcde")
+    assert spread(range(10), most=4) == [0, 2, 5, 7]
+    assert len(spread(range(511), most=256)) == 256
+    assert spread([], most=3) == []

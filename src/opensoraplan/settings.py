@@ -1,12 +1,14 @@
 """Settings that a user writes: frozen, with unknown keys as errors that name the nearest known one."""
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from opensoraplan.names import did_you_mean
 
 
 class Settings(BaseModel):
@@ -22,7 +24,10 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            problems = [_explain(cls, problem) for problem in error.errors()]
+            places: dict[tuple[type[BaseModel], tuple[Any, ...]], list[Any]] = {}
+            for problem in error.errors():
+                places.setdefault(_located(cls, problem["loc"]), []).append(problem)
+            problems = [_explain(*place, found) for place, found in places.items()]
             raise ValueError(f"{where}: " + "; ".join(problems)) from None
 
     @classmethod
@@ -35,19 +40,34 @@ class Settings(BaseModel):
         return cls.read(values, where=str(path))
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:  # noqa: ANN401 (pydantic's own dict of details)
-    *parents, key = problem["loc"] or ("",)
-    for parent in parents:
-        inner = model.model_fields[parent].annotation if parent in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[BaseModel], tuple[Any, ...]]:
+    """The section that a key is in, and the whole key as a user writes it: where a field has several types,
+    pydantic's own location goes on with the one that was tried.
+    """
+    for depth, part in enumerate(location[:-1]):
+        kinds = _kinds(model.model_fields[part].annotation) if part in model.model_fields else []
+        if len(kinds) > 1:
+            return model, location[: depth + 1]
+        if not kinds or not (isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel)):
             break
-        model = inner
-    name = ".".join(str(part) for part in (*parents, key))
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(key), list(model.model_fields), n=1)
-        return f"unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-    message = problem["msg"].removeprefix("Value error, ")
+        model = kinds[0]
+    return model, location
+
+
+def _explain(section: type[BaseModel], location: tuple[Any, ...], problems: list[Any]) -> str:
+    """What is wrong at one place: one problem, or one with each type that a field may have."""
+    name, first = ".".join(map(str, location)), problems[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {name!r}{did_you_mean(str(location[-1]), section.model_fields)}"
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    message = " or ".join([messages[0], *(text.removeprefix("Input should be ") for text in messages[1:])])
     # What contradicts itself in a section is in the message; the whole section would bury it.
-    silent = problem["type"] == "missing" or isinstance(problem["input"], Mapping)
-    got = "" if silent else f", got {problem['input']!r}"
+    silent = first["type"] == "missing" or isinstance(first["input"], Mapping)
+    got = "" if silent else f", got {first['input']!r}"
     return f"{name}: {message}{got}" if name else message
+
+
+def _kinds(annotation: Any) -> list[Any]:  # noqa: ANN401 (any type there is)
+    """The alternatives of a field's type, without None."""
+    union = get_origin(annotation) in (Union, UnionType)
+    return [kind for kind in get_args(annotation) if kind is not type(None)] if union else [annotation]

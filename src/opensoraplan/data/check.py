@@ -10,7 +10,7 @@ from typing import Literal
 
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import EXAMPLES, Selection, SelectionSettings, select
-from opensoraplan.data.video import publish, temporary_path
+from opensoraplan.disk import write_new
 
 
 def check_manifest(
@@ -80,16 +80,15 @@ def write_csv(selection: Selection, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".csv":
         raise ValueError(f"the table is written as .csv, got {path}: use {path.with_suffix('.csv')}")
-    temporary = temporary_path(path)
-    try:
+
+    def write(temporary: Path) -> None:
         # Names of files may hold bytes that are not UTF-8.
         with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("path", "status", "reason", "detail", "frames", "height", "width"))
             writer.writerows(_csv_rows(selection))
-        return publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    return write_new(path, write)
 
 
 def _csv_rows(selection: Selection) -> Iterator[tuple[str | int, ...]]:

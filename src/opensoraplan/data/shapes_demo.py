@@ -4,7 +4,6 @@ Not here: reading clips or manifests. Lengths are in units of the frame's shorte
 down from the frame's centre; a clip's motion spans the whole clip whatever its length and rate.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from opensoraplan.data.video import VideoWriter, frame_rate
 from opensoraplan.disk import write_whole
+from opensoraplan.names import did_you_mean
 
 # sRGB. Hues lie at least 22 degrees apart and every colour is far more saturated than any background.
 COLOURS = {
@@ -358,9 +358,7 @@ def write_dataset(
 def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown {kind} {name!r}: {hint}there are {', '.join(names)}")
+        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, names)}: there are {', '.join(names)}")
 
 
 def _check_size(*, frames: int, height: int, width: int) -> None:

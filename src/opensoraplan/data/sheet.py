@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opensoraplan.data.video import count_frames, publish, read_numbered, temporary_path
+from opensoraplan.data.video import count_frames, read_numbered
+from opensoraplan.disk import write_new
 
 # White between frames, in pixels.
 _GAP = 2
@@ -34,12 +35,8 @@ def contact_sheet(videos: Sequence[Path], out: Path, *, columns: int = 7) -> Pat
         sheet[top : top + row.shape[0], : row.shape[1]] = row
         top += row.shape[0] + _GAP
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(out)
-    try:
-        Image.fromarray(sheet.numpy()).save(temporary, format="PNG")
-        return publish(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture = Image.fromarray(sheet.numpy())
+    return write_new(out, lambda file: picture.save(file, format="PNG"))
 
 
 def _row(video: Path, *, columns: int) -> Tensor:

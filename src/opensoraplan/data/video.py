@@ -3,8 +3,6 @@
 Not here: how video is read (reading.py), which clips to take, captions, batches.
 """
 
-import os
-import secrets
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +31,7 @@ from opensoraplan.data.reading import (
     read_frames,
     read_numbered,
 )
+from opensoraplan.disk import claim, publish, temporary_path
 
 __all__ = [
     "Reader",
@@ -44,10 +43,8 @@ __all__ = [
     "installed_reader",
     "iter_frames",
     "probe",
-    "publish",
     "read_frames",
     "read_numbered",
-    "temporary_path",
     "to_uint8",
 ]
 
@@ -123,7 +120,7 @@ class VideoWriter:
 
     def __enter__(self) -> Self:
         # Made now, so that a folder that cannot be written to is found before any work.
-        _claim(self._temporary)
+        claim(self._temporary)
         return self
 
     def write(self, frames: torch.Tensor) -> None:
@@ -187,57 +184,6 @@ class VideoWriter:
         with self._container:
             self._container.mux(self._stream.encode(None))
         self.path = publish(self._temporary, self.path)
-
-
-def temporary_path(wanted: Path) -> Path:
-    """A fresh hidden name in the folder of `wanted`, with its suffix, to write to before `publish`."""
-    # Without the stem, which may already be as long as a name can be.
-    return wanted.with_name(f".osp-{secrets.token_hex(8)}{wanted.suffix}")
-
-
-def publish(temporary: Path, wanted: Path) -> Path:
-    """Move a finished file to `wanted` or, if that exists, to `wanted` with _1, _2, ... before its suffix.
-
-    Returns the name taken. Never overwrites, and no two callers get the same name. Both are in one file
-    system.
-    """
-    path = wanted
-    number = 0
-    while True:
-        try:
-            _move_to_new(temporary, path)
-        except FileExistsError:
-            number += 1
-            path = wanted.with_name(f"{wanted.stem}_{number}{wanted.suffix}")
-        else:
-            return path
-
-
-def _move_to_new(temporary: Path, path: Path) -> None:
-    """Move a file to a name that must be new, or raise FileExistsError."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        _move_without_link(temporary, path)
-    else:
-        temporary.unlink()
-
-
-def _move_without_link(temporary: Path, path: Path) -> None:
-    """`_move_to_new` where the file system has no hard links: an empty file holds the name for a moment."""
-    _claim(path)
-    try:
-        temporary.replace(path)
-    except OSError:
-        path.unlink()
-        raise
-
-
-def _claim(path: Path) -> None:
-    """Make an empty file that must be new, with the permissions that any new file gets."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def _check_pixels(frames: torch.Tensor) -> None:

@@ -3,12 +3,16 @@
 Shapes as diffusers' dispatcher has them: B sequences, S tokens, H heads, d head width, all in [B, S, H, d].
 """
 
-import difflib
-
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
+
+from opensoraplan.names import did_you_mean
 
 # Up to this many tokens, scores are kept for the backward pass on a CPU.
 _SHORT = 512
@@ -36,24 +40,30 @@ def check_backend(name: str) -> None:
     """Raise ValueError, with the nearest name, for a backend that does not exist."""
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there is no attention {name!r}: {hint}there are {', '.join(names)}")
+        raise ValueError(f"there is no attention {name!r}{did_you_mean(name, names)}: use {', '.join(names)}")
 
 
-def set_backend(model: ModelMixin, name: str, device: torch.device) -> None:
+def set_backend(model: ModelMixin, name: str, device: torch.device, *, masked: str | None = None) -> None:
     """Have a model compute attention by the backend of that name. Raises ValueError for one that does not
-    exist, or does not work on this device and in the model's precision, which is tried.
+    exist, or does not work on this device and in the model's precision, which is tried. `masked`: what will
+    make it mask keys, for then it has to work with a mask, too.
     """
     check_backend(name)
     q = torch.zeros(1, 128, 2, model.config["attention_head_dim"], dtype=model.dtype, device=device)
+    mask = (torch.arange(128, device=device) < 100)[None, None, None]
+    if device.type == "cpu":  # as SparseUMMDiT has it there
+        mask = additive_mask(mask, q.dtype)
+    problem = f"attention {name!r} cannot be had on {device} here"
     try:
+        with attention_backend(name), torch.no_grad():
+            dispatch_attention_fn(q, q, q)
+            if masked is not None:
+                problem = f"attention {name!r} cannot mask keys, and {masked}"
+                dispatch_attention_fn(q, q, q, attn_mask=mask)
         model.set_attention_backend(name)
-        with torch.no_grad():
-            dispatch_attention_fn(q, q, q, backend=name)  # type: ignore[arg-type]
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"attention {name!r} cannot be had on {device} here: {reason}") from None
+        raise ValueError(f"{problem}: {reason}") from None
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

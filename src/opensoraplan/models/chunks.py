@@ -27,12 +27,17 @@ def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]
         frames += piece.shape[2]
         waiting.append(piece)
         while size and sum(w.shape[2] for w in waiting) >= size:
-            ready = torch.cat(waiting, dim=2)
+            ready = _joined(waiting)
             yield ready[:, :, :size]
             waiting, size = [ready[:, :, size:]], step
     check_frames(frames)
     if any(w.shape[2] for w in waiting):
-        yield torch.cat(waiting, dim=2)
+        yield _joined(waiting)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Not by `cat` where there is one, which would copy it."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def latent_chunks(frames: int, step: int | None) -> Iterator[tuple[int, int, int]]:

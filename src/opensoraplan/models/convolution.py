@@ -27,6 +27,18 @@ _WIDE = 512  # channels
 _Convolve = Callable[[Tensor, Tensor], None]
 
 
+def memory_format_of(device_type: str) -> torch.memory_format:
+    """How 3-D convolutions of that type of device want their tensors: with channels last, but on Ascend NPUs,
+    which know no such layout.
+    """
+    return torch.contiguous_format if device_type == "npu" else torch.channels_last_3d
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Clips [B, C, T, H, W] in the layout that their device convolves best, copied from any other."""
+    return x.contiguous(memory_format=memory_format_of(x.device.type))
+
+
 def applies(conv: nn.Conv3d, x: Tensor) -> bool:
     """Whether `causal_conv3d` is for this convolution, of clips x [B, C, T, H, W]. Weights that are stored in
     another dtype, or on another device, come when the module is called, which it then has to be.

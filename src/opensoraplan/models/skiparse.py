@@ -42,6 +42,12 @@ def from_group_skip(x: Tensor, tokens: int) -> Tensor:
     return x.unflatten(2, (-1, n)).movedim(0, 2).flatten(1, 3)[:, :tokens]
 
 
+def check_rates(rates: Sequence[int] | None, *, stages: int) -> None:
+    """Raise ValueError unless there is a positive Skiparse rate for each stage (or None: dense)."""
+    if rates is not None and (len(rates) != stages or any(n < 1 for n in rates)):
+        raise ValueError(f"sparse_n needs {stages} rates, each at least 1, got {list(rates)}")
+
+
 class Layout(NamedTuple):
     """What attention needs to know of one order of the tokens."""
 

@@ -25,9 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
 from opensoraplan.models.attention import attention
+from opensoraplan.models.recompute import recomputed
 from opensoraplan.models.skiparse import (
     Layout,
     apply_rotary,
+    check_rates,
     from_group_skip,
     make_layouts,
     rotary_tables,
@@ -309,6 +311,7 @@ class SparseUMMDiTBlock(nn.Module):
         self.ff_enc = FeedForward(dim) if double_ff and not last else None
         self.last = last
         self.gradient_checkpointing = False
+        self.keep_attention = False
 
     def forward(
         self,
@@ -443,7 +446,7 @@ class Stages(nn.Module):
                     video = swap_skip(video)
                 inputs = (video, text, cond, layouts[n][index % 2], None if index else kept, own)
                 if block.gradient_checkpointing and torch.is_grad_enabled():
-                    video, text = checkpoint(block, *inputs, use_reentrant=False)
+                    video, text = recomputed(block, *inputs, keep_attention=bool(block.keep_attention))
                 else:
                     video, text = block(*inputs)
             video = from_group_skip(video, tokens)
@@ -593,11 +596,11 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         check_rates(rates, stages=len(self.config["num_layers"]))
         self.register_to_config(sparse_n=None if rates is None else list(rates))
 
-    def set_recompute(self, *, blocks: int = 0, feed_forwards: int = 0) -> None:
-        """Trade time for memory in training: drop the activations of the first `blocks` whole blocks, or
-        those of the feed-forwards of the first `feed_forwards` blocks, and compute them again in backward.
-        Both at once is a ValueError, as in the original. `enable_gradient_checkpointing()` is the same as all
-        blocks.
+    def set_recompute(self, *, blocks: int = 0, feed_forwards: int = 0, keep_attention: bool = False) -> None:
+        """Trade time for memory in training: drop the activations of the first `blocks` whole blocks, all or
+        `keep_attention`, or those of the feed-forwards of the first `feed_forwards` blocks, and compute them
+        again in backward. Both at once is a ValueError, as in the original.
+        `enable_gradient_checkpointing()` is the same as all blocks.
         """
         depth = len(self.transformer_blocks)
         if blocks and feed_forwards:
@@ -606,7 +609,7 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             if not 0 <= count <= depth:
                 raise ValueError(f"{name} must be between 0 and {depth}, got {count}")
         for index, block in enumerate(cast(Iterable[SparseUMMDiTBlock], self.transformer_blocks)):
-            block.gradient_checkpointing = index < blocks
+            block.gradient_checkpointing, block.keep_attention = index < blocks, keep_attention
             for ff in (block.ff, block.ff_enc):
                 if ff is not None:
                     ff.recompute = index < feed_forwards
@@ -691,9 +694,3 @@ def check_architecture(*, attention_head_dim: int, num_layers: Sequence[int], no
         raise ValueError(f"each stage needs an even number of layers, at least 2, got {list(num_layers)}")
     if norm_cls not in NORMS:
         raise ValueError(f"norm_cls must be one of {sorted(NORMS)}, got {norm_cls!r}")
-
-
-def check_rates(rates: Sequence[int] | None, *, stages: int) -> None:
-    """Raise ValueError unless there is a positive Skiparse rate for each stage (or None: dense)."""
-    if rates is not None and (len(rates) != stages or any(n < 1 for n in rates)):
-        raise ValueError(f"sparse_n needs {stages} rates, each at least 1, got {list(rates)}")

@@ -48,7 +48,7 @@ class Calibration(Settings):
         write_whole(path, lambda file: file.write_text(text))
 
 
-def check_rates(model: SparseUMMDiT) -> None:
+def check_dense_ends(model: SparseUMMDiT) -> None:
     """Raise ValueError unless tokens are in the same order before the first and after the last block."""
     rates = model.config["sparse_n"] or (1,)
     if rates[0] != 1 or rates[-1] != 1:
@@ -62,7 +62,7 @@ def measured(model: SparseUMMDiT) -> Iterator[list[float]]:
     """Inside the block, the list grows with each forward pass: the size of what all blocks add, token by
     token, relative to the pass before.
     """
-    check_rates(model)
+    check_dense_ends(model)
     ratios: list[float] = []
     state: dict[str, Tensor] = {}
     first, last = model.transformer_blocks[0], model.transformer_blocks[-1]
@@ -89,7 +89,7 @@ def skipping(model: SparseUMMDiT, ratios: Sequence[float], *, threshold: float, 
     that was computed, the ratios promise to stay within `threshold`. Each branch of guidance has its own,
     by `cache_context`.
     """
-    check_rates(model)
+    check_dense_ends(model)
     config = MagCacheConfig(
         threshold=threshold,
         max_skip_steps=_MOST_SKIPPED,

@@ -1,15 +1,18 @@
-"""A denoiser whose blocks are on the device only while they compute; meanwhile the next one arrives.
+"""Weights that are on the device only while they compute: of a denoiser's blocks, while the next one arrives,
+or of whole models in turn.
 
 Not by diffusers' group offloading: with streams it learns the order of blocks by hooks that, when they come
-off, take those of a step cache with them, and it pins each weight by itself, in up to twice the memory.
+off, take those of a step cache with them, and it pins each weight by itself, in up to twice the memory. Nor
+by its model offloading, which copies weights back to the host, where they have been all along.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import Tensor, nn
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -37,15 +40,60 @@ class _Place(NamedTuple):
 
     def use(self, store: Tensor) -> None:
         """Have the block compute with what is in that store."""
-        if self.name in self.owner._parameters:
-            self.owner.get_parameter(self.name).data = self.of(store)
-        else:
-            self.owner._buffers[self.name] = self.of(store)
+        _set(self.owner, self.name, self.of(store))
 
 
 class _Block(NamedTuple):
     places: Sequence[_Place]
     host: Tensor  # uint8 [bytes]
+
+
+def stream_layers(model: nn.Module, device: torch.device) -> None:
+    """Have each layer's weights on the device only while it computes, without reading ahead."""
+    apply_group_offloading(model, device, offload_type="leaf_level")
+
+
+class InTurn:
+    """Has models on the device one at a time: each from the moment one of its `doors`, modules in it, is
+    called until one of another model's is. The host's tensors are kept meanwhile, so nothing is copied back.
+    """
+
+    def __init__(self, models: Iterable[tuple[nn.Module, Iterable[nn.Module]]], device: torch.device) -> None:
+        self._device = device
+        self._there: nn.Module | None = None
+        self._tensors: list[tuple[nn.Module, str, Tensor]] = []  # the host's, of the model that is there
+        self._handles = [
+            door.register_forward_pre_hook(lambda *_, model=model: self._bring(model))
+            for model, doors in models
+            for door in doors
+        ]
+
+    def release(self) -> None:
+        """Give the device's memory back."""
+        for owner, name, host in self._tensors:
+            _set(owner, name, host)
+        self._there, self._tensors = None, []
+        if self._device.type != "cpu":
+            getattr(torch, self._device.type).empty_cache()
+
+    def end(self) -> None:
+        """Leave the models on the host."""
+        self.release()
+        for handle in self._handles:
+            handle.remove()
+
+    def _bring(self, model: nn.Module) -> None:
+        if self._there is model:
+            return
+        self.release()
+        self._there = model
+        seen: set[int] = set()  # parameters that two modules share are one
+        for owner, name, tensor in _tensors_of(model):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                host = tensor.data
+                self._tensors.append((owner, name, host))
+                _set(owner, name, torch.empty_like(host, device=self._device).copy_(host))
 
 
 def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
@@ -123,11 +171,9 @@ def _stored(block: nn.Module, *, pinned: bool) -> _Block:
     """The block's tensors moved into one piece of host memory; each lets go of its own."""
     places: list[_Place] = []
     size = 0
-    for owner in block.modules():
-        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            if tensor is not None:
-                places.append(_Place(owner, name, size, tensor.shape, tensor.dtype))
-                size += -(-tensor.numel() * tensor.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    for owner, name, tensor in _tensors_of(block):
+        places.append(_Place(owner, name, size, tensor.shape, tensor.dtype))
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     host = _host_memory(size, pinned=pinned)
     for place in places:
         tensor = place.owner._parameters.get(place.name, place.owner._buffers.get(place.name))
@@ -135,6 +181,22 @@ def _stored(block: nn.Module, *, pinned: bool) -> _Block:
         place.of(host).copy_(tensor.detach())
         place.use(host)
     return _Block(places, host)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Its parameters and buffers, each with the module that has it and the name there."""
+    for owner in model.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                yield owner, name, tensor
+
+
+def _set(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Have the module compute with this tensor as its parameter or buffer of that name."""
+    if name in owner._parameters:
+        owner.get_parameter(name).data = tensor
+    else:
+        owner._buffers[name] = tensor
 
 
 def _host_memory(size: int, *, pinned: bool) -> Tensor:

@@ -2,10 +2,11 @@
 errors.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from opensoraplan.names import did_you_mean
 
 Shape = tuple[int, ...]
 
@@ -57,8 +58,7 @@ def check_known_keys(given: Iterable[str], known: Iterable[str], *, where: str) 
     problems = []
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            problems.append(f"{key!r} (did you mean {near[0]!r}?)" if near else f"{key!r}")
+            problems.append(f"{key!r}{did_you_mean(key, known)}")
     if problems:
         raise ValueError(f"unknown key in {where}: {', '.join(problems)}")
 

@@ -175,13 +175,14 @@ def encode_prompts(
     text_encoder_2: CLIPTextModelWithProjection,
     max_length: int = 512,
     device: torch.device | str | None = None,
+    warn_of_clip: bool = True,
 ) -> PromptEmbeds:
     """Encode B texts as they are (`PromptSettings` comes before). "" is legal: the end token alone.
 
     T5 reads at most `max_length` tokens, CLIP as many as it has positions (77); a warning says what is not
-    read. The original pads every T5 sequence to 512 and masks the padding. Here each text runs by itself at
-    its real length: the same up to rounding, and a batch is bit-equal to single runs. L is the longest real
-    length. CLIP is padded to 77 and gets no mask, as in the original.
+    read, by CLIP only with `warn_of_clip`. The original pads every T5 sequence to 512 and masks the padding.
+    Here each text runs by itself at its real length: the same up to rounding, and a batch is bit-equal to
+    single runs. L is the longest real length. CLIP is padded to 77 and gets no mask, as in the original.
 
     The states have the encoders' dtypes and are on T5's device. Token ids go to the encoders' own devices,
     or to `device` where an offloading hook keeps the weights elsewhere. A tokenizer of another model is a
@@ -198,7 +199,15 @@ def encode_prompts(
         rows = torch.tensor([ids], device=device or text_encoder.device)
         sequence = text_encoder(input_ids=rows).last_hidden_state  # [1, L, D]
 
-        ids = _token_ids(text, tokenizer_2, text_encoder_2, name="CLIP", max_length=positions, pad=True)
+        ids = _token_ids(
+            text,
+            tokenizer_2,
+            text_encoder_2,
+            name="CLIP",
+            max_length=positions,
+            pad=True,
+            warn=warn_of_clip,
+        )
         _check_pooling(ids, tokenizer_2, text_encoder_2)
         rows = torch.tensor([ids], device=device or text_encoder_2.device)
         pooled = text_encoder_2(input_ids=rows).text_embeds  # [1, P]
@@ -216,11 +225,11 @@ def _token_ids(
     name: str,
     max_length: int,
     pad: bool = False,
+    warn: bool = True,
 ) -> list[int]:
     padding = "max_length" if pad else False
     ids = tokenizer(text, truncation=True, max_length=max_length, padding=padding).input_ids
-    whole = tokenizer(text, verbose=False).input_ids
-    if len(whole) > max_length:
+    if warn and len(whole := tokenizer(text, verbose=False).input_ids) > max_length:
         unread = whole[max_length - 1 : -1]  # the last of what is read, and of the whole, is the end token
         words = str(tokenizer.decode(unread, skip_special_tokens=True)).split()
         start = " ".join(words[:8]) + (" ..." if len(words) > 8 else "")

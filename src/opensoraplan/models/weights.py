@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
 from opensoraplan.defaults import Weights
+from opensoraplan.device import dtype_name
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
 
 LARGEST_INT8 = 127
@@ -28,8 +29,9 @@ _FP8_CAPABILITY = (8, 9)
 class Int8Linear(nn.Module):
     """A linear layer whose weight is `integers` int8 [out, in] times `scale` [out, 1], one for each output.
 
-    The scale is rounded to the layer's precision before the weight is divided by it, so that only the
-    weight's own rounding is lost: at most half of a 127th of the largest weight of the same output.
+    Rounding to an integer loses half of a 127th of the largest weight of the same output at most, and the
+    product, which is in the layer's precision, as much again. The scale is rounded before the weight is
+    divided by it.
     """
 
     integers: Tensor
@@ -39,7 +41,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         largest = weight.float().abs().amax(1, keepdim=True)
-        scale = (largest / LARGEST_INT8).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
+        scale = (largest / LARGEST_INT8).to(weight.dtype)
+        scale = scale.where(scale > 0, torch.ones_like(scale))
         integers = (weight.float() / scale.float()).round().clamp(-LARGEST_INT8, LARGEST_INT8)
         self.register_buffer("integers", integers.to(torch.int8))
         self.register_buffer("scale", scale)
@@ -116,8 +119,8 @@ def check_weights(kind: Weights, device: torch.device, dtype: torch.dtype) -> No
     if kind != "fp8":
         return
     if dtype != torch.bfloat16:
-        precision = str(dtype).removeprefix("torch.")
-        raise ValueError(f"fp8 weights are for computing in bf16, not {precision}: use that, or int8 weights")
+        name = dtype_name(dtype)
+        raise ValueError(f"fp8 weights are for computing in bf16, not {name}: use that, or int8 weights")
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
     if device.type not in ("cpu", "meta") and not capable:
         raise ValueError(

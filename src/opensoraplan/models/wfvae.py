@@ -103,7 +103,7 @@ def haar(x: Tensor, stream: Stream | None) -> Tensor:
     """
     if stream is None or stream.first:
         x = torch.cat([x[:, :, :1], x], dim=2)
-    return F.conv3d(x, haar_filter(x), stride=2).contiguous(memory_format=torch.channels_last_3d)
+    return convolution.channels_last(F.conv3d(x, haar_filter(x), stride=2))
 
 
 def inverse_haar(coefficients: Tensor, stream: Stream | None) -> Tensor:
@@ -166,7 +166,7 @@ class CausalConv3d(nn.Module):
         self.overlap = kernel - stride
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = convolution.channels_last(x)
         if not self.before:
             return self.conv(x)
         kept = None if stream is None else stream.kept.get(self)
@@ -428,6 +428,16 @@ class Decoder(nn.Module):
 # --- Model --------------------------------------------------------------------------------------------------
 
 
+def shift_and_scale(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale, each [C, 1, 1, 1], of a VAE's `config`, with the dtype and device of `like`; where the
+    config has None, they are 0 and 1.
+    """
+    channels = config["latent_channels"]
+    shift = like.new_tensor(config["shift"] or [0.0] * channels)
+    scale = like.new_tensor(config["scale"] or [1.0] * channels)
+    return shift.view(-1, 1, 1, 1), scale.view(-1, 1, 1, 1)
+
+
 class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
     """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release: 227,035,624 learned
     values.
@@ -534,19 +544,13 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """(latents - shift) * scale per channel of [B, C, T, H, W]: what the denoiser works on."""
-        shift, scale = self._shift_and_scale(latents)
+        shift, scale = shift_and_scale(self.config, latents)
         return (latents - shift) * scale
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize_latents`: what `decode` takes."""
-        shift, scale = self._shift_and_scale(latents)
+        shift, scale = shift_and_scale(self.config, latents)
         return latents / scale + shift
-
-    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        channels = self.config["latent_channels"]
-        shift = like.new_tensor(self.config["shift"] or [0.0] * channels)
-        scale = like.new_tensor(self.config["scale"] or [1.0] * channels)
-        return shift.view(-1, 1, 1, 1), scale.view(-1, 1, 1, 1)
 
     def encode(
         self, x: Tensor, return_dict: bool = True

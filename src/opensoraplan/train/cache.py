@@ -30,8 +30,8 @@ from opensoraplan.train.sources import preprocessing_parts, select_clips
 logger = logging.getLogger(__name__)
 
 _FULL = (
-    "a clip or its caption cannot be encoded, memory is full: lower the sizes of data.selection, or set "
-    'vae.compute to "bf16"'
+    "a clip or its caption cannot be encoded, memory is full: lower vae.chunk or the sizes of "
+    'data.selection, or set vae.compute to "bf16"'
 )
 
 Progress = Callable[[str, int, int], None]

@@ -10,10 +10,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from opensoraplan import builtin
+from opensoraplan.data.reading import Reader
 from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.defaults import Fps
 from opensoraplan.flow import Weighting
 from opensoraplan.parallel.mesh import MeshSettings
+from opensoraplan.requests import Request
 from opensoraplan.settings import Settings
+from opensoraplan.train.gradient_clip import Outlier
 
 
 def _builtin(value: object) -> object:
@@ -35,13 +39,15 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Expression = Annotated[str, AfterValidator(_expression)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSettings(Settings):
     """The denoiser. `pretrained`: a checkpoint of any dialect to go on from; `config`: constructor arguments
     of SparseUMMDiT, for a new model or for a checkpoint without config; `sparse_n`: Skiparse rates instead of
     the config's (all 1: dense). `compute` is the precision of the forward and backward pass, `master` that of
-    the weights which the optimizer changes.
+    the weights which the optimizer changes. `attention`: the implementation, one of diffusers' backends, such
+    as "flash" (None: torch's own); some take no mask, which captions of several lengths in a batch need.
     """
 
     pretrained: ModelPath | None = None
@@ -49,6 +55,7 @@ class ModelSettings(Settings):
     sparse_n: tuple[Positive, ...] | None = None
     compute: Precision = "bf16"
     master: Precision = "fp32"
+    attention: str | None = None
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -58,11 +65,14 @@ class ModelSettings(Settings):
 
 
 class VAESettings(Settings):
-    """The frozen VAE. `config` for a checkpoint without one."""
+    """The frozen VAE. `config` for a checkpoint without one. `chunk`: how many latent frames, each of 8
+    frames, are encoded or decoded at a time; fewer need less memory and give the same result up to rounding.
+    """
 
     pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
     compute: Precision = "fp32"
+    chunk: Positive = 4
 
 
 class TextSettings(Settings):
@@ -94,7 +104,7 @@ class ClipSourceSettings(Settings):
     selection: SelectionSettings = SelectionSettings()
     batch_size: Positive = 1
     new_windows: bool = True
-    reader: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    reader: Reader = "pyav"
     workers: Count = 4
     max_bad_files: Count = 20
     other_clips: bool = False
@@ -139,14 +149,14 @@ class OptimizerSettings(Settings):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Count = 0
     final_lr: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-15
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
     ema_device: Literal["same", "cpu"] = "same"
 
 
-class ClipSettings(Settings):
+class GradientClipSettings(Settings):
     """Gradients clipped at mean + 3 sigma of the norms so far, as in the original (`ema_decay`: of both).
     `outlier` is what happens to a step whose norm is not finite or beyond max(mean + 5 sigma, 5). "skip"
     leaves the step out and, after `patience` such steps in a row, goes back to the last checkpoint that was
@@ -154,17 +164,19 @@ class ClipSettings(Settings):
     """
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    outlier: Literal["clip", "skip", "stop"] = "skip"
+    outlier: Outlier = "skip"
     patience: Positive = 5
 
 
 class MemorySettings(Settings):
     """What is computed again in the backward pass instead of kept: whole `recompute_blocks`, or only the
-    feed-forwards of the first `recompute_feed_forwards` blocks. `compile`: torch.compile of each block.
+    feed-forwards of the first `recompute_feed_forwards` blocks. `keep_attention`: of the former, what
+    attention gives is kept, which takes much of the time. `compile`: torch.compile of each block.
     """
 
     recompute_blocks: Count = 0
     recompute_feed_forwards: Count = 0
+    keep_attention: bool = False
     compile: bool = False
 
     @model_validator(mode="after")
@@ -174,6 +186,8 @@ class MemorySettings(Settings):
                 f"recompute_blocks {self.recompute_blocks} and recompute_feed_forwards "
                 f"{self.recompute_feed_forwards} exclude each other: set one of them to 0"
             )
+        if self.keep_attention and not self.recompute_blocks:
+            raise ValueError("keep_attention is about recompute_blocks, which is 0: give both or none")
         return self
 
 
@@ -219,9 +233,9 @@ class ValidationSettings(Settings):
     height: Positive = 288
     width: Positive = 512
     sampling_steps: Positive = 50
-    guidance_scale: float = 8.0
-    shift: Annotated[float, Field(gt=0)] | None = None
-    fps: Annotated[float, Field(gt=0)] = 24.0
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fps: Fps = 24.0
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -234,6 +248,9 @@ class ValidationSettings(Settings):
             )
         if self.prompts and not self.every:
             raise ValueError("`prompts` are given, but `every` is 0, which is never: give validation.every")
+        for prompt in self.prompts:
+            wanted = {"frames": self.frames, "height": self.height, "width": self.width}
+            Request.read({"prompt": prompt, **wanted}, where=f"the video of {prompt!r}")
         return self
 
 
@@ -257,7 +274,7 @@ class TrainSettings(Settings):
     data: DataSettings
     flow: FlowSettings = FlowSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    clip: ClipSettings = ClipSettings()
+    clip: GradientClipSettings = GradientClipSettings()
     memory: MemorySettings = MemorySettings()
     parallel: ParallelSettings = ParallelSettings()
     log: LogSettings = LogSettings()
@@ -327,6 +344,12 @@ class VAEValidationSettings(Settings):
     manifest: Path | None = None
     root: Path | None = None
     samples: Positive = 16
+
+    @model_validator(mode="after")
+    def _given(self) -> Self:
+        if self.every and self.manifest is None:
+            raise ValueError("`manifest` is missing: validation needs clips that are not trained on")
+        return self
 
 
 class VAEOptimizerSettings(OptimizerSettings):

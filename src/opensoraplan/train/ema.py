@@ -7,10 +7,22 @@ import torch
 from torch import Tensor
 
 from opensoraplan.parallel.shards import local
+from opensoraplan.train.config import OptimizerSettings
+
+# Where weights are in another dtype or on another device, so many of their average's are copied at a time.
+_GROUP_BYTES = 10**8
+
+
+def make_ema(parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> "Ema | None":
+    """The average that the settings want of these weights."""
+    if settings.ema_decay is None:
+        return None
+    device = "cpu" if settings.ema_device == "cpu" else None
+    return Ema(parameters, decay=settings.ema_decay, device=device)
 
 
 class Ema:
-    """value <- decay * value + (1 - decay) * weight after each step, for all tensors in one foreach pass.
+    """value <- decay * value + (1 - decay) * weight after each step, for many tensors in a foreach pass.
 
     Early on the decay is (1 + step) / (10 + step), so that the first weights are soon forgotten. The average
     is in fp32 on `device` (None: where each weight is). `parameters`: the model's, by name.
@@ -34,14 +46,26 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step` (from 1)."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        values = [local(value) for value in self.values.values()]
-        weights = [
-            local(weight).to(value.device, value.dtype)
-            for weight, value in zip(self._weights.values(), values, strict=True)
-        ]
-        torch._foreach_lerp_(values, weights, share)  # pyright: ignore[reportPrivateImportUsage]
+        for group in self._groups():
+            values = [local(self.values[name]) for name in group]
+            weights = [
+                local(self._weights[name]).to(value.device, value.dtype)
+                for name, value in zip(group, values, strict=True)
+            ]
+            torch._foreach_lerp_(values, weights, share)  # pyright: ignore[reportPrivateImportUsage]
 
-    @torch.no_grad()
+    def _groups(self) -> Iterator[list[str]]:
+        """The tensors' names, so many at a time that copies of their weights take little memory."""
+        group, size = [], 0
+        for name, value in self.values.items():
+            group.append(name)
+            size += local(value).nbytes
+            if size >= _GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model has the averaged weights inside this block, its own again after it, bit for bit."""

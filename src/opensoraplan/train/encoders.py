@@ -5,11 +5,9 @@ Which videos and captions those are is decided in data/.
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from opensoraplan.convert.assemble import empty_vae, load_vae
 from opensoraplan.convert.checkpoints import open_checkpoint
-from opensoraplan.device import DTYPES
+from opensoraplan.device import DTYPES, dtype_name
 from opensoraplan.models import original
 from opensoraplan.models.text import (
     PromptEmbeds,
@@ -90,15 +88,15 @@ class Encoders:
         settings = PromptSettings(
             template=None, negative_prompt="", clean=self.clean, keep_chinese=self.keep_chinese
         )
-        with _without_clip_warnings():
-            return encode_prompts(
-                [settings.positive(caption) for caption in captions],
-                tokenizer=self.tokenizer,
-                text_encoder=self.text_encoder,
-                tokenizer_2=self.tokenizer_2,
-                text_encoder_2=self.text_encoder_2,
-                max_length=self.max_tokens,
-            )
+        return encode_prompts(
+            [settings.positive(caption) for caption in captions],
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            tokenizer_2=self.tokenizer_2,
+            text_encoder_2=self.text_encoder_2,
+            max_length=self.max_tokens,
+            warn_of_clip=False,  # as in the original, captions are longer than what CLIP reads
+        )
 
     def fingerprint(self) -> dict[str, str]:
         """What features depend on, part by part under names for messages; reads all weights once.
@@ -106,7 +104,7 @@ class Encoders:
         The same weights have the same fingerprint from whatever kind of checkpoint. The VAE's decoder takes
         no part in it.
         """
-        text = f"{_name(self.text_encoder.dtype)} {_name(self.text_encoder_2.dtype)}"
+        text = f"{dtype_name(self.text_encoder.dtype)} {dtype_name(self.text_encoder_2.dtype)}"
         cleaning = "off" if not self.clean else "on, Chinese kept" if self.keep_chinese else "on"
         return {
             **_vae_parts(self.vae),
@@ -146,7 +144,7 @@ def _vae_parts(vae: WFVAE) -> dict[str, str]:
     return {
         "VAE weights": _hash_of_tensors(vae.encoder.state_dict()),
         "VAE config": _hash(_plain(config)),
-        "VAE precision": _name(vae.dtype),
+        "VAE precision": dtype_name(vae.dtype),
     }
 
 
@@ -168,6 +166,7 @@ def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device 
     paths = find_parts(vae, text)
     text_dtype = DTYPES[text.compute]
     loaded = _load_vae(paths["vae.pretrained"], vae.config, dtype=DTYPES[vae.compute], device=device)
+    loaded.enable_streaming(latent_frames=vae.chunk)
     return Encoders(
         vae=loaded.requires_grad_(False).eval(),
         text_encoder=load_text_encoder(paths["text.t5"], kind="t5", dtype=text_dtype, device=device),
@@ -242,21 +241,6 @@ def _load_vae(
     return vae.to(device)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _without_clip_warnings() -> Iterator[None]:
-    """CLIP reads 77 tokens and training captions are longer: as in the original, and no news each time."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not (isinstance(record.args, tuple) and record.args[:1] == ("CLIP",))
-
-    logger = logging.getLogger(encode_prompts.__module__)
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
 def _hash_of_encoder(encoder: torch.nn.Module, keys: Sequence[str]) -> str:
     config: Any = encoder.config
     known = _plain({key: getattr(config, key) for key in keys})
@@ -284,7 +268,7 @@ def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _hash_of_tensor(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.blake2b(f"{_name(plain.dtype)} {list(plain.shape)} ".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{dtype_name(plain.dtype)} {list(plain.shape)} ".encode(), digest_size=16)
     digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -295,7 +279,3 @@ def _hash(content: str) -> str:
 
 def _plain(value: object) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

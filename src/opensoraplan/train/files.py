@@ -4,7 +4,6 @@ config.py, the guide's keys are in guide_json.py.
 """
 
 import datetime
-import difflib
 import logging
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from opensoraplan.convert.mindspeed_json import read_json
 from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
 from opensoraplan.train.guide_json import read_guide
@@ -42,6 +42,8 @@ EXAMPLE = "configs/finetune.toml"
 RESUMABLE_CHANGES = (
     "output",
     "device",
+    "model.attention",
+    "vae.chunk",
     "data.manifest",
     "data.root",
     "data.workers",
@@ -323,6 +325,6 @@ def _sections(kind: type[Settings], before: str = "") -> Iterator[tuple[str, lis
 
 def _hint(key: str, before: str, known: Mapping[str, list[str]]) -> str:
     elsewhere = [f"{section}{key}" for section, keys in known.items() if key in keys]
-    beside = difflib.get_close_matches(key, [*known[before], *([] if before else [EXTENDS])], n=1)
-    near = elsewhere[0] if elsewhere else beside[0] if beside else None
-    return f" (did you mean {near!r}?)" if near else ""
+    if elsewhere:
+        return f" (did you mean {elsewhere[0]!r}?)"
+    return did_you_mean(key, [*known[before], *([] if before else [EXTENDS])])

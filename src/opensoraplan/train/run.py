@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train import checkpoint
-from opensoraplan.train.clip import GradientOutlierError
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import read_settings, refuse_changes
+from opensoraplan.train.gradient_clip import GradientOutlierError
 from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.metrics import FILE as METRICS
 from opensoraplan.train.metrics import VALIDATED, Averages, Metrics, Silence, was_logged
@@ -88,7 +88,7 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
         checkpoint.remove_unfinished(output)
         if not began_before:  # else when it does go on
             _write_config(settings)
-        if resume is not None:
+        if step:
             logger.info("%s: going on after step %d of %d", output, step, total)
         yield step
 

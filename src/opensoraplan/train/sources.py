@@ -26,6 +26,7 @@ from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repea
 from opensoraplan.data.video import installed_reader
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.models.wfvae import shift_and_scale
 from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 from opensoraplan.train.config import ClipSourceSettings, DataSettings, TrainSettings, VAETrainSettings
@@ -80,10 +81,8 @@ class Source:
 
     def normalize(self, latents: Tensor) -> Tensor:
         """(latents - shift) * scale per channel of [B, C, T, H, W]."""
-        shift, scale = self.vae_config["shift"], self.vae_config["scale"]
-        if shift is None or scale is None:
-            return latents
-        return (latents - _per_channel(shift, latents)) * _per_channel(scale, latents)
+        shift, scale = shift_and_scale(self.vae_config, latents)
+        return (latents - shift) * scale
 
     def check_fits(self, model: SparseUMMDiT) -> None:
         """Raise ValueError, with both numbers, unless the denoiser takes these latents and this text."""
@@ -100,10 +99,6 @@ class Source:
         ]
         if problems:
             raise ValueError("; ".join(problems))
-
-
-def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(-1, 1, 1, 1)
 
 
 def open_source(
@@ -123,67 +118,87 @@ def open_source(
     what the settings give of the selection and the reader. Raises ValueError for data that does not exist, is
     empty, or was encoded by something else.
     """
-    data = settings.data
-    manifest, root, features = data.manifest, data.root, data.features
+    wanted = settings.validation if held_out else settings.data
     if global_batch is None and not held_out:
         global_batch = global_batch_of(settings)
-    if held_out:
-        validation = settings.validation
-        manifest, root, features = validation.manifest, validation.root, validation.features
-    dropout = 0.0 if held_out else data.caption_dropout
-    named = bool(settings.vae.pretrained and settings.text.t5 and settings.text.clip)
-    if features is None or named:
+    if wanted.features is None or _names_encoders(settings):
         check_paths(settings.vae, settings.text)  # first, for reading a manifest may take minutes
-    if features is not None:
-        parts: dict[str, str] = {}
-        if manifest is not None:
-            # Without the batch: a cache has the rare shapes, too.
-            parts |= preprocessing_parts(
-                settings, select_clips(data, manifest, root=root, seed=settings.seed)
-            )
-        elif not held_out:
-            parts |= _given_parts(data, of=read_parts(features))
-        if named:
-            loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
-            parts |= loaded.fingerprint()
-            if not held_out and validation_encodes(settings):
-                encoders = loaded.to(device)
-        else:
-            parts |= fingerprint_of_named(settings.vae, settings.text)
-        if held_out and data.features is not None:
-            parts |= encoders_of_cache(data.features)
-        check_fresh(features, parts)
-        source = _features(
-            features,
-            settings,
-            dropout=dropout,
-            repeat={} if held_out else data.repeat,
-            global_batch=global_batch,
-            device=device,
+    if wanted.features is None:
+        return _open_clips(
+            settings, device=device, global_batch=global_batch, held_out=held_out, encoders=encoders
         )
-        return source, encoders
-    assert manifest is not None
-    samples = select_clips(data, manifest, root=root, seed=settings.seed, global_batch=global_batch)
+    encoders = _check_features(settings, wanted.features, device=device, held_out=held_out, encoders=encoders)
+    source = _features(wanted.features, settings, device=device, global_batch=global_batch, held_out=held_out)
+    return source, encoders
+
+
+def _names_encoders(settings: TrainSettings) -> bool:
+    return bool(settings.vae.pretrained and settings.text.t5 and settings.text.clip)
+
+
+def _open_clips(
+    settings: TrainSettings,
+    *,
+    device: torch.device,
+    global_batch: int | None,
+    held_out: bool,
+    encoders: Encoders | None,
+) -> tuple[Source, Encoders]:
+    data, wanted = settings.data, settings.validation if held_out else settings.data
+    assert wanted.manifest is not None
+    samples = select_clips(
+        data, wanted.manifest, root=wanted.root, seed=settings.seed, global_batch=global_batch
+    )
     if not held_out:
         samples = tuple(samples[place] for place in repeated(samples, data.repeat))
-    encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
+    loaded = encoders or load_encoders(settings.vae, settings.text, device=device)
     dataset = ClipDataset(
         samples,
         seed=settings.seed,
         new_windows=data.new_windows and not held_out,
-        caption_dropout=dropout,
+        caption_dropout=0.0 if held_out else data.caption_dropout,
         use_aesthetic=data.use_aesthetic,
         reader=data.reader,
         replace=not held_out,
     )
 
     def encode(batch: Batch) -> Encoded:
-        moments = encoders.encode_videos(batch.video)
-        return Encoded(moments, encoders.encode_captions(batch.captions))
+        moments = loaded.encode_videos(batch.video)
+        return Encoded(moments, loaded.encode_captions(batch.captions))
 
-    config, widths = encoders.vae.config, encoders.text_widths
+    config, widths = loaded.vae.config, loaded.text_widths
     largest = max(clip_bytes(sample.shape) for sample in samples)
-    return Source(dataset, samples, collate, encode, config, widths, device, largest), encoders
+    return Source(dataset, samples, collate, encode, config, widths, device, largest), loaded
+
+
+def _check_features(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    device: torch.device,
+    held_out: bool,
+    encoders: Encoders | None,
+) -> Encoders | None:
+    """Hold the features against what the settings name; returns the encoders that the run still needs."""
+    data, wanted = settings.data, settings.validation if held_out else settings.data
+    parts: dict[str, str] = {}
+    if wanted.manifest is not None:
+        # Without the batch: a cache has the rare shapes, too.
+        samples = select_clips(data, wanted.manifest, root=wanted.root, seed=settings.seed)
+        parts |= preprocessing_parts(settings, samples)
+    elif not held_out:
+        parts |= _given_parts(data, of=read_parts(folder))
+    if _names_encoders(settings):
+        loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
+        parts |= loaded.fingerprint()
+        if not held_out and validation_encodes(settings):
+            encoders = loaded.to(device)
+    else:
+        parts |= fingerprint_of_named(settings.vae, settings.text)
+    if held_out and data.features is not None:
+        parts |= encoders_of_cache(data.features)
+    check_fresh(folder, parts)
+    return encoders
 
 
 def global_batch_of(settings: TrainSettings | VAETrainSettings) -> int:
@@ -328,15 +343,14 @@ def _features(
     folder: Path,
     settings: TrainSettings,
     *,
-    dropout: float,
-    repeat: Mapping[str, int],
-    global_batch: int | None,
     device: torch.device,
+    global_batch: int | None,
+    held_out: bool,
 ) -> Source:
     dataset = FeatureDataset(
         folder,
         seed=settings.seed,
-        caption_dropout=dropout,
+        caption_dropout=0.0 if held_out else settings.data.caption_dropout,
         use_aesthetic=settings.data.use_aesthetic,
     )
 
@@ -346,7 +360,8 @@ def _features(
         if rare:
             reason = Reason.RARE_SHAPE
             logger.info("%s: %d dropped, %s: %s", folder, len(rare), reason, reason.sentence)
-    dataset.take(repeated(dataset.samples, repeat))
+    if not held_out:
+        dataset.take(repeated(dataset.samples, settings.data.repeat))
     _, t5, clip = dataset.widths
 
     def encode(batch: FeatureBatch) -> Encoded:

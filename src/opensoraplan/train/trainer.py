@@ -16,6 +16,7 @@ from torch import Tensor
 from opensoraplan import flow
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
+from opensoraplan.models.attention import check_backend
 from opensoraplan.models.compiling import compile_blocks
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
@@ -23,10 +24,10 @@ from opensoraplan.parallel.plan import forget_gathered
 from opensoraplan.parallel.ranks import Ranks, device_of_rank, joined
 from opensoraplan.train import checkpoint, objective
 from opensoraplan.train.building import build
-from opensoraplan.train.clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.ema import Ema
+from opensoraplan.train.ema import make_ema
 from opensoraplan.train.encoders import sample_posterior
+from opensoraplan.train.gradient_clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
 from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.master import MasterWeights
 from opensoraplan.train.metrics import Averages
@@ -46,12 +47,12 @@ from opensoraplan.train.writers import ShardedWriter, Writer
 logger = logging.getLogger(__name__)
 
 _ENCODING = (
-    "a batch of clips cannot be encoded, memory is full: lower data.batch_size or data.selection's sizes, or "
-    "train from features that osp cache has written"
+    "a batch of clips cannot be encoded, memory is full: lower vae.chunk, data.batch_size or the sizes of "
+    "data.selection, or train from features that osp cache has written"
 )
 _VALIDATING = (
-    "validation does not fit into memory: lower the frames, height and width of validation, or set "
-    'optimizer.ema_device to "cpu"'
+    "validation does not fit into memory: lower vae.chunk or the frames, height and width of validation, or "
+    'set optimizer.ema_device to "cpu"'
 )
 
 
@@ -65,6 +66,8 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     pretrained = settings.model.pretrained
     if pretrained is not None and not pretrained.exists():
         raise ValueError(f"model.pretrained {pretrained} does not exist: `osp convert` makes such a folder")
+    if settings.model.attention is not None:
+        check_backend(settings.model.attention)
     device = device_of_rank(resolve_device(settings.device))
     prepare(device)
     with (
@@ -117,9 +120,7 @@ class _Job:
         source.check_fits(self.model)
         self.batches = encoded_batches(source, sampler, settings, ranks, start=start)
         self.optimizer = make_optimizer(self.master.parameters, settings.optimizer)
-        decay = settings.optimizer.ema_decay
-        where = "cpu" if settings.optimizer.ema_device == "cpu" else None
-        self.ema = None if decay is None else Ema(self.master.parameters, decay=decay, device=where)
+        self.ema = make_ema(self.master.parameters, settings.optimizer)
         self.clip = AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier)
         self.bad_files = BadFileAccount(settings.data.max_bad_files)
         self.outliers_in_a_row = 0

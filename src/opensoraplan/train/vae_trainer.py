@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensoraplan.convert.assemble import open_vae
 from opensoraplan.convert.export import new_folder, write_component
@@ -37,9 +37,9 @@ from opensoraplan.train.adversarial import (
     load_lpips,
     perceptual_loss,
 )
-from opensoraplan.train.clip import global_norm, scale_
 from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
-from opensoraplan.train.ema import Ema
+from opensoraplan.train.ema import make_ema
+from opensoraplan.train.gradient_clip import global_norm, scale_
 from opensoraplan.train.loading import BadFileAccount, micro_batches, shares_of_steps
 from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import (
@@ -55,6 +55,8 @@ from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 from opensoraplan.train.writers import Writer
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 FINISHED = "vae"
 # How many clips tell the latents' shift and scale.
@@ -73,15 +75,12 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
     """
     piece = settings.data
     latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
-    samples = _samples_to_train_on(settings)
-    held_out: Sequence[Sample] = ()
-    if settings.validation.every:
-        validation = settings.validation
-        held_out = _samples(settings.data, validation.manifest, root=validation.root, seed=settings.seed)
-        held_out = held_out[: validation.samples]
     device = resolve_device(settings.device)
     prepare(device)
     with begun(settings.output, settings, resume=resume) as start:
+        samples = _samples_to_train_on(settings)
+        _check_pieces(samples, settings.data)
+        held_out = _held_out_samples(settings) if settings.validation.every else ()
         job = _Job(settings, samples, held_out, start=start, device=device)
         if start:
             job.load(start)
@@ -91,20 +90,24 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
 
 def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
     """Write the VAE of a run's checkpoint, as the run does after its last step, to the new folder `out`. The
-    latents' shift and scale are measured on the run's clips. Raises ValueError for a step that is not there.
+    latents' shift and scale are measured on the run's clips, which a run with a frozen encoder does not need.
+    Raises ValueError for a step that is not there.
     """
     settings = VAETrainSettings.read_file(run / CONFIG)
     start = checkpoint.find(run, step)
-    # What is only needed to train need not be there, nor the very clips of the run.
-    others = {"data": settings.data.model_copy(update={"other_clips": True}), "output": run}
-    others["loss"] = settings.loss.model_copy(update={"perceptual": 0.0})
-    settings = settings.model_copy(update=others)
-    samples = _samples_to_train_on(settings)
-    device = resolve_device(settings.device)
-    job = _Job(settings, samples, (), start=start, device=device)
-    job.load(start)
     with new_folder(out) as folder:
-        job.write(folder, samples)
+        model = WFVAE(**checkpoint.read_state(run, start)["model_config"])
+        parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict()}
+        if settings.optimizer.ema_decay is not None:  # over the last weights
+            parts["ema"] = _learned(model, settings.model)
+        checkpoint.read_into(run, start, parts)
+        samples: Sequence[Sample] = ()
+        if not settings.model.freeze_encoder:
+            device = resolve_device(settings.device)
+            prepare(device)
+            samples = _samples_to_train_on(settings)
+            model.to(device)  # type: ignore[arg-type]
+        _write(model, folder, settings, samples)
     logger.info("wrote the VAE of step %d to %s", start, out)
 
 
@@ -128,14 +131,14 @@ class _Adversary:
         fooled = -self.model(made.pixels).mean()
         return adaptive_weight(l1, fooled, last_layer, factor=self.factor) * fooled
 
-    def learn(self, real: Tensor, made: Tensor) -> float:
+    def learn(self, real: Tensor, made: Tensor) -> Tensor:
         """Take a step towards telling them apart; returns the hinge loss."""
         self.model.requires_grad_(True)
         loss = hinge_loss(self.model(real), self.model(made.detach()))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return loss.detach()
 
 
 class _Job:
@@ -169,12 +172,9 @@ class _Job:
         )
         self.bad_files = BadFileAccount(data.max_bad_files)
         self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
-        self.model.encoder.requires_grad_(not settings.model.freeze_encoder)
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = _learned(self.model, settings.model)
         self.optimizer = make_optimizer(self.parameters, settings.optimizer)
-        decay = settings.optimizer.ema_decay
-        where = "cpu" if settings.optimizer.ema_device == "cpu" else None
-        self.ema = None if decay is None else Ema(self.parameters, decay=decay, device=where)
+        self.ema = make_ema(self.parameters, settings.optimizer)
         self.lpips = load_lpips(device) if settings.loss.perceptual else None
         adversarial = settings.loss.adversarial_start is not None
         self.adversary = _Adversary(settings, device=device) if adversarial else None
@@ -235,8 +235,10 @@ class _Job:
     def _adversary_at(self, step: int) -> _Adversary | None:
         return self.adversary if self.adversary is not None and step >= self.adversary.start else None
 
-    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> tuple[dict[str, float], Tensor]:
-        """Gradients of one micro-batch of pixels; returns what is logged, and the pixels made of it."""
+    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of one micro-batch of pixels; returns what is logged, and the pixels made of it. Nothing
+        waits for the device.
+        """
         weights, frozen = self.settings.loss, self.settings.model.freeze_encoder
         generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
         grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
@@ -253,9 +255,9 @@ class _Job:
         if adversary is not None:
             total = total + adversary.loss(made, loss, self.model.decoder.conv_out.weight)
         (total / self.settings.optimizer.accumulate).backward()
-        error = (made.pixels.detach().clamp(-1, 1) - x).square().mean().item() / 4
-        values = {"loss": total.item(), "psnr": -10 * math.log10(max(error, 1e-10))}
-        return values | {name: value.item() for name, value in logged.items()}, made.pixels.detach()
+        pixels = made.pixels.detach()
+        error = (pixels.clamp(-1, 1) - x).square().mean() / 4
+        return {**logged, "loss": total, "psnr": -10 * error.clamp_min(1e-10).log10()}, pixels
 
     def report(self) -> dict[str, float]:
         """What is logged of the steps since the last report."""
@@ -266,7 +268,7 @@ class _Job:
         """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
         fidelity = Fidelity()
         with explained_memory(_FULL), self._averaged():
-            for video in self._videos(self.held_out):
+            for video in _videos(self.held_out, self.settings):
                 check()
                 (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
                 (result,) = self.model.decode(posterior.mode(), return_dict=False)
@@ -304,8 +306,8 @@ class _Job:
         out = self.settings.output / FINISHED
         fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
         shutil.rmtree(fresh, ignore_errors=True)
-        with new_folder(fresh) as folder:
-            self.write(folder, samples)
+        with new_folder(fresh) as folder, self._averaged():
+            _write(self.model, folder, self.settings, samples)
         if out.exists():  # left by a run that was extended: there until the new one is whole
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
@@ -313,40 +315,6 @@ class _Job:
         shutil.rmtree(old, ignore_errors=True)
         logger.info("wrote the finished VAE to %s", out)
         return out
-
-    def write(self, folder: Path, samples: Sequence[Sample]) -> None:
-        """The VAE for use: averaged weights, and the shift and scale of its latents, measured unless the
-        encoder was frozen.
-        """
-        with self._averaged():
-            if not self.settings.model.freeze_encoder:
-                shift, scale = self._measured(samples)
-                self.model.register_to_config(shift=shift, scale=scale)
-            tensors = self.model.state_dict()
-            write_component(self.model, {name: name for name in tensors}, tensors, folder)
-
-    def _videos(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
-        """Each sample whole, [1, 3, T, H, W]."""
-        settings = self.settings
-        reader = settings.data.reader
-        clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=reader, replace=False)
-        for _, clip in readable(clips, len(samples)):
-            yield clip.video[None]
-
-    @torch.no_grad()
-    def _measured(self, samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
-        """Per channel the mean of the latents and 1 / their standard deviation, over clips of the data."""
-        count, total, squares = 0, torch.zeros(()), torch.zeros(())
-        every = max(1, len(samples) // _MEASURED)
-        for video in self._videos(samples[::every]):
-            (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
-            mean, variance = posterior.mean.float().cpu(), posterior.var.float().cpu()
-            count += mean.numel() // mean.shape[1]
-            total = total + mean.sum((0, 2, 3, 4))
-            squares = squares + (mean.square() + variance).sum((0, 2, 3, 4))
-        shift = total / count
-        scale = (squares / count - shift.square()).clamp_min(1e-12).rsqrt()
-        return [round(value, 4) for value in shift.tolist()], [round(value, 4) for value in scale.tolist()]
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -365,29 +333,76 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
             return WFVAE(**config)
 
 
+def _write(model: WFVAE, folder: Path, settings: VAETrainSettings, samples: Sequence[Sample]) -> None:
+    """The VAE for use, with the shift and scale of its latents, measured unless the encoder was frozen."""
+    if not settings.model.freeze_encoder:
+        shift, scale = _measured(model, settings, samples)
+        model.register_to_config(shift=shift, scale=scale)
+    tensors = model.state_dict()
+    write_component(model, {name: name for name in tensors}, tensors, folder)
+
+
+@torch.no_grad()
+def _measured(
+    model: WFVAE, settings: VAETrainSettings, samples: Sequence[Sample]
+) -> tuple[list[float], list[float]]:
+    """Per channel the mean of the latents and 1 / their standard deviation, over clips of the data."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for video in _videos(spread(samples, most=_MEASURED), settings):
+        (posterior,) = model.encode(video.to(model.device), return_dict=False)
+        mean, variance = posterior.mean.float().cpu(), posterior.var.float().cpu()
+        count += mean.numel() // mean.shape[1]
+        total = total + mean.sum((0, 2, 3, 4))
+        squares = squares + (mean.square() + variance).sum((0, 2, 3, 4))
+    shift = total / count
+    scale = (squares / count - shift.square()).clamp_min(1e-12).rsqrt()
+    return [round(value, 4) for value in shift.tolist()], [round(value, 4) for value in scale.tolist()]
+
+
+def spread(items: Sequence[Item], *, most: int) -> list[Item]:
+    """So many of the items at most, evenly from all of them, in order."""
+    count = min(most, len(items))
+    return [items[n * len(items) // count] for n in range(count)]
+
+
+def _videos(samples: Sequence[Sample], settings: VAETrainSettings) -> Iterator[Tensor]:
+    """Each sample whole, [1, 3, T, H, W]."""
+    reader = settings.data.reader
+    clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=reader, replace=False)
+    for _, clip in readable(clips, len(samples)):
+        yield clip.video[None]
+
+
+def _learned(model: WFVAE, settings: VAEModelSettings) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name; the others are frozen."""
+    model.encoder.requires_grad_(not settings.freeze_encoder)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _samples_to_train_on(settings: VAETrainSettings) -> tuple[Sample, ...]:
     data = settings.data
-    return _samples(
-        data, data.manifest, root=data.root, seed=settings.seed, global_batch=global_batch_of(settings)
+    assert data.manifest is not None
+    return select_clips(
+        data,
+        data.manifest,
+        root=data.root,
+        seed=settings.seed,
+        global_batch=global_batch_of(settings),
+        need_captions=False,
     )
 
 
-def _samples(
-    data: VAEClipSettings,
-    manifest: Path | None,
-    *,
-    root: Path | None,
-    seed: int,
-    global_batch: int | None = None,
-) -> tuple[Sample, ...]:
-    """The clips of a manifest, to train on if there is a `global_batch`; ValueError if pieces of the wanted
-    size cannot be cut from one of them.
-    """
-    if manifest is None:
-        raise ValueError("validation.manifest is missing: validation needs clips that are not trained on")
+def _held_out_samples(settings: VAETrainSettings) -> tuple[Sample, ...]:
+    wanted = settings.validation
+    assert wanted.manifest is not None
     samples = select_clips(
-        data, manifest, root=root, seed=seed, global_batch=global_batch, need_captions=False
+        settings.data, wanted.manifest, root=wanted.root, seed=settings.seed, need_captions=False
     )
+    return samples[: wanted.samples]
+
+
+def _check_pieces(samples: Sequence[Sample], data: VAEClipSettings) -> None:
+    """Raise ValueError if pieces of the wanted size cannot be cut from one of the clips."""
     piece = (data.frames, data.height, data.width)
     for sample in samples:
         if any(have < wanted for have, wanted in zip(sample.shape, piece, strict=True)):
@@ -396,7 +411,6 @@ def _samples(
                 f"{sample.record.path} gives {have} (frames x height x width), pieces are to be {wanted}: "
                 "lower data.frames, data.height or data.width, or raise data.selection"
             )
-    return samples
 
 
 def _pieces(video: Tensor, data: VAEClipSettings, *, chance: str) -> Tensor:

@@ -14,7 +14,6 @@ from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput, make_scheduler
-from opensoraplan.shapes import latent_shape
 from opensoraplan.train import objective
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
@@ -48,7 +47,6 @@ class Validation:
         self.source: Source | None = None
         self.encoders = encoders
         if self.settings.prompts:
-            latent_shape(self.settings.frames, self.settings.height, self.settings.width)
             self.encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
         if self.settings.manifest is not None or self.settings.features is not None:
             self.source, self.encoders = open_source(

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensoraplan.train.clip import AdaptiveClip, Clipping, GradientOutlierError, Outlier, global_norm, scale_
+from opensoraplan.train.gradient_clip import (
+    AdaptiveClip,
+    Clipping,
+    GradientOutlierError,
+    Outlier,
+    global_norm,
+    scale_,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "adaptive_clip.json").read_text())
 

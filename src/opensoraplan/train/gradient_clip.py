@@ -6,7 +6,7 @@ Not here: going back to a checkpoint after repeated outliers, which is the train
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from opensoraplan.parallel.shards import local
 
 Outlier = Literal["clip", "skip", "stop"]
-OUTLIERS: tuple[Outlier, ...] = ("clip", "skip", "stop")
 
 CLIP_SIGMAS, OUTLIER_SIGMAS = 3.0, 5.0
 # A norm up to this is never an outlier, and the first mean is never above FIRST_MEAN.
@@ -57,8 +56,8 @@ class AdaptiveClip:
     def __init__(self, *, ema_decay: float = 0.99, outlier: Outlier = "skip") -> None:
         if not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}: the original has 0.99")
-        if outlier not in OUTLIERS:
-            raise ValueError(f"outlier must be one of {', '.join(OUTLIERS)}, got {outlier!r}")
+        if outlier not in get_args(Outlier):
+            raise ValueError(f"outlier must be one of {', '.join(get_args(Outlier))}, got {outlier!r}")
         self.ema_decay = ema_decay
         self.outlier: Outlier = outlier
         self._mean: float | None = None
