@@ -42,4 +42,13 @@ def test_a_backend_that_does_not_work_here_is_refused(pipeline: OpenSoraPlanPipe
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="attention '_native_cudnn' cannot be had on cpu here: "):
         set_backend(pipeline.transformer, "_native_cudnn", cpu)
-    set_backend(pipeline.transformer, "native", cpu)
+    q = torch.zeros(1, 4, 2, 16)
+    mask = additive_mask(torch.arange(4) < 3, q.dtype)[None, None, None]
+    with pytest.raises(ValueError, match="'_native_flash' cannot mask keys, and prompts are padded: "):
+        set_backend(pipeline.transformer, "_native_flash", cpu, masked="prompts are padded")
+    attention(q, q, q, mask)  # what is refused was not set
+    set_backend(pipeline.transformer, "_native_flash", cpu)
+    with pytest.raises(ValueError, match="not supported"):
+        attention(q, q, q, mask)
+    # The last, for diffusers takes it for all models from now on.
+    set_backend(pipeline.transformer, "native", cpu, masked="prompts are padded")

@@ -198,6 +198,11 @@ FORMS: dict[str, Callable[[Weights], Any]] = {
 }
 
 
+def test_only_the_first_parts_of_a_name_are_a_prefix(tmp_path: Path) -> None:
+    torch.save({"module.encoder.submodule.module.weight": torch.ones(2)}, tmp_path / "model.pt")
+    assert list(open_checkpoint(tmp_path / "model.pt")) == ["encoder.submodule.module.weight"]
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_release_file(form: str, legacy: bool, few: Weights, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from fractions import Fraction
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import av
+import psutil
 import pytest
 import torch
 from av.video.stream import VideoStream
@@ -27,8 +29,10 @@ from tiny_release import DENOISER, VAE
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli
+from opensoraplan.cli.generating import instead_of_host
 from opensoraplan.data.video import read_frames
 from opensoraplan.generate import run
+from opensoraplan.memory import Plan
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.requests import Request
 
@@ -382,7 +386,7 @@ QUICK = {
     "guide's prompts": ("generate --config {guide}", "prompt file .*sora.txt does not exist"),
     "attention": (
         "generate cat --model {model} --attention flas",
-        "there is no attention 'flas': did you mean flash",
+        "there is no attention 'flas' .did you mean 'flash'",
     ),
     "not calibrated": (
         "generate cat --model {model} --step-cache 0.06",
@@ -464,7 +468,12 @@ def test_quick_mistakes(
         ("generate cat --heigth 32", "Perhaps you meant"),
         ("generate cat --frames nine", "invalid literal for int.*'nine'"),
         ("generate cat --dtype fp8", "fp8"),
-        ("generate a red ball", "Unrecognized options: red, ball"),
+        ("generate a red ball", r'put quotes around a prompt: osp generate "a red ball"$'),
+        ("generate a red ball --steps 9 --out x", r'put quotes around a prompt: osp generate "a red ball"$'),
+        (
+            "launch --processes 2 train RUN.toml --resume latest",
+            r"goes behind --: osp launch --processes 8 -- ",
+        ),
         ("generate cat --config", "--config: expected one argument"),
     ],
 )
@@ -609,9 +618,58 @@ def test_templates(osp: Command, tiny_model: Path) -> None:
     assert "must hold {} once" in said
 
 
+def test_what_helps_a_host_without_room_for_the_weights() -> None:
+    card, plan = torch.device("cuda"), Plan("resident", 1, denoising=25 * 10**9, decoding=30 * 10**9)
+    advice = partial(instead_of_host, plan, card, whole=20 * 10**9)
+    assert "--memory resident loads it straight there" in advice(free=33 * 10**9)
+    assert advice(free=32 * 10**9).endswith(
+        "if 30 GB and some more were free there, and 32 GB are: ask for fewer or smaller frames"
+    )
+    assert advice(free=21 * 10**9).endswith("and 21 GB are")
+
+
 def test_placements_are_for_cards(osp: Command, tiny_model: Path) -> None:
     said = mistake(osp("generate", "cat", "--model", tiny_model, "--device", "cpu", "--memory", "streamed"))
     assert "--memory streamed is for a card" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*SMALL, "--height", 16, "--width", 16], "the tokens of 9 x 16 x 16 are padded from 2 to 4"),
+        (
+            [*SMALL, "--guidance", 8, "--batched-guidance"],
+            "--batched-guidance pads the shorter of its prompts",
+        ),
+    ],
+)
+def test_attention_that_takes_no_masks(
+    osp: Command, tiny_model: Path, options: list[object], message: str
+) -> None:
+    command = ["generate", "cat", "--model", tiny_model, "--attention", "_native_flash", "--out", "a.mp4"]
+    outcome = osp(*command, *options)
+    assert f"'_native_flash' cannot mask keys, and {message}: " in mistake(outcome)
+    assert "loading" not in outcome.log
+
+
+def test_a_host_short_of_memory_is_warned(
+    osp: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["generate", "cat", "--model", tiny_model, *SMALL, "--out"]
+    said = r"(\w+) .* generating is predicted to take (\S+) GB of memory, \S+ GB are free(.*)"
+    log = osp(*command, "a.mp4").log
+    level, peak, rest = re.search(said, log).groups()  # type: ignore[union-attr]
+    assert (level, rest) == ("INFO", "")
+    # Without its weights it would fit.
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0.99e9 * float(peak)))
+    outcome = osp(*command, "b.mp4")
+    assert outcome.code == 0
+    level, again, rest = re.search(said, outcome.log).groups()  # type: ignore[union-attr]
+    assert (level, again, rest) == (
+        "WARNING",
+        peak,
+        ": the system may end it; fewer or smaller frames need less",
+    )
 
 
 def test_full_memory_where_nothing_was_prepared_for_it(

@@ -126,6 +126,7 @@ def test_selection_from_the_guides_file(tmp_path: Path) -> None:
         (["{clips}", "--data", "{other}"], "has no dataset_param.preprocess_parameters"),
         (["{clips}", "--set", "train_fps"], "a change is written section.key=value, got 'train_fps'"),
         (["{clips}"], "clips"),
+        (["{run}", "--global-batch", "0"], "--global-batch must be at least 1, got 0"),
         (["{run}", "--seed", "1"], "is a run, which says that itself: use --set .* instead of --seed"),
         (["{run}", "--set", "num_frames=9"], "neither a run of osp train .*'data.selection.num_frames'.*"),
         (["{run}", "--set", "data.manifest=none", "data.features=x"], "has no data.manifest"),

@@ -136,6 +136,8 @@ def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Osp) ->
         (["--tp", 5], "sp 1 x tp 5 = 5 must divide the model's 24 attention heads"),
         (["--devices", 8, "--sp", 3], "8 processes cannot be arranged"),
         (["--memory", 0], "--memory must be more than 0"),
+        (["--frames", 0], "--frames must be more than 0, got 0"),
+        (["--devices", 0, "--dp-shard", 4], "--devices must be more than 0, got 0"),
         (["--memory", 1], "the least is"),
         (["--frames", 120], "frames must be 8k + 1"),
         (["--recompute-blocks", 40], "between 0 and 32"),

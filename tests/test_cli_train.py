@@ -149,6 +149,7 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
             "train {run} --set memory.recompute_blocks=1 memory.recompute_feed_forwards=1",
             "exclude each other",
         ),
+        ("train {run} --set memory.keep_attention=true", "about recompute_blocks, which is 0"),
         ("train {run} --resume 5", "no checkpoint to resume from"),
         ("train {run} --set data.features=nowhere", "nowhere is no feature cache"),
         ("cache {run}", "where to. Give --out FOLDER"),

@@ -119,6 +119,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError("NPU out of memory. Tried to allocate 256.00 MiB"),
     ],
 )

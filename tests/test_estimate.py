@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any, Literal
 
 import pytest
@@ -17,7 +18,7 @@ from opensoraplan.defaults import Weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.weights import keep_weights
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.parallel.collectives import GATHER, SUM_PARTS
+from opensoraplan.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from opensoraplan.parallel.estimate import (
     Job,
     Model,
@@ -52,10 +53,10 @@ GRID, TEXT, BATCH = (4, 8, 16), 6, 2
 RELEASE_GRID = (16, 72, 128)
 ONE = MeshSettings(dp_shard=1)
 COLLECTIVES = {
-    "exchange": "all_to_all_single",
-    "gather": GATHER,
-    "sum_parts": SUM_PARTS,
-    "sum": "all_reduce",
+    "all_to_all": "all_to_all_single",
+    "all_gather": ALL_GATHER,
+    "reduce_scatter": REDUCE_SCATTER,
+    "all_reduce": "all_reduce",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -95,7 +96,11 @@ def counted(job: Job, *, grid: tuple[int, int, int], text: int, **changes: objec
     config, dtype = {**TINY, **changes}, DTYPES[job.compute]
     model = nn.Module.to(SparseUMMDiT(**config), dtype).train()
     model.set_attention_backend("native")  # as on accelerators: no scores are kept
-    model.set_recompute(blocks=job.recompute_blocks, feed_forwards=job.recompute_feed_forwards)
+    model.set_recompute(
+        blocks=job.recompute_blocks,
+        feed_forwards=job.recompute_feed_forwards,
+        keep_attention=job.keep_attention,
+    )
     latents, target = torch.randn(BATCH, 4, *grid), torch.randn(BATCH, 4, *grid)
     states, pooled = torch.randn(BATCH, text, 12, dtype=dtype), torch.randn(BATCH, 10, dtype=dtype)
     timestep, noisy = torch.rand(BATCH) * 1000, latents.to(dtype)
@@ -112,6 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "all blocks again": {"recompute_blocks": 6},
     "some blocks again": {"recompute_blocks": 3},
+    "all but attention again": {"recompute_blocks": 6, "keep_attention": True},
     "feed-forwards again": {"recompute_feed_forwards": 6},
     "one feed-forward": {"double_ff": False, "recompute_feed_forwards": 4},
     "dense": {"sparse_n": None, "recompute_blocks": 6},
@@ -128,7 +134,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_activations_are_what_a_forward_pass_keeps(case: str, compute: Literal["fp32", "bf16"]) -> None:
     changes = dict(CASES[case])
     grid, text = changes.pop("grid", GRID), changes.pop("text", TEXT)
-    recompute = {name: changes.pop(name) for name in list(changes) if name.startswith("recompute_")}
+    of_job = {field.name for field in fields(Job)} & set(changes)
+    recompute = {name: changes.pop(name) for name in of_job}
     job = Job(compute=compute, master=compute, **recompute)
     model, shape = Model({**TINY, **changes}), Shape(grid, text, BATCH)
     kept, peak = counted(job, grid=grid, text=text, **changes)
@@ -199,7 +206,7 @@ def test_collectives_of_a_block_count_what_each_kind_of_parallelism_sends() -> N
     block = model.blocks[0]
     tokens, numbers = 4 * 4 * 8, 4 * BATCH * 64
     sp = collectives_of_block(model, block, shape, MeshSettings(dp_shard=1, sp=4), job)
-    exchanged = [one.sent for one in sp if one.kind == "exchange"]
+    exchanged = [one.sent for one in sp if one.kind == "all_to_all"]
     assert exchanged == [tokens // 4 * numbers * 3 // 4] * 8  # q, k, v, output; and back
     tp = collectives_of_block(model, block, shape, MeshSettings(dp_shard=1, tp=4), job)
     whole = [one.whole for one in tp if one.whole == tokens * numbers]
@@ -291,8 +298,10 @@ def test_the_cheapest_mesh_has_the_fewest_devices() -> None:
 
 
 def test_memory_that_no_mesh_fits_into_says_what_is_needed() -> None:
-    with pytest.raises(ValueError, match=r"no mesh of up to 16 devices fits into 0\.0 GB: the least is"):
-        cheapest_mesh(Model(TINY), Shape(GRID, TEXT, BATCH), Job(), memory=1000, most_devices=16)
+    for most in (4, 16):
+        refused = rf"no mesh of up to {most} devices fits into 0\.0 GB: the least is"
+        with pytest.raises(ValueError, match=refused):
+            cheapest_mesh(Model(TINY), Shape(GRID, TEXT, BATCH), Job(), memory=1000, most_devices=most)
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,18 @@ from torch import Tensor
 
 from opensoraplan.convert import load_checkpoint, open_checkpoint
 from opensoraplan.convert.assemble import (
+    OpenedPipeline,
     Sources,
     export_denoiser,
     export_release,
     load_pipeline,
     load_vae,
+    open_pipeline,
     save_diffusers,
 )
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
 from opensoraplan.convert.infer import empty_model
+from opensoraplan.convert.stored import StoredTensors
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
@@ -169,7 +172,9 @@ def test_sharded_safetensors(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_straight_from_the_releases_files(tiny_release: Path, released: Weights) -> None:
     sources = sources_of(tiny_release)
-    pipeline = load_pipeline(sources, dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU)
+    pipeline = load_pipeline(
+        open_pipeline(sources), dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU
+    )
     rename = pipeline.transformer.original_format().rename
     weights = {rename(name): value for name, value in pipeline.transformer.state_dict().items()}
     assert_same(weights, {name: value.bfloat16() for name, value in released.items()})
@@ -438,7 +443,7 @@ def test_missing_parts_are_all_named(tiny_release: Path, tmp_path: Path) -> None
     sources = replace(sources_of(tiny_release), vae=tmp_path / "no.ckpt", tokenizer_2=tmp_path / "no folder")
     for job in (
         lambda: save_diffusers(sources, tmp_path / "out"),
-        lambda: load_pipeline(sources, dtype=torch.float32, device=CPU),
+        lambda: load_pipeline(open_pipeline(sources), dtype=torch.float32, device=CPU),
     ):
         with pytest.raises(FileNotFoundError) as caught:
             job()
@@ -466,7 +471,7 @@ def test_parts_that_do_not_fit_each_other(tiny_release: Path, tmp_path: Path) ->
     sources = replace(sources, vae=tmp_path / "other.ckpt", vae_config=None)
     for job in (
         lambda: save_diffusers(sources, tmp_path / "out"),
-        lambda: load_pipeline(sources, dtype=torch.float32, device=CPU),
+        lambda: load_pipeline(open_pipeline(sources), dtype=torch.float32, device=CPU),
     ):
         with pytest.raises(ValueError, match=r"made for 4 channels \(in_channels\), .* latents have 6"):
             job()
@@ -477,7 +482,9 @@ def test_weights_that_do_not_fit_the_host_are_not_read(
     tiny_release: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = sources_of(tiny_release)
-    pipeline = load_pipeline(sources, dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU)
+    pipeline = load_pipeline(
+        open_pipeline(sources), dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU
+    )
     models = pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2
     needed = sum(parameter.nbytes for model in models for parameter in model.parameters())
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
@@ -485,7 +492,26 @@ def test_weights_that_do_not_fit_the_host_are_not_read(
         available = SimpleNamespace(available=needed - 1000 - short)
         monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: available)
         with pytest.raises(MemoryError, match=r"GB of the host's memory") if short else nullcontext():
-            load_pipeline(sources, dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU)
+            load_pipeline(open_pipeline(sources), dtype=torch.bfloat16, vae_dtype=torch.float32, device=CPU)
+
+
+def test_weights_go_to_another_device_one_by_one(tiny_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host needs no room for all of them."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    opened = open_pipeline(sources_of(tiny_release))
+    denoiser, vae = opened.denoiser, opened.vae
+    on_host: list[int] = []
+
+    class Watched(StoredTensors):
+        def __getitem__(self, name: str) -> Tensor:
+            models = denoiser.model, vae.model
+            on_host.append(sum(not p.is_meta for model in models for p in model.parameters()))
+            return super().__getitem__(name)
+
+    watched = (replace(part, tensors=Watched(part.tensors.stored)) for part in (denoiser, vae))  # type: ignore[attr-defined]
+    load_pipeline(OpenedPipeline(opened.sources, *watched), dtype=torch.bfloat16, device=torch.device("meta"))
+    assert len(on_host) == len(denoiser.names) + len(vae.names)
+    assert set(on_host) == {0}
 
 
 def test_config_of_another_width(tiny_release: Path, tmp_path: Path) -> None:

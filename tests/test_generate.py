@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from opensoraplan import saved
 from opensoraplan.data.video import read_frames
-from opensoraplan.generate import Targets, check_targets, run, stem_of, stored_record, write_new
+from opensoraplan.generate import Targets, check_targets, run, stem_of, stored_record
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 
@@ -63,7 +63,11 @@ def make(
 ) -> list[Path]:
     requests = requests_of(*prompts, **changes)
     paths = check_targets(requests, out)
-    return run(pipeline, requests, paths, model="tiny", resume=resume, save_every=save_every)
+    ratios = [1.0] * requests[0].steps
+    return run(
+        *(pipeline, requests, paths),
+        model="tiny", resume=resume, save_every=save_every, step_ratios=ratios,
+    )  # fmt: skip
 
 
 def names(folder: Path) -> list[str]:
@@ -200,10 +204,12 @@ def test_a_full_stop_makes_a_prompt() -> None:
         ({"guidance": -1.0}, "the options: guidance: .*got -1.0"),
         ({"guidance_rescale": 2.0}, "the options: guidance_rescale: .*got 2.0"),
         ({"guidance_interval": (0.9, 0.1)}, "0 <= start <= end <= 1, got 0.9 0.1"),
-        ({"fps": 0.0}, "the options: fps: .*got 0.0"),
+        ({"fps": 0.0005}, r"the options: fps: .*greater than or equal to 0\.001, got 0\.0005"),
+        ({"fps": 1001.0}, "the options: fps: .*less than or equal to 1000, got 1001"),
         ({"shift": float("inf")}, "the options: shift: .*got inf"),
         ({"shift": 3.0, "dynamic_shift": True}, "shift 3 has no use with dynamic_shift"),
         ({"shift": 3.0, "linear_quadratic": True}, "shift 3 has no use with linear_quadratic"),
+        ({"linear_quadratic": True, "dynamic_shift": True}, "has no shift: leave dynamic_shift out"),
         ({"linear_quadratic": True, "steps": 7}, "even number of steps, got 7: use 8"),
         ({"step_cache": 0.1, "guidance_interval": (0.1, 1.0)}, "that begins at 0 .*got 0.1 1"),
         (
@@ -251,6 +257,22 @@ def test_long_prompts_make_names_that_fit(tmp_path: Path, letter: str) -> None:
     assert len(first.name.encode()) < 160
     assert first.name.startswith(f"0000_{letter}")
     first.with_suffix(".latents.safetensors").touch()
+
+
+def test_the_longest_name_that_is_taken_has_room_for_latents(tmp_path: Path) -> None:
+    lengths = []
+    for length in range(200, 240):
+        out = tmp_path / ("a" * length + ".mp4")
+        try:
+            check_targets(requests_of("a"), out)
+        except ValueError:
+            break
+        lengths.append(length)
+        # Of another video that has latents there.
+        place = saved.place_of(out.with_stem(f"{out.stem}_99"))
+        saved.write(place, saved.SavedLatents(torch.zeros(1), 1, {}, {}))
+    assert lengths[-1] < 239
+    assert names(tmp_path) == [f"{'a' * length}_99.latents.safetensors" for length in lengths]
 
 
 def test_a_folder_is_made_a_file_is_kept(tmp_path: Path) -> None:
@@ -499,6 +521,29 @@ def test_nan_keeps_the_last_good_latents(
     assert f"the last good latents, of step 2, are in {path}" in caplog.messages
 
 
+def test_a_step_cache_does_not_go_on_from_the_middle(
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def poison(_module: torch.nn.Module, _inputs: tuple, output: tuple) -> tuple:
+        return tuple(part * (float("nan") if denoiser.steps == 3 else 1.0) for part in output)
+
+    handle = pipeline.transformer.register_forward_hook(poison)
+    try:
+        with pytest.raises(NonFiniteLatentsError):
+            make(pipeline, tmp_path, "a cat", steps=4, step_cache=0.1)
+    finally:
+        handle.remove()
+    assert names(tmp_path) == ["a-cat_seed0.latents.safetensors"]
+    assert "with a step cache, its latents are kept only once all steps are done" in caplog.messages
+    make(pipeline, tmp_path, "a cat", steps=4, step_cache=0.1)
+    assert denoiser.steps == 3 + 4
+    assert names(tmp_path) == [
+        "a-cat_seed0.json", "a-cat_seed0.mp4", "a-cat_seed0_1.latents.safetensors",
+    ]  # fmt: skip
+
+
 def test_latents_outlive_a_failure_to_write(
     pipeline: OpenSoraPlanPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -557,16 +602,6 @@ def test_other_failures_are_not_hidden(
     denoiser.broken = {1: RuntimeError("a bug")}
     with pytest.raises(RuntimeError, match="a bug"):
         make(pipeline, tmp_path, "a cat")
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    def half(path: Path) -> None:
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_new(tmp_path / "a.json", half)
-    assert names(tmp_path) == []
 
 
 # --- Latents that are kept ----------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_release import sources_of
 from torch import Tensor, nn
 
 from opensoraplan import generate
+from opensoraplan.convert.assemble import load_pipeline, open_pipeline
 from opensoraplan.data.reading import read_frames
 from opensoraplan.defaults import Weights
 from opensoraplan.memory import (
@@ -15,10 +17,10 @@ from opensoraplan.memory import (
     PLACEMENTS,
     Arrangement,
     Needs,
-    decoding_chunk,
     first_that_fits,
-    limit_decoding,
+    fit_decoding,
     needs_of,
+    peak_on_host,
     plans_for,
 )
 from opensoraplan.models.step_cache import skipping
@@ -79,11 +81,16 @@ def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
         first_that_fits(plans, free=5 * GB)
 
 
-def test_decoding_alone_takes_the_largest_chunk_that_fits(pipeline: OpenSoraPlanPipeline) -> None:
-    vae, grid = pipeline.vae, (16, 72, 128)
+def test_a_card_decodes_the_largest_chunk_that_fits(pipeline: OpenSoraPlanPipeline) -> None:
+    vae, grid, card = pipeline.vae, (16, 72, 128), torch.device("cuda")
     needs = needs_of(pipeline, frames=121, height=576, width=1024)
     room = [int(need / 0.92) + 1 for need in needs.decoding]
-    assert [decoding_chunk(vae, grid, free=free) for free in (*room, 0)] == [*CHUNKS, CHUNKS[-1]]
+    for free, chunk in zip((*room, 0), (*CHUNKS, CHUNKS[-1]), strict=True):
+        vae.enable_streaming(latent_frames=4)
+        fit_decoding(vae, [(1, 8, 8), grid], card, more=False, free=free)
+        assert vae.streaming_latent_frames == min(chunk, 4)
+        fit_decoding(vae, [(1, 8, 8), grid], card, free=free)
+        assert vae.streaming_latent_frames == chunk
 
 
 def test_a_host_short_of_memory_decodes_less_at_a_time(pipeline: OpenSoraPlanPipeline) -> None:
@@ -92,12 +99,33 @@ def test_a_host_short_of_memory_decodes_less_at_a_time(pipeline: OpenSoraPlanPip
     for most, fits in ((4, 16), (4, 4), (4, 1), (2, 16), (8, 8)):
         free = int(needs.decoding[CHUNKS.index(fits)] / 0.92) + 1
         vae.enable_streaming(latent_frames=most)
-        limit_decoding(vae, [(1, 8, 8), grid], free=free)
+        fit_decoding(vae, [(1, 8, 8), grid], CPU, free=free)
         assert vae.streaming_latent_frames == min(most, fits)
     vae.disable_streaming()
-    limit_decoding(vae, [grid], free=0)
+    fit_decoding(vae, [grid], CPU, free=0)
     assert vae.streaming_latent_frames is None
-    vae.enable_streaming()
+
+
+def test_the_peak_on_a_host_is_of_what_it_decodes_at_a_time(pipeline: OpenSoraPlanPipeline) -> None:
+    vae, grid = pipeline.vae, (16, 72, 128)
+    needs = needs_of(pipeline, frames=121, height=576, width=1024)
+    for frames, decoding in ((4, needs.decoding[CHUNKS.index(4)]), (1, needs.decoding[-1])):
+        vae.enable_streaming(latent_frames=frames)
+        expected = needs.weights + max(needs.denoising, decoding)
+        assert peak_on_host(vae, [needs], [(1, 8, 8), grid]) == expected
+    vae.disable_streaming()
+    assert peak_on_host(vae, [needs], [grid]) == needs.weights + needs.decoding[0]
+
+
+@pytest.mark.parametrize("kind", ["whole", "int8", "fp8"])
+def test_plans_are_the_same_before_weights_are_read(tiny_release: Path, kind: Weights) -> None:
+    opened = open_pipeline(sources_of(tiny_release))
+    empty = opened.without_weights(torch.bfloat16)
+    loaded = load_pipeline(opened, dtype=torch.bfloat16, device=CPU)
+    for pipeline in (empty, loaded):
+        keep_weights(pipeline.transformer, kind)
+    size = {"frames": 9, "height": 32, "width": 32}
+    assert needs_of(empty, **size) == needs_of(loaded, **size)
 
 
 def test_a_plan_for_several_videos_fits_the_largest(pipeline: OpenSoraPlanPipeline) -> None:
@@ -155,6 +183,41 @@ def test_every_plan_takes_smaller_weights(
     plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
     Arrangement(pipeline, plans, CPU)
     assert torch.equal(latents_of(pipeline), near)
+
+
+def test_models_are_on_the_device_in_turn_and_never_come_back(pipeline: OpenSoraPlanPipeline) -> None:
+    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], ["in-turn"])
+    text, denoiser, vae = pipeline.text_encoder.encoder, pipeline.transformer, pipeline.vae
+    watched = {
+        "text": text.embed_tokens.weight,
+        "denoiser": denoiser.proj_out.weight,
+        "vae": vae.decoder.conv_in.conv.weight,
+    }
+    hosts = {name: weight.data_ptr() for name, weight in watched.items()}
+    Arrangement(pipeline, plans, CPU)
+    seen: list[set[str]] = []
+
+    def note(*_: object) -> None:
+        seen.append({name for name, weight in watched.items() if weight.data_ptr() != hosts[name]})
+
+    for module in (text, denoiser.proj_out, vae.decoder.mid[0]):
+        module.register_forward_pre_hook(note)
+    for _ in range(2):
+        for _frames in pipeline.iter_decode(latents_of(pipeline)):
+            pass
+    turns = [one for one, before in zip(seen, [None, *seen], strict=False) if one != before]
+    assert turns == [{"text"}, {"denoiser"}, {"vae"}] * 2
+
+
+def test_frames_that_were_to_be_decoded_at_once_are_said_not_to_be(
+    pipeline: OpenSoraPlanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)])
+    Arrangement(pipeline, plans, CPU)
+    assert not caplog.records
+    pipeline.vae.disable_streaming()
+    Arrangement(pipeline, plans, CPU)
+    assert "decoded some at a time, not at once" in caplog.text
 
 
 def test_streamed_blocks_are_on_the_device_only_while_they_compute(pipeline: OpenSoraPlanPipeline) -> None:

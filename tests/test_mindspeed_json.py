@@ -256,7 +256,7 @@ def test_all_mistakes_are_told_at_once(content: dict[str, Any], tmp_path: Path) 
         ("pipeline_config.input_size=[-8, 576, 1024]", r"pipeline_config.input_size.*-8"),
         ("frame_interval=2", "frame_interval: Input should be 1, got 2"),
         ("fps=slow", "fps: .*, got 'slow'"),
-        ("fps=0", "fps: .* greater than 0, got 0"),
+        ("fps=0", "fps: .* greater than or equal to 0.001, got 0"),
         ("model_max_length=0", "model_max_length: .* greater than 0, got 0"),
         ("diffusion.num_inference_steps=0", "num_inference_steps: .* greater than 0, got 0"),
         ("diffusion.model_id=ddpm", "diffusion.model_id: Input should be 'OpenSoraPlan', got 'ddpm'"),

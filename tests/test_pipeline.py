@@ -29,8 +29,8 @@ from opensoraplan.pipeline import (
     OpenSoraPlanPipeline,
     VideoOutput,
     make_scheduler,
-    range_of_steps,
 )
+from opensoraplan.pipeline_inputs import range_of_steps
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLING: dict[str, Any] = json.loads((GOLDEN / "sampling/config.json").read_text())

@@ -229,10 +229,10 @@ def test_the_split_is_stable_and_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": "gren"}, "did you mean green"),
+        ({"colour": "gren"}, "did you mean 'green'"),
         ({"shape": "cube"}, "unknown shape 'cube'"),
-        ({"size": "larg"}, "did you mean large"),
-        ({"motion": "lef"}, "did you mean left"),
+        ({"size": "larg"}, "did you mean 'large'"),
+        ({"motion": "lef"}, "did you mean 'left'"),
         ({"shape": "ball", "motion": "clockwise"}, "nobody sees a ball turn"),
     ],
 )
@@ -246,7 +246,7 @@ def test_impossible_scenes_and_sizes_are_refused() -> None:
     scene = one("red", "ball", "up")
     with pytest.raises(ValueError, match="1 or 2 things, got 3"):
         Scene(things=scene.things * 3, background="studio")
-    with pytest.raises(ValueError, match="did you mean meadow"):
+    with pytest.raises(ValueError, match="did you mean 'meadow'"):
         one("red", "ball", "up", background="medow")
     with pytest.raises(ValueError, match="height must be a multiple of 16 from 64 on, got 100: use 96"):
         render(scene, height=100)

@@ -172,7 +172,10 @@ def test_gelu_by_exp_is_torchs_with_its_gradient(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("recompute", [{"blocks": 12}, {"feed_forwards": 12}, {"blocks": 3}])
+@pytest.mark.parametrize(
+    "recompute",
+    [{"blocks": 12}, {"feed_forwards": 12}, {"blocks": 3}, {"blocks": 12, "keep_attention": True}],
+)
 def test_recompute_gives_the_same_gradients(model: SparseUMMDiT, recompute: dict[str, int]) -> None:
     model.train()
     gradients = []

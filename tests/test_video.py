@@ -6,7 +6,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,16 +17,13 @@ import torch.nn.functional as F
 
 from opensoraplan.data.video import (
     VideoWriter,
-    _move_without_link,
     count_frames,
     fit,
     frame_rate,
     iter_frames,
     probe,
-    publish,
     read_frames,
     read_numbered,
-    temporary_path,
     to_uint8,
 )
 
@@ -632,31 +628,3 @@ def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     path = write(tmp_path / "clip.mp4", torch.zeros(1, 32, 48, 3, dtype=torch.uint8))
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
-
-
-def test_publishing_at_once_never_overwrites(tmp_path: Path) -> None:
-    def publish_one(text: str) -> Path:
-        temporary = temporary_path(tmp_path / "file.json")
-        temporary.write_text(text)
-        return publish(temporary, tmp_path / "file.json")
-
-    texts = [str(i) for i in range(24)]
-    with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(publish_one, texts))
-    assert [path.read_text() for path in paths] == texts
-    assert {path.name for path in paths} == {"file.json", *(f"file_{i}.json" for i in range(1, 24))}
-    assert len(os.listdir(tmp_path)) == 24
-
-
-def test_moving_without_hard_links(tmp_path: Path) -> None:
-    temporary, target = tmp_path / "temporary", tmp_path / "target"
-    temporary.write_text("new")
-    _move_without_link(temporary, target)
-    assert (target.read_text(), temporary.exists()) == ("new", False)
-    temporary.write_text("newer")
-    with pytest.raises(FileExistsError):
-        _move_without_link(temporary, target)
-    assert (target.read_text(), temporary.read_text()) == ("new", "newer")
-    with pytest.raises(FileNotFoundError):
-        _move_without_link(tmp_path / "missing", tmp_path / "other")
-    assert not (tmp_path / "other").exists()

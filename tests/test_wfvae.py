@@ -98,8 +98,11 @@ def test_chunks_cover_every_latent_once() -> None:
             ]
             assert covered == list(range(frames))
     assert list(latent_chunks(7, None)) == [(0, 7, 0)]
-    sizes = [chunk.shape[2] for chunk in frame_chunks([torch.zeros(1, 3, 25, 8, 8)], 16)]
-    assert sizes == [17, 8]
+    clip = torch.zeros(1, 3, 25, 8, 8)
+    chunks = list(frame_chunks([clip], 16))
+    assert [chunk.shape[2] for chunk in chunks] == [17, 8]
+    storages = {chunk.untyped_storage().data_ptr() for chunk in chunks}
+    assert storages == {clip.untyped_storage().data_ptr()}, "a clip in one piece is not copied"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,8 @@ from opensoraplan.settings import Settings
 FILE = "generate.json"
 
 Solver = Literal["euler", "adams"]
+# Frames a second, as files of video can have them (data/reading.py).
+Fps = Annotated[float, Field(ge=0.001, le=1000)]
 # How the denoiser's matrices are kept: models/weights.py.
 Weights = Literal["whole", "int8", "fp8"]
 
@@ -20,7 +22,7 @@ class GenerateDefaults(Settings):
     frames: Annotated[int, Field(ge=1)] | None = None
     height: Annotated[int, Field(ge=1)] | None = None
     width: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(gt=0)] | None = None
+    fps: Fps | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     solver: Solver | None = None
     guidance: float | None = None

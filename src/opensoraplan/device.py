@@ -1,7 +1,6 @@
 """Device and dtype names from a user: checked, with what to use instead, before any heavy work."""
 
 import ctypes
-import difflib
 import logging
 import sys
 from collections.abc import Iterator
@@ -11,10 +10,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from opensoraplan.names import did_you_mean
+
 logger = logging.getLogger(__name__)
 
 ACCELERATORS = ("cuda", "npu")
-_FULL = ("out of memory", "can't allocate memory", "alloc_failed")
+# The last: cuDNN, if its workspace does not fit.
+_FULL = ("out of memory", "can't allocate memory", "alloc_failed", "unable to find an engine")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # Where control groups, of version 2 and 1, say what memory may be had, what is, and, in memory.stat, what of
@@ -57,8 +59,7 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """
     name = name or "bf16"
     if name not in DTYPES:
-        near = difflib.get_close_matches(name, DTYPES, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, DTYPES, cutoff=0.5)
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}{hint}")
     if name == "fp16" and device.type == "cpu":
         logger.warning("fp16 is hundreds of times slower than bf16 on a CPU: computing in bf16")
@@ -66,6 +67,11 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         logger.warning("this CPU has no bf16 instructions: fp32 is several times faster, in twice the memory")
     return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch calls it, without "torch.": "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def available() -> str:

@@ -1,7 +1,10 @@
-"""Files that appear whole or not at all, and disks that are full told in plain words."""
+"""Files that appear whole or not at all, in place of others or under free names. Full disks told in plain
+words.
+"""
 
 import errno
 import glob
+import itertools
 import os
 import secrets
 import time
@@ -43,6 +46,72 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_path(wanted: Path) -> Path:
+    """A fresh hidden name in the folder of `wanted`, with its suffix, to write to before `publish`."""
+    # Without the stem, which may already be as long as a name can be.
+    return wanted.with_name(f".osp-{secrets.token_hex(8)}{wanted.suffix}")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """clip.mp4, clip_1.mp4, clip_2.mp4, ..."""
+    yield path
+    for number in itertools.count(1):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+
+def publish(temporary: Path, wanted: Path) -> Path:
+    """Move a finished file to the first of the `numbered` names of `wanted` that does not exist.
+
+    Returns the name taken. Never overwrites, and no two callers get the same name. Both are in one file
+    system.
+    """
+    names = numbered(wanted)
+    while True:
+        path = next(names)
+        with suppress(FileExistsError):
+            _move_to_new(temporary, path)
+            return path
+
+
+def write_new(wanted: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` make a file, and give it the name `wanted` or, if that is taken, one with a number. Returns
+    the name; nothing is left of an attempt that fails.
+    """
+    temporary = temporary_path(wanted)
+    try:
+        write(temporary)
+        return publish(temporary, wanted)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def claim(path: Path) -> None:
+    """Make an empty file that must be new, with the permissions that any new file gets."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Move a file to a name that must be new, or raise FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        _move_without_link(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def _move_without_link(temporary: Path, path: Path) -> None:
+    """`_move_to_new` where the file system has no hard links: an empty file holds the name for a moment."""
+    claim(path)
+    try:
+        temporary.replace(path)
+    except OSError:
+        path.unlink()
+        raise
 
 
 @contextmanager

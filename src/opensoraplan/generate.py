@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
 from opensoraplan.ahead import one_ahead
+from opensoraplan.disk import numbered, write_new
 from opensoraplan.requests import Request
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def check_folder(folder: Path, name: str = "") -> None:
     """Make the folder. Raises ValueError if it, or a file in it with a name like that, cannot be written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot write to {folder}: it is a file, not a folder")
-    # As long as the longest name there may be, which is that of latents.
-    probe = folder / f"{Path(name).stem}.osp-write-test-0001"
+    # As long as the longest name there may be, which is that of latents while they are written.
+    probe = folder / f".{Path(name).stem}_999.osp-write-test-aaaaaa.00000000.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -138,6 +139,8 @@ def run(
                 written.append(done)
                 continue
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
+            if request.step_cache:
+                logger.info("with a step cache, its latents are kept only once all steps are done")
             make = partial(
                 _make, pipeline, request, embeds, wanted, record,
                 ranks=ranks, save_every=save_every, all_decode=all_decode, batched=batched,
@@ -204,6 +207,7 @@ def make_record(
     pipeline: "OpenSoraPlanPipeline", request: Request, model: str | dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides how a video looks, to be stored with it. Values are those of JSON."""
+    from opensoraplan.device import dtype_name
     from opensoraplan.models.weights import weights_of
 
     scheduler = pipeline.scheduler.config
@@ -218,9 +222,9 @@ def make_record(
             **{key: scheduler[key] for key in shifts if key in scheduler},
         },
         "sparse_n": pipeline.transformer.config["sparse_n"],
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipeline.transformer.dtype),
         "weights": weights_of(pipeline.transformer),
-        "vae_dtype": str(pipeline.vae.dtype).removeprefix("torch."),
+        "vae_dtype": dtype_name(pipeline.vae.dtype),
         "vae_tiling": pipeline.vae.tiling,
         "opensoraplan": version("opensoraplan"),
     }
@@ -390,14 +394,17 @@ def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
 def find_latents(
     pipeline: "OpenSoraPlanPipeline", wanted: Path, record: dict[str, Any]
 ) -> "SavedLatents | None":
-    """Latents that a run that was stopped has left of this video, if the pipeline can go on from them."""
+    """Latents that a run that was stopped has left of this video, if the pipeline can go on from them: in the
+    middle, neither other schedulers can, nor a step cache, which would have nothing cached.
+    """
     from opensoraplan import saved
 
     place = place_of_latents(wanted, record)
     if not place.exists():
         return None
     found = saved.read(place)
-    return found if found.step == record["steps"] or pipeline.has_default_scheduler else None
+    possible = pipeline.has_default_scheduler and not record["step_cache"]
+    return found if found.step == record["steps"] or possible else None
 
 
 def save_latents(
@@ -467,27 +474,6 @@ def write_record(video: Path, record: dict[str, Any]) -> None:
     """The json beside a video, for people and tools that do not read its metadata."""
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
     write_new(video.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def write_new(wanted: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` make a file, and give it the name `wanted` or, if that is taken, one with a number. Returns
-    the name; nothing is left of an attempt that fails.
-    """
-    from opensoraplan.data.video import publish, temporary_path
-
-    temporary = temporary_path(wanted)
-    try:
-        write(temporary)
-        return publish(temporary, wanted)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def numbered(path: Path) -> Iterator[Path]:
-    """clip.mp4, clip_1.mp4, clip_2.mp4, ..."""
-    yield path
-    for number in itertools.count(1):
-        yield path.with_name(f"{path.stem}_{number}{path.suffix}")
 
 
 def is_taken(video: Path) -> bool:

@@ -1,7 +1,7 @@
 """Where a pipeline's parts are kept, on the device or on the host, so that generating fits the device.
 
-The sizes of what is computed are formulas of parallel/estimate.py; moving parts to and fro is diffusers'.
-Bytes, unless it says otherwise.
+The sizes of what is computed are formulas of parallel/estimate.py; models/streaming.py moves weights to
+and fro. Bytes, unless it says otherwise.
 """
 
 import logging
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import torch
-from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import nn
 
-from opensoraplan.device import is_out_of_memory
+from opensoraplan.device import free_memory, is_out_of_memory
 from opensoraplan.models.modulation import adaln_layers, keep_on_host
-from opensoraplan.models.streaming import SLOTS, stream_blocks
+from opensoraplan.models.streaming import SLOTS, InTurn, stream_blocks, stream_layers
 from opensoraplan.models.weights import weights_of
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
@@ -110,21 +109,38 @@ def needs_of(
     )
 
 
-def decoding_chunk(vae: WFVAE, grid: tuple[int, int, int], *, free: int) -> int:
-    """The most latent frames of CHUNKS that the VAE, already on the device, is predicted to decode at a time
-    in `free` bytes, of latents [B, C, *grid]; the fewest if none fits.
+def fit_decoding(
+    vae: WFVAE,
+    grids: Iterable[tuple[int, int, int]],
+    device: torch.device,
+    *,
+    more: bool = True,
+    free: int | None = None,
+) -> None:
+    """Have a VAE without a plan, beside which `free` bytes of the device are free (None: as many as are),
+    decode as many latent frames of [B, C, *grid] at a time as are predicted to fit, one of CHUNKS. `more`:
+    also more than it would, unless on a CPU, which gains nothing by it. Frames then differ by rounding.
+
+    One that is to decode all at once (`disable_streaming`) is left to do so.
     """
-    room = free * (1 - MARGIN)
-    return next((chunk for chunk in CHUNKS if _decoding(vae, grid, chunk) <= room), CHUNKS[-1])
+    if vae.streaming_latent_frames is None:
+        return
+    room = (free_memory(device) if free is None else free) * (1 - MARGIN)
+    every = list(grids)
+    fits = (chunk for chunk in CHUNKS if all(_decoding(vae, grid, chunk) <= room for grid in every))
+    chunk = next(fits, CHUNKS[-1])
+    if device.type == "cpu" or not more:
+        chunk = min(chunk, vae.streaming_latent_frames)
+    vae.enable_streaming(latent_frames=chunk)
 
 
-def limit_decoding(vae: WFVAE, grids: Iterable[tuple[int, int, int]], *, free: int) -> None:
-    """Have the VAE decode fewer latent frames at a time than it would, if not so many, of latents
-    [B, C, *grid], are predicted to fit into `free` bytes. Frames then differ by rounding.
+def peak_on_host(vae: WFVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, int, int]]) -> int:
+    """The most that videos of these needs and latents [B, C, *grid] are predicted to take where everything is
+    on the host and `vae` decodes as many latent frames at a time as it says.
     """
-    if vae.streaming_latent_frames is not None:
-        fits = min(decoding_chunk(vae, grid, free=free) for grid in grids)
-        vae.enable_streaming(latent_frames=min(fits, vae.streaming_latent_frames))
+    every = list(needs)
+    decoding = [_decoding(vae, grid, vae.streaming_latent_frames or grid[0]) for grid in grids]
+    return every[0].weights + max(*(one.denoising for one in every), *decoding)
 
 
 def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
@@ -203,6 +219,11 @@ class Arrangement:
         self._pipeline = pipeline
         self._device = device
         self._left = list(plans[place:])
+        self._in_turn: InTurn | None = None
+        if pipeline.vae.streaming_latent_frames is None:
+            logger.warning(
+                "frames are decoded some at a time, not at once, to fit %s; they differ by rounding", device
+            )
         self._follow(None)
 
     @property
@@ -233,23 +254,22 @@ class Arrangement:
         pipeline.vae.enable_streaming(latent_frames=self.plan.chunk)
         if before is not None and before.placement == self.plan.placement:
             return
-        pipeline.remove_all_hooks()
         if self.plan.placement == "resident":
             pipeline.to(device)
             return
-        keep_on_host(pipeline.transformer)
+        transformer, vae = pipeline.transformer, pipeline.vae
+        encoders = [one for one in (pipeline.text_encoder, pipeline.text_encoder_2) if one is not None]
+        if self._in_turn is not None:
+            self._in_turn.end()
+        keep_on_host(transformer)
+        pipeline.to("cpu", silence_dtype_warnings=True)
         if self.plan.placement == "in-turn":
-            pipeline.enable_model_cpu_offload(device=device)
+            # The VAE is called by its parts; before the denoiser is, its AdaLN is used on the host.
+            doors = [*((model, [model]) for model in (*encoders, transformer)), (vae, [*vae.children()])]
+            self._in_turn = InTurn(doors, device)
         else:
-            pipeline.to("cpu", silence_dtype_warnings=True)
-            _stream(pipeline, device)
-
-
-def _stream(pipeline: OpenSoraPlanPipeline, device: torch.device) -> None:
-    """Have the denoiser's blocks and the encoders' layers on the device only while they compute."""
-    stream_blocks(pipeline.transformer, device)
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-        if encoder is not None:
-            apply_group_offloading(encoder, device, offload_type="leaf_level")
-    pipeline.vae.to(device)  # type: ignore[arg-type]
-    pipeline.streamed_to = device
+            stream_blocks(transformer, device)
+            for encoder in encoders:
+                stream_layers(encoder, device)
+            vae.to(device)  # type: ignore[arg-type]
+        pipeline.streamed_to = device

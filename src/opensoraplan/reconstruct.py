@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.video import VideoInfo, VideoWriter, count_frames, fit, iter_frames, probe, to_uint8
-from opensoraplan.device import free_memory
 from opensoraplan.fidelity import Fidelity
-from opensoraplan.memory import limit_decoding
+from opensoraplan.memory import fit_decoding
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import (
     SPATIAL_STRIDE,
@@ -78,7 +77,7 @@ def reconstruct(
     height, width = _size(info, height=height, width=width)
     frames = _length(path, frames=frames, fps=fps)
     grid = latent_shape(frames, height, width, multiple=SPATIAL_STRIDE)
-    limit_decoding(vae, [grid], free=free_memory(vae.device))
+    fit_decoding(vae, [grid], vae.device, more=False)  # it encodes as many, for which nothing is predicted
 
     def source(pictures: Iterator[Tensor], count: int) -> Tensor:
         """The next `count` pictures at most, [3, t, H, W] in [-1, 1]."""

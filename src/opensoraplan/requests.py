@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from opensoraplan import shapes
-from opensoraplan.defaults import Solver
+from opensoraplan.defaults import Fps, Solver
 from opensoraplan.settings import Settings
 
 PROMPT_FILES = (".txt", ".jsonl", ".csv")
@@ -25,7 +25,7 @@ class Request(Settings):
     frames: int = 121
     height: int = 576
     width: int = 1024
-    fps: float = Field(24, gt=0, le=1000)
+    fps: Fps = 24
     steps: int = Field(50, ge=1)
     guidance: float = Field(8.0, ge=0, allow_inf_nan=False)
     guidance_rescale: float = Field(0.7, ge=0, le=1)
@@ -72,6 +72,8 @@ class Request(Settings):
         if self.shift is not None and (self.dynamic_shift or self.linear_quadratic):
             other = "dynamic_shift" if self.dynamic_shift else "linear_quadratic"
             raise ValueError(f"shift {self.shift:g} has no use with {other}: give one of them")
+        if self.linear_quadratic and self.dynamic_shift:
+            raise ValueError("the linear-quadratic schedule has no shift: leave dynamic_shift out")
         if self.linear_quadratic and self.steps % 2:
             raise ValueError(
                 "the linear-quadratic schedule needs an even number of steps, "

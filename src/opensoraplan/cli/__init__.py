@@ -3,6 +3,7 @@
 A user's mistake ends in one line on stderr and exit code 2; a traceback is a bug of ours.
 """
 
+import itertools
 import logging
 import os
 import sys
@@ -53,7 +54,12 @@ def main() -> None:
             | Annotated[Plan, subcommand("plan", prefix_name=False)]
             | Annotated[Launch, subcommand("launch", prefix_name=False)]
         )  # type: ignore[operator]
-        options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
+        try:
+            options = tyro.cli(verbs, prog="osp", description="Open-Sora Plan v1.5.0: video from text.")  # type: ignore[arg-type]
+        except SystemExit as end:
+            if end.code and (hint := _hint(sys.argv[1:])):
+                sys.stderr.write(f"osp: {hint}\n")
+            raise
         match options:
             case Generate():
                 generate(options, inference)
@@ -98,3 +104,14 @@ def main() -> None:
             raise
         sys.stderr.write(f"osp: error: memory is full: {str(error).partition(chr(10))[0]}\n")
         sys.exit(2)
+
+
+def _hint(arguments: list[str]) -> str | None:
+    """What was probably forgotten in a line that cannot be read."""
+    verb, *rest = arguments or [""]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    if verb == "generate" and len(words) > 1:
+        return f'put quotes around a prompt: osp generate "{" ".join(words)}"'
+    if verb == "launch" and "--" not in rest:
+        return "the command goes behind --: osp launch --processes 8 -- train RUN.toml"
+    return None

@@ -100,6 +100,8 @@ def data_check(options: DataCheck) -> None:
     check_exists(options.manifest)
     if options.data is not None:
         check_exists(options.data)
+    if options.global_batch is not None and options.global_batch < 1:
+        raise ValueError(f"--global-batch must be at least 1, got {options.global_batch}")
 
     from opensoraplan.convert.mindspeed_json import read_selection
     from opensoraplan.data.check import check_manifest
@@ -118,7 +120,7 @@ def data_check(options: DataCheck) -> None:
                 f"{options.manifest} has no data.manifest: its features were selected by osp cache"
             )
         selection = run.data.selection
-        global_batch = global_batch or global_batch_of(run)
+        global_batch = global_batch_of(run) if global_batch is None else global_batch
         need_captions = need_captions and isinstance(run, TrainSettings)
         logger.info("%s: clips of %s, %d a step", options.manifest, manifest, global_batch)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,8 +27,12 @@ from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 if TYPE_CHECKING:
     import torch
 
+    from opensoraplan.convert.assemble import OpenedPipeline
     from opensoraplan.convert.mindspeed_json import Inference
-    from opensoraplan.memory import Arrangement
+    from opensoraplan.memory import Needs, Plan
+    from opensoraplan.models.wfvae import WFVAE
+    from opensoraplan.parallel.mesh import MeshSettings
+    from opensoraplan.parallel.ranks import Ranks
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 logger = logging.getLogger(__name__)
@@ -189,6 +194,44 @@ REQUEST_OPTIONS = (
 
 def generate(options: Generate, inference: "Inference | None") -> None:
     """`osp generate`: everything that can be wrong is checked before the model is loaded."""
+    asked = _checked(options, inference)
+
+    from opensoraplan.parallel.ranks import joined
+
+    place = _place_of(options, asked)
+    with joined(place.mesh, place.device, timeout=PATIENCE_S) as ranks:
+        _run(options, inference, asked, place, ranks)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What to make, by what, and where to: all that can be checked without torch. `folder`: the model's, or
+    None for one in parts, which are at `paths` in any case.
+    """
+
+    requests: list[Request]
+    targets: list[Path]
+    folder: Path | None
+    paths: dict[str, Path]
+    step_ratios: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this process computes, in which precision, and how the job's `processes` are arranged."""
+
+    device: "torch.device"
+    dtype: "torch.dtype"
+    processes: int
+    mesh: "MeshSettings"
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether it may be a choice what is on the device: only with a card, and one."""
+        return self.device.type != "cpu" and self.processes == 1
+
+
+def _checked(options: Generate, inference: "Inference | None") -> _Asked:
     from opensoraplan import generate as job
 
     if not options.prompt.strip():
@@ -217,72 +260,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
         from opensoraplan.models.attention import check_backend
 
         check_backend(options.attention)
-    targets = job.check_targets(requests, options.out)
-
-    import torch
-
-    from opensoraplan.device import explained_memory, free_memory, prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import limit_decoding
-    from opensoraplan.models.weights import check_weights
-    from opensoraplan.parallel.generating import generating_mesh, share_generating
-    from opensoraplan.parallel.ranks import device_of_rank, joined, place_in_job
-
-    device = device_of_rank(resolve_device(options.device))
-    prepare(device)
-    dtype = resolve_dtype(options.dtype, device)
-    check_weights(options.weights, device, dtype)
-    branches, tp = options.sharing.branch_ranks, options.sharing.tp
-    processes = place_in_job()[1]
-    if tp < 1 or processes % (branches * tp):
-        raise ValueError(f"{processes} processes are no multiple of --branch-ranks {branches} x --tp {tp}")
-    mesh = generating_mesh(branches=branches, tp=tp)
-    if folder is not None:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-        mesh.filled(processes).check_model(config.get("num_attention_heads", 24))
-    resume = options.resume or is_prompt_file(options.prompt) or len(requests) > 1
-    if options.memory not in ("auto", "resident"):
-        if processes > 1:
-            raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
-        if device.type == "cpu":
-            raise ValueError(f"--memory {options.memory} is for a card: on a CPU everything is on the host")
-    if branches > 1:
-        for request in requests:
-            request.model_copy(update={"batched_guidance": True}).check_step_cache()
-    if tp > 1 and options.weights != "whole":
-        raise ValueError(
-            f"--weights {options.weights} cannot be shared out by --tp {tp}: leave one of them out"
-        )
-    # What is to be moved to and fro begins on the host, and so does what is to become smaller.
-    moving = device.type != "cpu" and processes == 1 and options.memory != "resident"
-    place = torch.device("cpu") if moving or options.weights != "whole" else device
-    with joined(mesh, device, timeout=PATIENCE_S) as ranks:
-        pipeline, model = _load_pipeline(options, inference, paths, folder=folder, place=place, dtype=dtype)
-        _tune(pipeline, options, device)
-        if not moving:
-            with explained_memory(f"the model does not fit onto {device}: on one, --memory auto finds room"):
-                pipeline.to(device)
-        if device.type == "cpu" and processes == 1:  # several have to decode the same chunks
-            grids = [latent_shape(r.frames, r.height, r.width) for r in requests]
-            limit_decoding(pipeline.vae, grids, free=free_memory(device))
-        arrangement = _arrange(pipeline, requests, options.memory, device) if moving else None
-        all_decode = False
-        if ranks.mesh is not None:
-            rows = {request.height // SPATIAL_STRIDE for request in requests}
-            all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
-        pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not ranks.first)
-        job.run(
-            pipeline,
-            requests,
-            targets,
-            model=model,
-            resume=resume,
-            save_every=options.save_every,
-            ranks=ranks,
-            all_decode=all_decode,
-            batched=branches > 1,
-            arrangement=arrangement,
-            step_ratios=ratios,
-        )
+    return _Asked(requests, job.check_targets(requests, options.out), folder, paths, ratios)
 
 
 def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ...]:
@@ -298,8 +276,184 @@ def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ..
     return Calibration.of(folder).ratios
 
 
-def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate, device: "torch.device") -> None:
-    """Choose how the denoiser is kept, and computes on the device."""
+def _place_of(options: Generate, asked: _Asked) -> _Place:
+    """Where it is made, once device, precision and number of processes are known to go with the options."""
+    from opensoraplan.device import prepare, resolve_device, resolve_dtype
+    from opensoraplan.models.weights import check_weights
+    from opensoraplan.parallel.generating import generating_mesh
+    from opensoraplan.parallel.ranks import device_of_rank, place_in_job
+
+    device = device_of_rank(resolve_device(options.device))
+    prepare(device)
+    dtype = resolve_dtype(options.dtype, device)
+    check_weights(options.weights, device, dtype)
+    branches, tp = options.sharing.branch_ranks, options.sharing.tp
+    processes = place_in_job()[1]
+    if tp < 1 or processes % (branches * tp):
+        raise ValueError(f"{processes} processes are no multiple of --branch-ranks {branches} x --tp {tp}")
+    mesh = generating_mesh(branches=branches, tp=tp).filled(processes)
+    if asked.folder is not None:
+        config = json.loads((asked.folder / "transformer" / "config.json").read_text())
+        mesh.check_model(config.get("num_attention_heads", 24))
+    if options.memory not in ("auto", "resident"):
+        if processes > 1:
+            raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
+        if device.type == "cpu":
+            raise ValueError(f"--memory {options.memory} is for a card: on a CPU everything is on the host")
+    if branches > 1:
+        for request in asked.requests:
+            request.model_copy(update={"batched_guidance": True}).check_step_cache()
+    if tp > 1 and options.weights != "whole":
+        raise ValueError(
+            f"--weights {options.weights} cannot be shared out by --tp {tp}: leave one of them out"
+        )
+    return _Place(device, dtype, processes, mesh)
+
+
+def _run(
+    options: Generate, inference: "Inference | None", asked: _Asked, place: _Place, ranks: "Ranks"
+) -> None:
+    """Plan by the sizes of the model, load it, and make the videos."""
+    from opensoraplan import generate as job
+    from opensoraplan.convert.assemble import open_pipeline
+    from opensoraplan.device import explained_memory
+    from opensoraplan.memory import Arrangement
+    from opensoraplan.models.compiling import compile_blocks
+    from opensoraplan.parallel.generating import share_generating
+
+    device = place.device
+    opened = open_pipeline(make_sources(asked.paths, options.parts, inference))
+    empty = opened.without_weights(place.dtype)
+    outlook = _outlook(empty, options, inference, asked, place)
+    with explained_memory(f"the model does not fit onto {device}: on one, --memory auto finds room"):
+        try:
+            pipeline, model = _load_pipeline(
+                opened, options, inference, asked, device=outlook.loaded_on, dtype=place.dtype
+            )
+        except MemoryError as error:
+            raise MemoryError(f"{error}{outlook.advice}") from None
+        _tune(pipeline, options, device, masked=outlook.masked)
+        if not outlook.plans:
+            pipeline.to(device)
+    pipeline.vae.streaming_latent_frames = empty.vae.streaming_latent_frames
+    arrangement = Arrangement(pipeline, outlook.plans, device) if outlook.plans else None
+    all_decode = False
+    if ranks.mesh is not None:
+        rows = {request.height // SPATIAL_STRIDE for request in asked.requests}
+        all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
+    if options.compile:  # last: it is the blocks as they are now that are compiled
+        compile_blocks(pipeline.transformer)
+    pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not ranks.first)
+    job.run(
+        pipeline,
+        asked.requests,
+        asked.targets,
+        model=model,
+        resume=options.resume or is_prompt_file(options.prompt) or len(asked.requests) > 1,
+        save_every=options.save_every,
+        ranks=ranks,
+        all_decode=all_decode,
+        batched=options.sharing.branch_ranks > 1,
+        arrangement=arrangement,
+        step_ratios=asked.step_ratios,
+    )
+
+
+@dataclass(frozen=True)
+class _Outlook:
+    """What is known before the model is loaded: where to, `plans` for keeping it on a card (none: no choice),
+    what helps if the host has no room for it, and why attention will mask keys, if it will.
+    """
+
+    loaded_on: "torch.device"
+    plans: "Sequence[Plan]"
+    advice: str
+    masked: str | None
+
+
+def _outlook(
+    empty: "OpenSoraPlanPipeline",
+    options: Generate,
+    inference: "Inference | None",
+    asked: _Asked,
+    place: _Place,
+) -> _Outlook:
+    """From the sizes of a pipeline without weights. Sets its VAE's decoding as it is to be, and raises what
+    `_tune` would, on the model with its weights: ValueError, and MemoryError for what fits under no plan.
+    """
+    import torch
+
+    from opensoraplan.device import free_memory
+    from opensoraplan.memory import MARGIN, fit_decoding, peak_on_host, plans_for
+
+    device = place.device
+    masked = _masking(empty, options, asked.requests, place)
+    whole = _needs(empty, asked.requests)[0].weights
+    _tune(empty, options, device, masked=masked)
+    _set_decoding(empty.vae, options, inference)
+    needs, free = _needs(empty, asked.requests), free_memory(device)
+    plans: Sequence[Plan] = []
+    advice = ""
+    if place.has_plans and options.memory != "resident":
+        plans = _plans(needs, options.memory, device, free=free)
+        resident = min(plans_for(needs, ["resident"]), key=lambda plan: plan.peak)
+        advice = instead_of_host(resident, device, whole=whole, free=free)
+    elif device.type == "cpu" and place.processes == 1:  # several have to decode the same chunks
+        grids = [latent_shape(r.frames, r.height, r.width) for r in asked.requests]
+        fit_decoding(empty.vae, grids, device, free=free - needs[0].weights)
+        _tell_peak(peak_on_host(empty.vae, needs, grids), free=free)
+    # What is to be moved to and fro begins on the host, and so does what has to become smaller to fit.
+    direct = not plans or plans[0].placement == "resident"
+    fits = whole <= free * (1 - MARGIN) if plans or options.weights != "whole" else True
+    return _Outlook(device if direct and fits else torch.device("cpu"), plans, advice, masked)
+
+
+def instead_of_host(resident: "Plan", device: "torch.device", *, whole: int, free: int) -> str:
+    """The end of a message that the host has no room for the weights, `whole` bytes: what could be done."""
+    from opensoraplan.memory import MARGIN
+
+    room = free * (1 - MARGIN)
+    if resident.peak <= room and whole <= room:
+        return f"; {device} has room for all of it: --memory resident loads it straight there"
+    less = ": ask for fewer or smaller frames" if whole <= room else ""
+    return (
+        f"; it would be loaded straight onto {device} if {max(resident.peak, whole) / 1e9:.3g} GB and some "
+        f"more were free there, and {free / 1e9:.3g} GB are{less}"
+    )
+
+
+def _tell_peak(peak: int, *, free: int) -> None:
+    """What generating on the host is predicted to take, of what is free."""
+    level = logging.WARNING if peak > free else logging.INFO
+    less = ": the system may end it; fewer or smaller frames need less" if peak > free else ""
+    said = "generating is predicted to take %.3g GB of memory, %.3g GB are free%s"
+    logger.log(level, said, peak / 1e9, free / 1e9, less)
+
+
+def _masking(
+    pipeline: "OpenSoraPlanPipeline", options: Generate, requests: Sequence[Request], place: _Place
+) -> str | None:
+    """What makes attention mask some keys in any of the videos; None if nothing does."""
+    from opensoraplan.parallel.sequence import padded_tokens
+
+    config, mesh = pipeline.transformer.config, place.mesh
+    rates = config["sparse_n"] or [1]
+    for request in requests:
+        if request.batched_guidance and request.guidance > 1 and options.sharing.branch_ranks == 1:
+            return "--batched-guidance pads the shorter of its prompts"
+        frames, rows, columns = latent_shape(request.frames, request.height, request.width)
+        tokens = frames * rows * columns // config["patch_size"] ** 2
+        padded = padded_tokens(tokens, ranks=mesh.sp * mesh.tp, rates=rates)
+        if padded != tokens:
+            size = f"{request.frames} x {request.height} x {request.width}"
+            return f"the tokens of {size} are padded from {tokens} to {padded}"
+    return None
+
+
+def _tune(
+    pipeline: "OpenSoraPlanPipeline", options: Generate, device: "torch.device", *, masked: str | None
+) -> None:
+    """Choose how the denoiser is kept, and computes on the device. Raises ValueError for what it cannot."""
     if options.weights != "whole":
         from opensoraplan.models.weights import keep_weights
 
@@ -307,48 +461,49 @@ def _tune(pipeline: "OpenSoraPlanPipeline", options: Generate, device: "torch.de
     if options.attention is not None:
         from opensoraplan.models.attention import set_backend
 
-        set_backend(pipeline.transformer, options.attention, device)
-    if options.compile:
-        from opensoraplan.models.compiling import compile_blocks
-
-        compile_blocks(pipeline.transformer)
+        set_backend(pipeline.transformer, options.attention, device, masked=masked)
 
 
-def _arrange(
-    pipeline: "OpenSoraPlanPipeline", requests: list[Request], memory: Memory, device: "torch.device"
-) -> "Arrangement":
-    """Keep the pipeline's parts so that all these videos fit the device."""
-    from opensoraplan.device import free_memory
-    from opensoraplan.memory import PLACEMENTS, Arrangement, first_that_fits, needs_of, plans_for
+def _set_decoding(vae: "WFVAE", options: Generate, inference: "Inference | None") -> None:
+    if inference is not None and not inference.streaming:
+        vae.disable_streaming()
+    if options.tiling:
+        vae.enable_tiling()
+
+
+def _needs(pipeline: "OpenSoraPlanPipeline", requests: Sequence[Request]) -> "list[Needs]":
+    """Of all sizes of video."""
+    from opensoraplan.memory import needs_of
 
     sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)) for r in requests}
-    placements = PLACEMENTS if memory == "auto" else (memory,)
-    plans = plans_for(
-        [
-            needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached)
-            for t, h, w, steps, batched, cached in sizes
-        ],
-        placements,
-    )
-    free = free_memory(device)
-    arrangement = Arrangement(pipeline, plans, device, place=first_that_fits(plans, free=free))
-    logger.info("of %s, %.1f GB are free; the model is %s (predicted)", device, free / 1e9, arrangement.plan)
-    return arrangement
+    return [
+        needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached)
+        for t, h, w, steps, batched, cached in sizes
+    ]
+
+
+def _plans(needs: "list[Needs]", memory: Memory, device: "torch.device", *, free: int) -> "Sequence[Plan]":
+    """Plans by which all these videos fit into the `free` bytes of the device, then leaner ones."""
+    from opensoraplan.memory import PLACEMENTS, first_that_fits, plans_for
+
+    plans = plans_for(needs, PLACEMENTS if memory == "auto" else (memory,))
+    plans = plans[first_that_fits(plans, free=free) :]
+    logger.info("of %s, %.1f GB are free; the model is %s (predicted)", device, free / 1e9, plans[0])
+    return plans
 
 
 def _load_pipeline(
+    opened: "OpenedPipeline",
     options: Generate,
     inference: "Inference | None",
-    paths: dict[str, Path],
+    asked: _Asked,
     *,
-    folder: Path | None,
-    place: "torch.device",
+    device: "torch.device",
     dtype: "torch.dtype",
 ) -> "tuple[OpenSoraPlanPipeline, str | dict[str, Any]]":
-    """The pipeline of these parts, or of a whole `folder`, in the memory of `place`, and what its videos say
-    of where it came from.
-    """
+    """The pipeline on `device`, and what its videos say of where it came from."""
     from opensoraplan.convert import assemble
+    from opensoraplan.device import dtype_name
     from opensoraplan.models.text import PromptSettings
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
@@ -358,12 +513,12 @@ def _load_pipeline(
     if options.default_negative_prompt is not None:
         prompts["default_negative_prompt"] = options.default_negative_prompt
 
-    origin = folder or paths["transformer"]
-    logger.info("loading %s, %s on %s", origin, str(dtype).removeprefix("torch."), place)
+    folder, paths = asked.folder, asked.paths
+    logger.info("loading %s, %s on %s", folder or paths["transformer"], dtype_name(dtype), device)
     pipeline = assemble.load_pipeline(
-        make_sources(paths, options.parts, inference),
+        opened,
         dtype=dtype,
-        device=place,
+        device=device,
         scheduler=inference.scheduler if inference else {},
         max_text_tokens=inference.max_text_tokens if inference else 512,
     )
@@ -376,10 +531,7 @@ def _load_pipeline(
     elif options.parts.ema is not None:
         model["ema"] = options.parts.ema
     pipeline.register_to_config(**prompts)
-    if inference is not None and not inference.streaming:
-        pipeline.vae.disable_streaming()
-    if options.tiling:
-        pipeline.vae.enable_tiling()
+    _set_decoding(pipeline.vae, options, inference)
     return pipeline, model
 
 
@@ -405,7 +557,8 @@ def calibrate(options: Calibrate) -> None:
 
     job.check_folder(out.parent, out.name)
 
-    from opensoraplan.device import prepare, resolve_device, resolve_dtype
+    from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.memory import Arrangement
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
     device = resolve_device(options.device)
@@ -432,7 +585,8 @@ def calibrate(options: Calibrate) -> None:
         ratios = measure(False)
     else:
         batched = request.model_copy(update={"batched_guidance": True})
-        ratios = _arrange(pipeline, [batched], "auto", device).run(measure)
+        plans = _plans(_needs(pipeline, [batched]), "auto", device, free=free_memory(device))
+        ratios = Arrangement(pipeline, plans, device).run(measure)
     step_cache.Calibration(ratios=ratios).write(out)
     logger.info("wrote %s: osp generate ... --step-cache 0.06", out)
 
@@ -453,8 +607,8 @@ def decode(options: Decode) -> None:
 
     from opensoraplan import generate as job
     from opensoraplan.convert.assemble import load_vae
-    from opensoraplan.device import explained_memory, free_memory, prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import decoding_chunk, limit_decoding
+    from opensoraplan.device import dtype_name, explained_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.memory import fit_decoding
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
@@ -469,13 +623,9 @@ def decode(options: Decode) -> None:
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
     found = saved.read(options.latents)
     frames, height, width = found.latents.shape[2:]
-    if device.type == "cpu":
-        limit_decoding(vae, [(frames, height, width)], free=free_memory(device))
-    else:
-        chunk = decoding_chunk(vae, (frames, height, width), free=free_memory(device))
-        vae.enable_streaming(latent_frames=chunk)
+    fit_decoding(vae, [(frames, height, width)], device)
     vae.register_to_config(**found.scaling)
-    record |= {"vae_dtype": str(vae.dtype).removeprefix("torch."), "vae_tiling": vae.tiling}
+    record |= {"vae_dtype": dtype_name(vae.dtype), "vae_tiling": vae.tiling}
     with explained_memory("the frames do not fit into memory: --tiling needs less, and is not exact"):
         written = job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"])
     logger.info("wrote %s", written)

@@ -59,6 +59,8 @@ class PlanJob:
     """Blocks that are computed again in the backward pass."""
     recompute_feed_forwards: Annotated[int | None, optional("INT", "(default: the run's, else 0)")] = None
     """Blocks whose feed-forwards are computed again in the backward pass."""
+    keep_attention: Annotated[bool | None, optional("True|False", "(default: the run's)")] = None
+    """Of blocks that are computed again, keep what attention gives."""
     ema: Annotated[Ema | None, optional("same|cpu|none", "(default: the run's)")] = None
     """Where the average of the weights is."""
     cpu_offload: Annotated[bool | None, optional("True|False", "(default: the run's)")] = None
@@ -139,7 +141,9 @@ def plan(options: Plan) -> None:
     from opensoraplan.parallel.estimate import Shape, cheapest_mesh
     from opensoraplan.shapes import latent_shape
 
-    _check_positive(options, "memory", "tflops", "samples", "machine", "text_tokens")
+    sizes = ("frames", "height", "width", "text_tokens")
+    _check_positive(options, "memory", "tflops", "samples", "machine", *sizes)
+    _check_positive(options.mesh, "devices")
     _check_positive(options.job, "batch", "accumulate")
     run = _run_of(options)
     frames, height, width = (121, 576, 1024) if run is None else _largest_sample(run)
@@ -243,12 +247,16 @@ def _job_of(given: PlanJob, run: "TrainSettings | None") -> "Job":
     blocks, feed_forwards = given.recompute_blocks, given.recompute_feed_forwards
     if blocks is None and feed_forwards is None and run:
         blocks, feed_forwards = run.memory.recompute_blocks, run.memory.recompute_feed_forwards
+    keep_attention = given.keep_attention
+    if keep_attention is None:
+        keep_attention = run.memory.keep_attention if run else False
     return Job(
         compute=given.compute or (run.model.compute if run else "bf16"),
         master=given.master or (run.model.master if run else "fp32"),
         accumulate=given.accumulate or (optimizer.accumulate if optimizer else 1),
         recompute_blocks=blocks or 0,
         recompute_feed_forwards=feed_forwards or 0,
+        keep_attention=keep_attention,
         ema={"same": "device", "cpu": "host", "none": None}[ema],
         cpu_offload=offload,
     )

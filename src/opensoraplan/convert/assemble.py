@@ -1,5 +1,6 @@
 """A whole pipeline from the files in which its parts exist: in memory, or as a diffusers folder, and back."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,8 @@ from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import empty_text_encoder, load_text_encoder, load_tokenizer
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.pipeline import OpenSoraPlanPipeline, check_parts, make_scheduler
+from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+from opensoraplan.pipeline_inputs import check_parts
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +123,36 @@ def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVA
     return Opened(vae, checkpoint, original.match(vae, checkpoint))
 
 
-def _open_models(sources: Sources) -> tuple[Opened[SparseUMMDiT], Opened[WFVAE]]:
-    """Denoiser and VAE, once they are known to be whole and to fit each other. No weights are read."""
+@dataclass(frozen=True)
+class OpenedPipeline:
+    """Denoiser and VAE, known to be whole and to fit each other, and where the rest is. No weights are read
+    yet.
+    """
+
+    sources: Sources
+    denoiser: Opened[SparseUMMDiT]
+    vae: Opened[WFVAE]
+
+    def without_weights(
+        self, dtype: torch.dtype, *, vae_dtype: torch.dtype | None = None
+    ) -> OpenSoraPlanPipeline:
+        """What `load_pipeline` would load, on the meta device: its config and sizes, and no tokenizers."""
+        transformer, vae = copy.deepcopy(self.denoiser.model), copy.deepcopy(self.vae.model)
+        text_encoder = empty_text_encoder(self.sources.text_encoder, kind="t5")
+        text_encoder_2 = empty_text_encoder(self.sources.text_encoder_2, kind="clip")
+        for model in (transformer, vae, text_encoder, text_encoder_2):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(vae_dtype or dtype if model is vae else dtype)
+        absent: dict[str, Any] = {"tokenizer": None, "tokenizer_2": None, "scheduler": make_scheduler()}
+        return OpenSoraPlanPipeline(
+            transformer, vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, **absent
+        )
+
+
+def open_pipeline(sources: Sources) -> OpenedPipeline:
+    """A pipeline of these parts. Raises FileNotFoundError for those that do not exist, and ValueError for
+    denoiser and VAE that are not whole or do not fit each other.
+    """
     sources.check_exist()
     transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
     vae_file = open_checkpoint(sources.vae)
@@ -134,14 +164,15 @@ def _open_models(sources: Sources) -> tuple[Opened[SparseUMMDiT], Opened[WFVAE]]
             "%s: the shift and scale of its latents are in no tensor and nobody gives them: left out",
             vae_file.path,
         )
-    return (
+    return OpenedPipeline(
+        sources,
         Opened(transformer, transformer_file, original.match(transformer, transformer_file)),
         Opened(vae, vae_file, original.match(vae, vae_file)),
     )
 
 
 def load_pipeline(
-    sources: Sources,
+    opened: OpenedPipeline,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -149,24 +180,20 @@ def load_pipeline(
     scheduler: Mapping[str, Any] = MappingProxyType({}),
     max_text_tokens: int = 512,
 ) -> OpenSoraPlanPipeline:
-    """A pipeline straight from the original's files. The VAE has `vae_dtype` (None: `dtype`).
+    """The pipeline with its weights, each tensor moved to `device` as it is read; the host needs room for one
+    text encoder at most. The VAE has `vae_dtype` (None: `dtype`).
 
-    Raises what `check_exist` and the loading of each part raise, and MemoryError for a CPU without room for
-    the weights; denoiser and VAE are checked before any weight is read.
+    Raises what the loading of each text encoder raises, and MemoryError for a CPU without room for the
+    weights, before any is read.
     """
-    denoiser_part, vae_part = _open_models(sources)
-    transformer, vae = denoiser_part.model, vae_part.model
     if device.type == "cpu":
-        encoders = [
-            empty_text_encoder(sources.text_encoder, kind="t5"),
-            empty_text_encoder(sources.text_encoder_2, kind="clip"),
-        ]
-        _check_room([*((model, dtype) for model in (transformer, *encoders)), (vae, vae_dtype or dtype)])
+        _check_room(opened.without_weights(dtype, vae_dtype=vae_dtype))
+    sources, transformer, vae = opened.sources, opened.denoiser.model, opened.vae.model
     text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
     text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
     check_parts(transformer, vae, text_encoder, text_encoder_2)
-    original.fill(vae, vae_part.names, vae_part.tensors, dtype=vae_dtype or dtype)
-    original.fill(transformer, denoiser_part.names, denoiser_part.tensors, dtype=dtype)
+    original.fill(vae, opened.vae.names, _On(device, opened.vae.tensors), dtype=vae_dtype or dtype)
+    original.fill(transformer, opened.denoiser.names, _On(device, opened.denoiser.tensors), dtype=dtype)
     return OpenSoraPlanPipeline(
         transformer=transformer.eval().to(device),  # type: ignore[arg-type]
         vae=vae.eval().to(device),  # type: ignore[arg-type]
@@ -179,9 +206,27 @@ def load_pipeline(
     )
 
 
-def _check_room(models: Sequence[tuple[nn.Module, torch.dtype]]) -> None:
-    """Raise MemoryError if the models' parameters, of these dtypes, do not fit into the host's memory."""
-    needed = sum(dtype.itemsize * sum(p.numel() for p in model.parameters()) for model, dtype in models)
+class _On(Mapping[str, Tensor]):
+    """Tensors that go to a device when they are taken out."""
+
+    def __init__(self, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+        self._device = device
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _check_room(pipeline: OpenSoraPlanPipeline) -> None:
+    """Raise MemoryError if the weights of a pipeline like this one do not fit into the host's memory."""
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    needed = sum(parameter.nbytes for model in models for parameter in model.parameters())
     free = free_memory(torch.device("cpu")) + psutil.swap_memory().free
     if needed > free:
         raise MemoryError(
@@ -201,15 +246,15 @@ def save_diffusers(
     """Write a pipeline from the original's files as a diffusers folder, with no more than a shard of the
     denoiser in memory. `dtype`: None keeps that of each tensor, and fp32 for the text encoders.
 
-    Raises what `load_pipeline` raises, and ValueError if `out` exists. Nothing is left behind of a failed
-    attempt.
+    Raises what `open_pipeline` and the loading of text encoders raise, and ValueError if `out` exists.
+    Nothing is left behind of a failed attempt.
     """
     with new_folder(out) as folder:
-        denoiser, vae = _open_models(sources)
+        opened = open_pipeline(sources)
         write_pipeline(
             folder,
-            denoiser=denoiser,
-            vae=vae,
+            denoiser=opened.denoiser,
+            vae=opened.vae,
             sources=sources,
             dtype=dtype,
             scheduler=scheduler,

@@ -32,7 +32,7 @@ from opensoraplan.models.original import NESTED, denoiser_name
 logger = logging.getLogger(__name__)
 
 # Where the training frameworks put the model inside theirs.
-PREFIX = re.compile(r"(module\.)+")
+PREFIX = re.compile(r"^(module\.)+")
 
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 SHARD_FILE = "model_optim_rng.pt"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from opensoraplan.convert.checkpoints import open_checkpoint
 from opensoraplan.convert.infer import config_of, empty_model
+from opensoraplan.device import dtype_name
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 
@@ -33,7 +34,7 @@ def describe(path: Path) -> str:
         "what": f"{type(model).__name__}, {'denoiser' if isinstance(model, SparseUMMDiT) else 'VAE'}",
         "dialect": info.dialect + (", MindSpeed-MM's names" if info.names == "mindspeed-mm" else ""),
         "iteration": info.iteration,
-        "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes)),
+        "dtype": ", ".join(sorted(dtype_name(dtype) for dtype in checkpoint.dtypes)),
         "parameters": f"{parameters:,}{release} in {len(learned)} tensors",
         "EMA": "these weights" if info.ema else "none beside these weights",
         "tensor parallel": info.tensor_parallel,

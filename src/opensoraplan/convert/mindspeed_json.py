@@ -3,7 +3,6 @@ selects samples. Every key is used, or named as having no meaning here; an unkno
 architecture keys are in models/original.py.
 """
 
-import difflib
 import json
 import logging
 import re
@@ -15,7 +14,9 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.defaults import Fps
 from opensoraplan.models import original
+from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class InferenceFile(Settings):
     frame_interval: Literal[1] = 1
     model_max_length: PositiveInt = 512
     save_path: Path
-    fps: PositiveFloat = 24
+    fps: Fps = 24
     prompt: Path
     device: str = "npu"
     weight_dtype: str = "bf16"
@@ -218,8 +219,7 @@ def _apply(change: str, content: dict[str, Any]) -> None:
     for section in sections:
         known = [name for name, inner in content.items() if isinstance(inner, dict)]
         if section not in known:
-            near = difflib.get_close_matches(section, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(known) or 'none'}"
+            hint = did_you_mean(section, known) or f"; there are {', '.join(known) or 'none'}"
             raise ValueError(f"{change!r}: there is no section {section!r}{hint}")
         content = content[section]
     try:
