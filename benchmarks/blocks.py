@@ -77,7 +77,10 @@ def time_block(
         lambda: block(video, text, cond, layout), warm=1 if compiled or device.type != "cpu" else 0
     )
     length = tokens // rate + text_tokens
-    q, k, v = (torch.randn(rate, length, HEADS, WIDTH // HEADS, device=device).to(dtype) for _ in range(3))
+    q, k, v = (  # in the layout of JointAttnProcessor's
+        torch.randn(rate, HEADS, length, WIDTH // HEADS, device=device).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
     alone = seconds(lambda: attention(q, k, v, None), warm=0 if device.type == "cpu" else 1)
     attended = 4.0 * rate * length**2 * WIDTH
     return Timing(whole, alone, 24.0 * (tokens + text_tokens) * WIDTH**2 + attended, attended)

@@ -4,11 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.mesh import DATA, Mesh, MeshSettings
 from opensoraplan.parallel.plan import parallelize
+from opensoraplan.train.gradient_clip import global_norm
 
 BATCH, STEPS, TEXT = 4, 5, 6
 CONFIG: dict[str, Any] = {
@@ -27,10 +29,14 @@ WHOLE, RAGGED = (3, 8, 8), (3, 6, 10)
 
 
 class Result(NamedTuple):
-    """Losses of all steps, and the first and last step's gradients by name."""
+    """Losses and gradients' norms of all steps, the first and last step's gradients by name, and how many
+    graphs were compiled.
+    """
 
     losses: list[float]
+    norms: list[float]
     gradients: list[dict[str, Tensor]]
+    graphs: int
 
 
 def make_model(**changes: object) -> SparseUMMDiT:
@@ -44,14 +50,14 @@ def make_model(**changes: object) -> SparseUMMDiT:
     return model
 
 
-def make_batch(grid: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Inputs of four samples with texts of different lengths, and what the output should be."""
+def make_batch(grid: tuple[int, int, int], *, masked: bool = True) -> dict[str, Tensor]:
+    """Inputs of four samples and what the output should be. Texts have different lengths if `masked`."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    lengths = torch.tensor([3, 5, 6, 4])
+    lengths = torch.tensor([3, 5, 6, 4] if masked else [TEXT] * BATCH)
     return {
         "hidden_states": random(BATCH, 4, *grid),
         "timestep": torch.tensor([100.0, 400.0, 700.0, 900.0]),
@@ -66,37 +72,41 @@ def train(
     sizes: dict[str, int] | None,
     *,
     grid: tuple[int, int, int] = WHOLE,
+    masked: bool = True,
     recompute: int = 0,
     backend: str | None = None,
     compute: torch.dtype = torch.float32,
     cpu_offload: bool = False,
     **changes: object,
 ) -> Result:
-    """Losses and gradients of five steps of AdamW; on a mesh of these sizes, or in one process (None)."""
+    """Five steps of AdamW; on a mesh of these sizes, or in one process (None). With `backend`, blocks are
+    compiled.
+    """
+    torch.compiler.reset()
+    counters.clear()
     model = make_model(**changes).train()
     model.set_recompute(blocks=recompute)
-    batch, share, shares = make_batch(grid), 0, 1
+    batch, share, shares = make_batch(grid, masked=masked), 0, 1
     if sizes is not None:
         mesh = Mesh.build(MeshSettings(**sizes), device_type="cpu")  # type: ignore[arg-type]
-        if backend is not None:
-            for block in model.transformer_blocks:
-                block.compile(backend=backend)
-        parallelize(model, mesh, compute=compute, cpu_offload=cpu_offload)
+        compiled = {} if backend is None else {"compiled": True, "backend": backend}
+        parallelize(model, mesh, compute=compute, cpu_offload=cpu_offload, **compiled)
         share, shares = mesh.rank(DATA), mesh.size(DATA)
     own = {name: value.chunk(shares)[share] for name, value in batch.items()}
     target = own.pop("target")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
-    losses, gradients = [], []
+    losses, norms, gradients = [], [], []
     for step in range(STEPS):
         optimizer.zero_grad()
         (output,) = model(**own, return_dict=False)
         loss = (output - target).square().mean()
         loss.backward()
         losses.append(_mean_over_data(loss.detach(), mesh if sizes is not None else None))
+        norms.append(global_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
         if step in (0, STEPS - 1):
             gradients.append({name: _whole(p.grad) for name, p in model.named_parameters()})
         optimizer.step()
-    return Result(losses, gradients)
+    return Result(losses, norms, gradients, counters["stats"]["unique_graphs"])
 
 
 def _whole(gradient: Tensor | None) -> Tensor:

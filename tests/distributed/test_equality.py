@@ -9,6 +9,7 @@ from denoising import RAGGED, WHOLE, Result
 from ranks import Ranks
 
 MESHES = {
+    "fsdp 2": {"dp_shard": 2},
     "fsdp 4": {"dp_shard": 4},
     "hsdp 2 x 2": {"dp_replicate": 2, "dp_shard": 2},
     "hsdp 2 x tp 2": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
@@ -28,14 +29,23 @@ def run(sizes: dict[str, int], options: dict[str, object]) -> Result:
 
 
 @functools.cache
-def one_process(grid: tuple[int, int, int], double_ff: bool, dense: bool) -> Result:
+def one_process(
+    grid: tuple[int, int, int] = WHOLE,
+    *,
+    masked: bool = True,
+    double_ff: bool = True,
+    layers: tuple[int, ...] = (2, 2, 2),
+    dense: bool = False,
+) -> Result:
     torch.set_num_threads(1)
-    return denoising.train(None, grid=grid, double_ff=double_ff, **({"sparse_n": None} if dense else {}))
+    rates = {"sparse_n": None} if dense else {}
+    return denoising.train(None, grid=grid, masked=masked, double_ff=double_ff, num_layers=layers, **rates)
 
 
 def assert_equal(result: Result, reference: Result) -> None:
     assert result.losses == pytest.approx(reference.losses, rel=CLOSE)
     assert result.losses[-1] < result.losses[0]
+    assert result.norms == pytest.approx(reference.norms, rel=CLOSE)
     for step, wanted in zip(result.gradients, reference.gradients, strict=True):
         for name, gradient in wanted.items():
             error = (step[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-6)
@@ -48,30 +58,41 @@ def test_mesh_equals_one_process(ranks: Ranks, mesh: str, grid: tuple[int, int, 
     sizes = MESHES[mesh]
     count = torch.tensor(list(sizes.values())).prod().item()
     for result in ranks(run, sizes, {"grid": grid}, ranks=int(count)):
-        assert_equal(result, one_process(grid, True, False))
+        assert_equal(result, one_process(grid))
 
 
 @pytest.mark.parametrize("mesh", ["tp 2 x sp 2", "fsdp 2 x sp 2"])
 def test_dense_model_with_one_feed_forward_equals_one_process(ranks: Ranks, mesh: str) -> None:
     options = {"sparse_n": None, "double_ff": False}
     for result in ranks(run, MESHES[mesh], options, ranks=4):
-        assert_equal(result, one_process(WHOLE, False, True))
+        assert_equal(result, one_process(double_ff=False, dense=True))
+
+
+@pytest.mark.parametrize("mesh", ["tp 2", "sp 2"])
+def test_texts_of_one_length_equal_one_process(ranks: Ranks, mesh: str) -> None:
+    """Nothing is masked then."""
+    for result in ranks(run, MESHES[mesh], {"masked": False}, ranks=2):
+        assert_equal(result, one_process(masked=False))
 
 
 @pytest.mark.parametrize("mesh", ["tp 2", "sp 2"])
 def test_recompute_equals_one_process(ranks: Ranks, mesh: str) -> None:
     for result in ranks(run, MESHES[mesh], {"recompute": 3}, ranks=2):
-        assert_equal(result, one_process(WHOLE, True, False))
+        assert_equal(result, one_process())
 
 
 def test_offloaded_shards_equal_one_process(ranks: Ranks) -> None:
     for result in ranks(run, {"dp_shard": 2}, {"cpu_offload": True}, ranks=2):
-        assert_equal(result, one_process(WHOLE, True, False))
+        assert_equal(result, one_process())
 
 
-def test_compiled_blocks_equal_one_process(ranks: Ranks) -> None:
-    for result in ranks(run, MESHES["tp 2"], {"backend": "eager"}, ranks=2):
-        assert_equal(result, one_process(WHOLE, True, False))
+@pytest.mark.parametrize("mesh", ["tp 2", "sp 2", "fsdp 2"])
+def test_compiled_blocks_equal_one_process(ranks: Ranks, mesh: str) -> None:
+    """In a graph for each kind of block, not for each of the six blocks."""
+    options = {"backend": "eager", "num_layers": (6,), "sparse_n": None}
+    for result in ranks(run, MESHES[mesh], options, ranks=2):
+        assert_equal(result, one_process(layers=(6,), dense=True))
+        assert 1 <= result.graphs <= 3
 
 
 def test_bf16_on_a_mesh_learns_as_one_process_in_bf16(ranks: Ranks) -> None:
@@ -79,4 +100,4 @@ def test_bf16_on_a_mesh_learns_as_one_process_in_bf16(ranks: Ranks) -> None:
     options = {"compute": torch.bfloat16}
     for mesh in ("fsdp 2 x sp 2", "fsdp 2 x tp 2"):
         for result in ranks(run, MESHES[mesh], options, ranks=4):
-            assert result.losses == pytest.approx(one_process(WHOLE, True, False).losses, rel=0.02)
+            assert result.losses == pytest.approx(one_process().losses, rel=0.02)

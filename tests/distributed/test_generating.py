@@ -15,7 +15,8 @@ from torch import Tensor
 from opensoraplan.data.video import read_frames
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.branches import share_branches
-from opensoraplan.parallel.decode import share_decoding
+from opensoraplan.parallel.collectives import part_of
+from opensoraplan.parallel.decode import _Halo, share_decoding
 from opensoraplan.parallel.mesh import Mesh, MeshSettings
 from opensoraplan.parallel.plan import share_sample
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
@@ -46,8 +47,8 @@ def on_ranks(model: Path, branches: bool, sizes: dict[str, int]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("count", "branches", "sizes"),
-    [(2, False, {"sp": 2}), (2, False, {"tp": 2}), (2, True, {})],
-    ids=["sp 2", "tp 2", "guidance"],
+    [(2, False, {"sp": 2}), (4, False, {"sp": 4}), (2, False, {"tp": 2}), (2, True, {})],
+    ids=["sp 2", "sp 4", "tp 2", "guidance"],
 )
 def test_video_equals_one_process(
     ranks: Ranks, tiny_model: Path, count: int, branches: bool, sizes: dict[str, int]
@@ -108,6 +109,31 @@ def test_rows_decoded_on_ranks_equal_the_whole(ranks: Ranks, count: int, chunk: 
         reference = make_vae().decode(latents).sample
     for pixels in ranks(decoded_rows, latents, chunk, ranks=count):
         assert (pixels - reference).abs().max() < 1e-5 * reference.abs().max()
+
+
+def widened(x: Tensor) -> Tensor:
+    """What a convolution gets for this rank's rows of x."""
+    group = dist.group.WORLD
+    assert group is not None
+    seen: list[Tensor] = []
+
+    def layer(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return rows
+
+    own = part_of(x, dim=3, group=group)
+    assert torch.equal(_Halo(group, grown=1).run(layer, own), own)
+    return seen[0]
+
+
+def test_rows_of_neighbours_come_in_the_layout_of_convolutions(ranks: Ranks) -> None:
+    """Another one would be copied by each of them."""
+    layout = torch.channels_last_3d
+    x = torch.randn(2, 3, 2, 4, 5).to(memory_format=layout)
+    padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+    for rank, rows in enumerate(ranks(widened, x, ranks=2)):
+        assert torch.equal(rows, padded[..., 2 * rank : 2 * rank + 4, :])
+        assert rows.is_contiguous(memory_format=layout)
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(ranks: Ranks) -> None:

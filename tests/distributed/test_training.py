@@ -22,12 +22,13 @@ import psutil
 import pytest
 import torch
 from denoising import CONFIG
+from diffusers.models.attention_dispatch import attention_backend
 from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.dataset import Batch
-from opensoraplan.parallel.mesh import Mesh
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
 from opensoraplan.parallel.ranks import Ranks as JobRanks
 from opensoraplan.train import checkpoint
 from opensoraplan.train.building import build
@@ -140,17 +141,32 @@ def test_any_number_of_processes_goes_on_with_a_checkpoint_of_any_other(six: Mak
     train(six(steps=3), resume="latest")
     finish(launch(six(steps=4, ranks=3), processes=3))
     assert losses(six()) == pytest.approx(losses(one), rel=CLOSE)
+    assert losses(six(), "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=CLOSE)
     averages = [checkpoint.load(run.output, 4).parts["ema"]["proj_out.weight"] for run in (one, six())]
     assert (averages[0] - averages[1]).abs().max() < 1e-4
 
 
+def test_attention_that_is_chosen_is_that_of_every_process(ranks: Ranks, six: MakeRun) -> None:
+    run = six(sp=2, sections={"model": {"attention": "_native_math"}})
+    assert ranks(backends, run, ranks=2) == [{"_native_math"}, {"_native_math"}]
+
+
+def backends(run: TrainSettings) -> set[str]:
+    mesh = Mesh.build(run.parallel.filled(2), device_type="cpu")
+    with attention_backend("native"):  # and back: diffusers' choice is the process's
+        model = build(run, device=torch.device("cpu"), mesh=mesh)
+    return {str(getattr(p._attention_backend, "value", None)) for p in model.attn_processors.values()}
+
+
 def test_encoders_take_turns(ranks: Ranks, six: MakeRun) -> None:
     run = six(steps=2, sp=2)
+    got: list[torch.Tensor] = []
     for turns, encoded in ((True, (6, 6)), (False, (12, 0))):
         other = run.model_copy(update={"parallel": run.parallel.model_copy(update={"encoder_dp": turns})})
         counts, moments = zip(*ranks(count_encoded, other, ranks=2), strict=True)
         assert counts == encoded
-        assert torch.equal(moments[0], moments[1])
+        got += moments
+    assert all(torch.equal(moments, got[0]) for moments in got[1:])
 
 
 def count_encoded(run: TrainSettings) -> tuple[int, torch.Tensor]:
@@ -260,6 +276,39 @@ def clips_seen(run: TrainSettings, missing: int) -> str:
         clips_of_all(samples[missing * job.rank :], job)
     except ValueError as error:
         return str(error)
+    return ""
+
+
+class OddError(Exception):
+    """Cannot be sent: it is not made of its text."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "ValueError: wrong": lambda: ValueError("wrong"),
+    "MemoryError: full": lambda: MemoryError("full"),
+    "KeyError: 'name'": lambda: KeyError("name"),
+    "OddError: code 3": lambda: OddError(code=3),
+}
+
+
+@pytest.mark.parametrize("said", ERRORS)
+def test_what_the_first_process_raises_is_raised_in_all(ranks: Ranks, said: str) -> None:
+    others = f"RuntimeError: {said}" if said.startswith("Odd") else said
+    assert ranks(raised_together, said, ranks=2) == [said, others]
+
+
+def raised_together(said: str) -> str:
+    def decide() -> None:
+        raise ERRORS[said]()
+
+    job = JobRanks(Mesh.build(MeshSettings(), device_type="cpu"))
+    try:
+        job.agree(decide)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return ""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.parallel.collectives import Group, gather, part_of
+from opensoraplan.parallel.collectives import Group, all_gather, part_of
 
 
 def share_branches(model: SparseUMMDiT, group: Group) -> None:
@@ -29,7 +29,7 @@ def share_branches(model: SparseUMMDiT, group: Group) -> None:
         return args, own
 
     def join(_model: nn.Module, _args: Any, _kwargs: Any, output: tuple[Tensor]) -> tuple[Tensor]:  # noqa: ANN401
-        return (gather(output[0], dim=0, group=group),) if shared.pop() else output
+        return (all_gather(output[0], dim=0, group=group),) if shared.pop() else output
 
     model.register_forward_pre_hook(divide, with_kwargs=True)
     model.register_forward_hook(join, with_kwargs=True)

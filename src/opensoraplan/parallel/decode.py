@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensoraplan.models.convolution import memory_format_of
 from opensoraplan.models.wfvae import WFVAE, CausalConv3d, FrameAttention, FrameConv2d, Upsample
-from opensoraplan.parallel.collectives import Group, gather, part_of
+from opensoraplan.parallel.collectives import Group, all_gather, part_of
 
 ROWS = 3
 
@@ -30,7 +31,7 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
             _put_around(layer.conv, partial(_zero_outside, group))
         elif isinstance(layer, FrameAttention):
             layer.register_forward_pre_hook(
-                lambda _layer, args: (gather(args[0], dim=ROWS, group=group), *args[1:])
+                lambda _layer, args: (all_gather(args[0], dim=ROWS, group=group), *args[1:])
             )
             layer.register_forward_hook(partial(_own_rows, group=group))
         elif _looks_beyond(layer) and id(layer) not in within_upsampling:
@@ -47,7 +48,7 @@ def share_decoding(vae: WFVAE, group: Group) -> None:
                 f"use {', '.join(map(str, possible))}"
             )
         for pixels in decode_own(part_of(z, dim=ROWS, group=group)):
-            yield gather(pixels, dim=ROWS, group=group)
+            yield all_gather(pixels, dim=ROWS, group=group)
 
     vae.iter_decode = iter_decode
 
@@ -84,10 +85,16 @@ class _Halo:
     def widened(self, x: Tensor) -> Tensor:
         rank, last = self.group.rank(), self.group.size() - 1
         edges = torch.stack([x[..., :1, :], x[..., -1:, :]])  # what the neighbours need: [2, B, C, T, 1, W]
-        everyones = gather(edges, dim=0, group=self.group).unflatten(0, (-1, 2))
+        everyones = all_gather(edges, dim=0, group=self.group).unflatten(0, (-1, 2))
         above = everyones[rank - 1, 1] if rank else self._outside(edges[0])
         below = everyones[rank + 1, 0] if rank < last else self._outside(edges[1])
-        return torch.cat([above, x, below], dim=ROWS)
+        # Not by `cat`, which keeps the layout of x only if all that it joins has it.
+        shape = (*x.shape[:ROWS], x.shape[ROWS] + 2, *x.shape[ROWS + 1 :])
+        layout = memory_format_of(x.device.type)
+        wide = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        for rows, part in ((slice(0, 1), above), (slice(1, -1), x), (slice(-1, None), below)):
+            wide[..., rows, :] = part
+        return wide
 
     def _outside(self, edge: Tensor) -> Tensor:
         return edge if self.repeats_edge else torch.zeros_like(edge)

@@ -168,6 +168,7 @@ class Job:
     accumulate: int = 1
     recompute_blocks: int = 0
     recompute_feed_forwards: int = 0
+    keep_attention: bool = False
     ema: Literal["device", "host"] | None = "device"
     cpu_offload: bool = False
     fused_rms_norm: bool = False
@@ -191,12 +192,13 @@ class Job:
 @dataclass(frozen=True)
 class BlockActivations:
     """Bytes of one block and rank: what it takes, what is kept of all it computes, and how much of that is
-    the feed-forwards' inner width.
+    the feed-forwards' inner width, or attention's output and log-sum-exp.
     """
 
     inputs: int
     computed: int
     feed_forward: int
+    attended: int
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def block_activations(
         inputs=shape.batch * inputs,
         computed=shape.batch * computed + weights,
         feed_forward=shape.batch * feed_forward,
+        attended=shape.batch * attended * (dim * c + FP32 * model.heads),
     )
 
 
@@ -292,7 +295,7 @@ def kept_by_block(model: Model, shape: Shape, mesh: MeshSettings, job: Job) -> l
     for index, block in enumerate(model.blocks):
         activations = block_activations(model, block, shape, mesh, job)
         if index < job.recompute_blocks:
-            kept.append(activations.inputs)
+            kept.append(activations.inputs + (activations.attended if job.keep_attention else 0))
         elif index < job.recompute_feed_forwards:
             kept.append(activations.computed - activations.feed_forward)
         else:
@@ -452,20 +455,21 @@ def working_memory(model: Model, index: int, shape: Shape, mesh: MeshSettings, j
         forward = own * dim * (c + 2 * FP32 + (FP32 + 2 * c if c < FP32 else 0))
         # In fp32 what the first norm keeps is the block's input, unless a skip Linear comes before it.
         shared = own * dim * c if c == FP32 and not block.skip else 0
-        return activations.computed + shape.batch * (max(backward, forward) - shared)
+        kept = activations.attended if job.keep_attention else 0
+        return activations.computed - kept + shape.batch * (max(backward, forward) - shared)
     again = activations.feed_forward if index < job.recompute_feed_forwards else 0
     return again + shape.batch * backward
 
 
 # --- Communication ------------------------------------------------------------------------------------------
 
-Kind = Literal["gather", "sum_parts", "sum", "exchange"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True)
 class Collective:
     """One of parallel/collectives.py. `whole`: bytes of what is gathered, of what is summed up, or, of an
-    exchange, of what a rank has.
+    all-to-all, of what a rank has.
     """
 
     group: Literal["sp", "tp", "weights", "replicas"]
@@ -477,7 +481,7 @@ class Collective:
     @property
     def sent(self) -> int:
         """What a rank sends: all but its own part once; for a sum that all ranks get, twice."""
-        return (2 if self.kind == "sum" else 1) * self.whole * (self.ranks - 1) // self.ranks
+        return (2 if self.kind == "all_reduce" else 1) * self.whole * (self.ranks - 1) // self.ranks
 
 
 def collectives_of_block(
@@ -502,26 +506,26 @@ def collectives_of_block(
 
     if mesh.tp > 1:
         for _ in ("norm1", "norm2"):
-            add("tp", "gather", batch * 6 * dim * c, backward=False)
-            add("tp", "sum", batch * 3 * dim * c, backward=True)
-            add("tp", "sum", batch * model.config["timestep_embed_dim"] * c, backward=True)
+            add("tp", "all_gather", batch * 6 * dim * c, backward=False)
+            add("tp", "all_reduce", batch * 3 * dim * c, backward=True)
+            add("tp", "all_reduce", batch * model.config["timestep_embed_dim"] * c, backward=True)
         for layer in ("attention", "feed-forward"):
             for backward in (False, True):
-                add("tp", "gather", video, backward=backward)
-                add("tp", "sum_parts", video, backward=backward)
+                add("tp", "all_gather", video, backward=backward)
+                add("tp", "reduce_scatter", video, backward=backward)
             if text_out:
-                add("tp", "sum", text, backward=False)
+                add("tp", "all_reduce", text, backward=False)
             if text_out or layer == "attention":
-                add("tp", "sum", text, backward=True)
+                add("tp", "all_reduce", text, backward=True)
     if mesh.sp > 1:
         for backward in (False, True):
             for _ in ("q", "k", "v", "output"):
-                add("sp", "exchange", video // mesh.tp, backward=backward)
-        add("sp", "gather", text // mesh.tp, backward=False)
+                add("sp", "all_to_all", video // mesh.tp, backward=backward)
+        add("sp", "all_gather", text // mesh.tp, backward=False)
         if text_out:
-            add("sp", "sum_parts", text // mesh.tp, backward=True)
+            add("sp", "reduce_scatter", text // mesh.tp, backward=True)
         if tokens > shape.tokens(model.config["patch_size"]):
-            add("sp", "gather", batch * padded, backward=False)  # the key mask
+            add("sp", "all_gather", batch * padded, backward=False)  # the key mask
     return found
 
 
@@ -535,14 +539,14 @@ def collectives_outside(model: Model, shape: Shape, mesh: MeshSettings, job: Job
     made = tokens * config["patch_size"] ** 2 * config["out_channels"] * c
     found: list[Collective] = []
     if mesh.tp > 1:
-        found.append(Collective("tp", "gather", made // mesh.sp, mesh.tp))
-        found.append(Collective("tp", "gather", tokens // mesh.sp * dim * c, mesh.tp, True))
-        found.append(Collective("tp", "gather", batch * 2 * dim * c, mesh.tp))
-        found.append(Collective("tp", "sum", batch * 2 * dim * c, mesh.tp, True))
-        found.append(Collective("tp", "sum", batch * config["timestep_embed_dim"] * c, mesh.tp, True))
+        found.append(Collective("tp", "all_gather", made // mesh.sp, mesh.tp))
+        found.append(Collective("tp", "all_gather", tokens // mesh.sp * dim * c, mesh.tp, True))
+        found.append(Collective("tp", "all_gather", batch * 2 * dim * c, mesh.tp))
+        found.append(Collective("tp", "all_reduce", batch * 2 * dim * c, mesh.tp, True))
+        found.append(Collective("tp", "all_reduce", batch * config["timestep_embed_dim"] * c, mesh.tp, True))
     if mesh.sp > 1:
-        found.append(Collective("sp", "gather", made, mesh.sp))
-        found.append(Collective("sp", "sum_parts", made, mesh.sp, True))
+        found.append(Collective("sp", "all_gather", made, mesh.sp))
+        found.append(Collective("sp", "reduce_scatter", made, mesh.sp, True))
     return found
 
 
@@ -552,13 +556,13 @@ def collectives_of_weights(model: Model, unit: int, mesh: MeshSettings, job: Job
         return []
     shards, numbers = mesh.dp_shard * mesh.sp, model.numbers(unit=unit, tp=mesh.tp)
     compute = BYTES[job.compute]
-    found = [Collective("weights", "gather", numbers * compute, shards)]
+    found = [Collective("weights", "all_gather", numbers * compute, shards)]
     if unit != ROOT:  # which stays whole until its backward pass
-        found.append(Collective("weights", "gather", numbers * compute, shards, backward=True))
-    found.append(Collective("weights", "sum_parts", numbers * FP32, shards, backward=True))
+        found.append(Collective("weights", "all_gather", numbers * compute, shards, backward=True))
+    found.append(Collective("weights", "reduce_scatter", numbers * FP32, shards, backward=True))
     if mesh.dp_replicate > 1:
         own = math.ceil(numbers / shards) * FP32
-        found.append(Collective("replicas", "sum", own, mesh.dp_replicate, backward=True))
+        found.append(Collective("replicas", "all_reduce", own, mesh.dp_replicate, backward=True))
     return found
 
 
@@ -604,12 +608,12 @@ def cheapest_mesh(
     others: int = 0,
 ) -> MeshSettings:
     """The mesh of fewest devices whose peak, and `others` besides, fit into `memory` bytes of each; of those
-    the one that sends the fewest bytes for a sample. Beyond one machine only whole machines are tried.
+    the one that sends the fewest bytes for a sample. Beyond one machine only 2, 4, 8... machines are tried.
 
     Raises ValueError with the least need of all meshes if none fits.
     """
     job.check(model)
-    counts = [*range(1, machine + 1)]
+    counts = [*range(1, min(machine, most_devices) + 1)]
     while counts[-1] * 2 <= most_devices:
         counts.append(counts[-1] * 2)
     least: tuple[int, MeshSettings] | None = None

@@ -1,8 +1,9 @@
 """Everything that is done to a denoiser to run it on a mesh, in the one order that works.
 
-Tensor parallelism splits weights first; then tokens are shared out; blocks are compiled; FSDP comes last, for
-it moves what the others leave. Every micro-batch reduces its gradients: to reduce those of the last one only
-would keep them whole on every rank until then.
+Tensor parallelism splits weights first; then tokens are shared out; FSDP comes last, for it moves what the
+others leave. Blocks may be compiled before or between, since torch compiles them when they first run. Every
+micro-batch reduces its gradients: to reduce those of the last one only would keep them whole on every rank
+until then.
 """
 
 import warnings
@@ -25,9 +26,6 @@ from opensoraplan.parallel.mesh import SEQUENCE, TENSOR, Mesh
 from opensoraplan.parallel.sequence import share_tokens
 from opensoraplan.parallel.tensor import shard_blocks
 
-# FSDP's: what a block returns may be a view of its padded tokens. Nothing here writes into it.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-
 _CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
 
@@ -37,18 +35,22 @@ def parallelize(
     *,
     compute: torch.dtype,
     compiled: bool = False,
+    backend: str = "inductor",
     cpu_offload: bool = False,
 ) -> None:
     """Share a denoiser out over `mesh`, for training. All ranks must have the same weights, in the precision
-    of the optimizer; blocks compute in `compute`, gradients are reduced in fp32. With `cpu_offload`, shards,
-    gradients and the optimizer's state are in host memory.
+    of the optimizer; blocks compute in `compute`, gradients are reduced in fp32. With `compiled`, blocks are
+    compiled by `backend` of torch.compile. With `cpu_offload`, shards, gradients and the optimizer's state
+    are in host memory.
 
     Raises ValueError for a mesh that does not fit the model.
     """
     mesh.settings.check_model(model.config["num_attention_heads"])
     share_sample(model, mesh)
     if compiled:
-        compile_blocks(model)
+        compile_blocks(model, backend=backend)
+    # In each forward pass: what a block returns may be a view of its padded tokens. Nothing writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Not all inputs are to be cast: timesteps, rotary tables and the condition stay in fp32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.register_forward_pre_hook(partial(_cast_inputs, dtype=compute), with_kwargs=True)

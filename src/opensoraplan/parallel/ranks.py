@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -64,19 +65,24 @@ class Ranks:
         return 1 if self.mesh is None else self.mesh.size(SAMPLE)
 
     def agree(self, decide: Callable[[], Value]) -> Value:
-        """What `decide` returns in the first process, in all; what it raises there is raised in all."""
+        """What `decide` returns in the first process, in all; what it raises there is raised in all, in the
+        others as a RuntimeError if it cannot be sent.
+        """
         if self.mesh is None:
             return decide()
         box: list[Value | Exception | None] = [None]
-        if self.first:
-            try:
-                box[0] = decide()
-            except (ValueError, OSError) as error:
-                box[0] = error
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        return box[0]  # type: ignore[return-value]
+        if not self.first:
+            dist.broadcast_object_list(box, src=0)
+            if isinstance(box[0], Exception):
+                raise box[0]
+            return box[0]  # type: ignore[return-value]
+        try:
+            value = decide()
+        except Exception as error:
+            dist.broadcast_object_list([_sendable(error)], src=0)
+            raise
+        dist.broadcast_object_list([value], src=0)
+        return value
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process. All of them ask."""
@@ -105,6 +111,17 @@ class Ranks:
 
 
 ALONE = Ranks(None)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be pickled, as when it is made of other arguments
+    than it keeps.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def place_in_job() -> tuple[int, int]:

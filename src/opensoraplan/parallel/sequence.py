@@ -19,11 +19,11 @@ from opensoraplan.models.attention import additive_mask
 from opensoraplan.models.sparse_ummdit import JointAttention, JointAttnProcessor, SparseUMMDiT
 from opensoraplan.parallel.collectives import (
     Group,
-    exchange,
-    gather,
-    gather_copies,
+    all_gather,
+    all_gather_copies,
+    all_to_all,
     part_of,
-    part_of_copies,
+    split_copies,
 )
 
 TOKENS, HEADS = 2, 3  # of [n, B, s, H, d]
@@ -80,14 +80,14 @@ class _TokenSharing:
         if (
             self.tp is not None
         ):  # tables and mask stay whole: tensor parallelism joins the tokens for attention
-            video = part_of_copies(video, dim=1, group=self.tp)
+            video = split_copies(video, dim=1, group=self.tp)
         return (video, text, cond, tables, video_mask, text_mask), kwargs
 
     def join(self, _last: nn.Module, _args: tuple[Any, ...], video: Tensor) -> Tensor:
         if self.tp is not None:
-            video = gather_copies(video, dim=1, group=self.tp)
+            video = all_gather_copies(video, dim=1, group=self.tp)
         if self.sp is not None:
-            video = gather(video, dim=1, group=self.sp)
+            video = all_gather(video, dim=1, group=self.sp)
         return video[:, : self._tokens.pop()]
 
 
@@ -104,20 +104,20 @@ class UlyssesProcessor(JointAttnProcessor):
         key_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         group, own_tokens = self.group, video[0].shape[TOKENS]
-        q, k, v = (exchange(x, split=HEADS, join=TOKENS, group=group) for x in video)
+        q, k, v = (all_to_all(x, split=HEADS, join=TOKENS, group=group) for x in video)
         text_q, text_k, text_v = (part_of(x, dim=2, group=group) for x in text)
         if key_mask is not None:  # [n * B, 1, 1, s + L]
             of_tokens, of_text = key_mask[..., :own_tokens], key_mask[..., own_tokens:]
             key_mask = torch.cat([_gathered_mask(of_tokens, group), of_text], dim=-1)
         out, text_out = super().attend((q, k, v), (text_q, text_k, text_v), key_mask)
         return (
-            exchange(out, split=TOKENS, join=HEADS, group=group),
-            gather(text_out, dim=2, group=group),
+            all_to_all(out, split=TOKENS, join=HEADS, group=group),
+            all_gather(text_out, dim=2, group=group),
         )
 
 
 def _gathered_mask(mask: Tensor, group: Group) -> Tensor:
     """A byte a key is sent, whether the mask is of booleans or additive."""
     attended = mask if mask.dtype == torch.bool else mask == 0
-    attended = gather(attended.to(torch.uint8), dim=-1, group=group).bool()
+    attended = all_gather(attended.to(torch.uint8), dim=-1, group=group).bool()
     return attended if mask.dtype == torch.bool else additive_mask(attended, mask.dtype)

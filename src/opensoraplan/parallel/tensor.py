@@ -12,7 +12,6 @@ have gradients that are summed over ranks.
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,11 +30,11 @@ from opensoraplan.models.sparse_ummdit import (
 )
 from opensoraplan.parallel.collectives import (
     Group,
-    gather,
-    gather_copies,
-    sum_parts,
-    sum_to_copies,
-    use_copies,
+    all_gather,
+    all_gather_copies,
+    all_reduce,
+    all_reduce_gradient,
+    reduce_scatter,
 )
 
 TOKENS = 2  # of the video [n, B, s, D]; the text is [B, L, D]
@@ -96,31 +95,48 @@ def _shard_modulation(linear: nn.Linear, mesh: DeviceMesh, group: Group, *, vide
     video_width = int(linear.out_features * video_share)
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
-        out = gather_copies(out, dim=-1, group=group)
+        out = all_gather_copies(out, dim=-1, group=group)
         if video_width == out.shape[-1]:
-            return use_copies(out, group=group)
+            return all_reduce_gradient(out, group=group)
         video, text = out[..., :video_width], out[..., video_width:]
-        return torch.cat([use_copies(video, group=group), text], dim=-1)
+        return torch.cat([all_reduce_gradient(video, group=group), text], dim=-1)
 
-    linear.register_forward_pre_hook(lambda _module, args: (use_copies(args[0], group=group),))
+    linear.register_forward_pre_hook(lambda _module, args: (all_reduce_gradient(args[0], group=group),))
     linear.register_forward_hook(leave)
 
 
 def _enter(x: Tensor, group: Group) -> Tensor:
     """Whole input for layers whose outputs are split: all tokens of the video, the copy of the text."""
-    return gather(x, dim=TOKENS, group=group) if x.ndim == VIDEO_DIMS else use_copies(x, group=group)
+    if x.ndim == VIDEO_DIMS:
+        return all_gather(x, dim=TOKENS, group=group)
+    return all_reduce_gradient(x, group=group)
 
 
 def _split_outputs(linear: nn.Linear, mesh: DeviceMesh) -> None:
     """Each rank computes a part of the outputs."""
     _distribute(linear, mesh, {"weight": Shard(0), "bias": Shard(0)})
-    _run_as(linear, partial(_local_linear, linear))
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if linear.bias is None else _local(linear.bias)
+        return F.linear(x, _local(linear.weight), bias)
+
+    _run_as(linear, forward)
 
 
 def _split_inputs(linear: nn.Linear, mesh: DeviceMesh, group: Group) -> None:
     """Each rank has a part of the inputs: a sum over ranks, of which video tokens are shared out again."""
     _distribute(linear, mesh, {"weight": Shard(1), "bias": Replicate()})
-    _run_as(linear, partial(_summed_linear, linear, group))
+
+    def forward(x: Tensor) -> Tensor:
+        product = F.linear(x, _local(linear.weight))
+        of_a_part = x.ndim == VIDEO_DIMS
+        if of_a_part:
+            out = reduce_scatter(product, dim=TOKENS, group=group)
+        else:
+            out = all_reduce(product, group=group)
+        return out if linear.bias is None else out + _local(linear.bias, of_a_part=of_a_part)
+
+    _run_as(linear, forward)
 
 
 def _see_a_part(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -128,11 +144,21 @@ def _see_a_part(module: nn.Module, mesh: DeviceMesh) -> None:
     _distribute(module, mesh, {name: Replicate() for name, _ in module.named_parameters(recurse=False)})
     plain = copy.copy(module)  # shares the weights, without the new forward
     plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
-    _run_as(module, partial(_forward_of_a_part, plain))
+
+    def forward(x: Tensor) -> Tensor:
+        weights = {
+            name: _local(weight, of_a_part=True) for name, weight in plain.named_parameters(recurse=False)
+        }
+        return functional_call(plain, weights, (x,))
+
+    _run_as(module, forward)
 
 
 def _run_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-    module.forward = forward  # hooks, names and weights stay
+    """Hooks, names and weights stay. Not for a functools.partial: torch.compile knows one by its identity, a
+    nested function by its code, which lets blocks share graphs.
+    """
+    module.forward = forward
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
@@ -144,21 +170,3 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Place
 def _local(weight: Tensor, *, of_a_part: bool = False) -> Tensor:
     assert isinstance(weight, DTensor)
     return weight.to_local(grad_placements=[Partial()] if of_a_part else None)
-
-
-def _local_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    bias = None if linear.bias is None else _local(linear.bias)
-    return F.linear(x, _local(linear.weight), bias)
-
-
-def _summed_linear(linear: nn.Linear, group: Group, x: Tensor) -> Tensor:
-    product = F.linear(x, _local(linear.weight))
-    of_a_part = x.ndim == VIDEO_DIMS
-    together = partial(sum_parts, dim=TOKENS) if of_a_part else sum_to_copies
-    out = together(product, group=group)
-    return out if linear.bias is None else out + _local(linear.bias, of_a_part=of_a_part)
-
-
-def _forward_of_a_part(plain: nn.Module, x: Tensor) -> Tensor:
-    weights = {name: _local(weight, of_a_part=True) for name, weight in plain.named_parameters(recurse=False)}
-    return functional_call(plain, weights, (x,))
