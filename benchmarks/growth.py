@@ -1,6 +1,6 @@
 """Time and memory of `osp generate` as videos get longer, and with steps left out: the built-in model.
 
-    python benchmarks/growth.py                 49, 97 and 193 frames of 96 x 128, each in a process of its own
+    python benchmarks/growth.py               49, 97 and 193 frames of 96 x 128, each in a process of its own
     python benchmarks/growth.py --steps 10
 
 Memory is what each adds, at its peak, to what the process had before. The first video of a process is not

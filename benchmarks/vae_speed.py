@@ -19,6 +19,10 @@ from timing import DTYPES, begin_peak, conv_peak, machine, ready, resident_peak,
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.shapes import latent_shape
 
+PLAIN, WHOLE, STREAMED = "plain formulation, whole", "whole", "four latent frames at a time, as it comes"
+# How a long clip is decoded, and how many latent frames at a time; None: all.
+CHUNKS = {PLAIN: None, WHOLE: None, STREAMED: 4, "one at a time": 1}
+
 
 def make(base: int, dtype: torch.dtype, device: torch.device) -> WFVAE:
     """A VAE with random weights, in chunks of four latent frames as it comes."""
@@ -70,36 +74,38 @@ def compare(options: argparse.Namespace, device: torch.device) -> list[str]:
 
 
 @torch.no_grad()
-def decode_in_process(base: int, frames: int, side: int, streamed: bool) -> tuple[float, float, torch.Tensor]:
+def decode_in_process(base: int, frames: int, side: int, how: str) -> tuple[float, float, torch.Tensor]:
     """Seconds, growth of the peak of resident memory in GB, and the frames, of a process's first decode."""
     model = make(base, torch.float32, ready("cpu"))
-    if not streamed:
+    if CHUNKS[how] is None:
         model.disable_streaming()
+    else:
+        model.enable_streaming(latent_frames=CHUNKS[how])
+    decode = (plain(model) if how == PLAIN else model).decode
     torch.manual_seed(1)
-    model.decode(torch.randn(1, 32, 1, 4, 4))
+    decode(torch.randn(1, 32, 1, 4, 4))
     z = torch.randn(1, 32, *latent_shape(frames, side, side))
     before = begin_peak()
     result: list[torch.Tensor] = []
-    time = seconds(lambda: result.append(model.decode(z).sample), warm=0)
+    time = seconds(lambda: result.append(decode(z).sample), warm=0)
     grown = (resident_peak() - before) / 1e9
     return time, grown, result[0]
 
 
 def streaming(options: argparse.Namespace) -> list[str]:
     """Streamed against whole decode, each in a process of its own, on the CPU in fp32."""
-    runs = []
-    for streamed in (False, True):
+    size = f"{options.long} x {options.side} x {options.side}"
+    runs, lines = {}, [f"| decode of {size}, fp32 | s | GB |", "|---|---|---|"]
+    for how in CHUNKS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
-            runs.append(
-                one.submit(decode_in_process, options.base, options.long, options.side, streamed).result()
-            )
-    (whole_s, whole_gb, whole), (chunk_s, chunk_gb, chunks) = runs
+            job = one.submit(decode_in_process, options.base, options.long, options.side, how)
+            runs[how] = job.result()
+        lines.append(f"| {how} | {runs[how][0]:.3g} | {runs[how][1]:.2f} |")
+    (whole_s, whole_gb, whole), (chunk_s, chunk_gb, chunks) = runs[WHOLE], runs[STREAMED]
     off = (whole - chunks).abs().max().item()
-    return [
-        f"streamed / whole decode of {options.long} x {options.side} x {options.side}, fp32: time "
-        f"{chunk_s:.3g} / {whole_s:.3g} s = {chunk_s / whole_s:.2f} (to reach: 1.1), memory {chunk_gb:.2f} / "
-        f"{whole_gb:.2f} GB = {chunk_gb / whole_gb:.2f} (0.4), largest difference {off:.1e} (1e-5)"
-    ]
+    ratios = f"time {chunk_s / whole_s:.2f} (to reach: 1.1), memory {chunk_gb / whole_gb:.2f} (0.4)"
+    of_plain = f"memory of streamed / plain: {chunk_gb / runs[PLAIN][1]:.2f}"
+    return [*lines, "", f"streamed / whole: {ratios}, largest difference {off:.1e} (1e-5); {of_plain}"]
 
 
 def main() -> None:
