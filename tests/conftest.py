@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_release import sources_of, write_release
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensoraplan.convert.assemble import save_diffusers
 from opensoraplan.convert.mindspeed_json import read_inference
@@ -26,6 +27,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def seeded() -> None:
     """A test draws the same numbers each time."""
     torch.manual_seed(0)
+
+
+class Watch(TorchDispatchMode):
+    """`seen`: what `see` makes of the arguments of each call of one of torch's operations."""
+
+    def __init__(self, operation: torch._ops.OpOverload, see: Callable[[tuple[Any, ...]], Any]) -> None:
+        super().__init__()
+        self._operation = operation
+        self._see = see
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func is self._operation:
+            self.seen.append(self._see(args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watch() -> type[Watch]:
+    """A context manager, see `Watch`."""
+    return Watch
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """The moving average of the weights."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.ema import Ema, make_ema
@@ -68,34 +70,16 @@ def test_a_failure_on_the_way_leaves_both_as_they_were() -> None:
         assert ema.values[name] is broken or torch.equal(ema.values[name], average)
 
 
-class Averaged(TorchDispatchMode):
-    """The bytes of the weights that each foreach pass takes in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes: list[int] = []
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: object,
-        args: tuple = (),
-        kwargs: dict | None = None,
-    ) -> object:
-        if func is torch.ops.aten._foreach_lerp_.Scalar:
-            self.nbytes.append(sum(weight.nbytes for weight in args[1]))
-        return func(*args, **(kwargs or {}))
-
-
-def test_weights_are_copied_a_few_at_a_time() -> None:
+def test_weights_are_copied_a_few_at_a_time(watch: Callable[..., Any]) -> None:
     """Were all of them copied to where the average is, they would be in its memory twice."""
     weights = {f"{n}": torch.full((15_000_000,), float(n), dtype=torch.bfloat16) for n in range(5)}
     ema = Ema(weights, decay=0.5)
     for weight in weights.values():
         weight += 1
-    with Averaged() as passes:
+    of_weights = torch.ops.aten._foreach_lerp_.Scalar, lambda args: sum(weight.nbytes for weight in args[1])
+    with watch(*of_weights) as passes:
         ema.update(100)
-    assert passes.nbytes == [120_000_000, 120_000_000, 60_000_000]
+    assert passes.seen == [120_000_000, 120_000_000, 60_000_000]
     assert [value[0].item() for value in ema.values.values()] == [0.5, 1.5, 2.5, 3.5, 4.5]
 
 
