@@ -3,7 +3,7 @@ train. Read them, never write.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def seeded() -> None:
     """A test draws the same numbers each time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache folder is one of the tests, and of the commands that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 class Watch(TorchDispatchMode):

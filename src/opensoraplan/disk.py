@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,16 @@ from safetensors import SafetensorError
 
 # Seconds without a write after which a temporary file is no live writer's.
 _ABANDONED = 3600
+
+
+def user_cache_folder() -> Path:
+    """Where things are kept that can be made again: $XDG_CACHE_HOME/opensoraplan, or the system's usual
+    place. It need not exist. Raises RuntimeError for a user without a home.
+    """
+    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+    if given := os.environ.get(variable):
+        return Path(given) / "opensoraplan"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "opensoraplan"
 
 
 def flush(path: Path) -> None:
