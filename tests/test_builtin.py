@@ -11,6 +11,8 @@ import pytest
 from opensoraplan import OpenSoraPlanPipeline, builtin, cli
 from opensoraplan.data.video import probe
 from opensoraplan.defaults import GenerateDefaults
+from opensoraplan.fingerprint import fingerprint_weights
+from opensoraplan.models.step_cache import Calibration
 from opensoraplan.shapes import latent_shape
 
 MEBIBYTE = 2**20
@@ -36,6 +38,11 @@ def test_defaults_are_a_video_that_can_be_made() -> None:
     defaults = GenerateDefaults.of(builtin.folder())
     size = (defaults.frames or 0, defaults.height or 0, defaults.width or 0)
     assert latent_shape(*size) == (4, 12, 16)
+
+
+def test_its_step_cache_was_measured_on_its_weights() -> None:
+    folder = builtin.folder()
+    assert Calibration.of(folder).transformer == fingerprint_weights(folder / "transformer")
 
 
 def test_its_files_name_no_place_on_a_machine() -> None:

@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from tiny_release import DENOISER, VAE
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from opensoraplan import OpenSoraPlanPipeline, cli
+from opensoraplan import OpenSoraPlanPipeline, cli, saved
 from opensoraplan.cli.generating import instead_of_host
 from opensoraplan.data.video import read_frames
+from opensoraplan.fingerprint import fingerprint_parts
 from opensoraplan.generate import run
 from opensoraplan.memory import Plan
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -264,6 +265,50 @@ def test_a_prompt_file_of_one_continues_too(osp: Command, tiny_model: Path, tmp_
     assert names(tmp_path) == ["a.json", "a.png", "p.csv"]
 
 
+def test_a_model_is_its_weights_not_its_path(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+
+    def generate(path: object) -> str:
+        outcome = osp("generate", "prompts.txt", "--model", path, *SMALL, "--out", "out")
+        assert outcome.code == 0, outcome
+        return outcome.log
+
+    assert "wrote out/a-cat_seed0.mp4" in generate("model")
+    for path in (model, "./out/../model/", tiny_model):
+        assert "1 of 1 is done" in generate(path)
+    change_weights(model / "transformer")
+    assert "a-cat_seed0.mp4 was made by another model (transformer): making a new video" in generate(model)
+    assert "1 of 1 is done: out/a-cat_seed0_1.mp4" in generate(model)
+
+
+def test_a_vae_that_was_replaced_is_told_before_decoding(
+    osp: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    record = {
+        "model": str(model), "steps": 1, "frames": 1, "prompt": "a cat", "fps": 24, "seed": 0,
+        "fingerprint": fingerprint_parts({"vae": model / "vae"}),
+    }  # fmt: skip
+    latents = saved.SavedLatents(
+        torch.zeros(1, VAE["latent_dim"], 1, 4, 4), 1, record, {"shift": None, "scale": None}
+    )
+    saved.write(tmp_path / "a.latents.safetensors", latents)
+    assert "another VAE" not in osp("decode", "a.latents.safetensors").log
+    change_weights(model / "vae")
+    outcome = osp("decode", "a.latents.safetensors")
+    assert outcome.code == 0, outcome
+    assert "model has another VAE than the model that made the latents" in outcome.log
+
+
+def change_weights(component: Path) -> None:
+    """One tensor a little, in the same file of the same size."""
+    (path,) = component.glob("*.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name] + 1e-3}, path, metadata={"format": "pt"})
+
+
 def test_latents_of_a_failed_decode_become_the_video(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -272,9 +317,13 @@ def test_latents_of_a_failed_decode_become_the_video(osp: Command, tiny_model: P
     pipeline.vae.decoder.register_forward_hook(full)
     request = Request(prompt="a cat", frames=9, height=32, width=32, steps=1)
     with pytest.raises(OSError, match="No space left"):
-        run(pipeline, [request], [tmp_path / "a.mp4"], model=str(tiny_model), resume=False)
+        run(
+            pipeline, [request], [tmp_path / "a.mp4"], model=str(tiny_model), resume=False,
+            fingerprints=fingerprint_parts({"vae": tiny_model / "vae"}),
+        )  # fmt: skip
     assert names(tmp_path) == ["a.latents.safetensors"]
-    assert osp("decode", "a.latents.safetensors", "--dtype", "fp32").code == 0
+    outcome = osp("decode", "a.latents.safetensors", "--dtype", "fp32")
+    assert (outcome.code, "another VAE" in outcome.log) == (0, False)
     command = ["generate", "a cat", "--model", tiny_model, *SMALL, "--dtype", "fp32"]
     assert osp(*command, "--out", "b.mp4").code == 0
     assert torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(tmp_path / "b.mp4"))

@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import av
@@ -16,7 +17,7 @@ from safetensors import safe_open
 
 from opensoraplan import saved
 from opensoraplan.data.video import read_frames
-from opensoraplan.generate import Targets, check_targets, run, stem_of, stored_record
+from opensoraplan.generate import Targets, check_targets, make_record, run, stem_of, stored_record
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 
@@ -59,6 +60,8 @@ def make(
     *prompts: str,
     resume: bool = True,
     save_every: int = 0,
+    model: str = "tiny",
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
     **changes: Any,  # noqa: ANN401
 ) -> list[Path]:
     requests = requests_of(*prompts, **changes)
@@ -66,7 +69,7 @@ def make(
     ratios = [1.0] * requests[0].steps
     return run(
         *(pipeline, requests, paths),
-        model="tiny", resume=resume, save_every=save_every, step_ratios=ratios,
+        model=model, resume=resume, save_every=save_every, step_ratios=ratios, fingerprints=fingerprints,
     )  # fmt: skip
 
 
@@ -453,6 +456,46 @@ def test_another_version_of_ours_continues(pipeline: OpenSoraPlanPipeline, tmp_p
     assert make(pipeline, tmp_path, "a cat", frames=1) == made
 
 
+OLD, NEW = {"transformer": "a" * 32, "vae": "c" * 32}, {"transformer": "b" * 32, "vae": "c" * 32}
+
+
+def test_the_model_of_a_video_is_its_weights_not_their_path(
+    pipeline: OpenSoraPlanPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    made = make(pipeline, tmp_path, *PROMPTS, model="tiny", fingerprints=OLD)
+    assert make(pipeline, tmp_path, *PROMPTS, model="/elsewhere/tiny/", fingerprints=OLD) == made
+    again = make(pipeline, tmp_path, *PROMPTS, model="tiny", fingerprints=NEW)
+    assert [path.stem for path in again] == [f"{name}_1" for name in NAMES]
+    assert f"{made[0]} was made by another model (transformer): making a new video" in caplog.messages
+    assert make(pipeline, tmp_path, *PROMPTS, model="tiny", fingerprints=NEW) == again
+
+
+def test_a_video_from_before_fingerprints_is_told_by_the_path(
+    pipeline: OpenSoraPlanPipeline, tmp_path: Path
+) -> None:
+    made = make(pipeline, tmp_path, "a cat", model="tiny")
+    assert "fingerprint" not in (stored_record(made[0]) or {})
+    assert make(pipeline, tmp_path, "a cat", model="tiny", fingerprints=OLD) == made
+    assert make(pipeline, tmp_path, "a cat", model="other", fingerprints=OLD) != made
+
+
+def test_another_config_and_other_ratios_are_another_model(pipeline: OpenSoraPlanPipeline) -> None:
+    request = requests_of("a cat", step_cache=0.1)[0]
+    first, other = (
+        make_record(pipeline, request, "tiny", fingerprints=OLD, step_ratios=ratios)
+        for ratios in ([1.0, 0.9], [1.0, 0.8])
+    )
+    assert saved.other_weights(first, other) == ["step_cache"]
+    shift = pipeline.vae.config["shift"]
+    pipeline.vae.register_to_config(shift=[0.5] * 32)
+    try:
+        moved = make_record(pipeline, request, "tiny", fingerprints=OLD, step_ratios=[1.0, 0.9])
+    finally:
+        pipeline.vae.register_to_config(shift=shift)
+    assert saved.other_weights(first, moved) == ["configs"]
+
+
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0\0\0\x18ftypmp42"])
 def test_a_stranger_of_the_same_name_is_left_alone(
     pipeline: OpenSoraPlanPipeline, tmp_path: Path, content: bytes
@@ -647,6 +690,22 @@ def test_latents_of_another_video_are_neither_used_nor_lost(
     record, step = saved.read_record(tmp_path / "a-cat_seed0.latents.safetensors")
     assert (record["steps"], step) == (4, 1)
     assert "a-cat_seed0_1.latents.safetensors" not in names(tmp_path)
+
+
+def test_latents_of_other_weights_are_neither_used_nor_lost(
+    pipeline: OpenSoraPlanPipeline, denoiser: Denoiser, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_until(pipeline, denoiser, tmp_path, step=2, steps=4, fingerprints=OLD)
+    before = denoiser.steps
+    make(pipeline, tmp_path, "a cat", steps=4, fingerprints=NEW)
+    assert denoiser.steps - before == 4
+    kept = tmp_path / "a-cat_seed0.latents.safetensors"
+    assert saved.read_record(kept)[1] == 2
+    said = f"{kept} was saved with another model (transformer): starting from the first step"
+    assert said in caplog.messages
+    make(pipeline, tmp_path, "a cat", steps=4, model="elsewhere", fingerprints=OLD)
+    assert denoiser.steps - before == 4 + 2
+    assert not kept.exists()
 
 
 def test_finished_latents_are_only_decoded(

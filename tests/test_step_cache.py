@@ -53,6 +53,14 @@ def test_calibrating_measures_a_ratio_for_each_step_and_changes_nothing(
         Calibration.of(tmp_path / "elsewhere")
 
 
+def test_ratios_of_other_weights_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Calibration(ratios=(1.0, 0.9)).check_weights("a", tmp_path)  # of a file that does not tell
+    Calibration(ratios=(1.0, 0.9), transformer="a").check_weights("a", tmp_path)
+    assert not caplog.messages
+    Calibration(ratios=(1.0, 0.9), transformer="a").check_weights("b", tmp_path)
+    assert "step_cache.json was measured on other weights: delete it and run `osp calibrate" in caplog.text
+
+
 def test_without_an_error_allowed_nothing_is_left_out(pipeline: OpenSoraPlanPipeline) -> None:
     expected = latents_of(pipeline)
     with skipping(pipeline.transformer, [1.0, *[0.9] * (STEPS - 1)], threshold=0.01, steps=STEPS):

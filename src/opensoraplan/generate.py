@@ -8,16 +8,18 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
 from opensoraplan.ahead import one_ahead
 from opensoraplan.disk import numbered, write_new
+from opensoraplan.fingerprint import hash_text
 from opensoraplan.requests import Request
 
 if TYPE_CHECKING:
@@ -111,14 +113,16 @@ def run(
     batched: bool = False,
     arrangement: "Arrangement | None" = None,
     step_ratios: Sequence[float] = (),
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
     No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
     already among those is passed over, and one whose latents were saved (see `make_video`) goes on from them.
-    `model`, a folder or the files of its parts, goes into the metadata. Of several `ranks`, which all call
-    this, the first writes; `all_decode`: the others have a share in decoding; `batched`: they share out the
-    branches of guidance, whatever the requests say.
+    `model`, a folder or the files of its parts, goes into the metadata, and so do their `fingerprints`, by
+    which videos and latents of other weights are known (without, by `model`). Of several `ranks`, which all
+    call this, the first writes; `all_decode`: the others have a share in decoding; `batched`: they share out
+    the branches of guidance, whatever the requests say.
 
     Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
     MemoryError for a size that does not fit.
@@ -132,7 +136,7 @@ def run(
     total = len(requests)
     try:
         for number, (request, wanted) in enumerate(zip(requests, paths, strict=True), start=1):
-            record = make_record(pipeline, request, model)
+            record = make_record(pipeline, request, model, fingerprints=fingerprints, step_ratios=step_ratios)
             done = ranks.agree(partial(find_done, wanted, record)) if resume else None
             if done is not None:
                 logger.info("%d of %d is done: %s", number, total, done)
@@ -204,7 +208,12 @@ def _make(
 
 
 def make_record(
-    pipeline: "OpenSoraPlanPipeline", request: Request, model: str | dict[str, Any]
+    pipeline: "OpenSoraPlanPipeline",
+    request: Request,
+    model: str | dict[str, Any],
+    *,
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
+    step_ratios: Sequence[float] = (),
 ) -> dict[str, Any]:
     """All that decides how a video looks, to be stored with it. Values are those of JSON."""
     from opensoraplan.device import dtype_name
@@ -228,7 +237,18 @@ def make_record(
         "vae_tiling": pipeline.vae.tiling,
         "opensoraplan": version("opensoraplan"),
     }
+    if fingerprints:
+        record["fingerprint"] = {**fingerprints, "configs": _hash_configs(pipeline)}
+        if request.step_cache:
+            record["fingerprint"]["step_cache"] = hash_text(json.dumps(list(step_ratios)))
     return json.loads(json.dumps(record))
+
+
+def _hash_configs(pipeline: "OpenSoraPlanPipeline") -> str:
+    """Of the configs of denoiser and VAE, which need not be those of their files."""
+    models = (pipeline.transformer, pipeline.vae)
+    configs = [{k: v for k, v in model.config.items() if not k.startswith("_")} for model in models]
+    return hash_text(json.dumps(configs, sort_keys=True))
 
 
 class PromptCache:
@@ -401,10 +421,22 @@ def find_latents(
 
     place = place_of_latents(wanted, record)
     if not place.exists():
+        _tell_other_latents(wanted, record)
         return None
     found = saved.read(place)
     possible = pipeline.has_default_scheduler and not record["step_cache"]
     return found if found.step == record["steps"] or possible else None
+
+
+def _tell_other_latents(wanted: Path, record: dict[str, Any]) -> None:
+    """Name the latents of this video that other weights made, which nobody goes on from."""
+    from opensoraplan import saved
+
+    for place in itertools.takewhile(Path.exists, map(saved.place_of, numbered(wanted))):
+        if other := saved.other_weights(saved.read_record(place)[0], record):
+            logger.warning(
+                "%s was saved with another model (%s): starting from the first step", place, ", ".join(other)
+            )
 
 
 def save_latents(
@@ -482,12 +514,18 @@ def is_taken(video: Path) -> bool:
 
 
 def find_done(wanted: Path, record: dict[str, Any]) -> Path | None:
-    """The video among `wanted` and its numbered siblings that was made from this very record, by whatever
-    version of ours, if there is one.
+    """The video among `wanted` and its numbered siblings that was made from this very record and these
+    weights, if there is one.
     """
+    from opensoraplan import saved
+
     for path in itertools.takewhile(is_taken, numbered(wanted)):
         stored = stored_record(path)
-        if stored is not None and {**stored, "opensoraplan": record["opensoraplan"]} == record:
+        if stored is None:
+            continue
+        if other := saved.other_weights(stored, record):
+            logger.info("%s was made by another model (%s): making a new video", path, ", ".join(other))
+        elif saved.is_same_video(stored, record):
             if not path.with_suffix(".json").exists():
                 write_record(path, stored)
             return path

@@ -87,12 +87,34 @@ def read_record(path: Path) -> tuple[Record, int]:
 
 
 def is_of(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the file has latents of a video with this very record, by whatever version of ours."""
+    """Whether the file has latents of a video with this very record, of the same weights."""
     try:
         found, _ = read_record(path)
     except (OSError, ValueError):
         return False
-    return {**found, "opensoraplan": record["opensoraplan"]} == record
+    return is_same_video(found, record)
+
+
+def is_same_video(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of one video, by whatever version of ours. Weights are told by fingerprint,
+    wherever they are; if one of the records is older than fingerprints, by the path of the model.
+    """
+    told = "fingerprint" in one and "fingerprint" in other
+    ignored = {"opensoraplan", "model" if told else "fingerprint"}
+    first, second = ({k: v for k, v in r.items() if k not in ignored} for r in (one, other))
+    return first == second
+
+
+def other_weights(found: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Which parts of the model differ between two records that agree in all else. Empty if none does, if
+    other things differ, too, or if one of them does not tell.
+    """
+    before, now = found.get("fingerprint"), record.get("fingerprint")
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return []
+    if not is_same_video({**found, "fingerprint": now}, record):
+        return []
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def _embeds(tensors: Mapping[str, Tensor], name: str) -> PromptEmbeds | None:

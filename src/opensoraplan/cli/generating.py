@@ -21,6 +21,7 @@ from opensoraplan.cli.parts import (
     options_of_parts,
 )
 from opensoraplan.defaults import Solver, Weights
+from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from opensoraplan.convert.assemble import OpenedPipeline
     from opensoraplan.convert.mindspeed_json import Inference
     from opensoraplan.memory import Needs, Plan
+    from opensoraplan.models.step_cache import Calibration
     from opensoraplan.models.wfvae import WFVAE
     from opensoraplan.parallel.mesh import MeshSettings
     from opensoraplan.parallel.ranks import Ranks
@@ -206,13 +208,14 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 @dataclass(frozen=True)
 class _Asked:
     """What to make, by what, and where to: all that can be checked without torch. `folder`: the model's, or
-    None for one in parts, which are at `paths` in any case.
+    None for one in parts, which are at `paths` in any case, with these `fingerprints`.
     """
 
     requests: list[Request]
     targets: list[Path]
     folder: Path | None
     paths: dict[str, Path]
+    fingerprints: dict[str, str]
     step_ratios: tuple[float, ...]
 
 
@@ -255,25 +258,32 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
         check_parts(paths)
     else:
         paths = find_paths(options.parts, inference)
-    ratios = _step_cache(requests, folder)
+    calibration = _step_cache(requests, folder)
     if options.attention is not None:
         from opensoraplan.models.attention import check_backend
 
         check_backend(options.attention)
-    return _Asked(requests, job.check_targets(requests, options.out), folder, paths, ratios)
+    targets = job.check_targets(requests, options.out)
+    fingerprints = fingerprint_parts(paths)
+    if options.parts.ema is not None:
+        fingerprints["ema"] = str(options.parts.ema)
+    if folder is not None and calibration is not None:
+        calibration.check_weights(fingerprints["transformer"], folder)
+    ratios = () if calibration is None else calibration.ratios
+    return _Asked(requests, targets, folder, paths, fingerprints, ratios)
 
 
-def _step_cache(requests: list[Request], folder: Path | None) -> tuple[float, ...]:
+def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | None":
     """What the model was calibrated to, if any video needs it."""
     if not any(request.step_cache for request in requests):
-        return ()
+        return None
     if folder is None:
         raise ValueError(
             "--step-cache needs a model in one folder, by --model, that `osp calibrate` has seen"
         )
     from opensoraplan.models.step_cache import Calibration
 
-    return Calibration.of(folder).ratios
+    return Calibration.of(folder)
 
 
 def _place_of(options: Generate, asked: _Asked) -> _Place:
@@ -356,6 +366,7 @@ def _run(
         batched=options.sharing.branch_ranks > 1,
         arrangement=arrangement,
         step_ratios=asked.step_ratios,
+        fingerprints=asked.fingerprints,
     )
 
 
@@ -587,7 +598,8 @@ def calibrate(options: Calibrate) -> None:
         batched = request.model_copy(update={"batched_guidance": True})
         plans = _plans(_needs(pipeline, [batched]), "auto", device, free=free_memory(device))
         ratios = Arrangement(pipeline, plans, device).run(measure)
-    step_cache.Calibration(ratios=ratios).write(out)
+    weights = fingerprint_weights(folder / "transformer")
+    step_cache.Calibration(ratios=ratios, transformer=weights).write(out)
     logger.info("wrote %s: osp generate ... --step-cache 0.06", out)
 
 
@@ -602,6 +614,8 @@ def decode(options: Decode) -> None:
         raise FileNotFoundError(f"{path}, which made the latents, does not exist: give its VAE by --vae")
     if step < record["steps"]:
         logger.warning("only %d of %d steps were done: the video will be noisy", step, record["steps"])
+    if options.vae is None:
+        _check_vae(record, path)
     stem = options.latents.name.removesuffix(saved.SUFFIX)
     default = options.latents.with_name(stem + (".png" if record["frames"] == 1 else ".mp4"))
 
@@ -629,3 +643,11 @@ def decode(options: Decode) -> None:
     with explained_memory("the frames do not fit into memory: --tiling needs less, and is not exact"):
         written = job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"])
     logger.info("wrote %s", written)
+
+
+def _check_vae(record: dict[str, Any], path: Path) -> None:
+    """Warn if the VAE where the latents' model is, or was, is another one now."""
+    made_by = record.get("fingerprint")
+    component = path if isinstance(record["model"], dict) else path / "vae"
+    if isinstance(made_by, dict) and made_by.get("vae") != fingerprint_weights(component):
+        logger.warning("%s has another VAE than the model that made the latents: give that by --vae", path)

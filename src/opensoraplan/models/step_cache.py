@@ -6,6 +6,7 @@ over what the last one added.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from opensoraplan.disk import write_whole
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
 from opensoraplan.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 FILE = "step_cache.json"
 # Consecutive steps that take over, and the first part of all steps, in which none does: as published.
 _MOST_SKIPPED, _RETAINED = 3, 0.2
@@ -32,9 +35,12 @@ TransformerBlockRegistry.register(
 
 
 class Calibration(Settings):
-    """The ratios of a model, one for each step of a run of so many; 1 for the first."""
+    """The ratios of a model, one for each step of a run of so many; 1 for the first. `transformer` is the
+    fingerprint of the denoiser that they were measured on; files of before have none.
+    """
 
     ratios: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=2)
+    transformer: str | None = None
 
     @classmethod
     def of(cls, model: Path) -> Self:
@@ -42,6 +48,14 @@ class Calibration(Settings):
         if not (model / FILE).is_file():
             raise FileNotFoundError(f"{model} has no {FILE}: `osp calibrate --model {model}` writes it")
         return cls.read_file(model / FILE)
+
+    def check_weights(self, transformer: str, model: Path) -> None:
+        """Warn if the ratios are those of another denoiser than the one in the folder `model`."""
+        if self.transformer not in (None, transformer):
+            logger.warning(
+                "%s was measured on other weights: delete it and run `osp calibrate --model %s` again",
+                *(model / FILE, model),
+            )
 
     def write(self, path: Path) -> None:
         text = json.dumps(self.model_dump(), indent=1) + "\n"
