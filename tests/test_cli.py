@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -143,7 +143,7 @@ def test_the_guides_file_as_printed(osp: Command, tiny_release: Path, tmp_path: 
         "--save-every", 0, "--set", *changed_sizes(),
     ]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "opensoraplan.cli", *map(str, command)],
+        [sys.executable, "-m", "opensoraplan", *map(str, command)],
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
         # A job in the background, which the tests may be, passes on that it ignores Ctrl-C.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
@@ -512,9 +512,17 @@ def test_quick_mistakes(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "{generate"),
-        ("generat cat", "Available subcommands: generate,"),
-        ("generate cat --heigth 32", "Perhaps you meant"),
+        ("", r"Generate:\n  generate "),
+        ("generat cat", r"there is no verb 'generat' \(did you mean 'generate'\?\)"),
+        ("data", "osp data needs one of check, render, sheet"),
+        ("generate cat --heigth 32", r"osp generate has no option --heigth \(did you mean '--height'\?\)$"),
+        ("generate cat --tp 2 --expert 3", r"osp generate has no option --expert$"),
+        (
+            "train run.toml --lr 1e-4",
+            r"no option --lr: it is a setting of the run, --set optimizer\.lr=1e-4",
+        ),
+        ("train run.toml --optimizer.lr=1", r"it is a setting of the run, --set optimizer\.lr=1$"),
+        ("plan --fram 3", r"osp plan has no option --fram \(did you mean '--frames'\?\)$"),
         ("generate cat --frames nine", "invalid literal for int.*'nine'"),
         ("generate cat --dtype fp8", "fp8"),
         ("generate a red ball", r'put quotes around a prompt: osp generate "a red ball"$'),
@@ -531,6 +539,27 @@ def test_options_that_are_none(osp: Command, line: str, message: str) -> None:
     assert outcome.code == 2
     assert re.search(message, outcome.err), outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_help_fits_the_terminal(osp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    for verb in cli.VERBS:
+        outcome = osp(*verb.split(), "--help")
+        assert outcome.code == 0
+        assert max(map(len, outcome.out.splitlines())) <= 90
+        for odd in ("[STR [STR ...]]", "(default: )", "None"):
+            assert odd not in outcome.out, verb
+
+
+def test_other_ways_to_ask_for_help(osp: Command) -> None:
+    assert osp("help", "generate").out == osp("generate", "--help").out != ""
+    assert osp("help").out == osp("-h").out == osp("--help").out
+    assert "  data render  Render" in osp("data", "--help").out
+    assert osp("--version").out == f"opensoraplan {version('opensoraplan')}\n"
+    module = [sys.executable, "-m", "opensoraplan", "--version"]
+    assert subprocess.run(module, capture_output=True, text=True, check=True).stdout.startswith(
+        "opensoraplan "
+    )
 
 
 # --- Mistakes in the model's files --------------------------------------------------------------------------

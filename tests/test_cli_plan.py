@@ -169,7 +169,7 @@ def test_launch_prints_the_line(osp: Osp) -> None:
     assert words[:3] == ["env", *environment]
     assert words[4:] == [
         *("-m", "torch.distributed.run", "--nproc-per-node=8", "--standalone", "--max-restarts=3"),
-        *("-m", "opensoraplan.cli", "train", "RUN.toml", "--resume", "latest"),
+        *("-m", "opensoraplan", "train", "RUN.toml", "--resume", "latest"),
     ]
     several = ["--nodes", 2, "--node-rank", 1, "--master", "a:29500"]
     _, said, _ = osp("launch", "--processes", 8, *several, "--print", *train)

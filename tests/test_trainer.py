@@ -174,7 +174,7 @@ def start(run: TrainSettings) -> subprocess.Popen[bytes]:
     """`osp train` in a process of its own."""
     config = run.output.with_suffix(".json")
     config.write_text(run.model_dump_json())
-    command = [sys.executable, "-m", "opensoraplan.cli", "train", str(config)]
+    command = [sys.executable, "-m", "opensoraplan", "train", str(config)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

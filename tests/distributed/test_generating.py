@@ -147,7 +147,7 @@ def test_rows_that_cannot_be_shared_out_are_refused(ranks: Ranks) -> None:
 def test_command_in_several_processes_makes_the_video_of_one(tiny_model: Path, tmp_path: Path) -> None:
     files = [tmp_path / "one.mp4", tmp_path / "two.mp4"]
     for path, launcher in zip(files, ([], LAUNCHER), strict=True):
-        command = [sys.executable, *launcher, "-m", "opensoraplan.cli", "generate", "a fox"]
+        command = [sys.executable, *launcher, "-m", "opensoraplan", "generate", "a fox"]
         command += ["--model", str(tiny_model), "--out", str(path), "--dtype", "fp32", "--steps", "3"]
         command += ["--frames", "9", "--height", "64", "--width", "64", "--batched-guidance"]
         command += ["--branch-ranks", "2"] if launcher else []

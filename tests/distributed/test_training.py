@@ -69,7 +69,7 @@ class Job(subprocess.Popen[bytes]):
 def launch(run: TrainSettings, *, processes: int, restarts: int = 0, resume: str = "latest") -> Job:
     config = run.output.with_suffix(f".{processes}.json")
     config.write_text(run.model_dump_json())
-    command = [sys.executable, "-m", "opensoraplan.cli", "launch", f"--processes={processes}"]
+    command = [sys.executable, "-m", "opensoraplan", "launch", f"--processes={processes}"]
     command += [f"--max-restarts={restarts}", "--", "train", str(config), "--resume", resume]
     return Job(command, config.with_suffix(".log"))
 
@@ -78,7 +78,7 @@ def launch_cache(run: TrainSettings, out: Path, *, processes: int) -> Job:
     config = run.output.with_suffix(".cache.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "opensoraplan.cli", "cache", str(config), "--out", str(out)]
+    command += ["-m", "opensoraplan", "cache", str(config), "--out", str(out)]
     return Job(command, config.with_suffix(".log"))
 
 
@@ -92,7 +92,7 @@ def launch_rank(run: TrainSettings, rank: int, *, of: int, port: int) -> Job:
     """One process of a job, without torchrun."""
     config = run.output.with_suffix(".ranks.json")
     config.write_text(run.model_dump_json())
-    command = [sys.executable, "-m", "opensoraplan.cli", "train", str(config)]
+    command = [sys.executable, "-m", "opensoraplan", "train", str(config)]
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(of), "RANK": str(rank)}
     return Job(command, config.with_suffix(f".{rank}.log"), **meeting)
 

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import OmitArgPrefixes, Positional, subcommand
+from tyro.conf import Positional
 
 from opensoraplan.cli.options import Changes, OptionalPath, check_exists, optional
 
@@ -76,23 +76,12 @@ class DataRender:
 class DataSheet:
     """Put frames of videos side by side into one .png, a row for each video."""
 
-    videos: Positional[tuple[Path, ...]]
+    videos: Annotated[Positional[tuple[Path, ...]], optional("VIDEO ...", "(required)")]
     """Any files that ffmpeg reads."""
     out: Path = Path("sheet.png")
     """The picture; it is numbered if it exists."""
     columns: int = 7
     """Frames of each video."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Clips: check those to train on, render some, look at many at once."""
-
-    job: OmitArgPrefixes[
-        Annotated[DataCheck, subcommand("check", prefix_name=False)]
-        | Annotated[DataRender, subcommand("render", prefix_name=False)]
-        | Annotated[DataSheet, subcommand("sheet", prefix_name=False)]
-    ]
 
 
 def data_check(options: DataCheck) -> None:

@@ -1,5 +1,6 @@
 """`osp generate` and `osp decode`: options, and what is checked before the job begins."""
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -192,6 +193,12 @@ REQUEST_OPTIONS = (
     "guidance_interval", "batched_guidance", "shift", "dynamic_shift", "linear_quadratic", "solver",
     "step_cache", "seed",
 )  # fmt: skip
+
+
+def hint(words: list[str]) -> str | None:
+    """What was probably meant by words that `osp generate` does not understand: a prompt without quotes."""
+    prompt = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    return f'put quotes around a prompt: osp generate "{prompt}"' if " " in prompt else None
 
 
 def generate(options: Generate, inference: "Inference | None") -> None:

@@ -46,8 +46,6 @@ def read_config(arguments: list[str]) -> "Inference | None":
     """The config that --config names, read before all else: its values become the defaults of the other
     options.
     """
-    if arguments[:1] not in (["generate"], ["convert"]):
-        return None
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     finder.add_argument("--set", nargs="*", action="extend", default=[])
@@ -77,8 +75,6 @@ def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[s
     """
     if inference is not None:
         return inference.generate
-    if arguments[:1] != ["generate"]:
-        return {}
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model", type=Path)
     for name in PARTS:

@@ -116,7 +116,7 @@ class Launch:
     With several machines, the same command on each with its --node-rank. See docs/clusters.md.
     """
 
-    command: Positional[tuple[str, ...]]
+    command: Annotated[Positional[tuple[str, ...]], optional("-- VERB ...", "(required)")]
     """A verb of osp and its options, after --."""
     processes: int
     """On each machine, one for each device."""
@@ -130,6 +130,11 @@ class Launch:
     """How often all processes are started again after one has died; goes with --resume latest."""
     print: bool = False
     """Only print the line."""
+
+
+def hint(words: list[str]) -> str | None:
+    """What was probably meant by words that `osp launch` does not know: a command without -- before it."""
+    return "the command goes behind --: osp launch --processes 8 -- train RUN.toml" if words else None
 
 
 # --- Plan ---------------------------------------------------------------------------------------------------
@@ -470,7 +475,7 @@ def launch_line(options: Launch) -> list[str]:
         line += _meeting(options)
     if options.max_restarts:
         line.append(f"--max-restarts={options.max_restarts}")
-    return [*line, "-m", "opensoraplan.cli", *options.command]
+    return [*line, "-m", "opensoraplan", *options.command]
 
 
 def _meeting(options: Launch) -> list[str]:

@@ -101,6 +101,19 @@ class Export:
     """The pipeline's negative prompt; '' is none."""
 
 
+def hint(words: list[str]) -> str | None:
+    """The setting of a run that is given as if it were an option, as in --lr 1e-4."""
+    if not words[0].startswith("--"):
+        return None
+    from opensoraplan.train.config import TrainSettings, VAETrainSettings
+    from opensoraplan.train.files import nearest_key
+
+    option, _, value = words[0].removeprefix("--").partition("=")
+    value = value or next((word for word in words[1:2] if not word.startswith("-")), "VALUE")
+    key = nearest_key(option.replace("-", "_"), TrainSettings, VAETrainSettings)
+    return key and f"it is a setting of the run, --set {key}={value}"
+
+
 def train(options: Train) -> None:
     """`osp train`."""
     from opensoraplan.train.files import read_run

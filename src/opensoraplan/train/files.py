@@ -4,6 +4,7 @@ config.py, the guide's keys are in guide_json.py.
 """
 
 import datetime
+import difflib
 import logging
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,6 +128,14 @@ def is_vae_run(config: Path) -> bool:
     """Whether a run's config.json is that of `osp train-vae`."""
     values = _load(config)
     return bool(_unknown(values, TrainSettings)) and not _unknown(values, VAETrainSettings)
+
+
+def nearest_key(name: str, *kinds: type[Settings]) -> str | None:
+    """The setting, with its section, that is called `name` or nearly so: "optimizer.lr" for "lr"."""
+    keys = [f"{section}{key}" for kind in kinds for section, keys in _sections(kind) for key in keys]
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
+    near = difflib.get_close_matches(name, last, n=1, cutoff=0.8)
+    return last[near[0]] if near else None
 
 
 def refuse_changes(old: Settings, new: Settings) -> None:

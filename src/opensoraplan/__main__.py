@@ -1,0 +1,5 @@
+"""`python -m opensoraplan` is `osp`."""
+
+from opensoraplan.cli import main
+
+main()
