@@ -255,7 +255,8 @@ def test_typos_get_the_nearest_key(name: str, key: str, right: str, tmp_path: Pa
             "data",
             f"{READING}.train_pipeline.video",
             [{"trans_type": "ae_norm"}],
-            "trans_type ToTensorVideo, CenterCropResizeVideo, ae_norm, got ae_norm",
+            r"trans_type ToTensorVideo, CenterCropResizeVideo, ae_norm \(with force_resolution\) or "
+            "ToTensorVideo, MaxHWStrideResizeVideo, SpatialStrideCropVideo, ae_norm, got ae_norm",
         ),
         ("data", f"{READING}.train_pipeline.image.0.param", {"a": 1}, "ToTensorVideo takes no param, got"),
         ("data", f"{READING}.train_pipeline.image.1.param", LEFT_OUT, r"size \[height, width\], got None"),
@@ -331,6 +332,81 @@ def test_sizes_of_their_own(tmp_path: Path) -> None:
     assert f"{READING}.train_pipeline.video (" in idle
     stricter = read(tmp_path, data={f"{READING}.min_hxw": 600000})[0]["data"]["selection"]
     assert stricter["min_hxw"] == 600000
+
+
+def free_size(**changes: object) -> list[dict[str, object]]:
+    """The transforms of the data.json files in the branch's history, with other values by STEP.KEY."""
+    bicubic: dict[str, object] = {"interpolation_mode": "bicubic"}
+    scale = {"max_hxw": 589824, "force_5_ratio": False, "hw_stride": 16, **bicubic}
+    cut: dict[str, object] = {"stride": 16, "force_5_ratio": False}
+    for name, value in changes.items():
+        step, key = name.split("_", 1)
+        part = scale if step == "scale" else cut
+        part[key] = value
+        if value is LEFT_OUT:
+            del part[key]
+    return [
+        {"trans_type": "ToTensorVideo"},
+        {"trans_type": "MaxHWStrideResizeVideo", "param": scale},
+        {"trans_type": "SpatialStrideCropVideo", "param": cut},
+        {"trans_type": "ae_norm"},
+    ]
+
+
+FREE = {f"{READING}.force_resolution": False}
+TRANSFORMS = f"{READING}.train_pipeline.video"
+
+
+def test_fewest_pixels_that_are_left_out(tmp_path: Path) -> None:
+    """The original then takes a quarter of the most."""
+    values, _ = read(tmp_path, data={**FREE, f"{READING}.min_hxw": LEFT_OUT})
+    assert values["data"]["selection"]["min_hxw"] == 589824 // 4
+    neither = {f"{READING}.{key}": LEFT_OUT for key in ("min_hxw", "max_hxw")}
+    assert "min_hxw" not in read(tmp_path, data=neither)[0]["data"]["selection"]
+
+
+def test_transforms_of_free_sizes(tmp_path: Path) -> None:
+    """MaxHWStrideResizeVideo with SpatialStrideCropVideo is what training does without force_resolution."""
+    plain = read(tmp_path, data=FREE)
+    values, notes = read(tmp_path, data={**FREE, TRANSFORMS: free_size()})
+    assert values == plain[0]
+    assert not any("train_pipeline.video" in note for note in notes)
+    five = {f"{READING}.force_5_ratio": True}
+    transforms = free_size(scale_force_5_ratio=LEFT_OUT, cut_force_5_ratio=True)
+    values, notes = read(tmp_path, data={**FREE, **five, TRANSFORMS: transforms})
+    assert values["data"]["selection"]["force_5_ratio"] is True
+    silent = free_size(scale_interpolation_mode=LEFT_OUT)
+    notes = read(tmp_path, data={**FREE, TRANSFORMS: silent})[1]
+    assert any("train_pipeline.video names no interpolation_mode: bicubic" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {TRANSFORMS: free_size()},
+            r"train_pipeline\.video in \S+ has MaxHW\S+, but \S+force_resolution is true: set it to false",
+        ),
+        (
+            {**FREE, TRANSFORMS: free_size(scale_max_hxw=65536, cut_stride=32)},
+            r"MaxHWStrideResizeVideo\.max_hxw is 65536, but \S+max_hxw is 589824; "
+            r"SpatialStrideCropVideo\.stride is 32, but \S+hw_stride is 16: make them equal",
+        ),
+        (
+            {**FREE, TRANSFORMS: free_size(cut_force_5_ratio=LEFT_OUT)},
+            r"SpatialStrideCropVideo\.force_5_ratio is True, but \S+force_5_ratio is False",
+        ),
+        ({**FREE, TRANSFORMS: free_size(scale_hw_stride=32)}, "MaxHWStrideResizeVideo: hw_stride: .*16.*32"),
+        ({**FREE, TRANSFORMS: free_size(scale_max_hxw=LEFT_OUT)}, "MaxHWStrideResizeVideo: max_hxw"),
+        (
+            {**FREE, TRANSFORMS: [*free_size()[:2], free_size()[3]]},
+            "trans_type .*, got ToTensorVideo, MaxHWStrideResizeVideo, ae_norm",
+        ),
+    ],
+)
+def test_transforms_that_contradict(changes: dict[str, object], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        read(tmp_path, data=changes)
 
 
 def test_what_may_be_left_out(tmp_path: Path) -> None:

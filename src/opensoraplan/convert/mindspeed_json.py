@@ -205,6 +205,8 @@ def read_selection(path: Path | None, *, changes: Sequence[str] = ()) -> Selecti
                 f"{path} has no dataset_param.preprocess_parameters: is it the guide's data.json?"
             )
         values = {key: value for key, value in section.items() if key not in NOT_OF_SELECTION}
+        if isinstance(most := values.get("max_hxw"), int) and "min_hxw" not in values:
+            values["min_hxw"] = most // 4  # as in the original
     for change in changes:
         _apply(change, values)
     return SelectionSettings.read(values, where=where)

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import Dataset
 
 from opensoraplan.data.buckets import Draw, Shape
+from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
-from opensoraplan.data.video import Reader, fit, installed_reader, read_numbered
+from opensoraplan.data.video import Reader, fit, installed_reader, read_numbered, scale_and_cut
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,10 @@ class ClipDataset(Dataset[Clip]):
         reader: Reader = "pyav" if record.is_image else self._reader
         rate = record.fps if record.variable else None
         frames = read_numbered(record.path, sample.frame_numbers, crop=record.crop, reader=reader, rate=rate)
-        return fit(frames, height=sample.height, width=sample.width)
+        if sample.framing is None:
+            return fit(frames, height=sample.height, width=sample.width)
+        _check_aspect(frames, record)
+        return scale_and_cut(frames, sample.framing)
 
 
 def readable(
@@ -229,6 +233,18 @@ class BadFiles:
                 f"{len(self)} files cannot be read, {self._limit} are allowed: "
                 + "; ".join(self._messages.values())
             )
+
+
+def _check_aspect(frames: torch.Tensor, record: Record) -> None:
+    """Raise ValueError if scaling frames [T, H, W, 3] as planned for the record's size would distort them."""
+    height, width = frames.shape[1:3]
+    assert record.height is not None
+    assert record.width is not None
+    if abs(height * record.width - width * record.height) > max(height, width):
+        raise ValueError(
+            f"{record.path} is {height} x {width} (height x width), the manifest says "
+            f"{record.height} x {record.width}"
+        )
 
 
 def _quality(sample: Sample) -> str:

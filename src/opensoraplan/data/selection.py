@@ -16,13 +16,12 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from opensoraplan.data.record import Record
+from opensoraplan.data.sizes import Framing, frame_five_ratios, frame_freely
 from opensoraplan.settings import Settings
 from opensoraplan.shapes import SIDE_MULTIPLE, TEMPORAL_STRIDE
 
 # Rates that differ by less are one rate, so that 23.976 is not resampled to 24.
 _SAME_FPS = 0.1
-# Height : width of `force_5_ratio`, and the rounded quotient that a source is compared with.
-_RATIOS = ((9, 16, 0.56), (3, 4, 0.75), (1, 1, 1.00), (4, 3, 1.33), (16, 9, 1.78))
 # Examples of a reason in messages and reports.
 EXAMPLES = 3
 
@@ -96,7 +95,7 @@ class SelectionSettings(Settings):
     max_h_div_w_ratio: float = Field(default=1.0, gt=0)
     min_h_div_w_ratio: float = Field(default=0.42, gt=0)
     hw_stride: int = Field(default=SIDE_MULTIPLE, ge=1)
-    """Sides are multiples of it."""
+    """Sides are multiples of it; without force_resolution frames are scaled first and then cut to it."""
     ae_stride_t: int = Field(default=TEMPORAL_STRIDE, ge=1)
     """Frames are 1 + a multiple of it."""
     sequence_parallel: int = Field(default=1, ge=1)
@@ -202,7 +201,8 @@ class Sample:
     `index` is the record's place in the manifest. The frames are found in three steps: every `step`th frame
     of the file from `start` on makes `resampled` frames; those are thinned evenly to `thinned` (as many, if
     nothing is sped up); of those a window of `num_frames` frames begins at `window`, which may be anything
-    below `windows`.
+    below `windows`. `framing`: how frames are scaled and cut; None (force_resolution): they are cut to the
+    aspect of `height` x `width` and scaled to it.
     """
 
     index: int
@@ -216,6 +216,7 @@ class Sample:
     thinned: int = 1
     window: int = 0
     windows: int = 1
+    framing: Framing | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -378,48 +379,32 @@ def _decide(
     size = _size(record.height, record.width, settings=settings)
     if isinstance(size, _Drop):
         return size
-    sample = Sample(index, record, num_frames=1, height=size[0], width=size[1])
+    framing = size if isinstance(size, Framing) else None
+    height, width = size if framing is None else (framing.height, framing.width)
+    sample = Sample(index, record, num_frames=1, height=height, width=width, framing=framing)
     return sample if record.is_image else _timed(sample, settings=settings, seed=seed)
 
 
-def _size(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int] | _Drop:
-    """Height and width of the sample that a frame of this size makes. In whole numbers, so exactly."""
+def _size(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int] | Framing | _Drop:
+    """Height and width of the sample that a frame of this size makes, or how it is scaled and cut."""
     low, high = settings.min_h_div_w_ratio, settings.max_h_div_w_ratio
     if not low <= height / width <= high:
         return _Drop(Reason.ASPECT, f"{height}/{width} = {height / width:.3f}, allowed {low:g} .. {high:g}")
     least = settings.smallest_area
     if settings.force_resolution:
-        sample = (settings.max_height, settings.max_width)
         # What the centre crop to the target's aspect leaves shall be large enough, too.
-        one, other = sorted((height * sample[1], width * sample[0]))
+        one, other = sorted((height * settings.max_width, width * settings.max_height))
         least = -(-least * other // one)
-    elif settings.force_5_ratio:
-        sample = _nearest_ratio(height, width, settings=settings)
-    else:
-        sample = _scaled(height, width, settings=settings)
     if height * width < least:
         return _Drop(Reason.TOO_SMALL, f"{height}x{width} = {height * width} pixels, {least} needed")
-    if not settings.force_resolution and sample[0] * sample[1] < least:
-        became = f"{height}x{width} becomes {sample[0]}x{sample[1]}"
-        return _Drop(Reason.TOO_SMALL, f"{became} = {sample[0] * sample[1]} pixels, {least} needed")
-    return sample
-
-
-def _scaled(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int]:
-    """The size, scaled down to max_hxw where it is larger, on the stride."""
-    most, stride = settings.largest_area, settings.hw_stride
-    if height * width > most:
-        # h sqrt(most / (h w)) = sqrt(most h / w)
-        height, width = math.isqrt(most * height // width), math.isqrt(most * width // height)
-    return height // stride * stride, width // stride * stride
-
-
-def _nearest_ratio(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int]:
-    """The largest size of the nearest of the five ratios that has no more pixels than source and max_hxw."""
-    tall, wide, _ = min(_RATIOS, key=lambda ratio: abs(height / width - ratio[2]))
-    area = min(settings.largest_area, height * width)
-    unit = math.isqrt(area // (tall * wide * settings.hw_stride**2)) * settings.hw_stride
-    return tall * unit, wide * unit
+    if settings.force_resolution:
+        return settings.max_height, settings.max_width
+    frame = frame_five_ratios if settings.force_5_ratio else frame_freely
+    framing = frame(height, width, largest_area=settings.largest_area, stride=settings.hw_stride)
+    if framing.height * framing.width < least:
+        became = f"{height}x{width} becomes {framing.height}x{framing.width}"
+        return _Drop(Reason.TOO_SMALL, f"{became} = {framing.height * framing.width} pixels, {least} needed")
+    return framing
 
 
 def _timed(sample: Sample, *, settings: SelectionSettings, seed: int) -> Sample | _Drop:

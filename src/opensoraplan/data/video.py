@@ -31,6 +31,7 @@ from opensoraplan.data.reading import (
     read_frames,
     read_numbered,
 )
+from opensoraplan.data.sizes import Framing
 from opensoraplan.disk import claim, publish, temporary_path
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "probe",
     "read_frames",
     "read_numbered",
+    "scale_and_cut",
     "to_uint8",
 ]
 
@@ -65,12 +67,32 @@ def fit(frames: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be positive, got {height} x {width}")
     crop = _centre_crop(frames, height=height, width=width)
-    result = torch.empty(3, len(crop), height, width, device=frames.device)
+    return _resized(crop, Framing((height, width), top=0, left=0, height=height, width=width))
+
+
+def scale_and_cut(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
+    """Resize whole uint8 frames [T, H, W, 3] to `framing.resized` and keep the part of them that it names.
+
+    Returns float32 [3, T, height, width] in [-1, 1]. This is the original's training transform where sizes
+    are not forced (MaxHWStrideResizeVideo, SpatialStrideCropVideo); values are as in `fit`. Raises ValueError
+    for a part that is not inside.
+    """
+    _check_pixels(frames)
+    if framing.top + framing.height > framing.resized[0] or framing.left + framing.width > framing.resized[1]:
+        raise ValueError(f"the part {framing} is not inside of the resized frame")
+    return _resized(frames, framing)
+
+
+def _resized(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
+    """A part of the resized frames as float32 [3, T, height, width] in [-1, 1]."""
+    rows = slice(framing.top, framing.top + framing.height)
+    columns = slice(framing.left, framing.left + framing.width)
+    result = torch.empty(3, len(frames), framing.height, framing.width, device=frames.device)
     # Frame by frame: a whole clip in float at the source's size may be many times the result.
-    for index, frame in enumerate(crop):
+    for index, frame in enumerate(frames):
         pixels = frame.permute(2, 0, 1)[None].float() / 255  # [1, 3, H, W]
-        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=True)
-        result[:, index] = pixels[0].clamp(0, 1) * 2 - 1
+        pixels = F.interpolate(pixels, framing.resized, mode="bicubic", antialias=True, align_corners=True)
+        result[:, index] = pixels[0, :, rows, columns].clamp(0, 1) * 2 - 1
     return result
 
 

@@ -21,7 +21,9 @@ from opensoraplan.shapes import TEMPORAL_STRIDE
 READING = "dataset_param.preprocess_parameters"
 LOADER = "dataloader_param"
 COLLATE = "dataloader_param.collate_param"
-TRANSFORMS = ["ToTensorVideo", "CenterCropResizeVideo", "ae_norm"]
+# What a train_pipeline may be: with force_resolution, and without.
+FORCED_SIZE = ["ToTensorVideo", "CenterCropResizeVideo", "ae_norm"]
+FREE_SIZE = ["ToTensorVideo", "MaxHWStrideResizeVideo", "SpatialStrideCropVideo", "ae_norm"]
 READERS = {"decoder": "decord", "decord": "decord", "torchcodec": "torchcodec", "pyav": "pyav"}
 PRECISIONS = ("fp32", "bf16")
 
@@ -145,8 +147,26 @@ class Reading(Settings):
 
 
 class Resize(Settings):
+    """`param` of CenterCropResizeVideo."""
+
     size: tuple[PositiveInt, PositiveInt]
     interpolation_mode: Literal["bicubic"] = "bicubic"
+
+
+class MaxResize(Settings):
+    """`param` of MaxHWStrideResizeVideo. The defaults are the original's, but for the interpolation."""
+
+    max_hxw: PositiveInt
+    force_5_ratio: bool = True
+    hw_stride: Literal[16] = 16
+    interpolation_mode: Literal["bicubic"] = "bicubic"
+
+
+class StrideCrop(Settings):
+    """`param` of SpatialStrideCropVideo, with the original's defaults."""
+
+    stride: PositiveInt
+    force_5_ratio: bool = True
 
 
 class Place(NamedTuple):
@@ -344,37 +364,77 @@ def _selection(
         keys = [f"{READING}.{key}" for key in ("max_height", "max_width")]
         notes += files.idle("data", keys, "without force_resolution max_hxw bounds the size")
     for kind, steps in pipeline.model_dump().items():
+        name = f"{READING}.train_pipeline.{kind}"
         if not steps:
             continue
-        name = f"{READING}.train_pipeline.{kind}"
-        found = _resized(steps, where=f"{name} in {files.paths['data']}")
-        if not selection.force_resolution:
+        resize = _check_transforms(steps, selection, where=f"{name} in {files.paths['data']}")
+        if resize["trans_type"] == FORCED_SIZE[1] and not selection.force_resolution:
             notes += files.idle("data", [name], "without force_resolution each sample has its own size")
-        elif found != size:
-            raise ValueError(
-                f"contradictions: {name} in {files.paths['data']} resizes to {list(found)}, but "
-                f"{READING}.max_height x max_width is {size[0]} x {size[1]}: make them equal"
+        elif "interpolation_mode" not in resize["param"]:
+            notes.append(
+                f"{files.paths['data'].name}: {name} names no interpolation_mode: bicubic is used, which the "
+                "guide's file names (the original's own default is bilinear)"
             )
     return values, notes
 
 
-def _resized(steps: list[dict[str, Any]], *, where: str) -> tuple[int, int]:
-    """Height and width that the steps of a train_pipeline resize to."""
+def _check_transforms(
+    steps: list[dict[str, Any]], selection: SelectionSettings, *, where: str
+) -> dict[str, Any]:
+    """Raise ValueError unless these steps of a train_pipeline are what the selection makes training do, or
+    would with force_resolution. Returns the step that resizes.
+    """
     for step in steps:
         check_known_keys(step, ["trans_type", "param"], where=where)
     kinds = [step.get("trans_type") for step in steps]
-    if kinds != TRANSFORMS:
+    if kinds not in (FORCED_SIZE, FREE_SIZE):
         raise ValueError(
-            f"{where}: what training does has the trans_type {', '.join(TRANSFORMS)}, "
-            f"got {', '.join(map(str, kinds))}"
+            f"{where}: what training does has the trans_type {', '.join(FORCED_SIZE)} "
+            f"(with force_resolution) or {', '.join(FREE_SIZE)}, got {', '.join(map(str, kinds))}"
         )
-    for step in (steps[0], steps[2]):
+    for step in (steps[0], steps[-1]):
         if step.get("param"):
             raise ValueError(f"{where}: {step['trans_type']} takes no param, got {step['param']!r}")
-    param = steps[1].get("param")
+    if kinds == FREE_SIZE:
+        _check_free_size(steps, selection, where=where)
+        return steps[1]
+    found = Resize.read(_param(steps[1], "size [height, width]", where=where), where=f"{where}, {kinds[1]}")
+    size = (selection.max_height, selection.max_width)
+    if selection.force_resolution and found.size != size:
+        raise ValueError(
+            f"contradictions: {where} resizes to {list(found.size)}, but "
+            f"{READING}.max_height x max_width is {size[0]} x {size[1]}: make them equal"
+        )
+    return steps[1]
+
+
+def _check_free_size(steps: list[dict[str, Any]], selection: SelectionSettings, *, where: str) -> None:
+    if selection.force_resolution:
+        raise ValueError(
+            f"contradictions: {where} has {FREE_SIZE[1]}, but {READING}.force_resolution is true: set it to "
+            f"false, or use {FORCED_SIZE[1]}"
+        )
+    scale = MaxResize.read(_param(steps[1], "max_hxw", where=where), where=f"{where}, {FREE_SIZE[1]}")
+    cut = StrideCrop.read(_param(steps[2], "stride", where=where), where=f"{where}, {FREE_SIZE[2]}")
+    problems = [
+        f"{step}.{key} is {found}, but {READING}.{key_there} is {there}"
+        for step, key, found, key_there, there in (
+            (FREE_SIZE[1], "max_hxw", scale.max_hxw, "max_hxw", selection.largest_area),
+            (FREE_SIZE[1], "force_5_ratio", scale.force_5_ratio, "force_5_ratio", selection.force_5_ratio),
+            (FREE_SIZE[2], "stride", cut.stride, "hw_stride", selection.hw_stride),
+            (FREE_SIZE[2], "force_5_ratio", cut.force_5_ratio, "force_5_ratio", selection.force_5_ratio),
+        )
+        if found != there
+    ]
+    if problems:
+        raise ValueError(f"contradictions: in {where}, {'; '.join(problems)}: make them equal")
+
+
+def _param(step: dict[str, Any], needed: str, *, where: str) -> dict[str, Any]:
+    param = step.get("param")
     if not isinstance(param, dict):
-        raise ValueError(f"{where}: {TRANSFORMS[1]} needs param with size [height, width], got {param!r}")
-    return Resize.read(param, where=f"{where}, {TRANSFORMS[1]}").size
+        raise ValueError(f"{where}: {step['trans_type']} needs param with {needed}, got {param!r}")
+    return param
 
 
 def _precision(files: _Files, *keys: str) -> str | None:

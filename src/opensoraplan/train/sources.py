@@ -276,6 +276,8 @@ def digest_of(samples: Sequence[Sample]) -> str:
         facts = [record.path.name, record.captions, record.crop, record.aesthetic, sample.shape]
         if record.variable:
             facts.append("by time")
+        if sample.framing is not None:
+            facts.append(sample.framing)
         digest.update(json.dumps([*facts, sample.frame_numbers]).encode())
     return digest.hexdigest()
 
