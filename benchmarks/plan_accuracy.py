@@ -24,6 +24,7 @@ from timing import resident
 
 from opensoraplan import flow
 from opensoraplan.device import DTYPES
+from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.estimate import Job, Model, Shape, devices_of, training_memory
@@ -114,7 +115,7 @@ def measure(rank: int, case: Case, meeting: str) -> None:
             model = SparseUMMDiT(**config)
         parallelize(model, mesh, compute=dtype)
         model.to_empty(device="cpu")
-        for name, value in model.initial_weights(seed=0):
+        for name, value in initial_weights(model, seed=0):
             fill(model.get_parameter(name), value)
         master = MasterWeights(model, master=DTYPES[job.master], compute=DTYPES[job.master])
     model.train().set_recompute(blocks=job.recompute_blocks, feed_forwards=job.recompute_feed_forwards)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensoraplan.models.compiling import compile_blocks
+from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
 
@@ -142,7 +143,7 @@ def velocity(model: SparseUMMDiT, grid: tuple[int, int, int], text_tokens: int, 
 @pytest.fixture
 def deep_model() -> SparseUMMDiT:
     model = SparseUMMDiT(**{**DENOISER, "num_layers": [2, 2, 2, 2, 2], "sparse_n": [1, 2, 4, 2, 1]}).eval()
-    model.load_state_dict(dict(model.initial_weights(seed=0)))
+    model.load_state_dict(dict(initial_weights(model, seed=0)))
     torch.compiler.reset()
     return model
 

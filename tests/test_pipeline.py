@@ -545,6 +545,24 @@ def test_nan_latents_stop_the_run(pipeline: OpenSoraPlanPipeline) -> None:
     assert torch.equal(caught.value.last_good, after_two)
 
 
+def test_an_overflow_in_fp16_is_told_once(
+    pipeline: OpenSoraPlanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline.transformer.half()
+    run(pipeline, num_inference_steps=2)
+    assert not caplog.messages
+
+    def overflow(pipe: OpenSoraPlanPipeline, _step: int, _timestep: Tensor, _tensors: dict) -> None:
+        torch.nn.init.constant_(pipe.transformer.transformer_blocks[4].skip.linear.bias, 65504)
+        torch.nn.init.constant_(pipe.transformer.transformer_blocks[4].attn1.to_out[0].bias, 65504)
+        torch.nn.init.constant_(pipe.transformer.transformer_blocks[4].norm1.linear.bias, 2)
+
+    run(pipeline, num_inference_steps=4, callback_on_step_end=overflow)
+    (message,) = caplog.messages
+    assert "in block 4" in message
+    assert "in step 2 of 4" in message
+
+
 def test_nan_frames_are_an_error(pipeline: OpenSoraPlanPipeline) -> None:
     torch.nn.init.constant_(next(iter(pipeline.vae.decoder.parameters())), float("nan"))
     with pytest.raises(FloatingPointError, match=r"decoded frames are not finite in torch\.float32"):

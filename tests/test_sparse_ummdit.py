@@ -1,15 +1,19 @@
 """Skiparse layouts, sparsity that can be switched, masks, recompute and errors of the denoiser."""
 
+import copy
+import math
 from functools import partial
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models import skiparse
+from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.skiparse import from_group_skip, swap_skip, to_single_skip
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT, gelu_by_exp
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock, gelu_by_exp
 
 SMALL = {
     "num_attention_heads": 2,
@@ -194,21 +198,84 @@ def test_diffusers_gradient_checkpointing_is_all_blocks(model: SparseUMMDiT) -> 
     assert not any(block.gradient_checkpointing for block in model.transformer_blocks)
 
 
+def run_block(block: SparseUMMDiTBlock) -> tuple[Tensor, Tensor]:
+    """Video of 16 tokens and text of 6 through a block, in its dtype."""
+    generator = torch.Generator().manual_seed(2)
+    dtype = block.attn1.to_q.weight.dtype
+    video, text = (torch.randn(*shape, generator=generator).half() for shape in ((1, 1, 16, 32), (1, 6, 32)))
+    tables = skiparse.rotary_tables((1, 4, 4), 16, torch.device("cpu"))
+    layout = skiparse.make_layouts(1, tables, None, None, (1, 6))[0]
+    return block(video.to(dtype), text.to(dtype), torch.zeros(1, 32), layout)
+
+
+OVERFLOWING = {
+    "attention": lambda block: (block.attn1.to_out[0], block.attn1.to_add_out),
+    "feed-forward": lambda block: (block.ff.net[2], block.ff_enc.net[2]),
+}
+
+
+@pytest.mark.parametrize("where", OVERFLOWING)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 @torch.no_grad()
-def test_fp16_survives_overflow(model: SparseUMMDiT) -> None:
-    model = model.half()
-    kwargs = {name: value.half() if name != "timestep" else value for name, value in inputs().items()}
-    kwargs["hidden_states"][:, :, 0] = torch.inf
-    assert torch.isfinite(
-        model.transformer_blocks[0](
-            torch.full((1, 1, 64, 32), torch.inf, dtype=torch.half),
-            torch.zeros(1, 6, 32, dtype=torch.half),
-            torch.zeros(1, 32),
-            skiparse.make_layouts(
-                1, skiparse.rotary_tables((1, 8, 8), 16, torch.device("cpu")), None, None, (1, 6)
-            )[0],
-        )[0]
-    ).all()
+def test_an_overflow_in_fp16_stays_one_channels_matter(model: SparseUMMDiT, where: str, value: float) -> None:
+    whole = cast(SparseUMMDiTBlock, model.transformer_blocks[0])
+    for norm in (whole.norm1, whole.norm2):
+        norm.linear.bias.copy_(torch.tensor([0, 0, 1, 0, 0, 1.0]).repeat_interleave(32))
+    half = copy.deepcopy(whole).half()
+
+    def overflow(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
+        out[..., 3, 5] = value if out.dtype == torch.half else math.copysign(65504, value)
+        return out
+
+    for block in (whole, half):
+        for linear in OVERFLOWING[where](block):
+            linear.register_forward_hook(overflow)
+    for got, wanted in zip(run_block(half), run_block(whole), strict=True):
+        assert abs(got[..., 3, 5].item()) == 65504
+        got[..., 3, 5] = wanted[..., 3, 5] = 0  # which, in fp32, is about 65504
+        torch.testing.assert_close(got.float(), wanted, atol=0.01, rtol=0.01)
+    assert take_overflows([half, whole]) == [0]
+
+
+@torch.no_grad()
+def test_overflows_are_told_once_and_only_where_they_are(model: SparseUMMDiT) -> None:
+    of_half = {name: x if name == "timestep" else x.half() for name, x in inputs().items()}
+    model.half()
+    model(**of_half)
+    assert take_overflows(model.transformer_blocks) == []
+    # The seventh is the last of the middle stage: a skip connection and all later blocks meet what it makes.
+    broken = cast(SparseUMMDiTBlock, model.transformer_blocks[7])
+    handle = broken.ff.net[2].register_forward_hook(lambda _module, _args, out: out.fill_(torch.inf))
+    broken.norm2.linear.bias.fill_(1)
+    assert torch.isfinite(model(**of_half).sample).all()
+    handle.remove()
+    model(**of_half)  # another pass, as that of the other branch of guidance, takes nothing back
+    assert 7 in take_overflows(model.transformer_blocks)
+    assert take_overflows(model.transformer_blocks) == []
+
+
+@torch.no_grad()
+def test_an_overflow_in_the_last_block_leaves_the_velocity_finite(model: SparseUMMDiT) -> None:
+    of_half = {name: x if name == "timestep" else x.half() for name, x in inputs().items()}
+    last = cast(SparseUMMDiTBlock, model.half().transformer_blocks[-1])
+    last.norm2.linear.bias.fill_(1)
+    last.ff.net[2].register_forward_hook(lambda _module, _args, out: out.fill_(torch.inf))
+    assert torch.isfinite(model(**of_half).sample).all()
+    assert take_overflows(model.transformer_blocks) == [len(model.transformer_blocks) - 1]
+
+
+@torch.no_grad()
+def test_compiled_blocks_tell_of_overflows(model: SparseUMMDiT) -> None:
+    torch.compiler.reset()
+    of_half = {name: x if name == "timestep" else x.half() for name, x in inputs().items()}
+    block = cast(SparseUMMDiTBlock, model.half().transformer_blocks[2])
+    block.attn1.to_out[0].bias[0] = 65504
+    block.norm1.linear.bias.fill_(2)
+    eager, found = model(**of_half).sample, take_overflows(model.transformer_blocks)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(**of_half).sample, eager, atol=0.01, rtol=0.01)
+    assert take_overflows(model.transformer_blocks) == found
+    assert 2 in found
 
 
 @pytest.mark.parametrize(

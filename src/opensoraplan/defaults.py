@@ -12,6 +12,8 @@ FILE = "generate.json"
 Solver = Literal["euler", "adams"]
 # Frames a second, as files of video can have them (data/reading.py).
 Fps = Annotated[float, Field(ge=0.001, le=1000)]
+# How a denoiser that is trained from nothing starts: models/initial_weights.py.
+Initialisation = Literal["adaln_zero", "original"]
 # How the denoiser's matrices are kept: models/weights.py.
 Weights = Literal["whole", "int8", "fp8"]
 

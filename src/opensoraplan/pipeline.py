@@ -5,6 +5,7 @@ Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent 
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import Solver
 from opensoraplan.models.modulation import is_kept_on_host, modulations
+from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
 from opensoraplan.models.text import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptEmbeds, PromptSettings
 from opensoraplan.models.text import encode_prompts as encode_texts
@@ -39,6 +41,8 @@ from opensoraplan.pipeline_inputs import (
     spread,
 )
 from opensoraplan.shapes import latent_shape
+
+logger = logging.getLogger(__name__)
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -336,12 +340,14 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         plain, both = branches_of(positive), branches_of(positive, negative, batched=batched_guidance)
         calls = [both if index in guided else plain for index in range(len(sampler.timesteps))]
         vectors = self._modulations(sampler.timesteps, calls) if is_kept_on_host(self.transformer) else None
-        self._interrupt = False
+        self._interrupt = told = False
+        take_overflows(self.transformer.transformer_blocks)  # of what was computed before
         with self.progress_bar(total=len(sampler.timesteps)) as progress:  # type: ignore[call-issue]
             progress.update(first_step)
             for index, timestep in enumerate(sampler.timesteps[first_step:], start=first_step):
                 modulation = vectors[index] if vectors else None
                 velocity = self._velocity(latents, timestep, calls[index], modulation)
+                told = told or self._warn_of_overflow(index + 1, steps=len(sampler.timesteps))
                 if index in guided:
                     uncond, cond = velocity.chunk(2)
                     velocity = flow.guide(uncond, cond, guidance_scale, guidance_rescale)
@@ -429,6 +435,19 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 )[0]
             outputs.append(velocity.float())
         return torch.cat(outputs)
+
+    def _warn_of_overflow(self, step: int, *, steps: int) -> bool:
+        """Whether something in this step, which counts from 1, left the range of fp16: then warn of it."""
+        blocks = take_overflows(self.transformer.transformer_blocks)
+        if blocks:
+            logger.warning(
+                "values beyond the range of fp16 (65504) were cut off in block %s in step %d of %d: "
+                "the video may suffer from it; dtype bf16 has no such limit",
+                ", ".join(map(str, blocks)),
+                step,
+                steps,
+            )
+        return bool(blocks)
 
     def _modulations(
         self, timesteps: Tensor, calls: Sequence[dict[str, PromptEmbeds]]

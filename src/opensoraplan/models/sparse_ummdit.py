@@ -8,7 +8,7 @@ B batch, C latent channels, T/H/W latent grid, S video tokens, L text tokens, D 
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
 from opensoraplan.models.attention import attention
+from opensoraplan.models.overflow import merge_overflows, saturate
 from opensoraplan.models.recompute import recomputed
 from opensoraplan.models.skiparse import (
     Layout,
@@ -312,6 +313,7 @@ class SparseUMMDiTBlock(nn.Module):
         self.last = last
         self.gradient_checkpointing = False
         self.keep_attention = False
+        self.overflowed: Tensor | None = None  # read by overflow.py
 
     def forward(
         self,
@@ -326,16 +328,20 @@ class SparseUMMDiTBlock(nn.Module):
         two. `vectors`: this block's of a `Modulation`.
         """
         if self.skip is None or self.skip_enc is None:
-            return self._run(hidden_states, encoder_hidden_states, cond, layout, vectors)
-        assert kept is not None
-        # Not by names, which would keep both streams alive while the block goes on from them.
-        return self._run(
-            self.skip(hidden_states, kept[0]),
-            self.skip_enc(encoder_hidden_states, kept[1]),
-            cond,
-            layout,
-            vectors,
-        )
+            video, text, overflowed = self._run(hidden_states, encoder_hidden_states, cond, layout, vectors)
+        else:
+            assert kept is not None
+            # Not by names, which would keep both streams alive while the block goes on from them.
+            video, text, overflowed = self._run(
+                self.skip(hidden_states, kept[0]),
+                self.skip_enc(encoder_hidden_states, kept[1]),
+                cond,
+                layout,
+                vectors,
+            )
+        if overflowed is not None:
+            self.overflowed = merge_overflows(self.overflowed, overflowed)
+        return video, text
 
     def _run(
         self,
@@ -344,23 +350,28 @@ class SparseUMMDiTBlock(nn.Module):
         cond: Tensor,
         layout: Layout,
         vectors: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Also whether a stream had to be saturated: bool [], or None, unless this is inference in fp16.
+
+        The original saturates both streams before norm1 and norm2. Here the block's outputs are, too: after
+        it they may meet a skip connection or the last norm, which spread an infinity to the whole token.
+        """
         first, second = vectors or (None, None)
-        if video.dtype == torch.float16 and not self.training:
-            video, text = (torch.nan_to_num(x).clamp(-65504, 65504) for x in (video, text))
+        overflows = [] if video.dtype == torch.float16 and not self.training else None
+        video, text = saturate(video, overflows), saturate(text, overflows)
 
         normed, normed_text, gate, text_gate = self.norm1(video, text, cond, first)
         update, text_update = self.attn1(normed, normed_text, layout)
-        video = add_gated(video, gate, update)
+        video = saturate(add_gated(video, gate, update), overflows)
         if text_update is not None:
-            text = add_gated(text, text_gate, text_update)
+            text = saturate(add_gated(text, text_gate, text_update), overflows)
 
         normed, normed_text, gate, text_gate = self.norm2(video, text, cond, second)
-        video = add_gated(video, gate, self.ff(normed))
+        video = saturate(add_gated(video, gate, self.ff(normed)), overflows)
         if not self.last:
             text_ff = self.ff if self.ff_enc is None else self.ff_enc
-            text = add_gated(text, text_gate, text_ff(normed_text))
-        return video, text
+            text = saturate(add_gated(text, text_gate, text_ff(normed_text)), overflows)
+        return video, text, torch.stack(overflows).any() if overflows else None
 
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:  # noqa: ANN401 (torch.compile's)
         """Compile what all blocks have in common, everything but the skip connection, so that they share
@@ -549,36 +560,6 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             model = cls(**settings)
         original.load(model, state_dict, dtype=dtype)
         return model
-
-    def initial_weights(self, *, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of weights to train from nothing, on the CPU whatever the model is on; of a name
-        that comes twice the last one counts.
-
-        Xavier-uniform Linears without bias, the condition's normal(0, 0.02), zero for what modulates and for
-        the output, so that every block starts as the identity (AdaLN-zero, arXiv 2212.09748) and the velocity
-        as 0. Skip connections start closed.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                weight = torch.empty(module.weight.shape, device="cpu")
-                nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
-                yield f"{name}.weight", weight
-            elif isinstance(module, LayerNorm | RMSNorm):
-                yield f"{name}.weight", torch.ones(module.weight.shape)
-            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-                yield f"{name}.bias", torch.zeros(bias.shape)
-        for mlp in ("timestep_embedder", "text_embedder"):
-            for linear in ("linear_1", "linear_2"):
-                name = f"time_text_embed.{mlp}.{linear}.weight"
-                weight = torch.empty(self.get_parameter(name).shape, device="cpu")
-                yield name, weight.normal_(0, 0.02, generator=generator)
-        for name, module in self.named_modules():
-            if isinstance(module, AdaNormZero | AdaNormOut):
-                yield f"{name}.linear.weight", torch.zeros(module.linear.weight.shape)
-            elif isinstance(module, SkipLinear) and module.norm is None:
-                yield f"{name}.linear.weight", torch.eye(*module.linear.weight.shape)
-        yield "proj_out.weight", torch.zeros(self.proj_out.weight.shape)
 
     def original_format(self) -> original.Format:
         """How the original names these tensors."""

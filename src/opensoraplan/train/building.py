@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opensoraplan.convert.assemble import open_denoiser
 from opensoraplan.device import DTYPES
 from opensoraplan.models.attention import attention, set_backend
+from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.parallel.mesh import Mesh
@@ -61,7 +62,7 @@ def _blueprint(settings: ModelSettings, *, seed: int) -> tuple[SparseUMMDiT, Ite
         model = SparseUMMDiT(**config)  # type: ignore[arg-type] (values are checked there)
     if rates is not None:
         model.set_sparsity(rates)
-    return model, model.initial_weights(seed=seed)
+    return model, initial_weights(model, seed=seed, kind=settings.init)
 
 
 def _set_attention(model: SparseUMMDiT, name: str, device: torch.device, *, batch_size: int) -> None:

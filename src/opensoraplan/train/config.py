@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from opensoraplan import builtin
 from opensoraplan.data.reading import Reader
 from opensoraplan.data.selection import SelectionSettings
-from opensoraplan.defaults import Fps
+from opensoraplan.defaults import Fps, Initialisation
 from opensoraplan.flow import Weighting
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.requests import Request
@@ -44,14 +44,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class ModelSettings(Settings):
     """The denoiser. `pretrained`: a checkpoint of any dialect to go on from; `config`: constructor arguments
-    of SparseUMMDiT, for a new model or for a checkpoint without config; `sparse_n`: Skiparse rates instead of
-    the config's (all 1: dense). `compute` is the precision of the forward and backward pass, `master` that of
+    of SparseUMMDiT, for a new model or for a checkpoint without config; `init`: how a new model starts:
+    "adaln_zero" (every block as the identity, arXiv 2212.09748) or "original" (as Open-Sora Plan v1.5.0:
+    normal(0, 0.02), nothing zero but the skip connections). `sparse_n`: Skiparse rates instead of the
+    config's (all 1: dense). `compute` is the precision of the forward and backward pass, `master` that of
     the weights which the optimizer changes. `attention`: the implementation, one of diffusers' backends, such
     as "flash" (None: torch's own); some take no mask, which captions of several lengths in a batch need.
     """
 
     pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
+    init: Initialisation = "adaln_zero"
     sparse_n: tuple[Positive, ...] | None = None
     compute: Precision = "bf16"
     master: Precision = "fp32"
@@ -61,6 +64,10 @@ class ModelSettings(Settings):
     def _given(self) -> Self:
         if self.pretrained is None and self.config is None:
             raise ValueError("a model needs `pretrained` (a checkpoint) or `config` (to start from nothing)")
+        if self.pretrained is not None and self.init != "adaln_zero":
+            raise ValueError(
+                f"init {self.init!r} is for a new model, but `pretrained` has weights: give one of both"
+            )
         return self
 
 

@@ -1,0 +1,40 @@
+"""Values beyond the range of fp16 in a denoiser's streams: set to its largest number in inference, as in the
+original, and counted, so that a run can say so.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def saturate(stream: Tensor, overflows: list[Tensor] | None) -> Tensor:
+    """An fp16 stream with infinities at +-65504 and NaN at 0. `overflows` gets whether there were any: bool
+    [] on the stream's device. If it is None, the stream is returned as it is.
+    """
+    if overflows is None:
+        return stream
+    # The norm is one pass that writes nothing, and is infinite or NaN if any value is.
+    overflows.append(~torch.isfinite(torch.linalg.vector_norm(stream, torch.inf)))
+    return torch.nan_to_num(stream)
+
+
+def merge_overflows(before: Tensor | None, new: Tensor) -> Tensor:
+    """Whether there was an overflow before or now: bool [], in memory of its own, since a CUDA graph writes
+    into what it returned before.
+    """
+    return new.clone() if before is None else before | new
+
+
+def take_overflows(blocks: Iterable[nn.Module]) -> list[int]:
+    """The numbers, from 0, of the blocks that saturated a stream since the last call. Waits for the device
+    once, and not at all where nothing was computed in fp16.
+    """
+    flags: dict[int, Tensor] = {}
+    for index, block in enumerate(blocks):
+        if (flag := cast(Tensor | None, block.overflowed)) is not None:
+            flags[index], block.overflowed = flag, None
+    device = next((flag.device for flag in flags.values()), None)
+    found = torch.stack([flag.to(device) for flag in flags.values()]).tolist() if flags else []
+    return [index for index, overflowed in zip(flags, found, strict=True) if overflowed]
