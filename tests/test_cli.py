@@ -201,6 +201,27 @@ def test_the_releases_own_config(osp: Command, tiny_release: Path, tmp_path: Pat
     assert "2 of 2: 'a drone view" in outcome.log
 
 
+def test_the_vae_decodes_in_its_own_precision(osp: Command, tiny_release: Path, tmp_path: Path) -> None:
+    """That of the option, else `ae.dtype` of the config, else that of the denoiser."""
+    config = ["--config", tiny_release / "inference.json", *SMALL, "--frames", "1"]
+    ways = {
+        "plain": ([], "float32"),
+        "config": (["--set", "ae.dtype=bf16"], "bfloat16"),
+        "option": (["--vae-dtype", "fp32", "--set", "ae.dtype=bf16"], "float32"),
+        "fp16": (["--vae-dtype", "fp16"], "bfloat16"),
+    }
+    pixels = {}
+    for name, (options, dtype) in ways.items():
+        outcome = osp("generate", "a cat", *config, "--out", f"{name}.png", *options)
+        assert outcome.code == 0, outcome
+        assert ("decoding in bf16" in outcome.log) == (name == "fp16")
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (record["dtype"], record["vae_dtype"]) == ("float32", dtype)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pixels[name] = picture.tobytes()
+    assert pixels["plain"] == pixels["option"] != pixels["config"] == pixels["fp16"]
+
+
 def test_a_converted_model_makes_the_same_video(osp: Command, tiny_release: Path, tmp_path: Path) -> None:
     config = ["--config", tiny_release / "inference.json"]
     sampling = [*SMALL, "--dtype", "fp32", "--frames", "1", "--guidance", "3"]
@@ -322,7 +343,7 @@ def test_latents_of_a_failed_decode_become_the_video(osp: Command, tiny_model: P
             fingerprints=fingerprint_parts({"vae": tiny_model / "vae"}),
         )  # fmt: skip
     assert names(tmp_path) == ["a.latents.safetensors"]
-    outcome = osp("decode", "a.latents.safetensors", "--dtype", "fp32")
+    outcome = osp("decode", "a.latents.safetensors")  # in the precision of the run
     assert (outcome.code, "another VAE" in outcome.log) == (0, False)
     command = ["generate", "a cat", "--model", tiny_model, *SMALL, "--dtype", "fp32"]
     assert osp(*command, "--out", "b.mp4").code == 0
@@ -585,6 +606,7 @@ SET = {
     "device": ("device=cuda:99", "cuda"),
     "device name": ("device=tpu", "device 'tpu' is not one of cpu, cuda, npu .*: use .*cpu"),
     "dtype": ("weight_dtype=float16", "weight_dtype 'float16' is not one of bf16, fp16, fp32"),
+    "dtype of the VAE": ("ae.dtype=half", "ae.dtype 'half' is not one of bf16, fp16, fp32"),
 }
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from opensoraplan.device import (
     free_in_container,
     free_memory,
     is_out_of_memory,
+    prepare,
     resolve_device,
     resolve_dtype,
 )
@@ -80,6 +82,30 @@ def test_fp16_is_for_accelerators(caplog: pytest.LogCaptureFixture) -> None:
     ((_, level, message),) = caplog.record_tuples
     assert level == logging.WARNING
     assert "computing in bf16" in message
+
+
+def test_fp16_on_a_cpu_names_what_runs_in_bf16_instead(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_dtype("fp16", CPU, use="decoding") == torch.bfloat16
+    assert caplog.messages[0].endswith(": decoding in bf16")
+
+
+@pytest.fixture
+def tf32() -> Iterator[Callable[[], tuple[bool, bool]]]:
+    """Reads both of torch's settings of TF32, which the test may change."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    yield lambda: (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_on_cuda_alone(tf32: Callable[[], tuple[bool, bool]], allowed: bool) -> None:
+    before = tf32()
+    prepare(torch.device("cuda"))
+    prepare(CPU, allow_tf32=allowed)
+    assert tf32() == before
+    prepare(torch.device("cuda"), allow_tf32=allowed)
+    assert tf32() == (allowed, allowed)
 
 
 @pytest.mark.parametrize(("name", "near"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32")])

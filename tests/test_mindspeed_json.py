@@ -74,8 +74,10 @@ def test_the_guides_file() -> None:
         "prompt": "examples/opensoraplan1.5/sora.txt",
         "out": Path("opensoraplan_samples/test_samples"),
         "fps": 24,
+        "videos_per_prompt": 1,
         "device": "npu",
         "dtype": "fp16",
+        "vae_dtype": "fp16",
         "frames": 121,
         "height": 576,
         "width": 1024,
@@ -145,9 +147,9 @@ def test_keys_without_meaning_are_named_once_with_a_reason(caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         read_inference(GUIDE)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 5
+    assert len(lines) == 4
     assert all(line.startswith(f"{GUIDE.name}: without meaning here: ") for line in lines)
-    assert any("ae.dtype (the whole pipeline computes in weight_dtype)" in line for line in lines)
+    assert any("norm_elementwise_affine (norms have weights" in line for line in lines)
 
 
 def test_comments_and_strings(tmp_path: Path) -> None:
@@ -254,7 +256,10 @@ def test_all_mistakes_are_told_at_once(content: dict[str, Any], tmp_path: Path) 
         ("pipeline_config.version=v1.3", "pipeline_config.version: Input should be 'v1.5', got 'v1.3'"),
         ("pipeline_config.input_size=[121, 576]", r"pipeline_config.input_size"),
         ("pipeline_config.input_size=[-8, 576, 1024]", r"pipeline_config.input_size.*-8"),
-        ("frame_interval=2", "frame_interval: Input should be 1, got 2"),
+        ("frame_interval=0", "frame_interval: .* greater than 0, got 0"),
+        ("frame_interval=25", "24 // 25, which is 0: frame_interval must be at most 24"),
+        ("num_samples_per_prompt=0", "num_samples_per_prompt: .* greater than 0, got 0"),
+        ("allow_tf32=1.5", r"allow_tf32: .* got 1\.5"),
         ("fps=slow", "fps: .*, got 'slow'"),
         ("fps=0", "fps: .* greater than or equal to 0.001, got 0"),
         ("model_max_length=0", "model_max_length: .* greater than 0, got 0"),
@@ -311,16 +316,31 @@ def test_changes() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "fps"), [(["fps=24", "frame_interval=5"], 4), (["fps=23.976"], 23.976), (["fps=30"], 30)]
+)
+def test_frame_interval_divides_the_rate(changes: list[str], fps: float) -> None:
+    assert read_inference(GUIDE, changes=changes).generate["fps"] == fps
+
+
+def test_keys_that_the_guide_does_not_print() -> None:
+    plain = read_inference(GUIDE)
+    assert (plain.allow_tf32, plain.generate["videos_per_prompt"]) == (None, 1)
+    changed = read_inference(GUIDE, changes=["allow_tf32=true", "num_samples_per_prompt=3"])
+    assert (changed.allow_tf32, changed.generate["videos_per_prompt"]) == (True, 3)
+
+
 def test_what_may_be_left_out(content: dict[str, Any], tmp_path: Path) -> None:
     for key in ("micro_batch_size", "frame_interval", "model_max_length", "fps", "device", "weight_dtype"):
         del content[key]
     content["diffusion"] = {}
-    for name in ("shift", "scale", "use_tiling"):
+    for name in ("shift", "scale", "use_tiling", "dtype"):
         del content["ae"][name]
     inference = read_inference(write(content, tmp_path))
     assert inference.vae_config["shift"] is inference.vae_config["scale"] is None
     assert inference.streaming
     assert inference.scheduler["shift"] == 7
+    assert inference.generate["vae_dtype"] is None
     assert (inference.generate["steps"], inference.generate["guidance"]) == (50, 8.0)
 
 

@@ -115,6 +115,8 @@ class Generate:
     """cpu, cuda, cuda:1, npu, ..."""
     dtype: Dtype = "bf16"
     """Precision to compute in."""
+    vae_dtype: Annotated[Dtype | None, optional("{bf16,fp16,fp32}", "(default: that of --dtype)")] = None
+    """Precision in which the VAE decodes."""
     memory: Memory = "auto"
     """Where the model is: all of it on the device, each part in turn, or block after block, which takes the
     least memory and the most time. auto: the first of them that is predicted to fit, and the next when memory
@@ -181,8 +183,10 @@ class Decode:
     """The release's .ckpt, a diffusers component, or a folder that `osp convert` wrote."""
     device: OptionalDevice = None
     """cpu, cuda, cuda:1, npu, ..."""
-    dtype: Dtype = "bf16"
-    """Precision to compute in."""
+    dtype: Annotated[
+        Dtype | None, optional("{bf16,fp16,fp32}", "(default: that of the VAE in the stopped run)")
+    ] = None
+    """Precision to decode in."""
     tiling: bool = False
     """Decode in blended tiles: less memory for large frames, not exact."""
 
@@ -207,7 +211,7 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     from opensoraplan.parallel.ranks import joined
 
-    place = _place_of(options, asked)
+    place = _place_of(options, inference, asked)
     with joined(place.mesh, place.device, timeout=PATIENCE_S) as ranks:
         _run(options, inference, asked, place, ranks)
 
@@ -228,10 +232,13 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where this process computes, in which precision, and how the job's `processes` are arranged."""
+    """Where this process computes, in which precision (the VAE in `vae_dtype`), and how the job's `processes`
+    are arranged.
+    """
 
     device: "torch.device"
     dtype: "torch.dtype"
+    vae_dtype: "torch.dtype"
     processes: int
     mesh: "MeshSettings"
 
@@ -293,7 +300,7 @@ def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | 
     return Calibration.of(folder)
 
 
-def _place_of(options: Generate, asked: _Asked) -> _Place:
+def _place_of(options: Generate, inference: "Inference | None", asked: _Asked) -> _Place:
     """Where it is made, once device, precision and number of processes are known to go with the options."""
     from opensoraplan.device import prepare, resolve_device, resolve_dtype
     from opensoraplan.models.weights import check_weights
@@ -301,8 +308,10 @@ def _place_of(options: Generate, asked: _Asked) -> _Place:
     from opensoraplan.parallel.ranks import device_of_rank, place_in_job
 
     device = device_of_rank(resolve_device(options.device))
-    prepare(device)
-    dtype = resolve_dtype(options.dtype, device)
+    prepare(device, allow_tf32=inference.allow_tf32 if inference else None)
+    dtype = vae_dtype = resolve_dtype(options.dtype, device)
+    if options.vae_dtype not in (None, options.dtype):
+        vae_dtype = resolve_dtype(options.vae_dtype, device, use="decoding")
     check_weights(options.weights, device, dtype)
     branches, tp = options.sharing.branch_ranks, options.sharing.tp
     processes = place_in_job()[1]
@@ -324,7 +333,7 @@ def _place_of(options: Generate, asked: _Asked) -> _Place:
         raise ValueError(
             f"--weights {options.weights} cannot be shared out by --tp {tp}: leave one of them out"
         )
-    return _Place(device, dtype, processes, mesh)
+    return _Place(device, dtype, vae_dtype, processes, mesh)
 
 
 def _run(
@@ -340,12 +349,12 @@ def _run(
 
     device = place.device
     opened = open_pipeline(make_sources(asked.paths, options.parts, inference))
-    empty = opened.without_weights(place.dtype)
+    empty = opened.without_weights(place.dtype, vae_dtype=place.vae_dtype)
     outlook = _outlook(empty, options, inference, asked, place)
     with explained_memory(f"the model does not fit onto {device}: on one, --memory auto finds room"):
         try:
             pipeline, model = _load_pipeline(
-                opened, options, inference, asked, device=outlook.loaded_on, dtype=place.dtype
+                opened, options, inference, asked, place, device=outlook.loaded_on
             )
         except MemoryError as error:
             raise MemoryError(f"{error}{outlook.advice}") from None
@@ -515,9 +524,9 @@ def _load_pipeline(
     options: Generate,
     inference: "Inference | None",
     asked: _Asked,
+    place: _Place,
     *,
     device: "torch.device",
-    dtype: "torch.dtype",
 ) -> "tuple[OpenSoraPlanPipeline, str | dict[str, Any]]":
     """The pipeline on `device`, and what its videos say of where it came from."""
     from opensoraplan.convert import assemble
@@ -532,10 +541,11 @@ def _load_pipeline(
         prompts["default_negative_prompt"] = options.default_negative_prompt
 
     folder, paths = asked.folder, asked.paths
-    logger.info("loading %s, %s on %s", folder or paths["transformer"], dtype_name(dtype), device)
+    logger.info("loading %s, %s on %s", folder or paths["transformer"], dtype_name(place.dtype), device)
     pipeline = assemble.load_pipeline(
         opened,
-        dtype=dtype,
+        dtype=place.dtype,
+        vae_dtype=place.vae_dtype,
         device=device,
         scheduler=inference.scheduler if inference else {},
         max_text_tokens=inference.max_text_tokens if inference else 512,
@@ -628,7 +638,14 @@ def decode(options: Decode) -> None:
 
     from opensoraplan import generate as job
     from opensoraplan.convert.assemble import load_vae
-    from opensoraplan.device import dtype_name, explained_memory, prepare, resolve_device, resolve_dtype
+    from opensoraplan.device import (
+        DTYPES,
+        dtype_name,
+        explained_memory,
+        prepare,
+        resolve_device,
+        resolve_dtype,
+    )
     from opensoraplan.memory import fit_decoding
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
@@ -636,7 +653,9 @@ def decode(options: Decode) -> None:
     (wanted,) = job.check_targets([request], options.out or default)
     device = resolve_device(options.device)
     prepare(device)
-    vae = load_vae(path, dtype=resolve_dtype(options.dtype, device), device=device)
+    decoded_in = {dtype_name(dtype): name for name, dtype in DTYPES.items()}.get(record.get("vae_dtype"))
+    dtype = resolve_dtype(options.dtype or decoded_in, device, use="decoding")
+    vae = load_vae(path, dtype=dtype, device=device)
     if options.tiling:
         vae.enable_tiling()
     names = ("transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

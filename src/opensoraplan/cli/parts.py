@@ -63,9 +63,11 @@ def read_config(arguments: list[str]) -> "Inference | None":
     from opensoraplan.convert.mindspeed_json import read_inference
 
     inference = read_inference(found.config, changes=found.set)
-    if (dtype := inference.generate["dtype"]) not in get_args(Dtype):
-        known = ", ".join(get_args(Dtype))
-        raise ValueError(f"{found.config}: weight_dtype {dtype!r} is not one of {known}")
+    for key, option in (("weight_dtype", "dtype"), ("ae.dtype", "vae_dtype")):
+        dtype = inference.generate[option]
+        if dtype is not None and dtype not in get_args(Dtype):
+            known = ", ".join(get_args(Dtype))
+            raise ValueError(f"{found.config}: {key} {dtype!r} is not one of {known}")
     return inference
 
 

@@ -29,7 +29,7 @@ FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 # Keys that are read and change nothing: the reason, and where they are.
 MEANINGLESS = {
     "weights are always read one tensor at a time": [f"{name}.low_cpu_mem_usage" for name in FOLDERS],
-    "the whole pipeline computes in weight_dtype": ["ae.dtype", "predictor.dtype"],
+    "the denoiser computes in weight_dtype": ["predictor.dtype"],
     "norms have weights either way, as in the original": ["predictor.norm_elementwise_affine"],
     "text is cut to its real length, masked where a batch needs it": ["pipeline_config.use_attention_mask"],
     "videos are made one at a time": ["micro_batch_size"],
@@ -75,7 +75,9 @@ class InferenceFile(Settings):
     diffusion: Diffusion
     pipeline_config: PipelineConfig
     micro_batch_size: PositiveInt = 1
-    frame_interval: Literal[1] = 1
+    frame_interval: PositiveInt = 1
+    num_samples_per_prompt: PositiveInt = 1
+    allow_tf32: bool | None = None
     model_max_length: PositiveInt = 512
     save_path: Path
     fps: Fps = 24
@@ -87,7 +89,8 @@ class InferenceFile(Settings):
 @dataclass(frozen=True)
 class Inference:
     """What an inference file says. `sources`: paths by component, `generate`: settings of the run by our
-    names, `transformer_config`, `vae_config`: our constructors' arguments.
+    names, `transformer_config`, `vae_config`: our constructors' arguments. `allow_tf32` None: as torch
+    has it.
     """
 
     sources: dict[str, Path]
@@ -95,6 +98,7 @@ class Inference:
     vae_config: dict[str, Any]
     streaming: bool
     max_text_tokens: int
+    allow_tf32: bool | None
     scheduler: dict[str, Any]
     generate: dict[str, Any]
 
@@ -140,6 +144,13 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
     for name, section in {"predictor": file.predictor, "ae": file.ae}.items():
         if not section.get("from_pretrained"):
             raise ValueError(f"{path}: {name} needs from_pretrained, the path of its weights")
+    # The original divides integers; at an interval of 1 a rate such as 23.976 stays what it is.
+    fps = file.fps if file.frame_interval == 1 else file.fps // file.frame_interval
+    if not fps:
+        raise ValueError(
+            f"{path}: fps // frame_interval is {file.fps:g} // {file.frame_interval}, which is 0: "
+            f"frame_interval must be at most {max(1, int(file.fps))}"
+        )
     return Inference(
         sources={
             "transformer": Path(file.predictor["from_pretrained"]),
@@ -150,6 +161,7 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
         vae_config=vae_config,
         streaming=file.ae.get("use_tiling", True),
         max_text_tokens=file.model_max_length,
+        allow_tf32=file.allow_tf32,
         scheduler={
             "shift": file.diffusion.shift,
             "use_dynamic_shifting": file.diffusion.use_dynamic_shifting,
@@ -157,9 +169,11 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
         generate={
             "prompt": str(file.prompt),
             "out": file.save_path,
-            "fps": file.fps,
+            "fps": fps,
+            "videos_per_prompt": file.num_samples_per_prompt,
             "device": file.device,
             "dtype": file.weight_dtype,
+            "vae_dtype": file.ae.get("dtype"),
             "frames": frames,
             "height": height,
             "width": width,

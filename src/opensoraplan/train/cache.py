@@ -129,7 +129,7 @@ class CacheJob:
             raise ValueError("data.manifest is missing: there are no clips to encode")
         check_paths(settings.vae, settings.text)
         device = device_of_rank(resolve_device(settings.device))
-        prepare(device)
+        prepare(device, allow_tf32=settings.allow_tf32)
         self.settings = settings
         self.out = out
         # Of every shape: how large batches are is for training to say.

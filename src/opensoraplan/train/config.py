@@ -270,11 +270,14 @@ class CheckpointSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """A whole run of `osp train`; `output` is its folder. `device` None: the best there is."""
+    """A whole run of `osp train`; `output` is its folder. `device` None: the best there is. `allow_tf32`: run
+    fp32 matrix products and convolutions in TF32 on CUDA (None: torch's own default).
+    """
 
     output: Path
     seed: Count = 0
     device: str | None = None
+    allow_tf32: bool | None = None
     model: ModelSettings
     vae: VAESettings = VAESettings()
     text: TextSettings = TextSettings()
@@ -367,11 +370,14 @@ class VAEOptimizerSettings(OptimizerSettings):
 
 
 class VAETrainSettings(Settings):
-    """A whole run of `osp train-vae`. `max_grad_norm` bounds the gradient's norm."""
+    """A whole run of `osp train-vae`. `max_grad_norm` bounds the gradient's norm. `device` and
+    `allow_tf32`: as for `osp train`.
+    """
 
     output: Path
     seed: Count = 0
     device: str | None = None
+    allow_tf32: bool | None = None
     model: VAEModelSettings
     data: VAEClipSettings
     loss: VAELossSettings = VAELossSettings()

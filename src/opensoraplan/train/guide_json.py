@@ -29,7 +29,6 @@ PRECISIONS = ("fp32", "bf16")
 
 # Keys that are read and change nothing: the reason, and where they are.
 MEANINGLESS_IN_MODEL = {
-    "TF32 is torch's own setting, which is left as it is": ["allow_tf32"],
     "a memory layout of Ascend's operators": ["allow_internal_format"],
     "the VAE always streams, with the same result": ["ae.use_tiling"],
     "weights are always read one tensor at a time": [
@@ -65,7 +64,7 @@ class ModelFile(Settings):
     """model_opensoraplan1_5.json, key by key. Its defaults are the original's."""
 
     frames: PositiveInt | None = None
-    allow_tf32: bool = False
+    allow_tf32: bool | None = None
     allow_internal_format: bool = False
     load_video_features: bool = False
     load_text_features: bool = False
@@ -267,6 +266,7 @@ def read_guide(
 
     values: dict[str, Any] = {
         "output": f"runs/{model_json.stem}",
+        "allow_tf32": model.allow_tf32,
         "model": {
             "config": original.denoiser_config(model.predictor, where=f"section predictor of {model_json}"),
             "compute": _precision(files, "predictor.dtype", "weight_dtype"),

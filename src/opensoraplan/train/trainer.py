@@ -69,7 +69,7 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
     if settings.model.attention is not None:
         check_backend(settings.model.attention)
     device = device_of_rank(resolve_device(settings.device))
-    prepare(device)
+    prepare(device, allow_tf32=settings.allow_tf32)
     with (
         joined(settings.parallel, device, timeout=settings.parallel.timeout_s) as ranks,
         begun_together(settings.output, settings, resume=resume, ranks=ranks) as start,

@@ -76,7 +76,7 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
     piece = settings.data
     latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
     device = resolve_device(settings.device)
-    prepare(device)
+    prepare(device, allow_tf32=settings.allow_tf32)
     with begun(settings.output, settings, resume=resume) as start:
         samples = _samples_to_train_on(settings)
         _check_pieces(samples, settings.data)
@@ -104,7 +104,7 @@ def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
         samples: Sequence[Sample] = ()
         if not settings.model.freeze_encoder:
             device = resolve_device(settings.device)
-            prepare(device)
+            prepare(device, allow_tf32=settings.allow_tf32)
             samples = _samples_to_train_on(settings)
             model.to(device)  # type: ignore[arg-type]
         _write(model, folder, settings, samples)
