@@ -549,6 +549,34 @@ class Code:
         return os.system, (f"touch '{self.witness}'",)
 
 
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_code_is_the_reason_whatever_else_torch_cannot_read(protocol: int, tmp_path: Path) -> None:
+    witness, path = tmp_path / "it ran", tmp_path / "code.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("code/data.pkl", pickle.dumps({"x": Code(witness)}, protocol=protocol))
+    with pytest.raises(ValueError, match=r"code\.pt holds code .*\((posix|nt|os)\.system\): refused"):
+        open_checkpoint(path)
+    assert not witness.exists()
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("bomb/data/0", "w", force_zip64=True) as record,
+    ):
+        for _ in range(300):
+            record.write(bytes(2**20))
+    with pytest.raises(ValueError, match=r"bomb\.pt .*would become 0\.315 GB"):
+        open_checkpoint(path)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model_ema.pt")
+    with pytest.raises(ValueError, match=r"model_ema\.pt is not a regular file"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_is_refused_and_not_run(legacy: bool, few: Weights, tmp_path: Path) -> None:
     witness = tmp_path / "it ran"
@@ -569,7 +597,7 @@ def test_code_is_refused_and_not_run(legacy: bool, few: Weights, tmp_path: Path)
 def test_bare_pickles_with_code(protocol: int, tmp_path: Path) -> None:
     path, witness = tmp_path / "bare.pt", tmp_path / "it ran"
     path.write_bytes(pickle.dumps({"x": Code(witness)}, protocol=protocol))
-    with pytest.raises(ValueError, match=r"bare\.pt") as caught:
+    with pytest.raises(ValueError, match=r"bare\.pt holds code .*system\): refused") as caught:
         open_checkpoint(path)
     assert "weights_only" not in str(caught.value)  # torch's own text advises to switch that off
     assert not witness.exists()

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from opensoraplan.convert.mindspeed_json import read_json
+from opensoraplan.documents import read_json
 from opensoraplan.train.guide_json import read_guide
 
 GOLDEN = Path(__file__).parent / "golden"  # both exactly as printed in the guide
 GUIDE = {"model": GOLDEN / "guide_model.json", "data": GOLDEN / "guide_data.json"}
-CONTENT = {name: read_json(path) for name, path in GUIDE.items()}
+CONTENT = {name: read_json(path, comments=True) for name, path in GUIDE.items()}
 READING = "dataset_param.preprocess_parameters"
 LOADER = "dataloader_param"
 COLLATE = "dataloader_param.collate_param"

@@ -370,11 +370,11 @@ def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("m.txt", [",a.pkl"], r"line 1: annotation must be \.json"),
         ("m.txt", [], "has no records"),
         ("m.json", ["[]"], "has no records"),
-        ("m.json", ["[{},", "x]"], r"m\.json, line 2: not JSON"),
+        ("m.json", ["[{},", "x]"], r"m\.json is not valid JSON: .* in line 2"),
         ("m.json", ["3"], "expected a list of records, got int"),
         ("m.json", ['[{"path": "a.mp4"}, 7]'], "entry 2: expected an object, got '7'"),
         ("m.json", [{"a": 3}], "entry 'a': expected an object"),
-        ("m.jsonl", [FULL, "{'path'"], r"m\.jsonl, line 2: not JSON"),
+        ("m.jsonl", [FULL, "{'path'"], r"m\.jsonl, line 2: not valid JSON: .* at column"),
         ("m.jsonl", ["[1]"], "line 1: expected an object"),
         (
             "m.jsonl",

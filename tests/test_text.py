@@ -439,11 +439,11 @@ class Code:
 def test_a_pickle_with_code_is_not_run(t5_copy: Path, tmp_path: Path) -> None:
     trace = tmp_path / "was-run"
     torch.save({"shared.weight": Code(trace)}, t5_copy / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"not plain tensors.*code"):
+    with pytest.raises(ValueError, match=r"hold code .*\(getattr\): refused"):
         load_t5(t5_copy)
     assert not trace.exists()
     (t5_copy / "pytorch_model.bin").write_bytes(pickle.dumps({"shared.weight": Code(trace)}, protocol=2))
-    with pytest.raises(ValueError, match=r"not plain tensors.*code"):
+    with pytest.raises(ValueError, match=r"hold code .*\(getattr\): refused"):
         load_t5(t5_copy)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Code(trace)))
@@ -538,7 +538,7 @@ def test_tokenizer_files_that_are_not_there_are_named(t5_copy: Path, clip_copy: 
 
 def test_a_damaged_tokenizer_is_named(clip_copy: Path) -> None:
     (clip_copy / "vocab.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"cannot read the tokenizer in {clip_copy}"):
+    with pytest.raises(ValueError, match=rf"{clip_copy}/vocab.json is not valid JSON"):
         load_tokenizer(clip_copy)
 
 

@@ -113,7 +113,7 @@ def test_wrong_extends(extends: str, problem: str, tmp_path: Path) -> None:
     ("name", "text", "problem"),
     [
         ("run.toml", "output = 'a'\nseed 3", r"run\.toml is not valid TOML: .*line 2"),
-        ("run.toml", b"# \xff", r"run\.toml is not UTF-8: .* byte 2"),
+        ("run.toml", b"# \xff", r"run\.toml is not UTF-8: .* line 1"),
         ("run.json", '{"seed": 3,}', r"run\.json is not valid JSON: .*line 1"),
         ("run.yaml", "seed: 3", r"run\.yaml: a run is described by a \.toml file"),
         ("run.toml", "", r"run\.toml: output: Field required; model: Field required; data: Field required"),

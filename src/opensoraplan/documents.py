@@ -1,27 +1,55 @@
-"""JSON and TOML from outside, read in one place. Every fault is one ValueError with the file and, where the
-parser tells it, the line.
+"""JSON and TOML from outside, read in one place. Every fault is one ValueError with the file, the reason, and
+the line if it can be told.
 """
 
 import json
 import math
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # Larger files are no settings or manifests, and would fill memory.
 MAX_BYTES = 2 << 30
-_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|#[^\n]*')
+# No document of ours, of the guide or of transformers comes near it; code that walks through one may recurse.
+MAX_DEPTH = 64
+_STRING = r'"(?:\\.|[^"\\\n])*"'
+_STRING_OR_COMMENT = re.compile(rf"{_STRING}|#[^\n]*")
+_TOKEN = re.compile(rf"{_STRING}|[\[\]{{}}]|[-+.\w]+")
+_TOML_PLACE = re.compile(r"(.*) \(at line (\d+), column (\d+)\)")
+# Whole JSON is small next to that; Python refuses integers beyond it, too, unless it is told otherwise.
+_MAX_DIGITS = 4300
+
+
+class DocumentError(ValueError):
+    """A document that cannot be read. `reason`: what is wrong, without file and line."""
+
+    def __init__(
+        self, where: str, kind: str, reason: str, *, line: int | None = None, column: str = ""
+    ) -> None:
+        self.reason = f"not valid {kind}: {reason}{column and f' at column {column}'}"
+        place = "" if line is None else f" in line {line}{column and f', column {column}'}"
+        super().__init__(f"{where} is not valid {kind}: {reason}{place}")
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError for what is not there, and for folders, pipes and devices, which end or never do."""
+    try:
+        if path.is_file():
+            return
+        kind = "is a folder" if path.is_dir() else "is not a regular file"
+        raise ValueError(f"{path} {kind if path.exists() else 'does not exist'}")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8, with or without a byte order mark. Raises ValueError for what is not a regular
     file, cannot be read or is in another encoding.
     """
+    check_file(path)
     try:
-        if not path.is_file():
-            kind = "is not a file" if path.exists() else "does not exist"
-            raise ValueError(f"{path} {kind}")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{path} has {size / 1e9:.1f} GB: text files of more than 2 GB are not read")
@@ -45,26 +73,55 @@ def read_json(path: Path, *, comments: bool = False) -> Any:  # noqa: ANN401 (an
 
 def read_json_object(path: Path, *, comments: bool = False) -> dict[str, Any]:
     """The same for a file that must hold one JSON object."""
-    content = read_json(path, comments=comments)
+    return as_object(read_json(path, comments=comments), where=str(path))
+
+
+def as_object(content: Any, *, where: str) -> dict[str, Any]:  # noqa: ANN401 (any JSON value)
+    """A JSON value that must be an object. Raises ValueError, which begins with `where`, for any other."""
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object, got {_kind(content)}")
+        raise ValueError(f"{where} must hold one JSON object, got {kind_of(content)}")
     return content
 
 
-def parse_json(text: str, *, where: str) -> Any:  # noqa: ANN401 (any JSON value)
-    """The value of a JSON text. Raises ValueError, which begins with `where`, for text that is not JSON: NaN
-    and infinities, keys that are there twice, numbers and nesting beyond reason included.
+def parse_json(text: str, *, where: str, line: int = 1) -> Any:  # noqa: ANN401 (any JSON value)
+    """The value of a JSON text, which begins in that line of `where`. Raises DocumentError for text that is
+    not JSON: NaN and infinities, keys that are there twice, numbers and nesting beyond reason included.
     """
+
+    def wrong(reason: str, within: int | None, column: str = "") -> DocumentError:
+        place = None if within is None else line + within - 1
+        return DocumentError(where, "JSON", reason, line=place, column=column)
+
     if not text.strip():
-        raise ValueError(f"{where} is not valid JSON: it is empty")
+        raise wrong("it is empty", None)
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite
         )
     except RecursionError:
-        raise ValueError(f"{where} is not valid JSON: it is nested too deeply") from None
+        raise wrong("it is nested too deeply", _line_of_depth(text)) from None
+    except json.JSONDecodeError as error:
+        raise wrong(error.msg, error.lineno, str(error.colno)) from None
     except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {_short(error)}") from None
+        raise wrong(_short(error), _line_of_number(text)) from None
+    if _is_deep(value):
+        raise wrong("it is nested too deeply", _line_of_depth(text))
+    return value
+
+
+def read_shard_index(path: Path) -> dict[str, str]:
+    """Tensor -> file of a model's `*.index.json`. Raises ValueError for one that is none, or that names files
+    outside of its folder.
+    """
+    weights = read_json_object(path).get("weight_map")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} has no weight_map, which says in which file each tensor is")
+    for tensor, name in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: the file of {tensor} must be text, got {kind_of(name)}")
+        if not name or name in (".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{path} names a file outside of its folder, {name!r}: refused")
+    return weights
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -73,20 +130,32 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, *, where: str) -> dict[str, Any]:
-    """The content of a TOML text. Raises ValueError, which begins with `where`, for text that is not TOML."""
+    """The content of a TOML text. Raises DocumentError for text that is not TOML."""
     try:
-        return tomllib.loads(text)
+        content = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(f"{where} is not valid TOML: it is nested too deeply") from None
+        raise DocumentError(where, "TOML", "it is nested too deeply", line=_line_of_depth(text)) from None
     except ValueError as error:
-        raise ValueError(f"{where} is not valid TOML: {_short(error)}") from None
+        if place := _TOML_PLACE.fullmatch(str(error)):
+            raise DocumentError(where, "TOML", place[1], line=int(place[2]), column=place[3]) from None
+        raise DocumentError(where, "TOML", _short(error), line=_line_of_number(text)) from None
+    if _is_deep(content):
+        raise DocumentError(where, "TOML", "it is nested too deeply", line=_line_of_depth(text))
+    return content
+
+
+def kind_of(value: Any) -> str:  # noqa: ANN401 (any JSON value)
+    """What a JSON value is, for messages."""
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r} is there twice")
     return content
 
 
@@ -106,7 +175,49 @@ def _short(error: ValueError) -> str:
     return "an integer has too many digits" if "integer string conversion" in str(error) else str(error)
 
 
-def _kind(value: Any) -> str:  # noqa: ANN401 (any JSON value)
-    """What a JSON value is, for messages."""
-    kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+def _is_deep(content: Any) -> bool:  # noqa: ANN401 (any JSON value)
+    """Whether lists and objects are nested more than MAX_DEPTH times."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _tokens(text: str) -> Iterator[tuple[str, int]]:
+    """Strings, brackets and words of a document, and the line that each is in."""
+    line, end = 1, 0
+    for match in _TOKEN.finditer(text):
+        line, end = line + text.count("\n", end, match.start()), match.start()
+        yield match[0], line
+
+
+def _line_of_depth(text: str) -> int | None:
+    depth = 0
+    for token, line in _tokens(text):
+        depth += (token in "[{") - (token in "]}")
+        if depth > MAX_DEPTH:
+            return line
+    return None  # dotted keys of TOML
+
+
+def _line_of_number(text: str) -> int | None:
+    """The line of the first number that is too long or not finite; None if that was not the fault."""
+    wrong = (line for token, line in _tokens(text) if not token.startswith('"') and _is_no_number(token))
+    return next(wrong, None)
+
+
+def _is_no_number(word: str) -> bool:
+    if len(word) > _MAX_DIGITS:
+        return True
+    try:
+        return not math.isfinite(float(word))
+    except ValueError:
+        return False

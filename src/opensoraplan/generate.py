@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from opensoraplan import shapes
 from opensoraplan.ahead import one_ahead
 from opensoraplan.disk import numbered, write_new
+from opensoraplan.documents import parse_json
 from opensoraplan.fingerprint import hash_text
 from opensoraplan.requests import Request
 
@@ -545,7 +546,7 @@ def stored_record(path: Path) -> dict[str, Any] | None:
         else:
             with av.open(str(path)) as container:
                 comment = container.metadata.get("comment")
-        record = json.loads(comment) if comment else None
+        record = parse_json(comment, where=str(path)) if comment else None
     except (OSError, ValueError, FFmpegError):
         return None
     return record if isinstance(record, dict) else None

@@ -1,7 +1,6 @@
 """What `osp generate` is asked for: a prompt, or a file of prompts, with the settings of each video."""
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opensoraplan import shapes
 from opensoraplan.defaults import Fps, Solver
+from opensoraplan.documents import parse_json
 from opensoraplan.settings import Settings
 
 PROMPT_FILES = (".txt", ".jsonl", ".csv")
@@ -152,19 +152,15 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             for number, text in enumerate(file, start=1):
                 if text := text.strip():
-                    where = f"{path}, line {number}"
-                    yield number, {"prompt": text} if kind == ".txt" else _json_row(text, where=where)
+                    yield number, {"prompt": text} if kind == ".txt" else _json_row(text, path, number)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
-def _json_row(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error.msg} at character {error.colno}") from None
+def _json_row(text: str, path: Path, line: int) -> dict[str, Any]:
+    row = parse_json(text, where=str(path), line=line)
     if not isinstance(row, dict):
-        raise ValueError(f'{where} must be an object as {{"prompt": "..."}}, got {text[:40]}')
+        raise ValueError(f'{path}, line {line} must be an object as {{"prompt": "..."}}, got {text[:40]}')
     return row
 
 

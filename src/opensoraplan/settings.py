@@ -1,6 +1,5 @@
 """Settings that a user writes: frozen, with unknown keys as errors that name the nearest known one."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -8,6 +7,7 @@ from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from opensoraplan.documents import read_json_object
 from opensoraplan.names import did_you_mean
 
 
@@ -32,12 +32,8 @@ class Settings(BaseModel):
 
     @classmethod
     def read_file(cls, path: Path) -> Self:
-        """Settings from a JSON file that `model_dump_json` wrote. Raises ValueError for anything else."""
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        return cls.read(values, where=str(path))
+        """Settings from a JSON file that holds one object of them. Raises ValueError for anything else."""
+        return cls.read(read_json_object(path), where=str(path))
 
 
 def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[BaseModel], tuple[Any, ...]]:

@@ -1,6 +1,5 @@
 """`osp data`: check clips to train on, render some, look at many at once."""
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional
 
 from opensoraplan.cli.options import Changes, OptionalPath, check_exists, optional
+from opensoraplan.documents import read_json
 
 if TYPE_CHECKING:
     from opensoraplan.train.config import TrainSettings, VAETrainSettings
@@ -131,10 +131,7 @@ def _is_run(path: Path) -> bool:
     """Whether this describes a run, which the config.json of one does, too, rather than clips."""
     if path.suffix != ".json" or not path.is_file():
         return path.suffix == ".toml"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    content = read_json(path)
     return isinstance(content, dict) and {"output", "data"} <= content.keys()
 
 

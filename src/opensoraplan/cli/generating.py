@@ -1,7 +1,6 @@
 """`osp generate` and `osp decode`: options, and what is checked before the job begins."""
 
 import itertools
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from opensoraplan.cli.parts import (
     options_of_parts,
 )
 from opensoraplan.defaults import Solver, Weights
+from opensoraplan.documents import read_json_object
 from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
@@ -319,7 +319,7 @@ def _place_of(options: Generate, inference: "Inference | None", asked: _Asked) -
         raise ValueError(f"{processes} processes are no multiple of --branch-ranks {branches} x --tp {tp}")
     mesh = generating_mesh(branches=branches, tp=tp).filled(processes)
     if asked.folder is not None:
-        config = json.loads((asked.folder / "transformer" / "config.json").read_text())
+        config = read_json_object(asked.folder / "transformer" / "config.json")
         mesh.check_model(config.get("num_attention_heads", 24))
     if options.memory not in ("auto", "resident"):
         if processes > 1:

@@ -1,12 +1,12 @@
 """Where the parts of a model are: options, the guide's config, folders, and what is checked of them."""
 
 import argparse
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from opensoraplan.cli.options import Dtype, OptionalPath, check_exists, optional
+from opensoraplan.documents import read_json_object
 
 if TYPE_CHECKING:
     from opensoraplan.convert.assemble import Sources
@@ -143,9 +143,8 @@ def check_model(path: Path) -> None:
         elif (path.parent / index.name).is_file():
             hint = f"it is a part of one, {path.parent}"
         raise ValueError(f"{path} is not a folder that `osp convert` wrote: {hint}")
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} is damaged: it does not say which pipeline it is of") from None
+    kind = read_json_object(index).get("_class_name")
+    if not isinstance(kind, str):
+        raise ValueError(f"{index} is damaged: it does not say which pipeline it is of (_class_name)")
     if kind != "OpenSoraPlanPipeline":
         raise ValueError(f"{path} is a {kind}, not an OpenSoraPlanPipeline")

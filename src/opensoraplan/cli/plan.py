@@ -229,7 +229,7 @@ def _config_in(path: Path, config: dict[str, object] | None = None) -> dict[str,
     """The config of a denoiser in a config.json, a model's or pipeline's folder, or any checkpoint."""
     from opensoraplan.convert.assemble import empty_denoiser
     from opensoraplan.convert.checkpoints import open_checkpoint
-    from opensoraplan.convert.stored import read_json_object
+    from opensoraplan.documents import read_json_object
     from opensoraplan.models.strict import plain_config
 
     check_exists(path)

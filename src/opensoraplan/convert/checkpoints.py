@@ -22,11 +22,11 @@ from opensoraplan.convert.stored import (
     Stored,
     StoredTensors,
     empty,
-    read_json_object,
     read_pickle,
     read_safetensors,
     read_sharded_safetensors,
 )
+from opensoraplan.documents import read_json_object
 from opensoraplan.models.original import NESTED, denoiser_name
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,7 @@ selects samples. Every key is used, or named as having no meaning here; an unkno
 architecture keys are in models/original.py.
 """
 
-import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,12 @@ from pydantic import PositiveFloat, PositiveInt
 
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.defaults import Fps
+from opensoraplan.documents import DocumentError, parse_json, read_json_object
 from opensoraplan.models import original
 from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-# A string with its escapes, or a comment to the end of the line.
-STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|#[^\n]*')
 
 FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -103,35 +99,12 @@ class Inference:
     generate: dict[str, Any]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that may have `#` comments, as the guide's have. Raises ValueError with the line of a
-    mistake.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        bare = STRING_OR_COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else "", text)
-        content = json.loads(bare, object_pairs_hook=_no_key_twice)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}")
-    return content
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return content
-
-
 def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
     """Translate an inference file. `changes`: values to take instead of its own, as "section.key=value".
 
     Raises ValueError for unknown keys, and for values that v1.5.0 does not have.
     """
-    content = read_json(path)
+    content = read_json_object(path, comments=True)
     for change in changes:
         _apply(change, content)
     file = InferenceFile.read(content, where=str(path))
@@ -211,7 +184,7 @@ def read_selection(path: Path | None, *, changes: Sequence[str] = ()) -> Selecti
     where = "the selection"
     if path is not None:
         where = f"{path}, preprocess_parameters"
-        section: Any = read_json(path)
+        section: Any = read_json_object(path, comments=True)
         for key in ("dataset_param", "preprocess_parameters"):
             section = section.get(key) if isinstance(section, dict) else None
         if not isinstance(section, dict):
@@ -239,6 +212,6 @@ def _apply(change: str, content: dict[str, Any]) -> None:
             raise ValueError(f"{change!r}: there is no section {section!r}{hint}")
         content = content[section]
     try:
-        content[key] = json.loads(text)
-    except json.JSONDecodeError:
+        content[key] = parse_json(text, where=change)
+    except DocumentError:
         content[key] = text

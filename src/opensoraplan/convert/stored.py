@@ -6,7 +6,6 @@ What the tensors mean (dialects, shards, names) is in checkpoints.py.
 
 import argparse
 import io
-import json
 import math
 import mmap
 import pickletools
@@ -19,12 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 from torch.serialization import safe_globals
+
+from opensoraplan.documents import check_file, read_shard_index
 
 # What a checkpoint may hold beside its weights, and what we neither need nor import nor run: objects of the
 # training frameworks (by how their names start), and plain values of the standard library and numpy.
@@ -44,6 +45,8 @@ PLAIN_VALUES = {
     "signal.Signals",
     "types.SimpleNamespace",
 }
+# What torch reads by itself, beside its own.
+PLAIN_CONTAINERS = {"collections.Counter", "collections.OrderedDict", "argparse.Namespace"}
 # How torch_npu saves every tensor that was on an Ascend card.
 NPU_TENSOR = "torch_npu.utils.storage._rebuild_npu_tensor"
 
@@ -51,6 +54,8 @@ NPU_TENSOR = "torch_npu.utils.storage._rebuild_npu_tensor"
 REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 LOCAL_HEADER_SIZE = 30  # of a zip record, before its name
 OWN_PAGES = 2**20  # bytes
+# A compressed file may become so many times as large in memory; a small one may, whatever it becomes.
+MOST_UNPACKED, SMALL_FILE = 20, 2**28
 LEGACY_PICKLES = 5  # magic number, version, system, content, keys of the storages; then the values
 
 
@@ -111,14 +116,16 @@ def read_pickle(path: Path) -> Any:  # noqa: ANN401 (whatever was pickled)
     Objects that are not needed (`FRAMEWORKS`, `PLAIN_VALUES`) become `Ignored`. Raises ValueError for a file
     that is no checkpoint, is truncated, or holds anything else that is not plain data.
     """
+    check_file(path)
     with open(path, "rb") as file:  # an OSError from here on is the content's fault
         start = file.read(64)
     if not start:
         raise ValueError(f"{path} is empty")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is only a Git LFS pointer to the checkpoint: fetch it with `git lfs pull`")
-    with _only_value_errors(path):
-        names, records = _scan(path, zipped=start.startswith(b"PK\x03\x04"))
+    names: set[str] = set()
+    with _only_value_errors(path, names):
+        records = _scan(path, names, zipped=start.startswith(b"PK\x03\x04"))
         ignored = [name for name in names if name.startswith(FRAMEWORKS) or name in PLAIN_VALUES]
         stand_ins = {name: Ignored for name in ignored} | {NPU_TENSOR: _rebuild_npu_tensor}
         with safe_globals([argparse.Namespace, *((value, name) for name, value in stand_ins.items())]):
@@ -127,14 +134,18 @@ def read_pickle(path: Path) -> Any:  # noqa: ANN401 (whatever was pickled)
 
 
 @contextmanager
-def _only_value_errors(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged or foreign file makes the readers raise into a ValueError that names it."""
+def _only_value_errors(path: Path, names: set[str]) -> Iterator[None]:
+    """Turn whatever a damaged or foreign file makes the readers raise into a ValueError that names it; of one
+    with code, this is the reason, whatever else is wrong. `names`: classes and functions that it wants.
+    """
     try:
         yield
     except Exception as error:
-        if match := REFUSED.search(str(error)):
+        match = REFUSED.search(str(error))
+        code = {match[1]} if match else {name for name in names if not _is_plain(name)}
+        if code:
             raise ValueError(
-                f"{path} holds code or objects that could run code ({match[1]}): refused. "
+                f"{path} holds code or objects that could run code ({', '.join(sorted(code)[:5])}): refused. "
                 "A checkpoint needs tensors and plain data only"
             ) from None
         # torch's own text advises to load with weights_only=False, which is what nobody should do.
@@ -149,25 +160,40 @@ def _only_value_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _scan(path: Path, *, zipped: bool) -> tuple[set[str], set[int] | None]:
-    """The names of all classes and functions that a file wants, and the bytes at which its records begin, if
-    they are stored as they are.
+def _is_plain(name: str) -> bool:
+    """Whether torch reads objects of this name, or we leave them out. `__torch__`: of TorchScript."""
+    starts = ("torch.", "__torch__.", *FRAMEWORKS)
+    return name.startswith(starts) or name in PLAIN_VALUES | PLAIN_CONTAINERS
+
+
+def _scan(path: Path, names: set[str], *, zipped: bool) -> set[int] | None:
+    """The bytes at which a file's records begin, if they are stored as they are. Adds the names of all
+    classes and functions that it wants to `names`.
     """
-    names: set[str] = set()
     with open(path, "rb") as file:
         if not zipped:
             with suppress(Exception):  # of a damaged file; what is wrong with it, torch.load will say
                 for _ in range(LEGACY_PICKLES):
-                    names |= _globals(file)
-            return names, None
+                    _add_globals(file, names)
+            return None
         with ZipFile(file) as archive:
             records = archive.infolist()
+            _check_sizes(records, size=path.stat().st_size)
             for record in records:
                 if record.filename.endswith("/data.pkl"):
-                    names |= _globals(io.BytesIO(archive.read(record)))
+                    _add_globals(io.BytesIO(archive.read(record)), names)
         if any(record.compress_type != ZIP_STORED for record in records):
-            return names, None
-        return names, {_data_offset(file, record.header_offset) for record in records}
+            return None
+        return {_data_offset(file, record.header_offset) for record in records}
+
+
+def _check_sizes(records: list[ZipInfo], *, size: int) -> None:
+    """Raise ValueError for a small file that would become a large one in memory; weights hardly shrink."""
+    unpacked = sum(record.file_size for record in records)
+    if unpacked > max(MOST_UNPACKED * size, SMALL_FILE):
+        raise ValueError(
+            f"its {size / 1e9:.3g} GB would become {unpacked / 1e9:.3g} GB, which no weights do: refused"
+        )
 
 
 def _data_offset(file: IO[bytes], header: int) -> int:
@@ -177,13 +203,16 @@ def _data_offset(file: IO[bytes], header: int) -> int:
     return header + LOCAL_HEADER_SIZE + name + extra
 
 
-def _globals(file: IO[bytes]) -> set[str]:
-    """The names in the pickle at the file's position, which ends behind it."""
-    return {
-        str(argument).replace(" ", ".", 1)
-        for opcode, argument, _ in pickletools.genops(file)
-        if opcode.name == "GLOBAL"
-    }
+def _add_globals(file: IO[bytes], names: set[str]) -> None:
+    """Add the names of classes and functions in the pickle at the file's position, which ends behind it."""
+    texts: list[str] = []  # the last ones, of which STACK_GLOBAL takes two
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            names.add(str(argument).replace(" ", ".", 1))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(".".join(texts))
+        elif isinstance(argument, str):
+            texts = [*texts[-1:], argument]
 
 
 def _read_in_place(path: Path, records: set[int]) -> Any:  # noqa: ANN401
@@ -295,6 +324,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name).clone()  # what the file gives is mapped, and goes with it
 
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -327,9 +357,7 @@ def read_sharded_safetensors(folder: Path) -> dict[str, Stored]:
         return read_safetensors(files[0])
 
     index = indices[0]
-    weights = read_json_object(index).get("weight_map")
-    if not isinstance(weights, dict):
-        raise ValueError(f"{index} is no index of shards: it has no weight_map")
+    weights = read_shard_index(index)
     named = sorted(set(weights.values()))
     if missing := [name for name in named if not (folder / name).is_file()]:
         raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
@@ -337,14 +365,3 @@ def read_sharded_safetensors(folder: Path) -> dict[str, Stored]:
     if absent := sorted(set(weights) - set(stored)):
         raise ValueError(f"{index} names tensors that are in no shard: {', '.join(absent)}")
     return stored
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ValueError that names the file if it does not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}")
-    return content

@@ -31,6 +31,7 @@ from opensoraplan.data.dataset import Failure, caption_of
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample, samples_needed
 from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.documents import as_object, parse_json
 from opensoraplan.settings import Settings
 
 DESCRIPTION = "features.json"
@@ -403,7 +404,7 @@ def _in_threads(read: Callable[[Path], dict[str, Any]], paths: Sequence[Path]) -
 def _header(path: Path) -> dict[str, Any]:
     """The index in a shard's header; ValueError for a file that is missing, cut off or none of ours."""
     with _damage(path), safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})[_INDEX])
+        return as_object(parse_json((file.metadata() or {})[_INDEX], where=_INDEX), where=_INDEX)
 
 
 @contextmanager

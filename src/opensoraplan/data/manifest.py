@@ -5,7 +5,6 @@ Not here: what a record is and how the rest is found out (record.py), which are 
 
 import csv
 import importlib
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opensoraplan.data.record import IMAGE_SUFFIXES, Record, complete
+from opensoraplan.documents import DocumentError, check_file, parse_json, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _read_folder(folder: Path) -> list[Record]:
     records = []
     for file in files:
         beside = file.with_suffix(".txt")
-        captions = _captions(_text(beside)) if beside.exists() else ()
+        captions = _captions(read_text(beside)) if beside.exists() else ()
         records.append(
             Record(file, captions, num_frames=1 if file.suffix.lower() in IMAGE_SUFFIXES else None)
         )
@@ -111,7 +111,7 @@ def _read_file(path: Path, *, root: Path | None) -> list[Record]:
 
 def _listed(path: Path, *, base: Path) -> Iterator[tuple[Path, Path]]:
     """The `folder,annotation` lines of a data.txt."""
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         # From the right: folders may have commas in their names.
@@ -160,6 +160,7 @@ def _read_annotation(path: Path, *, folder: Path, records: list[Record], problem
 
 def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
     """The rows of one file and where in it they are."""
+    check_file(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
         return _json_rows(path)
@@ -173,10 +174,7 @@ def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, _Row]]:
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    content = read_json(path)
     if isinstance(content, dict):
         rows = [
             (f"entry {key!r}", {"path": key, **row} if _is_row(row) and not _has(row, _PATH_KEYS) else row)
@@ -196,9 +194,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, _Row]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = ValueError(f"not JSON: {error.msg} at column {error.colno}")
+                row = parse_json(line.decode("utf-8-sig"), where=str(path), line=number)
+            except DocumentError as error:
+                row = ValueError(error.reason)
             except UnicodeDecodeError as error:
                 row = ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
             else:
@@ -244,13 +242,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, _Row]]:
                     yield f"row {number}", row
     except ValueError as error:
         raise ValueError(f"{path}: not Parquet: {error}") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _is_row(value: object) -> bool:

@@ -4,8 +4,10 @@ errors.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from opensoraplan.documents import read_json_object, read_shard_index
 from opensoraplan.names import did_you_mean
 
 Shape = tuple[int, ...]
@@ -28,7 +30,12 @@ class StrictMixin:
 
     @classmethod
     def from_pretrained(cls, path: Any, *, output_loading_info: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As in diffusers, but ValueError that names every tensor that is missing or has no place."""
+        """As in diffusers, but ValueError that names every tensor that is missing or has no place, and every
+        JSON file that is damaged.
+        """
+        folder = Path(path, kwargs.get("subfolder") or "")
+        for file in folder.glob("*.json"):
+            read_shard_index(file) if file.name.endswith(".index.json") else read_json_object(file)
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[misc]
         problems = [f"missing {name}" for name in info["missing_keys"]]
         problems += [f"unexpected {name}" for name in info["unexpected_keys"]]

@@ -7,9 +7,9 @@ B prompts, L text tokens, D width of T5 (2048 in the release), P width of CLIP's
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensoraplan.documents import read_json, read_json_object, read_shard_index
 from opensoraplan.models.captions import clean_caption
 from opensoraplan.models.original import aligned
 
@@ -53,6 +54,11 @@ _WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+# What transformers reads beside the weights.
+_JSON_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
 )
 _TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
 
@@ -305,10 +311,11 @@ def _only_value_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"the weights in {folder} are not plain tensors: no checkpoint, or a pickle with code in it, "
-            "which is never run"
-        ) from error
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"the weights in {folder} hold code or objects that could run code ({match[1]}): refused"
+            ) from None
+        raise ValueError(f"the weights in {folder} are no checkpoint: {_short(error)}") from error
     except Exception as error:  # transformers, torch and safetensors have no common error for a damaged file
         raise ValueError(
             f"cannot load the model in {folder}, its files may be damaged or incomplete: {_short(error)}"
@@ -371,6 +378,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
     from transformers import AutoTokenizer
 
+    _check_json(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
@@ -389,6 +397,7 @@ def _existing_folder(folder: Path | str) -> Path:
 def _model_type(folder: Path, kind: Kind) -> str:
     """The `model_type` of the folder's config, if it is one that `kind` can have."""
     found = str(_read_json(folder / "config.json").get("model_type"))
+    _check_json(folder)
     if found in _MODEL_TYPES[kind]:
         return found
     component, wanted = _ROLES[kind]
@@ -402,24 +411,22 @@ def _check_weight_files(folder: Path) -> None:
     if first is None:
         raise FileNotFoundError(f"no weights in {folder}: expected one of {', '.join(_WEIGHTS)}")
     if first.endswith(".index.json"):
-        shards = _read_json(folder / first).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{folder / first} has no weight_map, which says where each tensor is")
+        shards = read_shard_index(folder / first)
         absent = sorted({name for name in shards.values() if not (folder / name).is_file()})
         if absent:
             raise FileNotFoundError(f"{folder / first} names files that are not there: {', '.join(absent)}")
 
 
+def _check_json(folder: Path) -> None:
+    """Read the folder's JSON files by our own reader before transformers does: its errors name no file."""
+    for path in (folder / name for name in _JSON_FILES if (folder / name).exists()):
+        read_json(path)
+
+
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
-    return value
+    return read_json_object(path)
 
 
 def _check_complete(folder: Path, kind: Kind, info: dict) -> None:

@@ -1,6 +1,5 @@
 """From a training run to what others read: a diffusers folder, Megatron shards, or the release's pickle."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from opensoraplan.convert.assemble import Opened, Sources, open_vae, write_pipeline
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
 from opensoraplan.defaults import GenerateDefaults
+from opensoraplan.documents import read_json_object
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings
@@ -154,7 +154,7 @@ def _prompts_of(base: Path | None) -> dict[str, Any]:
     """How the pipeline in that folder treats prompts, as far as it says so."""
     if base is None:
         return {}
-    index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+    index = read_json_object(base / INDEX)
     return {key: index[key] for key in ("prompt_template", "default_negative_prompt") if key in index}
 
 
@@ -165,7 +165,7 @@ def _scheduler(settings: TrainSettings, base: Path | None) -> dict[str, Any]:
     path = None if base is None else base / "scheduler" / "scheduler_config.json"
     if path is None or not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     return {key: config[key] for key in ("shift", "use_dynamic_shifting") if key in config}
 
 

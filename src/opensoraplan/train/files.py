@@ -6,14 +6,13 @@ config.py, the guide's keys are in guide_json.py.
 import datetime
 import difflib
 import logging
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opensoraplan.convert.mindspeed_json import read_json
 from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.documents import DocumentError, parse_toml, read_json_object, read_toml
 from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
@@ -219,17 +218,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: a run is described by a .toml file such as {EXAMPLE}, or by the config.json of a run"
         )
-    try:
-        if path.suffix == ".json":
-            content = _given(read_json(path))
-        else:
-            content = _with_nothing(tomllib.loads(path.read_text(encoding="utf-8-sig")))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".json":
+        content = _given(read_json_object(path, comments=True))
+    else:
+        content = _with_nothing(read_toml(path))
     if any(key in content for key in OF_THE_GUIDE):
         raise ValueError(f"{path} is one of the guide's two files: give them as --model and --data")
     return content
@@ -300,8 +292,8 @@ def _changed(values: dict[str, Any], changes: Sequence[str], *, kind: type[Setti
 def _value(text: str) -> Any:  # noqa: ANN401 (a TOML value)
     """A value as TOML has it; what is not TOML, such as a path, is text. So is a date."""
     try:
-        content = _with_nothing(tomllib.loads(f"value = {text}"))
-    except tomllib.TOMLDecodeError:
+        content = _with_nothing(parse_toml(f"value = {text}", where=text))
+    except DocumentError:
         return None if _is_nothing(text) else text
     value = content["value"]
     return text if len(content) > 1 or isinstance(value, datetime.date | datetime.time) else value

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from opensoraplan.convert.mindspeed_json import NOT_OF_SELECTION, LocalFolder, read_json, read_selection
+from opensoraplan.convert.mindspeed_json import NOT_OF_SELECTION, LocalFolder, read_selection
 from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.documents import read_json_object
 from opensoraplan.flow import Weighting
 from opensoraplan.models import original
 from opensoraplan.models.strict import check_known_keys
@@ -215,7 +216,7 @@ class _Files:
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = paths
-        self.content = {name: read_json(path) for name, path in paths.items()}
+        self.content = {name: read_json_object(path, comments=True) for name, path in paths.items()}
 
     def get(self, place: Place) -> Any:  # noqa: ANN401 (a JSON value)
         """The value there; None if there is none."""

@@ -24,6 +24,7 @@ from opensoraplan.data.features import (
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repeated, select
 from opensoraplan.data.video import installed_reader
+from opensoraplan.documents import parse_json
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import shift_and_scale
@@ -314,7 +315,10 @@ def _given_parts(data: DataSettings, *, of: Mapping[str, str]) -> dict[str, str]
 def selection_of_cache(folder: Path) -> SelectionSettings:
     """How the clips of the features in `folder` were selected. Raises ValueError for a folder without."""
     parts = {name: value for name, value in read_parts(folder).items() if name.startswith(_SELECTION)}
-    values = {name.removeprefix(_SELECTION): json.loads(value) for name, value in parts.items()}
+    values = {
+        name.removeprefix(_SELECTION): parse_json(value, where=f"{folder}, {name}")
+        for name, value in parts.items()
+    }
     return SelectionSettings.read(values, where=str(folder))
 
 
