@@ -84,9 +84,7 @@ def test_cache_equals_online(settings: TrainSettings, clips: Path, cache: Path) 
     cached = FeatureDataset(cache, seed=5, caption_dropout=0.4, use_aesthetic=False)
     samples = select(read_manifest(clips), settings.data.selection, seed=settings.seed).kept
     assert samples[4].windows == 12
-    online = ClipDataset(
-        samples, seed=5, new_windows=False, caption_dropout=0.4, use_aesthetic=False, reader="pyav"
-    )
+    online = ClipDataset(samples, seed=5, new_windows=False, caption_dropout=0.4, reader="pyav")
     draws = [Draw(index=slot, epoch=0, step=3, slot=slot) for slot in range(5)]
     batch = collate_features([cached[draw] for draw in draws])
     drawn = [online[draw] for draw in draws]
@@ -99,6 +97,37 @@ def test_cache_equals_online(settings: TrainSettings, clips: Path, cache: Path) 
     assert torch.equal(batch.mask, prompts.mask)
     assert torch.equal(batch.pooled, prompts.pooled)
     assert cached.description.vae["scale"] == encoders.vae.config["scale"]
+
+
+def test_sentences_on_quality_are_those_of_training_on_the_clips(
+    settings: TrainSettings, clips: Path, tmp_path: Path
+) -> None:
+    """Whatever the run's seed draws of captions: the sentence of each is in the cache."""
+    scored = tmp_path / "scored.json"
+    scores = (3.0, 5.0, 6.0, 7.0)
+    rows = [
+        {"path": f"{clips}/{number}.mp4", "cap": [caption, f"again {caption}"], "aes": score}
+        for number, (caption, score) in enumerate(zip(CAPTIONS, scores, strict=False))
+    ]
+    scored.write_text(json.dumps(rows))
+    settings = changed(settings, manifest=scored, use_aesthetic=True)
+    write(settings, tmp_path / "cache")
+    online, _ = open_source(settings, device=CPU)
+    features = changed(settings, features=tmp_path / "cache", caption_dropout=0.0)
+    cached, _ = open_source(features, device=CPU)
+    captions = [sample.record.captions for sample in online.samples]
+    assert [sample.record.captions for sample in cached.samples] == captions
+    assert captions[1] == (CAPTIONS[1], f"again {CAPTIONS[1]}")
+    assert all(len(text) > len(CAPTIONS[2]) + 20 for text in captions[2])
+    for index in range(4):
+        draw = Draw(index=index, epoch=3, step=9, slot=0)
+        assert cached.dataset[draw].caption in captions[index]
+    other = features.model_copy(update={"seed": settings.seed + 1})
+    with pytest.raises(ValueError, match=r"is stale.*captions"):
+        open_source(other, device=CPU)
+    # Without the clips' manifest there is nothing to hold it against, and the captions are the cache's.
+    alone = changed(other, manifest=None)
+    assert open_source(alone, device=CPU)[0].samples == cached.samples
 
 
 def test_killed_and_gone_on_with_by_two_ranks(settings: TrainSettings, cache: Path, tmp_path: Path) -> None:

@@ -73,43 +73,30 @@ def draw(index: int, *, epoch: int = 0) -> Draw:
 # --- Captions -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("score", "word"), [(4.25, "low"), (4.26, None), (5.74, None), (5.75, "high"), (None, None)]
-)
-@pytest.mark.parametrize(("name", "kind"), [("a.mp4", "video"), ("a.jpg", "image")])
-def test_quality_is_said_of_extremes(score: float | None, word: str | None, name: str, kind: str) -> None:
-    one = sample(Path(name), aesthetic=score)
-    end = f" This {kind} has a {word} aesthetic quality." if word else ""
-    assert all_captions(one, use_aesthetic=True) == (f"a grey clip{end}", f"a clip of grey{end}")
-    assert all_captions(one, use_aesthetic=False) == ("a grey clip", "a clip of grey")
-
-
 def test_captions_are_drawn_and_dropped() -> None:
-    one = sample(Path("a.mp4"), aesthetic=6.0)
+    one = sample(Path("a.mp4"))
     said = Counter(
-        caption_of(one, draw(index, epoch=epoch), seed=3, dropout=0.25, use_aesthetic=True)
+        caption_of(one, draw(index, epoch=epoch), seed=3, dropout=0.25)
         for index in range(100)
         for epoch in range(10)
     )
-    assert set(said) == {"", *all_captions(one, use_aesthetic=True)}
+    assert set(said) == {"", *all_captions(one)}
     assert 200 < said[""] < 300
     assert all(count > 300 for caption, count in said.items() if caption)
     # The place in a batch decides nothing, so that a cache or other batches give the same run.
     moved = draw(5)._replace(step=77, slot=3)
     for seed in range(5):
-        captions = {
-            caption_of(one, turn, seed=seed, dropout=0.5, use_aesthetic=False) for turn in (draw(5), moved)
-        }
+        captions = {caption_of(one, turn, seed=seed, dropout=0.5) for turn in (draw(5), moved)}
         assert len(captions) == 1
 
 
 def test_dropout_at_its_ends_and_no_caption() -> None:
     one, mute = sample(Path("a.mp4")), sample(Path("a.mp4"), captions=())
     turns = [draw(index) for index in range(50)]
-    assert {caption_of(one, turn, seed=0, dropout=1, use_aesthetic=False) for turn in turns} == {""}
-    assert "" not in {caption_of(one, turn, seed=0, dropout=0, use_aesthetic=False) for turn in turns}
-    assert caption_of(mute, draw(0), seed=0, dropout=0, use_aesthetic=False) == ""
-    assert all_captions(mute, use_aesthetic=False) == ("",)
+    assert {caption_of(one, turn, seed=0, dropout=1) for turn in turns} == {""}
+    assert "" not in {caption_of(one, turn, seed=0, dropout=0) for turn in turns}
+    assert caption_of(mute, draw(0), seed=0, dropout=0) == ""
+    assert all_captions(mute) == ("",)
 
 
 # --- Clips --------------------------------------------------------------------------------------------------

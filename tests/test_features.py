@@ -85,7 +85,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         draw = Draw(index=slot % 4, epoch=slot, step=7, slot=0)
         item = data[draw]
         here = data.samples[draw.index]
-        assert item.caption == caption_of(here, draw, seed=3, dropout=0.5, use_aesthetic=False)
+        assert item.caption == caption_of(here, draw, seed=3, dropout=0.5)
         assert torch.equal(item.moments, moments(here.index))
         sequence, pooled = states(TEXTS.index(item.caption))
         assert torch.equal(item.sequence, sequence)

@@ -433,6 +433,33 @@ def test_a_table_without_captions_says_what_it_has(tmp_path: Path, caplog: pytes
     assert "captions" in caplog.text
 
 
+def test_an_empty_caption_is_a_caption(tmp_path: Path) -> None:
+    """As in the original, where a record without one is dropped. An empty cell of a table is none."""
+    known = {key: FULL[key] for key in FULL if key != "cap"}
+    rows = [{**known, **cap} for cap in ({"cap": ""}, {"cap": ["", "x"]}, {"cap": None}, {"cap": []}, {})]
+    rows.append({**known, "cap": "", "text": "y"})
+    write_lines(tmp_path / "m.json", json.dumps(rows))
+    found = read_manifest(tmp_path / "m.json", probing="none")
+    assert [record.captions for record in found] == [("",), ("", "x"), (), (), (), ("y",)]
+    assert [drop.index for drop in select(found, settings(), allow_empty=True).dropped] == [2, 3, 4]
+    table = write_lines(tmp_path / "m.csv", "path,caption", "a.mp4,", "b.mp4,x")
+    assert [record.captions for record in read_manifest(table, probing="none")] == [(), ("x",)]
+
+
+def test_a_rate_that_is_left_out_is_24(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in the original, if the frames are given; what has to be looked up in the file anyway is, whole."""
+    write_clip(tmp_path / "a.mp4", frames=20, fps=12)
+    size = {"path": "a.mp4", "cap": "x", "height": 24, "width": 32}
+    write_lines(tmp_path / "1.json", [{**size, "num_frames": 20}, {**size, "num_frames": 20, "fps": 12}])
+    write_lines(tmp_path / "2.json", [size, {**size, "path": "b.png"}, {**size, "num_frames": 18}])
+    found = read_manifest(write_lines(tmp_path / "data.txt", ",1.json", ",2.json"))
+    assert [(record.num_frames, record.fps) for record in found] == [
+        *((20, 24.0), (20, 12.0), (20, 12.0), (1, None), (18, 24.0))
+    ]
+    (message,) = (text for text in caplog.messages if "no fps" in text)
+    assert "data.txt: 2 of 5 records have num_frames and no fps, and count as 24 fps: add fps" in message
+
+
 def test_folder_of_clips_with_captions_beside_them(tmp_path: Path) -> None:
     one = write_clip(tmp_path / "one.mp4", frames=12, fps=30000 / 1001)
     deep = write_clip(tmp_path / "sub" / "two.mp4", frames=20)

@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# Scores up to the first and from the second on are worth a sentence (original.md, section 6).
-_UGLY, _BEAUTIFUL = 4.25, 5.75
 # How many samples are tried for one place of a batch.
 _ATTEMPTS = 5
 # Among so many samples of the same shape they are looked for.
@@ -60,24 +58,17 @@ class Batch:
     failures: tuple[Failure, ...]
 
 
-def all_captions(sample: Sample, *, use_aesthetic: bool) -> tuple[str, ...]:
-    """Everything that `caption_of` may say of a sample, without dropout. Without captions, that is "".
-
-    With `use_aesthetic`, a sentence on its quality follows each caption of a sample whose aesthetic score is
-    at most 4.25 or at least 5.75. The original draws one of ten such sentences and places it before or after;
-    here it is always its first one, after the caption, so that a caption remains one text.
-    """
-    captions = sample.record.captions or ("",)
-    quality = _quality(sample) if use_aesthetic else ""
-    return tuple(f"{caption} {quality}".strip() for caption in captions)
+def all_captions(sample: Sample) -> tuple[str, ...]:
+    """Everything that `caption_of` may say of a sample, without dropout. Without captions, that is ""."""
+    return sample.record.captions or ("",)
 
 
-def caption_of(sample: Sample, draw: Draw, *, seed: int, dropout: float, use_aesthetic: bool) -> str:
+def caption_of(sample: Sample, draw: Draw, *, seed: int, dropout: float) -> str:
     """One of `all_captions`, or "" with probability `dropout`, by (seed, epoch, index) of `draw`."""
     chance = _chance("caption", seed, draw)
     if chance.random() < dropout:
         return ""
-    return chance.choice(all_captions(sample, use_aesthetic=use_aesthetic))
+    return chance.choice(all_captions(sample))
 
 
 class UnreadableClipError(ValueError):
@@ -87,9 +78,9 @@ class UnreadableClipError(ValueError):
 class ClipDataset(Dataset[Clip]):
     """Clips by `Draw`. The same draw is always the same clip, in any process.
 
-    With `new_windows`, a clip longer than its sample begins elsewhere in each epoch. `caption_dropout` and
-    `use_aesthetic`: see `caption_of`. In place of a file that cannot be read comes another sample of the same
-    shape, up to five in all (`replace`); then UnreadableClipError.
+    With `new_windows`, a clip longer than its sample begins elsewhere in each epoch. `caption_dropout`: see
+    `caption_of`. In place of a file that cannot be read comes another sample of the same shape, up to five in
+    all (`replace`); then UnreadableClipError.
     """
 
     def __init__(
@@ -99,7 +90,6 @@ class ClipDataset(Dataset[Clip]):
         seed: int,
         new_windows: bool = True,
         caption_dropout: float = 0.1,
-        use_aesthetic: bool = False,
         reader: Reader = "pyav",
         replace: bool = True,
     ) -> None:
@@ -108,7 +98,6 @@ class ClipDataset(Dataset[Clip]):
         self._seed = seed
         self._new_windows = new_windows
         self._caption_dropout = caption_dropout
-        self._use_aesthetic = use_aesthetic
         # Here, so that one that is missing is said once and not by every worker.
         self._reader: Reader = installed_reader(reader)
         self._same: dict[Shape, list[int]] = {}
@@ -128,13 +117,7 @@ class ClipDataset(Dataset[Clip]):
                 path, message = sample.record.path, str(error)
                 failures.append(Failure(path, message if str(path) in message else f"{path}: {message}"))
                 continue
-            caption = caption_of(
-                sample,
-                draw,
-                seed=self._seed,
-                dropout=self._caption_dropout,
-                use_aesthetic=self._use_aesthetic,
-            )
+            caption = caption_of(sample, draw, seed=self._seed, dropout=self._caption_dropout)
             return Clip(video, caption, sample, tuple(failures))
         shape = "x".join(map(str, self._samples[draw.index].shape))
         raise UnreadableClipError(
@@ -245,15 +228,6 @@ def _check_aspect(frames: torch.Tensor, record: Record) -> None:
             f"{record.path} is {height} x {width} (height x width), the manifest says "
             f"{record.height} x {record.width}"
         )
-
-
-def _quality(sample: Sample) -> str:
-    """The sentence that the original's captions have for especially ugly and beautiful clips."""
-    score = sample.record.aesthetic
-    if score is None or _UGLY < score < _BEAUTIFUL:
-        return ""
-    kind = "image" if sample.record.is_image else "video"
-    return f"This {kind} has a {'low' if score <= _UGLY else 'high'} aesthetic quality."
 
 
 def _chance(purpose: str, seed: int, draw: Draw) -> random.Random:

@@ -35,7 +35,8 @@ from opensoraplan.documents import as_object, parse_json
 from opensoraplan.settings import Settings
 
 DESCRIPTION = "features.json"
-VERSION = 1
+# Of what a cache has. Before 2, captions were cleaned a little otherwise and had other sentences on quality.
+VERSION = 2
 
 # The one entry of a shard's header: with more, safetensors writes them in any order.
 _INDEX = "index"
@@ -268,7 +269,6 @@ class FeatureDataset(Dataset[Features]):
         self.description = check_fresh(self.folder, {})
         self.seed = seed
         self.caption_dropout = caption_dropout
-        self.use_aesthetic = use_aesthetic
         self.samples: list[Sample] = []
         self._files: list[tuple[Path, str]] = []
         files = _shards(self.folder, self.description, "videos")
@@ -330,13 +330,7 @@ class FeatureDataset(Dataset[Features]):
 
     def __getitem__(self, draw: Draw) -> Features:
         sample = self.samples[draw.index]
-        caption = caption_of(
-            sample,
-            draw,
-            seed=self.seed,
-            dropout=self.caption_dropout,
-            use_aesthetic=self.use_aesthetic,
-        )
+        caption = caption_of(sample, draw, seed=self.seed, dropout=self.caption_dropout)
         moments = self._open.tensor(*self._files[draw.index])
         return Features(moments, *self._states(caption), caption, sample)
 

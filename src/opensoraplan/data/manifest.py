@@ -26,6 +26,8 @@ _AESTHETIC_KEYS = ("aesthetic", "aes")
 _OTHER_KEYS = ("num_frames", "fps", "height", "width", "resolution", "cut", "crop")
 # How many wrong rows a message names.
 _NAMED = 5
+# The rate of a record that tells how many frames there are and not how fast they are, as in the original.
+_ASSUMED_FPS = 24.0
 
 # A row of a manifest, or what is wrong with it.
 _Row = Mapping[str, Any] | ValueError
@@ -46,9 +48,10 @@ def read_manifest(
     - .jsonl, .csv and .parquet: columns path|video and caption|cap|text.
 
     A record may also have num_frames, fps, height and width (or resolution {height, width}), cut [start,
-    end], crop [left, right, top, bottom], aesthetic|aes. Captions are a string or a list of them. Relative
-    paths start from `root`, else from the manifest's folder (those that a .txt itself has may also start
-    from the current one).
+    end], crop [left, right, top, bottom], aesthetic|aes. Captions are a string or a list of them; "" is a
+    caption, too (in .csv, where it cannot be told from an empty cell, there is none). Relative paths start
+    from `root`, else from the manifest's folder (those that a .txt itself has may also start from the current
+    one). With num_frames and without fps, a video counts as one of 24, with one warning, as in the original.
 
     What is missing is read from the files (`probing` "all" opens every file, "none" no file) by `workers`
     threads and remembered in a hidden JSON file beside the manifest, if its folder can be written to. Files
@@ -83,7 +86,7 @@ def _read_folder(folder: Path) -> list[Record]:
     records = []
     for file in files:
         beside = file.with_suffix(".txt")
-        captions = _captions(read_text(beside)) if beside.exists() else ()
+        captions = tuple(filter(None, _captions(read_text(beside)))) if beside.exists() else ()
         records.append(
             Record(file, captions, num_frames=1 if file.suffix.lower() in IMAGE_SUFFIXES else None)
         )
@@ -99,13 +102,21 @@ def _read_file(path: Path, *, root: Path | None) -> list[Record]:
     parts = list(_listed(path, base=base)) if listed else [(base, path)]
     records: list[Record] = []
     problems: list[str] = []
-    for folder, annotation in parts:
+    assumed = sum(
         _read_annotation(annotation, folder=folder, records=records, problems=problems)
+        for folder, annotation in parts
+    )
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError("; ".join(problems[:_NAMED]) + more)
     if not records:
         raise ValueError(f"manifest {path} has no records")
+    if assumed:
+        logger.warning(
+            "%s: %d of %d records have num_frames and no fps, and count as %g fps: add fps, or leave out "
+            "num_frames to have both looked up in the files",
+            *(path, assumed, len(records), _ASSUMED_FPS),
+        )
     return records
 
 
@@ -137,9 +148,11 @@ def _existing(name: str, *, base: Path, what: str) -> Path:
     raise ValueError(f"{what} {name} exists neither in {base.absolute()} nor in {Path.cwd()}")
 
 
-def _read_annotation(path: Path, *, folder: Path, records: list[Record], problems: list[str]) -> None:
-    """Append the records of one file, and what is wrong with its other rows."""
-    rows = 0
+def _read_annotation(path: Path, *, folder: Path, records: list[Record], problems: list[str]) -> int:
+    """Append the records of one file, and what is wrong with its other rows. Returns how many of the records
+    got a rate that the file does not give.
+    """
+    rows = assumed = 0
     captioned = False
     columns: dict[str, None] = {}
     for where, row in _rows(path):
@@ -150,12 +163,17 @@ def _read_annotation(path: Path, *, folder: Path, records: list[Record], problem
             if not captioned:
                 columns.update(dict.fromkeys(map(str, row)))
                 captioned = any(key in row for key in _CAPTION_KEYS)
-            records.append(_record(row, folder=folder))
+            record = _record(row, folder=folder)
+            if record.fps is None and not record.is_image and _has(row, ("num_frames",)):
+                record = replace(record, fps=_ASSUMED_FPS)
+                assumed += 1
+            records.append(record)
         except ValueError as error:
             problems.append(f"{path}, {where}: {error}")
     if columns and not captioned:
         keys, found = "|".join(_CAPTION_KEYS), ", ".join(columns)
         logger.warning("%s: none of %d records has a caption (%s), they have: %s", path, rows, keys, found)
+    return assumed
 
 
 def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
@@ -216,7 +234,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, _Row]]:
                     header = [cell.strip() for cell in cells]
                     continue
                 if len(cells) == len(header):
-                    row = dict(zip(header, cells, strict=True))
+                    row = {key: cell or None for key, cell in zip(header, cells, strict=True)}
                 else:
                     row = ValueError(f"{len(cells)} cells, but {len(header)} columns")
                 yield f"line {reader.line_num}", row
@@ -257,11 +275,11 @@ def _has(row: Mapping[str, Any], keys: Sequence[str]) -> bool:
     return any(not _is_missing(row.get(key)) for key in keys)
 
 
-def _one_of(row: Mapping[str, Any], keys: Sequence[str]) -> Any:  # noqa: ANN401 (a cell holds anything)
-    """The value under one of several names, None if it is missing."""
+def _one_of(row: Mapping[str, Any], keys: Sequence[str], *, blank: bool = False) -> Any:  # noqa: ANN401 (any)
+    """The value under one of several names, None if it is missing; with `blank`, "" if there is only that."""
     found = [key for key in keys if not _is_missing(row.get(key))]
     if not found:
-        return None
+        return "" if blank and any(row.get(key) == "" for key in keys) else None
     first = row[found[0]]
     if len(found) > 1 and any(row[key] != first for key in found):
         values = ", ".join(repr(row[key]) for key in found)
@@ -283,7 +301,7 @@ def _record(row: Mapping[str, Any], *, folder: Path) -> Record:
     cut, crop = _span(row, "cut"), _span(row, "crop")
     record = Record(
         path,
-        _captions(_one_of(row, _CAPTION_KEYS)),
+        _captions(_one_of(row, _CAPTION_KEYS, blank=True)),
         num_frames=_count(row, "num_frames"),
         fps=_positive(row, ("fps",)),
         height=_count(size, "height") or _count(row, "height"),
@@ -313,17 +331,17 @@ def _narrowed(record: Record) -> Record:
 
 
 def _captions(value: object) -> tuple[str, ...]:
-    """One caption or several; blank ones are none."""
+    """One caption or several, without white space at their ends; blank ones count."""
     captions: list[str] = []
     for caption in value if isinstance(value, list) else [value]:
-        if _is_missing(caption):
+        if caption != "" and _is_missing(caption):
             continue
         if not isinstance(caption, str):
             raise ValueError(f"a caption must be text or a list of texts, got {str(caption)[:60]!r}")
         if not _is_unicode(caption):
             raise ValueError(f"a caption has half a character (a lone surrogate): {caption[:60]!r}")
         captions.append(caption.strip())
-    return tuple(filter(None, captions))
+    return tuple(captions)
 
 
 def _is_unicode(text: str) -> bool:

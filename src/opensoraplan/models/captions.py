@@ -109,7 +109,8 @@ def _clean_once(text: str, keep_chinese: bool) -> str:
     # Joined words are words (this-is-my-cat), but one compound in a sentence stays one.
     if len(_JOINERS.findall(text)) > 3:
         text = _JOINERS.sub(" ", text)
-    text = html.unescape(html.unescape(fix_text(text)))
+    # Without white space at the ends, where the rules that follow look for stray signs.
+    text = html.unescape(html.unescape(fix_text(text))).strip()
     return _apply(_WORDS, text).strip()
 
 

@@ -137,7 +137,7 @@ class CacheJob:
         preprocessing = preprocessing_parts(settings, self.samples)
         features.check_place(out, preprocessing)
 
-        self.texts = _texts(self.samples, use_aesthetic=data.use_aesthetic)
+        self.texts = _texts(self.samples)
         self.encoders = load_encoders(settings.vae, settings.text, device=device)
         config = {key: value for key, value in self.encoders.vae.config.items() if not key.startswith("_")}
         self.description = Description(
@@ -237,11 +237,11 @@ class _Clips(Dataset[Tensor | LeftOut]):
             return LeftOut(_printable(str(sample.record.path)), _printable(str(error)))
 
 
-def _texts(samples: Sequence[Sample], *, use_aesthetic: bool) -> list[str]:
+def _texts(samples: Sequence[Sample]) -> list[str]:
     """Every text once, in the order of the samples; first of all the empty one, for dropped captions."""
     texts = {"": None}
     for sample in samples:
-        texts |= dict.fromkeys(all_captions(sample, use_aesthetic=use_aesthetic))
+        texts |= dict.fromkeys(all_captions(sample))
     return list(texts)
 
 

@@ -120,6 +120,7 @@ class ClipSourceSettings(Settings):
 class DataSettings(ClipSourceSettings):
     """What a denoiser is trained on: clips of `manifest`, or `features` of them, a folder that `osp cache`
     wrote (it has one window of each clip). `caption_dropout`: how often the caption is the empty one.
+    `use_aesthetic`: captions of clips with a very low or high aesthetic score say so.
     `repeat`: how many times more an epoch has clips with a caption in which a regular expression is found;
     for several of them these add up.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from opensoraplan.data.aesthetics import add_aesthetic_notices
 from opensoraplan.data.dataset import Batch, ClipDataset, collate
 from opensoraplan.data.features import (
     FeatureBatch,
@@ -158,7 +159,6 @@ def _open_clips(
         seed=settings.seed,
         new_windows=data.new_windows and not held_out,
         caption_dropout=0.0 if held_out else data.caption_dropout,
-        use_aesthetic=data.use_aesthetic,
         reader=data.reader,
         replace=not held_out,
     )
@@ -216,8 +216,9 @@ def select_clips(
     global_batch: int | None = None,
     need_captions: bool = True,
 ) -> tuple[Sample, ...]:
-    """The clips of a manifest that are used, as `osp data check` shows; how many are not is logged for each
-    reason. Arguments and errors are those of `read_manifest` and `select`.
+    """The clips of a manifest that are used, as `osp data check` shows, with sentences on their quality in
+    their captions if the settings ask for them; how many are not used is logged for each reason. Arguments
+    and errors are those of `read_manifest` and `select`.
     """
     records = read_manifest(manifest, root=root)
     selection = select(
@@ -226,6 +227,8 @@ def select_clips(
     logger.info("%s: %d of %d clips are used", manifest, len(selection.kept), len(records))
     for reason, drops in selection.reasons().items():
         logger.info("%s: %d dropped, %s: %s", manifest, len(drops), reason, reason.sentence)
+    if isinstance(data, DataSettings) and data.use_aesthetic:
+        return add_aesthetic_notices(selection.kept, seed=seed)
     return selection.kept
 
 
