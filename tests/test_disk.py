@@ -1,13 +1,16 @@
 """Files that are written whole or under free names: by several at once, and after one that was killed."""
 
 import os
-import time
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from opensoraplan.disk import _move_without_link, write_new, write_whole
+from opensoraplan.disk import _move_without_link, clear_dead, write_new, write_whole
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -23,17 +26,53 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
-def test_only_its_own_and_old_leftovers_are_removed(tmp_path: Path) -> None:
-    path = tmp_path / "a[1]*.txt"
-    old, young = tmp_path / f".{path.name}.dead.tmp", tmp_path / f".{path.name}.live.tmp"
-    other = tmp_path / ".a1b.txt.dead.tmp"
-    for leftover in (old, young, other):
-        leftover.write_text("part")
-    hours_ago = time.time() - 2 * 3600
-    for leftover in (old, other):
-        os.utime(leftover, (hours_ago, hours_ago))
-    write_whole(path, lambda file: file.write_text("whole"))
-    assert sorted(tmp_path.iterdir()) == sorted((path, young, other))
+def test_what_a_dead_writer_left_is_cleared(tmp_path: Path) -> None:
+    """A writer that is killed in the middle leaves its work; one that lives keeps it."""
+    code = """
+import sys, time
+from pathlib import Path
+from opensoraplan.disk import write_whole
+def write(path):
+    path.write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+write_whole(Path(sys.argv[1]), write)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "file.txt")]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as alive,
+        subprocess.Popen(command, stdout=subprocess.PIPE) as dead,
+    ):
+        try:
+            for process in (alive, dead):
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"writing\n"
+            (tmp_path / ".osp-probed.json").write_text("somebody's")
+            dead.kill()
+            dead.wait()
+            assert len(list(tmp_path.rglob("file.txt"))) == 2
+            clear_dead(tmp_path)
+            (left,) = tmp_path.rglob("file.txt")
+            assert left.read_text() == "half"
+            write_whole(tmp_path / "file.txt", lambda file: file.write_text("whole"))
+            assert left.exists()
+            assert len(os.listdir(tmp_path)) == 4  # theirs, the file, and another's claim and work
+        finally:
+            alive.kill()
+    clear_dead(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".osp-probed.json", "file.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_who_may_read_a_file_is_for_the_umask_to_say(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "a", lambda file: save_file({"x": torch.zeros(1)}, file))
+        write_new(tmp_path / "b", lambda file: save_file({"x": torch.zeros(1)}, file))
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"]
+    assert modes == [0o666 & ~umask] * 2
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -41,7 +80,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.json'"):
         write_new(tmp_path / "a.json", half)
     assert os.listdir(tmp_path) == []
 

@@ -1,22 +1,30 @@
-"""Files that appear whole or not at all, in place of others or under free names. Full disks told in plain
-words.
+"""Files and folders that appear whole or not at all, in place of others or under free names. Full disks told
+in plain words.
+
+What is being made lies in a hidden folder beside its later place, `.osp-HEX.partial`. Its process has claimed
+it; when that is dead, the next process that makes something beside it removes it.
 """
 
 import errno
-import glob
 import itertools
 import os
+import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-# Seconds without a write after which a temporary file is no live writer's.
+from opensoraplan.claims import claim, clear_dead_claims
+
+# Seconds without a change after which nobody works there any more, where the file system has no locks.
 _ABANDONED = 3600
+_PARTIAL = ".osp-*.partial"
 
 
 def user_cache_folder() -> Path:
@@ -31,6 +39,8 @@ def user_cache_folder() -> Path:
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # which flushes neither folders nor what is open for reading only
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,31 +48,61 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file of another name, flush it to the disk, and rename it to `path`.
-
-    Several may write the same file at once: the last to finish wins. What a killed writer of it left behind
-    is removed once it is an hour old. Errors pass: see `plain_errors`.
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, to make files in that are moved to their places when they are whole. It is
+    removed at the end of the block with what is left in it. Raises OSError if it cannot be made.
     """
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        # Another writer may rename or remove it at any moment.
-        with suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > _ABANDONED:
-                old.unlink()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    _clear_dead_once(folder.absolute())
+    place = folder / f".osp-{secrets.token_hex(8)}.partial"
+    own = claim(place)
+    assert own is not None, "a random name that another process has, too"
+    with own:
+        try:
+            place.mkdir()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def clear_dead(folder: Path) -> None:
+    """Remove what processes that died left in `folder`: unfinished files, and claims."""
+    for place in folder.glob(_PARTIAL):
+        with suppress(OSError):  # somebody else's, or gone
+            own = claim(place)
+            if own is None:
+                continue
+            with own:
+                if own.is_certain or time.time() - place.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(place, ignore_errors=True)
+    clear_dead_claims(folder)
+
+
+# Every file of a large folder is written by `workplace`, which need not look through it each time.
+_clear_dead_once = cache(clear_dead)
+
+
+def permit(path: Path) -> None:
+    """Let those read a new file, or the files of a new folder, who may read the folder that it is in: after
+    the umask. safetensors lets the user alone read what it writes.
+    """
+    usual = path.parent.stat().st_mode & 0o666
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(usual)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file in another place, flush it to the disk, and rename it to `path`.
+
+    Several may write the same file at once: the last to finish wins. Raises OSError that names `path`.
+    """
+    with named_errors(path), workplace(path.parent) as place:
+        temporary = place / path.name
         write(temporary)
+        permit(temporary)
         flush(temporary)
         temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def temporary_path(wanted: Path) -> Path:
-    """A fresh hidden name in the folder of `wanted`, with its suffix, to write to before `publish`."""
-    # Without the stem, which may already be as long as a name can be.
-    return wanted.with_name(f".osp-{secrets.token_hex(8)}{wanted.suffix}")
 
 
 def numbered(path: Path) -> Iterator[Path]:
@@ -88,19 +128,13 @@ def publish(temporary: Path, wanted: Path) -> Path:
 
 def write_new(wanted: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` make a file, and give it the name `wanted` or, if that is taken, one with a number. Returns
-    the name; nothing is left of an attempt that fails.
+    the name; nothing is left of an attempt that fails. Raises OSError that names `wanted`.
     """
-    temporary = temporary_path(wanted)
-    try:
+    with named_errors(wanted), workplace(wanted.parent) as place:
+        temporary = place / wanted.name
         write(temporary)
+        permit(temporary)
         return publish(temporary, wanted)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def claim(path: Path) -> None:
-    """Make an empty file that must be new, with the permissions that any new file gets."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def _move_to_new(temporary: Path, path: Path) -> None:
@@ -117,12 +151,28 @@ def _move_to_new(temporary: Path, path: Path) -> None:
 
 def _move_without_link(temporary: Path, path: Path) -> None:
     """`_move_to_new` where the file system has no hard links: an empty file holds the name for a moment."""
-    claim(path)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         temporary.replace(path)
     except OSError:
         path.unlink()
         raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk in the block become OSErrors that name `path`, not a temporary file or nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or ".osp-" in str(error.filename)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager
@@ -132,5 +182,5 @@ def plain_errors(path: Path, *, whole: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
+        what = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         raise ValueError(f"cannot write {path}: {what}; {whole}") from None

@@ -7,20 +7,20 @@ whole.
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from opensoraplan.claims import claimed
 from opensoraplan.convert import keys
 from opensoraplan.convert.checkpoints import SHARD_FILE, TRACKER
+from opensoraplan.disk import named_errors, permit, workplace
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
@@ -35,29 +35,38 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends without an error and is removed otherwise,
     with every parent that did not exist.
 
-    Raises ValueError if there is something at `path` already, or no way to write there.
+    Raises ValueError if there is something at `path` already, if another process is writing there, or if
+    there is no way to.
     """
     path = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty: give another folder")
-    partial = path.parent / f".{path.name}.partial"
+    _check_free(path)
     new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
+        with ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(claimed(path, doing=f"writing {path}"))
+                _check_free(path)
+                partial = stack.enter_context(workplace(path.parent)) / path.name
+                partial.mkdir()
+            except OSError as error:
+                raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
+            with named_errors(path):
+                yield partial
+                permit(partial)
+                if path.exists():
+                    path.rmdir()
+                partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         for parent in new_parents:
             with suppress(OSError):  # not empty: somebody else uses it by now
                 parent.rmdir()
         raise
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: give another folder")
 
 
 def write_component(
@@ -89,7 +98,7 @@ def write_component(
             for ours in members:
                 shard[ours] = tensors[names[ours]].to(dtypes[ours]).contiguous()
                 progress.update()
-            with _disk_errors(folder / file):
+            with named_errors(folder / file):
                 save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -129,8 +138,7 @@ def write_megatron(
             tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=1
         )
         content = {"model": shard, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}
-        with _disk_errors(path):
-            torch.save(content, path)
+        _save_pickle(content, path)
     (folder / TRACKER).write_text("release", encoding="utf-8")
 
 
@@ -144,18 +152,17 @@ def write_release(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], fo
     flat |= {name: value.to(dtype) for name, value in model.original_format().fixed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (RELEASE_DENOISER if isinstance(model, SparseUMMDiT) else RELEASE_VAE)
-    with _disk_errors(path):
-        torch.save(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
+    _save_pickle(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
     return path
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Both libraries tell of a full disk by errors of their own; make them an OSError that names the file."""
+def _save_pickle(content: object, path: Path) -> None:
+    """`torch.save`, which raises OSError for a full disk. Given a path, it would not say why it failed."""
     try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _part(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:

@@ -3,7 +3,7 @@
 Not here: how video is read (reading.py), which clips to take, captions, batches.
 """
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from opensoraplan.data.reading import (
     read_numbered,
 )
 from opensoraplan.data.sizes import Framing
-from opensoraplan.disk import claim, publish, temporary_path
+from opensoraplan.disk import named_errors, publish, workplace
 
 __all__ = [
     "Reader",
@@ -135,14 +135,15 @@ class VideoWriter:
         self._rate = frame_rate(fps)
         self._crf = crf
         self._metadata = {"title": title, "comment": comment}
-        self._temporary = temporary_path(self.path)
+        self._stack = ExitStack()
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
         self._written = 0
 
     def __enter__(self) -> Self:
         # Made now, so that a folder that cannot be written to is found before any work.
-        claim(self._temporary)
+        with named_errors(self.path):
+            self._temporary = self._stack.enter_context(workplace(self.path.parent)) / self.path.name
         return self
 
     def write(self, frames: torch.Tensor) -> None:
@@ -165,20 +166,19 @@ class VideoWriter:
             )
             frame.time_base = 1 / self._rate
             frame.pts = self._written
-            self._container.mux(self._stream.encode(frame))
+            with named_errors(self.path):  # where the disk is found full
+                self._container.mux(self._stream.encode(frame))
             self._written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with named_errors(self.path), self._stack:
             if kind is None:
                 self._finish()
             elif self._container is not None:
                 with suppress(av.error.FFmpegError):
                     self._container.close()
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
     def _start(self, *, height: int, width: int) -> tuple[OutputContainer, VideoStream]:
         if height % 2 or width % 2:

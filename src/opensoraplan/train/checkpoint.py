@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensoraplan.disk import flush, plain_errors
+from opensoraplan.disk import flush, permit, plain_errors
 from opensoraplan.parallel import shards
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
 def finish(output: Path, step: int) -> None:
     """Flush what was written to `unfinished_path` to the disk, and rename it."""
     unfinished, wanted = unfinished_path(output, step), path_of(output, step)
+    permit(unfinished)
     for path in unfinished.rglob("*"):
         flush(path)
     unfinished.rename(wanted)

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -388,5 +388,10 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes allocated on an accelerator so far; on the CPU, the most that this process had resident."""
     if device.type != "cpu":
         return getattr(torch, device.type).max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+
+    import resource  # which Windows lacks
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB

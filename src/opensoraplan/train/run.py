@@ -1,12 +1,10 @@
 """The folder of a training run and its life: begun once, resumed, stopped by a signal. For every trainer.
 
 config.json      the resolved settings        metrics.jsonl   what was logged
-checkpoints/     see checkpoint.py            .lock           held while the run goes on
+checkpoints/     see checkpoint.py
 """
 
 import copy
-import errno
-import fcntl
 import logging
 import signal
 import time
@@ -15,7 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.claims import claimed
+from opensoraplan.disk import clear_dead, plain_errors, write_whole
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
@@ -84,8 +83,9 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {output}: {error.strerror}") from None
-    with _locked(output):
+    with claimed(output / "run", doing=f"training in {output}"):
         checkpoint.remove_unfinished(output)
+        clear_dead(output)
         if not began_before:  # else when it does go on
             _write_config(settings)
         if step:
@@ -333,16 +333,3 @@ def stop_on_signal() -> Iterator[StopRequested]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    with (output / ".lock").open("w") as file:
-        try:
-            # Not flock, which data workers would have, too: they live on for seconds when this one is killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another process is training in {output}: wait for it or stop it") from None
-            logger.warning("%s cannot be locked (%s): start no second run in it", output, error.strerror)
-        yield
