@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
 from opensoraplan.models.attention import attention
+from opensoraplan.models.lora import LoraMixin
 from opensoraplan.models.overflow import merge_overflows, saturate
 from opensoraplan.models.recompute import recomputed
 from opensoraplan.models.skiparse import (
@@ -467,7 +467,7 @@ class Stages(nn.Module):
 
 
 # diffusers' pipelines load a class only where they find the name ModelMixin beside it.
-class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, LoraMixin, CacheMixin, AttentionMixin):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
 
     Args:
