@@ -3,12 +3,14 @@
 import html
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from opensoraplan.models.captions import clean_caption
+from opensoraplan.models import captions
+from opensoraplan.models.captions import Loss, clean_caption, find_loss
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "captions.json").read_text(encoding="utf-8"))
@@ -90,3 +92,11 @@ def test_keep_chinese_changes_nothing_else() -> None:
     for pair in GOLDEN:
         if pair["caption"].isascii():
             assert clean_caption(pair["caption"], keep_chinese=True) == pair["clean"]
+
+
+def test_texts_that_are_taken_as_plain_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for text in nasty_strings(6000) if find_loss(text, "") == Loss()]
+    assert len({text for text in texts if any(map(str.isalpha, text))}) > 100
+    monkeypatch.setattr(captions, "_CANNOT_LOSE", re.compile("(?!)"))
+    for text in texts:
+        assert find_loss(text, clean_caption(text)) == Loss(), text

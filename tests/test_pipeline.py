@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensoraplan import flow
+from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds, PromptSettings
+from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import (
     NonFiniteLatentsError,

@@ -1,4 +1,4 @@
-"""Prompt settings, prompt embeddings and both encoders, from tiny folders laid out like the released ones."""
+"""Prompt embeddings and both encoders, from tiny folders laid out like the released ones."""
 
 import json
 import logging
@@ -16,14 +16,7 @@ from tiny_text import write_text_encoders
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from opensoraplan.models.text import (
-    DEFAULT_NEGATIVE_PROMPT,
-    PromptEmbeds,
-    PromptSettings,
-    encode_prompts,
-    load_text_encoder,
-    load_tokenizer,
-)
+from opensoraplan.models.text import PromptEmbeds, encode_prompts, load_text_encoder, load_tokenizer
 
 PROMPTS = ["a red ball", "the camera moves slowly through a quiet street", ""]
 ASCII = " ".join(map(chr, range(33, 127)))
@@ -71,52 +64,6 @@ def embeds(lengths: list[int], *, columns: int) -> PromptEmbeds:
         torch.arange(columns) < torch.tensor(lengths)[:, None],
         torch.randn(len(lengths), 4, generator=generator),
     )
-
-
-# Prompt settings
-
-
-def test_the_defaults_are_the_originals() -> None:
-    settings = PromptSettings()
-    assert settings.positive("A Cat") == "high quality, a cat"
-    original = "\n        high quality,\n        {}\n        "
-    assert PromptSettings(template=original).positive("A Cat") == settings.positive("A Cat")
-    negative = settings.negative(None)
-    assert negative.startswith(
-        "worst quality, normal quality, low quality, low res, blurry, artifacts, grainy"
-    )
-    assert negative.endswith("overexposed, underexposed.")
-    assert settings.negative("") == negative
-    assert settings.negative("Heavy rain") == f"{negative} heavy rain"
-
-
-def test_each_part_can_be_replaced_or_switched_off() -> None:
-    assert PromptSettings(template=None).positive("A Cat") == "a cat"
-    assert PromptSettings(template="{}, at night").positive("A Cat") == "a cat, at night"
-    assert PromptSettings(negative_prompt="").negative("Rain") == "rain"
-    assert PromptSettings(negative_prompt="").negative(None) == ""
-    assert PromptSettings(negative_prompt="Snow").negative("Rain") == "snow rain"
-    assert PromptSettings(keep_chinese=True).positive("\u732b") == "high quality, \u732b"
-    assert PromptSettings().positive("\u732b") == "high quality"
-
-
-def test_without_cleaning_text_is_used_as_it_is() -> None:
-    settings = PromptSettings(clean=False)
-    assert settings.positive("  A <b>Cat</b>\n") == "high quality,   A <b>Cat</b>\n"
-    assert settings.negative("Rain ") == f"{DEFAULT_NEGATIVE_PROMPT} Rain "
-
-
-def test_braces_in_a_prompt_are_text() -> None:
-    prompt = "a {} in {0} {cat!r} }{"
-    assert PromptSettings(clean=False).positive(prompt) == f"high quality, {prompt}"
-
-
-@pytest.mark.parametrize(
-    ("template", "count"), [("high quality", 0), ("{} and {}", 2), ("{prompt}", 0), ("", 0)]
-)
-def test_a_template_needs_one_place_for_the_prompt(template: str, count: int) -> None:
-    with pytest.raises(ValueError, match=rf"{count} times: use 'high quality, \{{\}}'"):
-        PromptSettings(template=template)
 
 
 # Prompt embeddings

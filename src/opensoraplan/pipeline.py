@@ -25,8 +25,9 @@ from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import Solver
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
+from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
-from opensoraplan.models.text import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptEmbeds, PromptSettings
+from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline_inputs import (

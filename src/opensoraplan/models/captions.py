@@ -7,6 +7,8 @@ was trained on their output, so their odd corners count too: the tests hold them
 import html
 import re
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 from urllib.parse import unquote_plus
 
 # An ordered list of (pattern, replacement): each acts on what the ones before it left.
@@ -87,6 +89,12 @@ _WORDS = _rules(
     (r"^\.\S+$", ""),
 )
 
+# Chinese is written without spaces: a run of its characters is a word beside letters of other scripts.
+_WORD = re.compile(r"[\u31c0-\u9fff]+|[^\W_\u31c0-\u9fff]+")
+# Most captions: letters and usual punctuation, of which no rule takes words, but for those of `_CAN_LOSE`.
+_CANNOT_LOSE = re.compile(r"(?:[A-Za-z\s,;:!?'\"()\u2018\u2019\u201c\u201d\u2013\u2014-]|\.(?![A-Za-z]))*")
+_CAN_LOSE = re.compile(rf"http|www|shipping|download|click|{_FILE_TYPES}", re.IGNORECASE)
+
 
 def clean_caption(text: str, *, keep_chinese: bool = False) -> str:
     """Lower-case plain text without links, markup, handles, identifiers and stray signs, as in training.
@@ -94,6 +102,42 @@ def clean_caption(text: str, *, keep_chinese: bool = False) -> str:
     `keep_chinese` leaves Chinese characters (U+31C0 to U+9FFF) in; otherwise they are removed.
     """
     return _clean_once(_clean_once(text, keep_chinese), keep_chinese)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The words of a text, in lower case, that cleaning has `removed`, each once and in their order, and
+    whether next to nothing is left of it.
+    """
+
+    removed: tuple[str, ...] = ()
+    emptied: bool = False
+
+
+def find_loss(text: str, cleaned: str) -> Loss:
+    """What of `text` is not in `cleaned`, which may have words around it. Entities, escapes and broken
+    encodings are not words: they are undone first, as cleaning does.
+    """
+    if _CANNOT_LOSE.fullmatch(text) and not _CAN_LOSE.search(text):
+        return Loss()
+    from ftfy import fix_text
+
+    left = Counter(_WORD.findall(cleaned.lower()))
+    words = _WORD.findall(fix_text(html.unescape(unquote_plus(text).lower())).lower())
+    removed: dict[str, None] = {}
+    letters = 0
+    for word in words:
+        left[word] -= 1
+        if left[word] < 0:
+            removed[word] = None
+        else:
+            letters += len(word)
+    return Loss(tuple(removed), emptied=bool(removed) and letters <= 1)
+
+
+def is_chinese(word: str) -> bool:
+    """Whether a word has characters that cleaning keeps with `keep_chinese` only."""
+    return any("\u31c0" <= character <= "\u9fff" for character in word)
 
 
 def _clean_once(text: str, keep_chinese: bool) -> str:

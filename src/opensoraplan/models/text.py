@@ -1,7 +1,7 @@
-"""Text conditioning: prompt settings, the T5 and CLIP encoders, and the embeddings that the denoiser takes.
+"""Text conditioning: the T5 and CLIP encoders, and the embeddings that the denoiser takes.
 
 The only file that knows transformers; it is imported inside the functions, because that takes seconds.
-Caption cleaning itself is in captions.py. Behaviour: the inference of Open-Sora Plan v1.5.0.
+What happens to prompts before is in prompts.py. Behaviour: the inference of Open-Sora Plan v1.5.0.
 B prompts, L text tokens, D width of T5 (2048 in the release), P width of CLIP's projection (1280).
 """
 
@@ -23,21 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensoraplan.documents import read_json, read_json_object, read_shard_index
-from opensoraplan.models.captions import clean_caption
 from opensoraplan.models.original import aligned
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TEMPLATE = "high quality, {}"
-DEFAULT_NEGATIVE_PROMPT = (
-    "Worst quality, Normal quality, Low quality, Low res, Blurry, Jpeg artifacts, Grainy, watermark, banner, "
-    "Cropped, Out of frame, Out of focus, Bad anatomy, Bad proportions, Deformed, Disconnected limbs, "
-    "Disfigured, username, error, sketch, duplicate, ugly, monochrome, horror, geometry, mutation, "
-    "disgusting, overexposed, underexposed."
-)
 
 Kind = Literal["t5", "clip"]
 
@@ -61,40 +52,6 @@ _JSON_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
 )
 _TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """What happens to a prompt before it is encoded. The defaults are the original's.
-
-    `template` holds `{}` once, where the prompt goes; None switches it off. `negative_prompt` comes before
-    the user's own; "" switches it off. `clean` passes both through `clean_caption`, as the training
-    captions were; off, the text is used as it is. `keep_chinese` leaves Chinese characters in when
-    cleaning. A template without exactly one `{}` is a ValueError.
-    """
-
-    template: str | None = DEFAULT_TEMPLATE
-    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    clean: bool = True
-    keep_chinese: bool = False
-
-    def __post_init__(self) -> None:
-        if self.template is not None and self.template.count("{}") != 1:
-            raise ValueError(
-                f"the prompt template must hold {{}} once, where the prompt goes; it is in {self.template!r} "
-                f"{self.template.count('{}')} times: use {DEFAULT_TEMPLATE!r}, say, or None for no template"
-            )
-
-    def positive(self, prompt: str) -> str:
-        """The text to encode for `prompt`: put into the template, then cleaned. Its braces are plain text."""
-        return self._cleaned(prompt if self.template is None else self.template.replace("{}", prompt))
-
-    def negative(self, user_negative: str | None) -> str:
-        """The text to encode to guide away from: the default, a space and the user's own, then cleaned."""
-        return self._cleaned(" ".join(part for part in (self.negative_prompt, user_negative) if part))
-
-    def _cleaned(self, text: str) -> str:
-        return clean_caption(text, keep_chinese=self.keep_chinese) if self.clean else text
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +140,7 @@ def encode_prompts(
     device: torch.device | str | None = None,
     warn_of_clip: bool = True,
 ) -> PromptEmbeds:
-    """Encode B texts as they are (`PromptSettings` comes before). "" is legal: the end token alone.
+    """Encode B texts as they are (`prompts.PromptSettings` comes before). "" is legal: the end token alone.
 
     T5 reads at most `max_length` tokens, CLIP as many as it has positions (77); a warning says what is not
     read, by CLIP only with `warn_of_clip`. The original pads every T5 sequence to 512 and masks the padding.

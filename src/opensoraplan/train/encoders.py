@@ -19,9 +19,9 @@ from opensoraplan.convert.assemble import empty_vae, load_vae
 from opensoraplan.convert.checkpoints import open_checkpoint
 from opensoraplan.device import DTYPES, dtype_name
 from opensoraplan.models import original
+from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.text import (
     PromptEmbeds,
-    PromptSettings,
     encode_prompts,
     load_text_encoder,
     load_tokenizer,
