@@ -267,6 +267,63 @@ def test_options_reach_the_pipeline(osp: Command, tiny_model: Path, tmp_path: Pa
     assert {key: record[key] for key in wanted} == wanted
 
 
+CHINESE = "一只猫在海滩上奔跑"
+
+
+def test_what_cleaning_takes_of_prompts_is_said_once(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a cat 1920x1080\na dog\n{CHINESE}, a bird\n")
+    command = ["generate", "prompts.txt", "--model", tiny_model, *SMALL, "--negative-prompt", "雨, rain"]
+    outcome = osp(*command, "--videos-per-prompt", 2, "--out", "out")
+    assert outcome.code == 0, outcome
+    removed = re.findall(
+        "cleaning removes (.*?) from the (.*?): the model reads '(.*?)'; (--[a-z-]+)", outcome.log
+    )
+    assert [found[:2] for found in removed] == [
+        ("1920x1080", "prompt 'a cat 1920x1080'"),
+        (CHINESE, f"prompt '{CHINESE}, a bird'"),
+        ("雨", "negative prompt '雨, rain'"),
+    ]
+    assert [found[3] for found in removed] == ["--no-clean-prompts", "--keep-chinese", "--keep-chinese"]
+    record = json.loads(sorted((tmp_path / "out").glob("*.json"))[4].read_text())
+    assert record["prompt"] == f"{CHINESE}, a bird"
+    assert record["encoded_prompt"] == removed[1][2] == "high quality, , a bird"
+    assert removed[2][2] == "rain"
+    assert record["encoded_negative_prompt"].endswith("underexposed. , rain")
+
+
+def test_a_prompt_of_which_nothing_is_left_makes_no_video(
+    osp: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    command = ["generate", CHINESE, "--model", tiny_model, *SMALL]
+    said = mistake(osp(*command, "--out", "a.mp4"))
+    assert f"cleaning leaves nothing of the prompt '{CHINESE}'" in said
+    assert "--keep-chinese" in said
+    assert names(tmp_path) == []
+    for options in (["--keep-chinese"], ["--no-clean-prompts"]):
+        outcome = osp(*command, *options, "--out", f"a{options[0]}.mp4")
+        assert outcome.code == 0, outcome
+        assert "cleaning" not in outcome.log
+        record = json.loads((tmp_path / f"a{options[0]}.json").read_text())
+        assert record["encoded_prompt"] == f"high quality, {CHINESE}"
+
+
+def test_cleaning_is_the_models_unless_it_is_given(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(
+        json.dumps(index | {"clean_prompts": False, "keep_chinese": True})
+    )
+    read = {(): "high quality, A CAT", ("--clean-prompts",): "high quality, a cat"}
+    for options, encoded in read.items():
+        outcome = osp("generate", "A CAT", "--model", model, *SMALL, *options, "--out", f"{len(options)}.mp4")
+        assert outcome.code == 0, outcome
+        record = json.loads((tmp_path / f"{len(options)}.json").read_text())
+        assert record["encoded_prompt"] == encoded
+        assert record["prompt_settings"]["keep_chinese"] is True
+    (model / "model_index.json").write_text(json.dumps(index | {"clean_prompts": "yes"}))
+    assert "clean_prompts 'yes' has the wrong type" in mistake(osp("generate", "a cat", "--model", model))
+
+
 def test_a_swapped_scheduler_is_used(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     index = tmp_path / "model/model_index.json"

@@ -330,6 +330,25 @@ def test_prompts_follow_the_settings(texts: OpenSoraPlanPipeline) -> None:
     )
 
 
+def test_words_that_cleaning_removes_are_said_once_before_any_model_runs(
+    texts: OpenSoraPlanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = ["a cat 1920x1080", "a cat 1920x1080", "a dog"]
+    texts.encode_prompts(prompts)
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "cleaning removes 1920x1080 from the prompt 'a cat 1920x1080'"
+    ]
+    calls: list[object] = []
+    handle = texts.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        for given in ({"prompt": "一只猫"}, {"prompt": "a cat", "negative_prompt": "低质量"}):
+            with pytest.raises(ValueError, match="cleaning leaves nothing of the"):
+                texts(**given, height=32, width=32, num_frames=9)
+    finally:
+        handle.remove()
+    assert not calls
+
+
 # --- Schedules ----------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def test_negative_prompts_are_checked_too() -> None:
     assert settings.check("rain", negative=True) is None  # the default one loses "jpeg", which nobody wrote
     warning = settings.check("雨, rain", negative=True)
     assert warning is not None
-    assert "cleaning removes 雨 from the negative prompt '雨, rain': the model reads 'worst" in warning
+    assert "cleaning removes 雨 from the negative prompt '雨, rain': the model reads 'rain';" in warning
     with pytest.raises(ValueError, match="nothing of the negative prompt '低质量'"):
         settings.check("低质量", negative=True)
 

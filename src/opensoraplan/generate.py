@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opensoraplan.memory import Arrangement
+    from opensoraplan.models.prompts import PromptSettings
     from opensoraplan.models.text import PromptEmbeds
     from opensoraplan.parallel.ranks import Ranks
     from opensoraplan.pipeline import OpenSoraPlanPipeline
@@ -99,6 +100,16 @@ def check_targets(requests: list[Request], out: Path) -> list[Path]:
     """The wanted path of each request's video; raises ValueError if `out` cannot take them."""
     targets = Targets(out, count=len(requests))
     return [targets.path(index, request) for index, request in enumerate(requests)]
+
+
+def check_prompts(requests: list[Request], settings: "PromptSettings") -> list[str]:
+    """Warnings of what cleaning removes from prompts, one for each that loses words. Raises ValueError for
+    the first of which next to nothing is left.
+    """
+    prompts = dict.fromkeys((request.prompt, False) for request in requests)
+    prompts |= dict.fromkeys((request.negative_prompt, True) for request in requests if request.guidance > 1)
+    found = (settings.check(text, negative=negative) for text, negative in prompts)
+    return [warning for warning in found if warning is not None]
 
 
 def run(
@@ -220,12 +231,15 @@ def make_record(
     from opensoraplan.device import dtype_name
     from opensoraplan.models.weights import weights_of
 
-    scheduler = pipeline.scheduler.config
+    scheduler, prompts = pipeline.scheduler.config, pipeline.prompt_settings
+    guided = request.guidance > 1
     shifts = ("shift", "flow_shift", "use_dynamic_shifting")
     record = {
         "model": model,
         **request.model_dump(mode="json"),
-        "prompt_settings": vars(pipeline.prompt_settings),
+        "prompt_settings": vars(prompts),
+        "encoded_prompt": prompts.positive(request.prompt),
+        "encoded_negative_prompt": prompts.negative(request.negative_prompt) if guided else None,
         "max_text_tokens": pipeline.config["max_text_tokens"],
         "scheduler": {
             "name": type(pipeline.scheduler).__name__,
@@ -277,7 +291,9 @@ class PromptCache:
         """Embeddings of a prompt, or of a negative one."""
         if (text, negative) not in self.kept:
             self.kept = {key: value for key, value in self.kept.items() if key[1] != negative}
-            self.kept[text, negative] = self.pipeline.encode_prompts([text], negative=negative)
+            settings = self.pipeline.prompt_settings
+            whole = settings.negative(text) if negative else settings.positive(text)
+            self.kept[text, negative] = self.pipeline.encode_texts([whole])
         return self.kept[text, negative]
 
 

@@ -201,10 +201,20 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     def encode_prompts(self, prompts: Sequence[str], *, negative: bool = False) -> PromptEmbeds:
         """Embeddings of prompts, wrapped and cleaned by the prompt settings (`negative`: as negative
-        prompts).
+        prompts). Warns of words that cleaning removes. Raises ValueError if next to nothing is left.
         """
+        return self.encode_texts(self._prepare_prompts(prompts, negative=negative))
+
+    def _prepare_prompts(self, prompts: Sequence[str], *, negative: bool = False) -> list[str]:
+        """The texts to encode for prompts. Warns and raises as `encode_prompts`."""
         settings = self.prompt_settings
-        texts = [settings.negative(p) if negative else settings.positive(p) for p in prompts]
+        for prompt in dict.fromkeys(prompts):
+            if warning := settings.check(prompt, negative=negative):
+                logger.warning(warning)
+        return [settings.negative(p) if negative else settings.positive(p) for p in prompts]
+
+    def encode_texts(self, texts: Sequence[str]) -> PromptEmbeds:
+        """Embeddings of texts as they are."""
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise ValueError("this pipeline has no text encoders: give prompt_embeds")
         return encode_texts(
@@ -320,15 +330,17 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         guided = range_of_steps(guidance_interval, len(sampler.timesteps)) if guidance_scale > 1 else range(0)
 
         # 1. Text
+        texts = self._prepare_prompts(prompts)
+        negative_texts = self._prepare_prompts(negatives, negative=True) if guided else []
         device, dtype = self._execution_device, self.transformer.dtype
-        positive = prompt_embeds if prompt_embeds is not None else self.encode_prompts(prompts)
+        positive = prompt_embeds if prompt_embeds is not None else self.encode_texts(texts)
         positive = positive.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
         negative = None
         if guided:
             if negative_prompt_embeds is not None:
                 negative = negative_prompt_embeds.repeat(len(prompts) // negative_prompt_embeds.batch_size)
             else:
-                negative = self.encode_prompts(negatives, negative=True)
+                negative = self.encode_texts(negative_texts)
             negative = negative.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
 
         # 2. Noise

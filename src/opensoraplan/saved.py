@@ -16,6 +16,8 @@ from opensoraplan.models.text import PromptEmbeds
 SUFFIX = ".latents.safetensors"
 # How the parts of PromptEmbeds are called in the file, after the name of the prompt.
 _PARTS = ("sequence", "mask", "pooled")
+# What records got only later, and what the rest of them tells.
+_ADDED = ("fingerprint", "encoded_prompt", "encoded_negative_prompt")
 
 Record = dict[str, Any]
 
@@ -97,10 +99,12 @@ def is_of(path: Path, record: Mapping[str, Any]) -> bool:
 
 def is_same_video(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two records are of one video, by whatever version of ours. Weights are told by fingerprint,
-    wherever they are; if one of the records is older than fingerprints, by the path of the model.
+    wherever they are; if one of the records is older than fingerprints, by the path of the model. What older
+    records do not have is taken as the same.
     """
-    told = "fingerprint" in one and "fingerprint" in other
-    ignored = {"opensoraplan", "model" if told else "fingerprint"}
+    ignored = {"opensoraplan", *(key for key in _ADDED if key not in one or key not in other)}
+    if "fingerprint" not in ignored:
+        ignored.add("model")
     first, second = ({k: v for k, v in r.items() if k not in ignored} for r in (one, other))
     return first == second
 

@@ -19,10 +19,12 @@ from opensoraplan.cli.parts import (
     find_paths,
     make_sources,
     options_of_parts,
+    read_prompt_config,
 )
 from opensoraplan.defaults import Solver, Weights
 from opensoraplan.documents import read_json_object
 from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights
+from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 
@@ -135,7 +137,11 @@ class Generate:
     default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the model's)")] = None
     """Instead of the model's long one; '' is none."""
     clean_prompts: bool = True
-    """Clean prompts as the training captions were."""
+    """Clean prompts as the training captions were: Chinese characters, long numbers, sizes, file names, links
+    and markup are removed, with a warning.
+    """
+    keep_chinese: bool = False
+    """Keep Chinese characters when cleaning; the released model was trained without."""
     tiling: bool = False
     """Decode in blended tiles: less memory for large frames, not exact."""
     resume: bool = False
@@ -213,6 +219,8 @@ def generate(options: Generate, inference: "Inference | None") -> None:
 
     place = _place_of(options, inference, asked)
     with joined(place.mesh, place.device, timeout=PATIENCE_S) as ranks:
+        for warning in asked.warnings if ranks.first else ():
+            logger.warning(warning)
         _run(options, inference, asked, place, ranks)
 
 
@@ -228,6 +236,8 @@ class _Asked:
     paths: dict[str, Path]
     fingerprints: dict[str, str]
     step_ratios: tuple[float, ...]
+    prompts: PromptSettings
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -272,6 +282,8 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
         check_parts(paths)
     else:
         paths = find_paths(options.parts, inference)
+    prompts = _prompt_settings(options, folder)
+    warnings = job.check_prompts(requests, prompts)
     calibration = _step_cache(requests, folder)
     if options.attention is not None:
         from opensoraplan.models.attention import check_backend
@@ -284,7 +296,22 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
     if folder is not None and calibration is not None:
         calibration.check_weights(fingerprints["transformer"], folder)
     ratios = () if calibration is None else calibration.ratios
-    return _Asked(requests, targets, folder, paths, fingerprints, ratios)
+    return _Asked(requests, targets, folder, paths, fingerprints, ratios, prompts, warnings)
+
+
+def _prompt_settings(options: Generate, folder: Path | None) -> PromptSettings:
+    """The model's, but for those that are given."""
+    given = {
+        "prompt_template": options.prompt_template,
+        "default_negative_prompt": options.default_negative_prompt,
+    }
+    config = read_prompt_config(folder) | {key: value for key, value in given.items() if value is not None}
+    return PromptSettings(
+        template=config.get("prompt_template", DEFAULT_TEMPLATE),
+        negative_prompt=config.get("default_negative_prompt", DEFAULT_NEGATIVE_PROMPT),
+        clean=options.clean_prompts,
+        keep_chinese=options.keep_chinese,
+    )
 
 
 def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | None":
@@ -531,14 +558,7 @@ def _load_pipeline(
     """The pipeline on `device`, and what its videos say of where it came from."""
     from opensoraplan.convert import assemble
     from opensoraplan.device import dtype_name
-    from opensoraplan.models.text import PromptSettings
     from opensoraplan.pipeline import OpenSoraPlanPipeline
-
-    prompts: dict[str, Any] = {} if options.clean_prompts else {"clean_prompts": False}
-    if options.prompt_template is not None:
-        prompts["prompt_template"] = PromptSettings(template=options.prompt_template).template
-    if options.default_negative_prompt is not None:
-        prompts["default_negative_prompt"] = options.default_negative_prompt
 
     folder, paths = asked.folder, asked.paths
     logger.info("loading %s, %s on %s", folder or paths["transformer"], dtype_name(place.dtype), device)
@@ -558,7 +578,13 @@ def _load_pipeline(
         model = str(folder)
     elif options.parts.ema is not None:
         model["ema"] = options.parts.ema
-    pipeline.register_to_config(**prompts)
+    prompts = asked.prompts
+    pipeline.register_to_config(
+        prompt_template=prompts.template,
+        default_negative_prompt=prompts.negative_prompt,
+        clean_prompts=prompts.clean,
+        keep_chinese=prompts.keep_chinese,
+    )
     _set_decoding(pipeline.vae, options, inference)
     return pipeline, model
 

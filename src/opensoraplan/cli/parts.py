@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from opensoraplan.cli.options import Dtype, OptionalPath, check_exists, optional
@@ -88,7 +89,31 @@ def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[s
     from opensoraplan import builtin
     from opensoraplan.defaults import GenerateDefaults
 
-    return GenerateDefaults.of(found.model or builtin.folder()).model_dump(exclude_none=True)
+    folder = found.model or builtin.folder()
+    prompts = read_prompt_config(folder)
+    cleaning = {key: prompts[key] for key in ("clean_prompts", "keep_chinese") if key in prompts}
+    return {**GenerateDefaults.of(folder).model_dump(exclude_none=True), **cleaning}
+
+
+def read_prompt_config(folder: Path | None) -> dict[str, Any]:
+    """What a model's folder says of prompts; nothing for one in parts, or that is no such folder. Raises
+    ValueError for a damaged one.
+    """
+    index = None if folder is None else folder / "model_index.json"
+    if index is None or not index.is_file():
+        return {}
+    kinds = {
+        "prompt_template": (str, NoneType),
+        "default_negative_prompt": str,
+        "clean_prompts": bool,
+        "keep_chinese": bool,
+    }
+    content = read_json_object(index)
+    found = {key: content[key] for key in kinds if key in content}
+    for key, value in found.items():
+        if not isinstance(value, kinds[key]):
+            raise ValueError(f"{index}: {key} {value!r} has the wrong type")
+    return found
 
 
 def options_of_parts(parts: Parts, inference: "Inference | None") -> list[str]:

@@ -71,7 +71,8 @@ class PromptSettings:
             )
         more = ", ..." if len(loss.removed) > _MOST_LISTED else ""
         removed = ", ".join(loss.removed[:_MOST_LISTED]) + more
-        return f"cleaning removes {removed} from the {name}: the model reads {_shown(encoded)}; {keep}"
+        left = self._cleaned(prompt) if negative else encoded  # the default negative prompt is long
+        return f"cleaning removes {removed} from the {name}: the model reads {_shown(left)}; {keep}"
 
     def _cleaned(self, text: str) -> str:
         return clean_caption(text, keep_chinese=self.keep_chinese) if self.clean else text
