@@ -365,7 +365,8 @@ def test_a_vae_that_was_replaced_is_told_before_decoding(
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     record = {
-        "model": str(model), "steps": 1, "frames": 1, "prompt": "a cat", "fps": 24, "seed": 0,
+        "model": str(model), "steps": 1, "frames": 1, "height": 32, "width": 32, "prompt": "a cat", "fps": 24,
+        "seed": 0,
         "fingerprint": fingerprint_parts({"vae": model / "vae"}),
     }  # fmt: skip
     latents = saved.SavedLatents(

@@ -230,7 +230,7 @@ def test_bad_settings_are_not_blamed_on_a_file(
 
 
 def test_no_copies() -> None:
-    with pytest.raises(ValueError, match="videos_per_prompt must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="videos_per_prompt must be from 1 to 10,000, got 0"):
         read_requests("a cat", {}, copies=0)
 
 

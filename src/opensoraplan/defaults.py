@@ -10,6 +10,11 @@ from opensoraplan.settings import Settings
 FILE = "generate.json"
 
 Solver = Literal["euler", "adams"]
+# Bounds of a video, far beyond what anybody makes: an hour, the longest side of a codec, ...
+Frames = Annotated[int, Field(ge=1, le=100_001)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+Steps = Annotated[int, Field(ge=1, le=10_000)]
+Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 # Frames a second, as files of video can have them (data/reading.py).
 Fps = Annotated[float, Field(ge=0.001, le=1000)]
 # How a denoiser that is trained from nothing starts: models/initial_weights.py.
@@ -21,13 +26,13 @@ Weights = Literal["whole", "int8", "fp8"]
 class GenerateDefaults(Settings):
     """Options of `osp generate` that suit a model; None leaves one as it is."""
 
-    frames: Annotated[int, Field(ge=1)] | None = None
-    height: Annotated[int, Field(ge=1)] | None = None
-    width: Annotated[int, Field(ge=1)] | None = None
+    frames: Frames | None = None
+    height: Side | None = None
+    width: Side | None = None
     fps: Fps | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Steps | None = None
     solver: Solver | None = None
-    guidance: float | None = None
+    guidance: Guidance | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
 

@@ -450,7 +450,12 @@ def _tell_other_latents(wanted: Path, record: dict[str, Any]) -> None:
     from opensoraplan import saved
 
     for place in itertools.takewhile(Path.exists, map(saved.place_of, numbered(wanted))):
-        if other := saved.other_weights(saved.read_record(place)[0], record):
+        try:
+            found, _ = saved.read_record(place)
+        except ValueError as error:
+            logger.warning("%s: its latents are not used", error)
+            continue
+        if other := saved.other_weights(found, record):
             logger.warning(
                 "%s was saved with another model (%s): starting from the first step", place, ", ".join(other)
             )

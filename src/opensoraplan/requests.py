@@ -8,10 +8,12 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from opensoraplan import shapes
-from opensoraplan.defaults import Fps, Solver
+from opensoraplan.defaults import Fps, Frames, Guidance, Side, Solver, Steps
 from opensoraplan.documents import parse_json
 from opensoraplan.settings import Settings
 
+# Videos of one prompt; more are more commands.
+MOST_COPIES = 10_000
 PROMPT_FILES = (".txt", ".jsonl", ".csv")
 
 
@@ -22,20 +24,20 @@ class Request(Settings):
 
     prompt: str
     negative_prompt: str = ""
-    frames: int = 121
-    height: int = 576
-    width: int = 1024
+    frames: Frames = 121
+    height: Side = 576
+    width: Side = 1024
     fps: Fps = 24
-    steps: int = Field(50, ge=1)
-    guidance: float = Field(8.0, ge=0, allow_inf_nan=False)
+    steps: Steps = 50
+    guidance: Guidance = 8.0
     guidance_rescale: float = Field(0.7, ge=0, le=1)
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     batched_guidance: bool = False
-    shift: float | None = Field(None, gt=0, allow_inf_nan=False)
+    shift: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
     dynamic_shift: bool | None = None
     linear_quadratic: bool = False
     solver: Solver = "euler"
-    step_cache: float = Field(0.0, ge=0, allow_inf_nan=False)
+    step_cache: float = Field(0.0, ge=0, le=1000, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**62)
 
     @field_validator("prompt", "negative_prompt")
@@ -59,8 +61,9 @@ class Request(Settings):
     @field_validator("guidance_interval", mode="before")
     @classmethod
     def _split_interval(cls, value: Any) -> Any:  # noqa: ANN401 (whatever a file holds)
-        """A cell of a .csv holds both numbers."""
-        return value.replace(",", " ").split() if isinstance(value, str) else value
+        """A cell of a .csv holds both numbers, JSON has no tuples."""
+        values = value.replace(",", " ").split() if isinstance(value, str) else value
+        return tuple(values) if isinstance(values, list) else values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -107,8 +110,8 @@ def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> 
     Raises FileNotFoundError, and ValueError that names file and line, for a file without prompts or a bad
     row.
     """
-    if copies < 1:
-        raise ValueError(f"videos_per_prompt must be at least 1, got {copies}")
+    if not 1 <= copies <= MOST_COPIES:
+        raise ValueError(f"videos_per_prompt must be from 1 to {MOST_COPIES:,}, got {copies:,}")
     # First, so that a mistake in the settings is not blamed on the first line of a file.
     Request.read({**settings, "prompt": "any"}, where="the options")
     if is_prompt_file(prompt):

@@ -4,14 +4,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensoraplan.defaults import Fps, Frames, Side, Steps
 from opensoraplan.disk import write_whole
+from opensoraplan.documents import as_object, check_file, parse_json
 from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.requests import Request
+from opensoraplan.settings import Settings
+from opensoraplan.shapes import latent_shape
 
 SUFFIX = ".latents.safetensors"
 # How the parts of PromptEmbeds are called in the file, after the name of the prompt.
@@ -20,6 +26,37 @@ _PARTS = ("sequence", "mask", "pooled")
 _ADDED = ("fingerprint", "encoded_prompt", "encoded_negative_prompt")
 
 Record = dict[str, Any]
+
+
+class _StoredRecord(Request):
+    """What must be in a record, with the step, for latents to be of use; older ones have less, newer more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | dict[str, Any]
+    step: int = Field(ge=0)
+    frames: Frames
+    height: Side
+    width: Side
+    fps: Fps
+    steps: Steps
+    seed: int = Field(ge=0, lt=2**62)
+    vae_dtype: str | None = None
+
+    @model_validator(mode="after")
+    def _check_step(self) -> Self:
+        if self.step > self.steps:
+            raise ValueError(f"step {self.step} is behind the last of {self.steps} steps")
+        if isinstance(self.model, dict) and not isinstance(self.model.get("vae"), str):
+            raise ValueError("model must say where its vae is")
+        return self
+
+
+class _Scaling(Settings):
+    """Shift and scale of the VAE's latent channels."""
+
+    shift: list[Annotated[float, Field(allow_inf_nan=False)]] | None
+    scale: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None
 
 
 @dataclass(frozen=True)
@@ -59,13 +96,22 @@ def write(path: Path, saved: SavedLatents) -> None:
 
 
 def read(path: Path) -> SavedLatents:
-    """What `write` wrote. Raises FileNotFoundError, and ValueError for any other file."""
+    """What `write` wrote. Raises FileNotFoundError, and ValueError that names what is wrong with any other
+    file.
+    """
     record, step = read_record(path)
     with safe_open(path, framework="pt") as file:
-        scaling = json.loads(file.metadata()["scaling"])
+        scaling = parse_json(file.metadata()["scaling"], where=f"{path}, scaling")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    found = _Scaling.read(as_object(scaling, where=f"{path}, scaling"), where=f"{path}, scaling")
+    channels = tensors["latents"].shape[1]
+    for name, values in found.model_dump().items():
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{path}: {name} has {len(values)} values for {channels} channels of latents")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} is damaged: {', '.join(broken)} is not finite")
     return SavedLatents(
-        *(tensors["latents"], step, record, scaling),
+        *(tensors["latents"], step, record, found.model_dump()),
         prompt=_embeds(tensors, "prompt"),
         negative=_embeds(tensors, "negative"),
         velocity=tensors.get("velocity"),
@@ -73,19 +119,41 @@ def read(path: Path) -> SavedLatents:
 
 
 def read_record(path: Path) -> tuple[Record, int]:
-    """Record and step without the tensors. Raises as `read`."""
+    """Record and step without the tensors, whose shapes are checked. Raises as `read`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            record = json.loads(metadata["record"])
-            json.loads(metadata["scaling"])
-            if "latents" not in file.keys():  # noqa: SIM118
-                raise KeyError("latents")
-        return record, record.pop("step")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if missing := {"record", "scaling"} - metadata.keys() or {"latents"} - shapes.keys():
+            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} has no latents of osp generate, which end in {SUFFIX} ({error})") from None
+    where = f"{path}, record"
+    record = as_object(parse_json(metadata["record"], where=where), where=where)
+    checked = _StoredRecord.read(record, where=where, strict=True)
+    _check_shapes(path, shapes, latent_shape(checked.frames, checked.height, checked.width))
+    return record, record.pop("step")
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple[int, int, int]) -> None:
+    """Raise ValueError for tensors that are not of one video on this grid of latents."""
+    latents = shapes["latents"]
+    if len(latents) != 5 or latents[0] != 1 or latents[1] < 1 or latents[2:] != grid:
+        raise ValueError(
+            f"{path} has latents {list(latents)}, its record says [1, channels, {', '.join(map(str, grid))}]"
+        )
+    if shapes.get("velocity", latents) != latents:
+        raise ValueError(f"{path} has velocity {list(shapes['velocity'])} for latents {list(latents)}")
+    for name in ("prompt", "negative"):
+        parts = [shapes.get(f"{name}.{part}", ()) for part in _PARTS]
+        if not any(parts):
+            continue
+        sequence, mask, pooled = parts
+        if len(sequence) != 3 or sequence[0] != 1 or mask != sequence[:2] or len(pooled) != 2:
+            raise ValueError(f"{path} has a {name} of shapes {', '.join(map(str, parts))}: it is damaged")
 
 
 def is_of(path: Path, record: Mapping[str, Any]) -> bool:

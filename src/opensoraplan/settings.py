@@ -1,4 +1,6 @@
-"""Settings that a user writes: frozen, with unknown keys as errors that name the nearest known one."""
+"""Settings that a user writes, and files of our own format: frozen, with unknown keys as errors that name the
+nearest known one.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from opensoraplan.documents import read_json_object
 from opensoraplan.names import did_you_mean
 
+# Of a message: faults that are named, and characters of a value.
+_NAMED, _SHOWN = 5, 80
+
 
 class Settings(BaseModel):
     """Base of every settings model. `read` instead of the constructor gives messages for users."""
@@ -17,18 +22,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], *, where: str) -> Self:
-        """Settings from a mapping; raises one ValueError that names every key of `where` that is wrong and
-        why.
+    def read(cls, values: Mapping[str, Any], *, where: str, strict: bool = False) -> Self:
+        """Settings from a mapping; raises one ValueError that names the keys of `where` that are wrong, five
+        at most, and why. `strict`: numbers that are written as text are wrong, too.
         """
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate(dict(values), strict=strict or None)
         except ValidationError as error:
             places: dict[tuple[type[BaseModel], tuple[Any, ...]], list[Any]] = {}
             for problem in error.errors():
                 places.setdefault(_located(cls, problem["loc"]), []).append(problem)
             problems = [_explain(*place, found) for place, found in places.items()]
-            raise ValueError(f"{where}: " + "; ".join(problems)) from None
+            more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+            raise ValueError(f"{where}: " + "; ".join(problems[:_NAMED]) + more) from None
 
     @classmethod
     def read_file(cls, path: Path) -> Self:
@@ -59,8 +65,17 @@ def _explain(section: type[BaseModel], location: tuple[Any, ...], problems: list
     message = " or ".join([messages[0], *(text.removeprefix("Input should be ") for text in messages[1:])])
     # What contradicts itself in a section is in the message; the whole section would bury it.
     silent = first["type"] == "missing" or isinstance(first["input"], Mapping)
-    got = "" if silent else f", got {first['input']!r}"
+    got = "" if silent else f", got {shown(first['input'])}"
     return f"{name}: {message}{got}" if name else message
+
+
+def shown(value: Any) -> str:  # noqa: ANN401 (whatever is given)
+    """A value as Python writes it, cut to fit a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _kinds(annotation: Any) -> list[Any]:  # noqa: ANN401 (any type there is)

@@ -675,7 +675,7 @@ def decode(options: Decode) -> None:
     from opensoraplan.memory import fit_decoding
     from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
 
-    request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})
+    request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})  # as checked
     (wanted,) = job.check_targets([request], options.out or default)
     device = resolve_device(options.device)
     prepare(device)
@@ -688,7 +688,12 @@ def decode(options: Decode) -> None:
     absent: dict[str, Any] = dict.fromkeys(names)
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
     found = saved.read(options.latents)
-    frames, height, width = found.latents.shape[2:]
+    channels, frames, height, width = found.latents.shape[1:]
+    if channels != vae.config["latent_channels"]:
+        raise ValueError(
+            f"{options.latents} has latents of {channels} channels, the VAE in {path} decodes "
+            f"{vae.config['latent_channels']}"
+        )
     fit_decoding(vae, [(frames, height, width)], device)
     vae.register_to_config(**found.scaling)
     record |= {"vae_dtype": dtype_name(vae.dtype), "vae_tiling": vae.tiling}
