@@ -1,13 +1,14 @@
 """`osp plan` and `osp launch` by the command itself."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from opensoraplan import cli
+from opensoraplan import builtin, cli
 
 Osp = Callable[..., tuple[int, str, str]]
 
@@ -103,6 +104,17 @@ def test_plan_of_a_model_folder_and_of_generating(osp: Osp, tmp_path: Path) -> N
     code, said, _ = osp("plan", "model", "--generate", "--frames", 9, "--height", 64, "--width", 64)
     assert code == 0
     assert "activations of decoding" in said
+
+
+def test_plan_counts_the_encoders_that_the_run_or_the_model_has(osp: Osp) -> None:
+    run = Path(__file__).parents[1] / "configs" / "finetune_builtin.toml"
+    encoders = re.search(r"VAE and text encoders +(\S+)", osp("plan", run)[1])
+    assert encoders is not None
+    assert float(encoders[1]) < 0.1
+    text = re.search(r"T5 and CLIP +(\S+)", osp("plan", builtin.folder(), "--generate")[1])
+    assert text is not None
+    assert float(text[1]) < 0.1
+    assert "T5 and CLIP                              3.836" in osp("plan", "--generate")[1]
 
 
 def test_the_release_fits_small_cards_by_streaming(osp: Osp) -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GB = 1e9
-# Frozen parts of the release, in numbers: what is on the device beside the denoiser.
-T5_NUMBERS, CLIP_NUMBERS, VAE_NUMBERS = 1_223_527_424, 694_659_840, 227_035_624
 _STEPS = 50  # of a video that is generated, as `osp generate` takes them
 
 Ema = Literal["same", "cpu", "none"]
@@ -163,12 +161,12 @@ def plan(options: Plan) -> None:
     said = f"{frames} x {height} x {width}, {text} text tokens"
     if options.generate:
         one = replace(shape, batch=options.job.batch or 1)
-        _write(_generation_lines(model, one, options, said=said))
+        _write(_generation_lines(model, _frozen_parts(options, run), one, options, said=said))
         return
     if options.weights != "whole":
         raise ValueError(f"--weights {options.weights} is for --generate: training needs the weights whole")
     job = _job_of(options.job, run)
-    encoders = _encoder_bytes(options.job, run)
+    encoders = _encoder_bytes(options, run)
     mesh = _mesh_of(options, run)
     if mesh is None and options.memory is not None:
         mesh = cheapest_mesh(
@@ -267,18 +265,59 @@ def _job_of(given: PlanJob, run: "TrainSettings | None") -> "Job":
     )
 
 
-def _encoder_bytes(given: PlanJob, run: "TrainSettings | None") -> int:
-    """Of the release's VAE and text encoders, where clips are encoded while training."""
+@dataclass(frozen=True)
+class _Frozen:
+    """Parameters of the frozen parts beside the denoiser; by default those of the release."""
+
+    vae: int = 227_035_624
+    t5: int = 1_223_527_424
+    clip: int = 694_659_840
+
+    @property
+    def text(self) -> int:
+        return self.t5 + self.clip
+
+
+def _frozen_parts(options: Plan, run: "TrainSettings | None") -> _Frozen:
+    """Those that the run or the model's folder has; for parts that are not there, the release's."""
+    from opensoraplan.convert.assemble import empty_vae
+    from opensoraplan.convert.checkpoints import open_checkpoint
+    from opensoraplan.models.text import empty_text_encoder
+    from opensoraplan.train.config import TextSettings, VAESettings
+    from opensoraplan.train.encoders import given_paths
+
+    if run is not None:
+        paths = given_paths(run.vae, run.text)
+    elif options.model is not None and (options.model / "model_index.json").is_file():
+        paths = given_paths(
+            VAESettings(pretrained=options.model), TextSettings(t5=options.model, clip=options.model)
+        )
+    else:
+        paths = {}
+    models: dict[str, Any] = {}
+    if (path := paths.get("vae.pretrained")) and path.exists():
+        models["vae"] = empty_vae(open_checkpoint(path), run.vae.config if run else None)
+    if (path := paths.get("text.t5")) and path.exists():
+        models["t5"] = empty_text_encoder(path, kind="t5")
+    if (path := paths.get("text.clip")) and path.exists():
+        models["clip"] = empty_text_encoder(path, kind="clip")
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return _Frozen(**counts)
+
+
+def _encoder_bytes(options: Plan, run: "TrainSettings | None") -> int:
+    """Of the VAE and the text encoders, where clips are encoded while training."""
     from opensoraplan.parallel.estimate import BYTES
     from opensoraplan.train.sources import validation_encodes
 
-    wanted = given.encoders
+    wanted = options.job.encoders
     if wanted is None:
         wanted = run is not None and (run.data.features is None or validation_encodes(run))
     if not wanted:
         return 0
     vae, text = (run.vae.compute, run.text.compute) if run else ("fp32", "bf16")
-    return VAE_NUMBERS * BYTES[vae] + (T5_NUMBERS + CLIP_NUMBERS) * BYTES[text]
+    parts = _frozen_parts(options, run)
+    return parts.vae * BYTES[vae] + parts.text * BYTES[text]
 
 
 def _mesh_of(options: Plan, run: "TrainSettings | None") -> "MeshSettings | None":
@@ -370,14 +409,16 @@ def _training_lines(
         yield f"feature cache: {one / 1e6:,.1f} MB a sample on disk"
 
 
-def _generation_lines(model: "Model", shape: "Shape", options: Plan, *, said: str) -> Iterable[str]:
+def _generation_lines(
+    model: "Model", parts: _Frozen, shape: "Shape", options: Plan, *, said: str
+) -> Iterable[str]:
     from opensoraplan.memory import CHUNKS, MARGIN, Needs, plans_for
     from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory, vector_bytes
     from opensoraplan.train.metrics import forward_flops
 
     compute = options.job.compute or "bf16"
     size = BYTES[compute]
-    text, vae = (T5_NUMBERS + CLIP_NUMBERS) * size, VAE_NUMBERS * size
+    text, vae = parts.text * size, parts.vae * size
     if options.weights == "fp8" and compute != "bf16":
         raise ValueError(f"--weights fp8 goes with --compute bf16, got {compute}")
     kind = options.weights

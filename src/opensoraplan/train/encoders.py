@@ -126,7 +126,7 @@ ENCODER_PARTS = (
 def fingerprint_of_named(vae: VAESettings, text: TextSettings) -> dict[str, str]:
     """As `Encoders.fingerprint`, of those parts that the settings name."""
     parts: dict[str, str] = {}
-    paths, dtype, cpu = _given_paths(vae, text), DTYPES[text.compute], torch.device("cpu")
+    paths, dtype, cpu = given_paths(vae, text), DTYPES[text.compute], torch.device("cpu")
     _check_there(paths)
     if (path := paths.get("vae.pretrained")) is not None:
         parts |= _vae_parts(_load_vae(path, vae.config, dtype=DTYPES[vae.compute], device=cpu))
@@ -194,7 +194,7 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
 
 def find_parts(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
     """Where each part is, by its setting."""
-    paths = _given_paths(vae, text)
+    paths = given_paths(vae, text)
     needed = {
         "vae.pretrained": "the folder or file of a VAE",
         "text.t5": "the folder of a T5 encoder",
@@ -209,7 +209,8 @@ def find_parts(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
     return paths
 
 
-def _given_paths(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
+def given_paths(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
+    """The paths of those parts that the settings name, by their settings. They may not exist."""
     given = {
         "vae.pretrained": (vae.pretrained, "vae"),
         "text.t5": (text.t5, "text_encoder"),
