@@ -15,11 +15,12 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# A video of a prompt of yours by the built-in model, and its frames side by side.
+# A video of a prompt of yours by the built-in model, and a sheet of frames of all such videos so far. The command
+# says which files it wrote; nothing is overwritten.
 demo: $(BIN)/.installed
 	$(BIN)/osp generate "$(PROMPT)" --out $(DEMO)/video.mp4
 	$(BIN)/osp data sheet $(DEMO)/*.mp4 --out $(DEMO)/sheet.png
-	@echo "Look at $(DEMO)/video.mp4 and $(DEMO)/sheet.png. Another one: make demo PROMPT='...'"
+	@echo "Look at the two files above. Another video: make demo PROMPT='...'"
 
 # Everything that makes the built-in model, in some hours on two CPU cores; stop it whenever you like, the same
 # command goes on. With instructions for it (avx512_bf16, amx_bf16) or a GPU: make train-demo COMPUTE=bf16.
@@ -53,5 +54,6 @@ lint: $(BIN)/.installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
+# What was installed and built; videos in $(DEMO) stay.
 clean:
-	rm -rf $(VENV) $(DEMO) build src/*.egg-info
+	rm -rf $(VENV) build src/*.egg-info

@@ -66,3 +66,19 @@ def test_generate_without_a_model_uses_it(
     assert (info.frames, info.height, info.width, info.fps) == (25, 96, 128, 12)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == "a red ball moves left"
+
+
+def test_another_size_than_it_was_trained_on_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ball = ["osp", "generate", "ball", "--steps", "1", "--frames", "1"]
+    monkeypatch.setattr(sys, "argv", [*ball, "--height", "64", "--width", "64", "--out", "a.png"])
+    cli.main()
+    assert "trained on 96 x 128 (height x width); at 64 x 64 it may repeat objects" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(
+        sys, "argv", ["osp", "generate", "ball", "--steps", "1", "--frames", "1", "--out", "b.png"]
+    )
+    cli.main()
+    assert "repeat objects" not in caplog.text

@@ -6,16 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from opensoraplan.data.video import write_video
     from opensoraplan.models.sparse_ummdit import SparseUMMDiT
     from opensoraplan.models.wfvae import WFVAE
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
-__all__ = ["WFVAE", "OpenSoraPlanPipeline", "SparseUMMDiT"]
+__all__ = ["WFVAE", "OpenSoraPlanPipeline", "SparseUMMDiT", "write_video"]
 
 _HOME = {
     "OpenSoraPlanPipeline": "opensoraplan.pipeline",
     "SparseUMMDiT": "opensoraplan.models.sparse_ummdit",
     "WFVAE": "opensoraplan.models.wfvae",
+    "write_video": "opensoraplan.data.video",
 }
 
 

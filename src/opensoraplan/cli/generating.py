@@ -280,6 +280,7 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
         check_model(folder)
         paths = {name: folder / name for name in PARTS}
         check_parts(paths)
+        _warn_of_sizes(folder, requests)
     else:
         paths = find_paths(options.parts, inference)
     prompts = _prompt_settings(options, folder)
@@ -312,6 +313,20 @@ def _prompt_settings(options: Generate, folder: Path | None) -> PromptSettings:
         clean=options.clean_prompts,
         keep_chinese=options.keep_chinese,
     )
+
+
+def _warn_of_sizes(folder: Path, requests: list[Request]) -> None:
+    """Warn if a model whose generate.json names one size of video is asked for others."""
+    from opensoraplan.defaults import GenerateDefaults
+
+    usual = GenerateDefaults.of(folder)
+    for request in requests:
+        if usual.height and usual.width and (request.height, request.width) != (usual.height, usual.width):
+            logger.warning(
+                "this model was trained on %d x %d (height x width); at %d x %d it may repeat objects",
+                usual.height, usual.width, request.height, request.width,
+            )  # fmt: skip
+            return
 
 
 def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | None":

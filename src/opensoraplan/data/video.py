@@ -3,6 +3,7 @@
 Not here: how video is read (reading.py), which clips to take, captions, batches.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from av.container import OutputContainer
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from PIL.Image import Image
 
 from opensoraplan.data.reading import (
     SWSCALE,
@@ -206,6 +208,16 @@ class VideoWriter:
         with self._container:
             self._container.mux(self._stream.encode(None))
         self.path = publish(self._temporary, self.path)
+
+
+def write_video(frames: Sequence[Image], path: str | Path, *, fps: float) -> Path:
+    """Write PIL images of one size, such as `pipe(...).frames[0]`, as an mp4. Returns its path, which has a
+    number if the name was taken. Raises what `VideoWriter` raises.
+    """
+    with VideoWriter(path, fps=fps) as writer:
+        for frame in frames:
+            writer.write(torch.from_numpy(np.asarray(frame.convert("RGB")).copy())[None])
+    return writer.path
 
 
 def _check_pixels(frames: torch.Tensor) -> None:
