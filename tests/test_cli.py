@@ -30,6 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli, saved
 from opensoraplan.cli.generating import instead_of_host
+from opensoraplan.convert.checkpoints import load_checkpoint
 from opensoraplan.data.video import read_frames
 from opensoraplan.fingerprint import fingerprint_parts
 from opensoraplan.generate import run
@@ -422,6 +423,39 @@ def test_there_and_back(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
     assert "WFVAE" in osp("inspect", next((tmp_path / "release").glob("wfvae*"))).out
 
 
+def test_merging_shards_alone(osp: Command, tiny_release: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """As the original's convert_mm_to_ckpt.py: no VAE and no text encoders; EMA weights if asked for."""
+    back = ["convert", "--model", tiny_model, "--to", "megatron", "--tp", "2", "--out", "shards"]
+    assert osp(*back).code == 0
+    for file in (tmp_path / "shards" / "release").glob("*/*.pt"):
+        content = torch.load(file, weights_only=False)
+        content["ema_model"] = {name: value + 1 for name, value in content["model"].items()}
+        torch.save(content, file)
+    plain = torch.load(tiny_release / "model_ema.pt", weights_only=True)
+    outcomes = {
+        "a/model.pt": osp("convert", "--transformer", "shards", "--to", "release", "--out", "a/model.pt"),
+        "b/model.pt": osp("convert", "--transformer", "shards", "--to", "release", "--out", "b"),
+        "c.pt": osp("convert", "--transformer", "shards", "--ema", "--to", "release", "--out", "c.pt"),
+        "b/model_ema.pt": osp("convert", "--to", "release", "--out", "b", "--transformer", "shards", "--ema"),
+    }
+    assert [outcome.code for outcome in outcomes.values()] == [0] * 4, outcomes
+    for name, outcome in outcomes.items():
+        merged = torch.load(tmp_path / name, weights_only=True)
+        ema = name in ("c.pt", "b/model_ema.pt")
+        assert merged.keys() == plain.keys()
+        assert all(torch.equal(merged[key], plain[key] + ema) for key in plain)
+        assert f"{name}: the {'EMA weights' if ema else 'weights, not their EMA'} of " in outcome.log
+    again = osp("convert", "--transformer", "shards", "--to", "release", "--out", "a/model.pt")
+    assert "a/model.pt exists: give another name" in mistake(again)
+    assert osp(
+        *("convert", "--transformer", "shards", "--ema", "false", "--to", "megatron"),
+        *("--tp", "1", "--out", "whole"),
+    ).code == 0  # fmt: skip
+    resharded = load_checkpoint(tmp_path / "whole")
+    assert all(torch.equal(resharded[key], plain[key]) for key in plain)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c.pt", "shards", "whole"]
+
+
 def test_reconstruct(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
     assert osp("generate", "a cat", "--model", tiny_model, *SMALL, "--out", "a.mp4").code == 0
     outcome = osp("reconstruct", "a.mp4", "--vae", tiny_model, "--device", "cpu")
@@ -552,6 +586,19 @@ QUICK = {
     "convert what": ("convert --out x", "not given: --transformer, --vae, "),
     "convert a model": ("convert --model {model} --out x", "diffusers folder already: give --to megatron or"),
     "convert back what": ("convert --to megatron --out x", "--to megatron needs --model"),
+    "merge and convert": (
+        "convert --to release --transformer {release} --vae {model} --out x.pt",
+        "--to release writes what is in --transformer: leave out --vae$",
+    ),
+    "merge by the guide": (
+        "convert --to release --config {guide} --transformer {release} --out x.pt",
+        "leave out --config$",
+    ),
+    "merge a VAE": ("convert --to release --transformer {release}/wfvae.ckpt --out x.pt", "weights of a VAE"),
+    "merge what is not there": (
+        "convert --to release --transformer {release}/model_ema.pt --ema --out y/x.pt",
+        "model_ema.pt has no EMA weights",
+    ),
     "convert back absent": ("convert --to megatron --model nowhere --out x", "nowhere does not exist"),
     "convert back a file": ("convert --to release --model {guide} --out x", "it is a file"),
     "dtype back": (

@@ -21,7 +21,7 @@ import tyro
 
 from opensoraplan.cli import data, generating, models, plan, training
 from opensoraplan.cli.options import option_names
-from opensoraplan.cli.parts import read_config, read_defaults
+from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
 from opensoraplan.names import did_you_mean
 
 logger = logging.getLogger("opensoraplan")
@@ -106,6 +106,8 @@ def _run(words: list[str]) -> None:
     name, rest = _verb_of(words)
     verb = VERBS[name]
     _check_options(name, verb, rest)
+    if verb.with_config:
+        rest = spell_out_ema(rest)
     inference = read_config(rest) if verb.with_config else None
     default: dict[str, Any] = {}
     if verb.options is generating.Generate:

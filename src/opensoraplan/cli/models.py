@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,11 +29,12 @@ class Convert:
     """Turn the original's files into a diffusers folder, or such a folder back into the original's.
 
     To diffusers: --transformer, --vae, --text-encoder and --text-encoder-2, or --config. Back: --model FOLDER
-    and --to megatron (with --tp) or --to release. Every tensor is accounted for, or nothing is written.
+    and --to megatron (with --tp) or --to release. With --transformer alone they merge the shards of a
+    denoiser, or share them out anew. Every tensor is accounted for, or nothing is written.
     """
 
     out: Path
-    """The folder to write; it must be new or empty."""
+    """The folder to write, new or empty; for --transformer alone with --to release also a file, model.pt."""
     to: Literal["diffusers", "megatron", "release"] = "diffusers"
     """What to write."""
     model: OptionalPath = None
@@ -107,14 +108,15 @@ def convert(options: Convert, inference: "Inference | None") -> None:
             max_text_tokens=inference.max_text_tokens if inference else 512,
         )
         return
-    if options.model is None:
-        raise ValueError(f"--to {options.to} needs --model, a diffusers folder")
-    if given := options_of_parts(options.parts, inference):
-        raise ValueError(f"--to {options.to} writes what is in --model: leave out {', '.join(given)}")
     if options.dtype is not None:
         raise ValueError("--dtype goes with --to diffusers; the way back keeps every tensor as it is")
     if options.to == "release" and options.tp != 1:
         raise ValueError(f"--tp {options.tp} goes with --to megatron; the release is in one piece")
+    if options.model is None:
+        _convert_denoiser(options, inference)
+        return
+    if given := options_of_parts(options.parts, inference):
+        raise ValueError(f"--to {options.to} writes what is in --model: leave out {', '.join(given)}")
     if options.to == "release":
         check_model(options.model)
     check_exists(options.model)
@@ -125,6 +127,28 @@ def convert(options: Convert, inference: "Inference | None") -> None:
         export_denoiser(options.model, options.out, tensor_parallel=options.tp)
     else:
         export_release(options.model, options.out)
+
+
+def _convert_denoiser(options: Convert, inference: "Inference | None") -> None:
+    """Merge the shards of a denoiser, or share them out anew."""
+    parts = options.parts
+    if parts.transformer is None:
+        raise ValueError(
+            f"--to {options.to} needs --model, a diffusers folder, or --transformer, a denoiser's checkpoint"
+        )
+    others = replace(parts, transformer=None, ema=None)
+    if given := options_of_parts(others, inference):
+        raise ValueError(f"--to {options.to} writes what is in --transformer: leave out {', '.join(given)}")
+    check_exists(parts.transformer)
+
+    from opensoraplan.convert.assemble import export_denoiser, merge_denoiser
+
+    # As in the original's script, the EMA weights only if they are asked for.
+    ema = bool(parts.ema)
+    if options.to == "megatron":
+        export_denoiser(parts.transformer, options.out, tensor_parallel=options.tp, ema=ema)
+    else:
+        merge_denoiser(parts.transformer, options.out, ema=ema)
 
 
 def reconstruct(options: Reconstruct) -> None:

@@ -1,6 +1,7 @@
 """Where the parts of a model are: options, the guide's config, folders, and what is checked of them."""
 
 import argparse
+import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -32,8 +33,10 @@ class Parts:
     """Folder of T5's tokenizer, if it is not the text encoder's."""
     tokenizer_2: OptionalPath = None
     """Folder of CLIP's tokenizer, if it is not the text encoder's."""
-    ema: Annotated[bool | None, optional("True|False", "(default: EMA where there is one)")] = None
-    """Which weights to take of a checkpoint that has both."""
+    ema: Annotated[bool | None, optional("[True|False]", "(default: EMA where there is one)")] = None
+    """Take the EMA weights of a checkpoint that has both, or not. When shards are only merged, the default is
+    not, as in the original's script.
+    """
     sparse_n: Annotated[tuple[int, ...] | None, optional("N ...")] = None
     """Skiparse rates, one a stage, where neither --config nor the release's shape tells them."""
     set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
@@ -41,6 +44,18 @@ class Parts:
 
 
 NO_PARTS = Parts()
+
+
+def spell_out_ema(words: list[str]) -> list[str]:
+    """The command line with the value True behind an --ema that has none."""
+    spelled: list[str] = []
+    for word, following in itertools.pairwise([*words, ""]):
+        given = following.lower() in ("true", "false")
+        if spelled[-1:] == ["--ema"]:
+            spelled.append(word.capitalize())
+        else:
+            spelled += [word] if word != "--ema" or given else [word, "True"]
+    return spelled
 
 
 def read_config(arguments: list[str]) -> "Inference | None":

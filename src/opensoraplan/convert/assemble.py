@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.convert.checkpoints import Checkpoint, open_checkpoint
-from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
+from opensoraplan.convert.export import (
+    new_file,
+    new_folder,
+    write_component,
+    write_megatron,
+    write_release,
+    write_release_file,
+)
 from opensoraplan.convert.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, naming
 from opensoraplan.device import free_memory
 from opensoraplan.models import original
@@ -307,18 +314,38 @@ def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:
     return vae.eval().to(device)  # type: ignore[arg-type]
 
 
-def export_denoiser(model: Path, out: Path, *, tensor_parallel: int) -> None:
-    """Write the denoiser of a diffusers folder (or of any checkpoint of one) as Megatron shards.
+def export_denoiser(model: Path, out: Path, *, tensor_parallel: int, ema: bool | None = None) -> None:
+    """Write the denoiser of a diffusers folder (or of any checkpoint of one, `ema` as in `load_checkpoint`)
+    as Megatron shards.
 
     Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
     """
     with new_folder(out) as folder:
-        checkpoint = open_checkpoint(_component(model, "transformer"))
-        denoiser = empty_model(checkpoint)
-        if not isinstance(denoiser, SparseUMMDiT):
-            raise ValueError(f"{checkpoint.path} has the weights of a VAE: Megatron shards are of a denoiser")
-        write_megatron(denoiser, checkpoint, folder, tensor_parallel=tensor_parallel)
+        checkpoint = open_checkpoint(_component(model, "transformer"), ema=ema)
+        write_megatron(_empty_of(checkpoint), checkpoint, folder, tensor_parallel=tensor_parallel)
     logger.info("wrote %s", out)
+
+
+def merge_denoiser(path: Path, out: Path, *, ema: bool) -> None:
+    """Write the denoiser of Megatron shards (or of any checkpoint) as one pickle of a flat dict, as the
+    original's convert_mm_to_ckpt.py does. `out`: the file, or a folder, in which it is model.pt or, of EMA
+    weights, model_ema.pt.
+
+    Raises ValueError if there is that file, and for shards without such weights.
+    """
+    file = out if out.suffix else out / ("model_ema.pt" if ema else "model.pt")
+    with new_file(file) as partial:
+        checkpoint = open_checkpoint(path, ema=ema)
+        write_release_file(_empty_of(checkpoint), checkpoint, partial)
+    weights = "EMA weights" if ema else "weights, not their EMA" if checkpoint.info.has_ema else "weights"
+    logger.info("wrote %s: the %s of %s", file, weights, checkpoint.path)
+
+
+def _empty_of(checkpoint: Checkpoint) -> SparseUMMDiT:
+    denoiser = empty_model(checkpoint)
+    if not isinstance(denoiser, SparseUMMDiT):
+        raise ValueError(f"{checkpoint.path} has the weights of a VAE, and those of a denoiser are needed")
+    return denoiser
 
 
 def export_release(model: Path, out: Path) -> None:

@@ -43,6 +43,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # Where a folder of the release may hold its one file.
 RELEASE_FILES = (
     "model_ema.pt",
+    "model.pt",
     "model_states.pt",
     "mp_rank_00/model_states.pt",
     "transformers/mp_rank_00/model_states.pt",

@@ -7,7 +7,7 @@ whole.
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -39,23 +39,36 @@ def new_folder(path: Path) -> Iterator[Path]:
     there is no way to.
     """
     path = path.resolve()
-    _check_free(path)
+    with _new_path(path, _check_free_folder) as partial:
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            path.rmdir()
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path`; otherwise as `new_folder`."""
+    with _new_path(path.resolve(), _check_free_file) as partial:
+        yield partial
+
+
+@contextmanager
+def _new_path(path: Path, check_free: Callable[[Path], None]) -> Iterator[Path]:
+    check_free(path)
     new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
         with ExitStack() as stack:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(claimed(path, doing=f"writing {path}"))
-                _check_free(path)
+                check_free(path)
                 partial = stack.enter_context(workplace(path.parent)) / path.name
-                partial.mkdir()
             except OSError as error:
                 raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
             with named_errors(path):
                 yield partial
                 permit(partial)
-                if path.exists():
-                    path.rmdir()
                 partial.rename(path)
     except BaseException:
         for parent in new_parents:
@@ -64,9 +77,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _check_free(path: Path) -> None:
+def _check_free_folder(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: give another folder")
+
+
+def _check_free_file(path: Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path} exists: give another name")
 
 
 def write_component(
@@ -147,13 +165,18 @@ def write_release(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], fo
 
     Returns the file's path. Raises ValueError for tensors that do not fit.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (RELEASE_DENOISER if isinstance(model, SparseUMMDiT) else RELEASE_VAE)
+    write_release_file(model, tensors, path)
+    return path
+
+
+def write_release_file(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The same under a name of the caller's."""
     flat = {name: tensors[name] for name in original.match(model, tensors).values()}
     dtype = next(iter(flat.values())).dtype
     flat |= {name: value.to(dtype) for name, value in model.original_format().fixed.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (RELEASE_DENOISER if isinstance(model, SparseUMMDiT) else RELEASE_VAE)
     _save_pickle(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
-    return path
 
 
 def _save_pickle(content: object, path: Path) -> None:
