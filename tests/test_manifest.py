@@ -15,7 +15,7 @@ import torch
 from pyarrow import parquet
 
 from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.record import Record
+from opensoraplan.data.record import Record, probe_cache
 from opensoraplan.data.selection import Reason, Sample, Selection, SelectionSettings, select
 from opensoraplan.data.video import VideoWriter, read_frames
 
@@ -520,43 +520,70 @@ def test_unreadable_files_are_named_and_counted(tmp_path: Path, caplog: pytest.L
         select(records[1:2], settings())
 
 
+@pytest.fixture
+def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, which is empty."""
+    folder = tmp_path_factory.mktemp("caches")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def cache_of(manifest: Path) -> Path:
+    """Where what probing found is remembered."""
+    cache = probe_cache(manifest)
+    assert cache is not None
+    return cache
+
+
+@pytest.mark.usefixtures("caches")
 def test_probing_is_remembered_until_the_file_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_clip(tmp_path / "a.mp4", frames=12)
     data = write_lines(tmp_path / "m.jsonl", {"path": "a.mp4", "cap": "x"})
-    cache = tmp_path / ".m.jsonl.osp-probed.json"
+    cache = cache_of(data)
     assert read_manifest(data)[0].num_frames == 12
     # The remembered number is what comes back, so the file is not opened again.
-    cache.write_text(cache.read_text().replace('"num_frames": 12', '"num_frames": 13'))
+    cache.write_text(cache.read_text().replace('"frames":12', '"frames":13'))
     assert read_manifest(data)[0].num_frames == 13
     os.utime(path, ns=(0, 0))
     assert read_manifest(data)[0].num_frames == 12
     whole = json.loads(cache.read_text())
-    wrong = [{"a.mp4": {"size": 1}}, {"a.mp4": 3}, [], None]
-    for nonsense in ("[]", "{", *(json.dumps({**whole, "files": files}) for files in wrong)):
+    ((name, entry),) = whole["files"].items()
+    wrong = [{name: {"size": 1}}, {name: 3}, [], None, {name: {**entry, "more": 1}}]
+    for field in entry:
+        for value in (None, [], "x", -1e400):
+            wrong.append({name: {**entry, field: value}})
+    for field in ("frames", "resampled", "height", "width"):
+        wrong.append({name: {**entry, field: 0}})
+    wrong += [{name: {**entry, "fps": fps}} for fps in ("0", "-24", "1/0")]
+    for nonsense in ("[]", "{", "[" * 100_000, *(json.dumps({**whole, "files": files}) for files in wrong)):
         cache.write_text(nonsense)
         caplog.clear()
         assert read_manifest(data)[0].num_frames == 12
-        assert ".osp-probed.json is not used" in caplog.text
+        assert "what was remembered of clips is not used" in caplog.text, nonsense
+        assert str(cache) in caplog.text
         assert json.loads(cache.read_text()) == whole
-    assert sorted(os.listdir(tmp_path)) == [cache.name, "a.mp4", "m.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "m.jsonl"]
+    assert os.listdir(cache.parent) == [cache.name]
 
 
+@pytest.mark.usefixtures("caches")
 def test_what_an_earlier_version_remembered_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As it was written before frames of Matroska were counted, with no version."""
     write_clip(tmp_path / "a.mp4", frames=12)
     data = write_lines(tmp_path / "m.jsonl", {"path": "a.mp4", "cap": "x"})
-    cache = tmp_path / ".m.jsonl.osp-probed.json"
+    cache = cache_of(data)
     read_manifest(data)
     whole = json.loads(cache.read_text())
-    whole["files"]["a.mp4"]["num_frames"] = 99
+    entry = whole["files"][str(tmp_path / "a.mp4")]
+    entry["frames"] = 99
     for old in (whole["files"], {**whole, "version": whole["version"] - 1}):
         cache.write_text(json.dumps(old))
         assert read_manifest(data)[0].num_frames == 12
-        assert json.loads(cache.read_text())["files"]["a.mp4"]["num_frames"] == 12
+        assert json.loads(cache.read_text())["files"][str(tmp_path / "a.mp4")]["frames"] == 12
     assert not caplog.messages
 
 
@@ -607,6 +634,7 @@ def test_probing_every_file_finds_what_is_gone(tmp_path: Path) -> None:
     assert (found.num_frames, found.height) == (50, 240)
 
 
+@pytest.mark.usefixtures("caches")
 def test_a_folder_that_cannot_be_written_to_is_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -614,7 +642,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(
     write_clip(tmp_path / "a.mp4")
     data = write_lines(tmp_path / "m.jsonl", {"path": "a.mp4", "cap": "x"})
     # A folder in the cache's place stops root, too, whom no permission stops.
-    (tmp_path / ".m.jsonl.osp-probed.json" / "full").mkdir(parents=True)
+    (cache_of(data) / "full").mkdir(parents=True)
     assert read_manifest(data)[0].num_frames == 12
     assert "is not kept for the next time" in caplog.text
-    assert not list(tmp_path.glob(".osp-*"))
+    assert os.listdir(cache_of(data).parent) == [cache_of(data).name]

@@ -11,10 +11,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from av.stream import Disposition
 
 from opensoraplan.data.record import Record, complete
-from opensoraplan.data.video import count_frames, probe, read_numbered
+from opensoraplan.data.video import count_frames, probe, read_frames, read_numbered
 
 MILLISECOND = Fraction(1, 1000)
 
@@ -27,17 +28,21 @@ def write_clip(
     rate: Fraction = Fraction(24),
     stamps: Sequence[int] | None = None,
     sound: float = 0.0,
+    size: int = 32,
+    options: dict[str, str] | None = None,
 ) -> Path:
-    """So many small frames, one after the other or at `stamps` in milliseconds, and seconds of `sound`."""
+    """So many small frames, one after the other or at `stamps` in milliseconds, and seconds of `sound`.
+    `options` are the codec's.
+    """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = size, size * 3 // 2, "yuv420p"
         tick = MILLISECOND if stamps else 1 / rate
         stream.codec_context.time_base = tick
         audio = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
         for index in range(count):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 10 + index % 200, np.uint8))
+            frame = av.VideoFrame.from_ndarray(np.full((size, size * 3 // 2, 3), 10 + index % 200, np.uint8))
             frame.pts, frame.time_base = stamps[index] if stamps else index, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -48,6 +53,32 @@ def write_clip(
             samples.sample_rate = 8000
             container.mux(audio.encode(samples) + audio.encode(None))
     return path
+
+
+def cut_out(
+    source: Path, target: Path, *, start: float, end: float, still: float = 99.0, **options: str
+) -> Path:
+    """A part of a clip without encoding it again, as ffmpeg cuts it with `-c copy`: from the keyframe before
+    `start` on, in decoding order, until `end`. In mp4 an edit list skips what is before. What comes from
+    `still` on, where a keyframe is, comes a second later.
+    """
+    with av.open(str(source)) as whole, av.open(str(target), "w", options=options) as part:
+        (video,) = whole.streams.video
+        copy = part.add_stream_from_template(video)
+        assert video.time_base is not None
+        shift = round(start / video.time_base)
+        whole.seek(shift, stream=video)
+        for packet in whole.demux(video):
+            if packet.dts is None or packet.pts is None or packet.dts * video.time_base >= end:
+                continue
+            later = round(1 / video.time_base) if packet.pts * video.time_base >= still else 0
+            packet.pts, packet.dts, packet.stream = (
+                packet.pts - shift + later,
+                packet.dts - shift + later,
+                copy,
+            )
+            part.mux(packet)
+    return target
 
 
 # A pipe that nobody writes to keeps the one who reads it waiting.
@@ -145,6 +176,67 @@ def test_clips_of_a_varying_rate_are_told_and_read_by_time(tmp_path: Path, suffi
     assert not any(one.variable for one in complete(told, cache=tmp_path / "cache.json"))
     (again,) = complete([Record(uneven)], cache=tmp_path / "cache.json")  # from what was remembered
     assert again == record
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [
+        *(("mp4", codec) for codec in ("libx264", "libx265", "mpeg4", "mpeg2video")),
+        *(("mov", "libx264"), ("ts", "libx264"), ("mkv", "libx264"), ("mpg", "mpeg2video")),
+    ],
+)
+def test_parts_cut_without_encoding_have_the_frames_that_decode(
+    tmp_path: Path, suffix: str, codec: str
+) -> None:
+    """Their containers claim more: frames that others were predicted from are missing at both ends."""
+    options = {"g": "12", "bf": "0" if codec == "mpeg4" else "2"}
+    if codec == "libx265":
+        options = {"x265-params": "keyint=12:open-gop=1:bframes=3:log-level=none"}
+    whole = write_clip(tmp_path / "whole.mp4", 70, codec=codec, size=64, options=options)
+    for start, end in ((0, 1), (0.3, 1.27), (0.7, 1.3), (0.7, 1.35), (0.7, 1.4), (1.1, 2.9), (2.3, 2.35)):
+        part = cut_out(whole, tmp_path / f"{start}-{end}.{suffix}", start=start, end=end)
+        every, info = read_frames(part), probe(part)
+        assert info.frames == len(every) == count_frames(part), part
+        last = info.frames - 1
+        assert torch.equal(read_numbered(part, [0, last]), every[[0, last]])
+        # What selection takes windows from, at the file's rate or, with holes, at the rate it would have.
+        (record,) = complete([Record(part)], cache=None)
+        assert record.num_frames is not None
+        assert record.fps == (24 if last else info.fps)
+        rate = record.fps if record.variable else None
+        assert len(read_numbered(part, range(record.num_frames), rate=rate)) == record.num_frames
+        assert record.num_frames >= info.frames
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "options"),
+    [
+        ("part.mp4", 0.5, {}),
+        ("fragments.mp4", 0, {"movflags": "frag_keyframe+empty_moov"}),
+        ("first_whole.mp4", 0, {"movflags": "frag_keyframe"}),
+        ("stream.ts", 0, {}),
+        ("program.mpg", 0, {}),
+    ],
+)
+def test_a_varying_rate_is_seen_without_a_whole_index(
+    tmp_path: Path, name: str, start: float, options: dict[str, str]
+) -> None:
+    codec, bframes = ("mpeg2video", "0") if name.endswith("mpg") else ("libx264", "2")
+    whole = write_clip(tmp_path / "whole.mp4", 60, codec=codec, options={"g": "12", "bf": bframes})
+    clip = cut_out(whole, tmp_path / name, start=start, end=9, still=1.5, **options)
+    (record,) = complete([Record(clip)], cache=None)
+    assert record.variable
+    assert record.fps == pytest.approx(24, abs=0.02)
+    assert record.num_frames == 84 - round(start * 24)
+    frames = read_numbered(clip, range(record.num_frames), rate=record.fps)
+    shown = [round(frame.float().mean().item()) - 10 for frame in frames]
+    assert shown == pytest.approx([*range(round(start * 24), 36), *[35] * 24, *range(36, 60)], abs=1)
+
+
+def test_a_late_start_is_no_cut_off_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    late = write_clip(tmp_path / "late.mkv", 24, stamps=[5000 + round(1000 * i / 24) for i in range(24)])
+    assert count_frames(late) == probe(late).frames == 24
+    assert not caplog.messages
 
 
 def test_packets_are_counted_without_decoding(tmp_path: Path) -> None:

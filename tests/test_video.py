@@ -281,7 +281,8 @@ def test_a_clip_cut_off_in_its_frames_gives_those_before(tmp_path: Path) -> None
     clip = cut(
         write_clip(tmp_path / "clip.mp4", list(noise), codec="libx264", movflags="+faststart"), share=0.7
     )
-    assert probe(clip).frames == 40
+    with pytest.raises(ValueError, match=r"clip\.mp4 is cut off: it has \d+ of at least \d+ bytes"):
+        probe(clip)
     frames = iter_frames(clip)
     good = [next(frames) for _ in range(20)]
     with pytest.raises(ValueError, match=r"clip\.mp4 is damaged or cut off after \d+ frames") as caught:

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from opensoraplan.data.record import IMAGE_SUFFIXES, Record, complete
+from opensoraplan.data.folder import list_in, read_folder
+from opensoraplan.data.record import Record, complete, probe_cache
 from opensoraplan.documents import DocumentError, check_file, parse_json, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 MANIFEST_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 
 _PATH_KEYS = ("path", "video")
@@ -42,7 +42,8 @@ def read_manifest(
 ) -> list[Record]:
     """All records of a manifest, in its order:
 
-    - a folder: its clips and images (also in subfolders), each with a caption in the .txt of the same name;
+    - a folder: the data.txt in it, if that has the original's lines; else its clips and images (also in
+      subfolders), each with a caption in the .txt of the same name;
     - .txt: the original's `folder,annotation` lines, annotations in any format below;
     - .json: a list of records, or an object of them, whose keys are the paths if the records have none;
     - .jsonl, .csv and .parquet: columns path|video and caption|cap|text.
@@ -54,8 +55,8 @@ def read_manifest(
     one). With num_frames and without fps, a video counts as one of 24, with one warning, as in the original.
 
     What is missing is read from the files (`probing` "all" opens every file, "none" no file) by `workers`
-    threads and remembered in a hidden JSON file beside the manifest, if its folder can be written to. Files
-    that cannot be read get an `error` and are counted in one warning.
+    threads and remembered in the user's cache folder, if that can be written to. Files that cannot be read
+    get an `error` and are counted in one warning.
 
     Raises FileNotFoundError for a missing manifest, ValueError for one without records or with wrong lines,
     which it names.
@@ -63,37 +64,14 @@ def read_manifest(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"manifest {path} does not exist")
-    if path.is_dir():
-        records = _read_folder(path)
-        cache = path / ".osp-probed.json"
+    listed = list_in(path) if path.is_dir() else path
+    if listed is None:
+        records = read_folder(path)
     else:
-        records = _read_file(path, root=None if root is None else Path(root))
-        cache = path.with_name(f".{path.name}.osp-probed.json")
+        records = _read_file(listed, root=None if root is None else Path(root))
     if probing == "none":
         return records
-    return complete(records, cache=cache, every_file=probing == "all", workers=workers)
-
-
-def _read_folder(folder: Path) -> list[Record]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    if not files:
-        raise ValueError(f"folder {folder} has no clips ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
-    records = []
-    for file in files:
-        beside = file.with_suffix(".txt")
-        captions = tuple(filter(None, _captions(read_text(beside)))) if beside.exists() else ()
-        records.append(
-            Record(file, captions, num_frames=1 if file.suffix.lower() in IMAGE_SUFFIXES else None)
-        )
-    if not any(record.captions for record in records):
-        example = files[0].with_suffix(".txt").name
-        logger.warning("none of the %d clips in %s has a caption, as in %s", len(files), folder, example)
-    return records
+    return complete(records, cache=probe_cache(path), every_file=probing == "all", workers=workers)
 
 
 def _read_file(path: Path, *, root: Path | None) -> list[Record]:

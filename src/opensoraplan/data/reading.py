@@ -1,8 +1,8 @@
-"""Reading video by PyAV (or decord, or torchcodec): what a file is, and its frames by time stamp or number.
+"""Reading video by PyAV (or decord, or torchcodec), and pictures by Pillow: frames by time stamp or number.
 
-Not here: the pixel transform, writing (both in video.py), which clips to take. Frames are uint8 [T, H, W, 3]
-RGB, upright, otherwise as stored: pixels that are not square are not stretched, interlaced frames not split,
-HDR not tone-mapped.
+Not here: what a file is (probing.py), the pixel transform, writing (both in video.py), which clips to take.
+Frames are uint8 [T, H, W, 3] RGB, upright, otherwise as stored: pixels that are not square are not stretched,
+interlaced frames not split, HDR not tone-mapped.
 """
 
 import logging
@@ -27,6 +27,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from opensoraplan.data.pictures import picture_format, read_pictures
+
 logger = logging.getLogger(__name__)
 
 Reader = Literal["pyav", "decord", "torchcodec"]
@@ -37,42 +39,28 @@ SWSCALE = 0x2 | 0x2000 | 0x40000
 # Rates that also exist a thousandth slower: 24 -> 24000/1001 = 23.976.
 _NTSC_RATES = (12, 15, 24, 30, 48, 60, 120, 240)
 # Matroska rounds time stamps to milliseconds: two that differ by half of one are the same instant.
-_SAME_INSTANT = Fraction(1, 2000)
+SAME_INSTANT = Fraction(1, 2000)
 # Decoding so few frames costs no more than looking for a keyframe.
 _NEAR = 32
 # Codecs in which one packet is one frame, so that packets can be counted instead of frames.
-_PACKET_IS_FRAME = frozenset(("h264", "hevc", "vvc", "vp9", "av1", "mpeg2video", "mjpeg", "prores", "ffv1"))
+PACKET_IS_FRAME = frozenset(("h264", "hevc", "vvc", "vp9", "av1", "mpeg2video", "mjpeg", "prores", "ffv1"))
+# What `orientation_of` gives for turns to the left by so many degrees.
+_TURNS = {
+    0: (False, False, False),
+    90: (True, True, False),
+    180: (False, True, True),
+    270: (True, False, True),
+}
 # The most frames that a decoder holds back to put them in order.
-_REORDERED = 32
+REORDERED = 32
 
 
-class _UncertainError(Exception):
-    """Seeking in this file might give other frames than counting."""
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a file says of its video.
-
-    Where the file tells how long its video is, `frames` is an estimate, that length times the rate. Where it
-    does not, as in Matroska and WebM, frames are counted. `count_frames` is exact. `fps` is the mean rate; of
-    counted frames by their time stamps, which keep a rate that the file names and that they fit. `variable`:
-    some frame appears at least a whole frame's time before or after its place at that rate. `height` and
-    `width` are those of the upright picture, in pixels. `duration` is in seconds. `codec` is FFmpeg's name of
-    the format, such as "h264".
-    """
-
-    frames: int
-    fps: Fraction
-    height: int
-    width: int
-    duration: float
-    codec: str
-    variable: bool = False
+class UncertainError(Exception):
+    """The packets of this file might be other frames than decoding gives."""
 
 
 @dataclass(frozen=True)
-class _Shot:
+class Shot:
     """A decoded frame and the time that it is on screen, in seconds from the first frame."""
 
     start: Fraction
@@ -95,50 +83,13 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def probe(path: str | Path) -> VideoInfo:
-    """Describe the video in `path` (of several, the one that players choose).
-
-    Decodes one frame. Where the file does not tell how long its video is, the packets of the whole file are
-    read, too, or, of a codec in which they are not frames, decoded.
-
-    Raises FileNotFoundError, or ValueError for a file without readable video or, where all of it is decoded,
-    for a damaged one.
-    """
-    with _opened(path) as (container, stream):
-        shots = _timed(path, container, stream)
-        first = next(shots).frame
-        height, width = first.height, first.width
-        if _orientation(first)[0]:
-            height, width = width, height
-        fps, codec = _mean_rate(stream), _codec(stream)
-        seconds = _own_seconds(container, stream)
-        if seconds is not None:
-            frames, starts = max(1, round(seconds * fps)), _indexed(stream)
-        else:
-            starts = _counted(path, stream, first, shots)
-            frames, span = len(starts), starts[-1]
-            # Start and end of the span are both rounded.
-            if span > 0 and abs(span - (frames - 1) / fps) > 2 * _SAME_INSTANT:
-                fps = (frames - 1) / span
-            seconds = frames / fps
-    return VideoInfo(
-        frames=frames,
-        fps=fps,
-        height=height,
-        width=width,
-        duration=float(seconds),
-        codec=codec,
-        variable=any(abs(start * fps - place) >= 1 for place, start in enumerate(starts)),
-    )
-
-
 def count_frames(path: str | Path, *, fps: float | Fraction | None = None, limit: int | None = None) -> int:
     """How many frames `iter_frames(path, fps=fps)` yields, found by decoding; stops counting at `limit`.
 
     Raises FileNotFoundError, or ValueError for a file without readable video or damaged before `limit`.
     """
     rate = None if fps is None else frame_rate(fps)
-    return sum(1 for _ in islice(_shots(path, rate=rate), limit))
+    return sum(1 for _ in islice(shots_of(path, rate=rate), limit))
 
 
 def iter_frames(
@@ -156,7 +107,18 @@ def iter_frames(
     """
     if start < 0 or (count is not None and count < 1):
         raise ValueError(f"start must be at least 0 and count at least 1, got start {start}, count {count}")
-    return _pictures(path, start=start, count=count, rate=None if fps is None else frame_rate(fps))
+    rate = None if fps is None else frame_rate(fps)
+    return (picture for picture, _ in _pictures(path, start=start, count=count, rate=rate))
+
+
+def iter_timed_frames(
+    path: str | Path, *, count: int
+) -> Iterator[tuple[torch.Tensor, tuple[Fraction, Fraction]]]:
+    """The first `count` frames as in `iter_frames`, each with the seconds from the first frame on at which it
+    appears and disappears. Errors: see `iter_frames`.
+    """
+    for picture, shot in _pictures(path, start=0, count=count, rate=None):
+        yield picture, (shot.start, shot.end)
 
 
 def read_frames(
@@ -192,26 +154,26 @@ def read_numbered(
         raise ValueError(f"crop must be [left, right, top, bottom] with left < right, got {list(crop)}")
     if not Path(path).exists():
         raise FileNotFoundError(f"video {path} does not exist")
-    if rate is not None:
-        shots = enumerate(shot.frame for shot in _shots(path, rate=frame_rate(rate)))
-        return _chosen(path, shots, numbers, crop=crop)
+    if rate is not None or picture_format(path) is not None:
+        shots = shots_of(path, rate=None if rate is None else frame_rate(rate))
+        return _chosen(path, enumerate(shot.frame for shot in shots), numbers, crop=crop)
     if installed_reader(reader) != "pyav":
         frames = _by_decord(path, numbers) if reader == "decord" else _by_torchcodec(path, numbers)
         if frames is not None:
             return _cropped(path, frames, crop)
     if numbers[0] >= _NEAR:
         try:
-            with _opened(path) as (container, stream):
+            with opened(path) as (container, stream):
                 return _chosen(path, _sought(path, container, stream, numbers), numbers, crop=crop)
-        except (_UncertainError, av.error.FFmpegError):
+        except (UncertainError, av.error.FFmpegError):
             logger.debug("%s: frames are counted from the first one on", path)
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         frames = enumerate(_decoded(path, container, stream))
         return _chosen(path, frames, numbers, crop=crop)
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream, closed afterwards."""
     if not Path(path).exists():
         raise FileNotFoundError(f"video {path} does not exist")
@@ -239,58 +201,22 @@ def _is_cover(stream: Stream) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-def _codec(stream: VideoStream) -> str:
+def codec_of(stream: VideoStream) -> str:
     return stream.codec_context.codec.canonical_name
 
 
-def _mean_rate(stream: VideoStream) -> Fraction:
+def mean_rate(stream: VideoStream) -> Fraction:
     return stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)
 
 
-def _own_seconds(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """How long the video stream is, if the file tells it."""
+def _promised(container: InputContainer, stream: VideoStream, *, origin: Fraction) -> Fraction | None:
+    """How many seconds of video follow the first frame, which appears at `origin`, according to the file."""
     # Matroska has one length, that of the whole file, which FFmpeg puts here now and then.
-    if "matroska" in container.format.name or stream.duration is None or stream.time_base is None:
+    if "matroska" not in container.format.name and stream.duration and stream.time_base:
+        return stream.duration * stream.time_base
+    if container.duration is None or len(container.streams) > 1:
         return None
-    return stream.duration * stream.time_base
-
-
-def _promised(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """How many seconds of video there are according to the file, if it says."""
-    own = _own_seconds(container, stream)
-    if own is not None or container.duration is None or len(container.streams) > 1:
-        return own
-    return Fraction(container.duration, av.time_base)
-
-
-def _counted(
-    path: str | Path, stream: VideoStream, first: VideoFrame, rest: Iterable[_Shot]
-) -> list[Fraction]:
-    """When each frame of a file appears, in seconds from the `first` one on: by its packets if each of them
-    is a frame, else by decoding the `rest`.
-    """
-    # Two packets may be one interlaced frame, where the container leaves them apart.
-    if (
-        _codec(stream) in _PACKET_IS_FRAME
-        and not first.interlaced_frame
-        and first.pts is not None
-        and first.time_base == stream.time_base
-    ):
-        with suppress(_UncertainError):
-            stamps, tick = _listed_stamps(path, first=first.pts), stream.time_base or Fraction(0)
-            return [(stamp - stamps[0]) * tick for stamp in stamps]
-    return [Fraction(0), *(shot.start for shot in rest)]
-
-
-def _indexed(stream: VideoStream) -> list[Fraction]:
-    """When frames appear according to the container's index, in seconds from the first one on; none if it has
-    no index, or not of every frame.
-    """
-    entries = [entry for entry in getattr(stream, "index_entries", ()) if not entry.is_discard]
-    if not entries or len(entries) != stream.frames or stream.time_base is None:
-        return []
-    # Of decoding, which are as far apart as those of showing, in another order.
-    return [(entry.timestamp - entries[0].timestamp) * stream.time_base for entry in entries]
+    return Fraction(container.duration, av.time_base) - origin
 
 
 def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -317,7 +243,7 @@ def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -
         raise ValueError(f"{path} is damaged or cut off after {frames} frames: {damage}")
 
 
-def _timed(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[_Shot]:
+def timed_shots(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[Shot]:
     """The frames of a stream with the times that they are on screen; at least one, or ValueError."""
     origin = None
     end = Fraction(0)
@@ -328,46 +254,58 @@ def _timed(path: str | Path, container: InputContainer, stream: VideoStream) -> 
         if origin is None:
             origin = stamp
         start = stamp - origin
-        end = start + (frame.duration * tick or 1 / _mean_rate(stream))
-        yield _Shot(start=start, end=end, frame=frame)
+        end = start + (frame.duration * tick or 1 / mean_rate(stream))
+        yield Shot(start=start, end=end, frame=frame)
     if origin is None:
-        raise ValueError(f"{path} has a video stream ({_codec(stream)}) without frames")
-    promised = _promised(container, stream)
+        raise ValueError(f"{path} has a video stream ({codec_of(stream)}) without frames")
+    promised = _promised(container, stream, origin=origin)
     if promised is not None and end < promised * Fraction(9, 10):
         # No error: a last frame may rightly stay on screen for long, and Matroska counts no frames.
         logger.warning("%s: frames end after %.2f s of %.2f s; is it cut off?", path, end, promised)
 
 
-def _resampled(shots: Iterable[_Shot], rate: Fraction) -> Iterator[_Shot]:
+def _resampled(shots: Iterable[Shot], rate: Fraction) -> Iterator[Shot]:
     """What is on screen at 0, 1 / rate, 2 / rate, ... seconds; at least one frame if there is any."""
     shown = None
     index = 0
     for shot in shots:
-        while shown is not None and index / rate + _SAME_INSTANT < shot.start:
+        while shown is not None and index / rate + SAME_INSTANT < shot.start:
             yield shown
             index += 1
         shown = shot
     # Twice the tolerance, since start and duration of the last frame are both rounded.
-    while shown is not None and (index == 0 or index / rate + 2 * _SAME_INSTANT < shown.end):
+    while shown is not None and (index == 0 or index / rate + 2 * SAME_INSTANT < shown.end):
         yield shown
         index += 1
 
 
-def _shots(path: str | Path, *, rate: Fraction | None) -> Iterator[_Shot]:
+def shots_of(path: str | Path, *, rate: Fraction | None) -> Iterator[Shot]:
     """All frames of a file, resampled if there is a rate, not yet converted to RGB."""
-    with _opened(path) as (container, stream):
-        shots = _timed(path, container, stream)
+    if picture_format(path) is not None:
+        shots = picture_shots(path)
         yield from shots if rate is None else _resampled(shots, rate)
+        return
+    with opened(path) as (container, stream):
+        shots = timed_shots(path, container, stream)
+        yield from shots if rate is None else _resampled(shots, rate)
+
+
+def picture_shots(path: str | Path) -> Iterator[Shot]:
+    """The pictures of a file that Pillow reads."""
+    start = Fraction(0)
+    for pixels, seconds in read_pictures(path):
+        yield Shot(start=start, end=start + seconds, frame=VideoFrame.from_ndarray(pixels, format="rgb24"))
+        start += seconds
 
 
 def _pictures(
     path: str | Path, *, start: int, count: int | None, rate: Fraction | None
-) -> Iterator[torch.Tensor]:
-    """`iter_frames` after its checks."""
+) -> Iterator[tuple[torch.Tensor, Shot]]:
+    """`iter_frames` after its checks, with when each frame is on screen."""
     stop = None if count is None else start + count
     seen = 0
     frame, picture = None, torch.empty(0)
-    for shot in islice(_shots(path, rate=rate), stop):
+    for shot in islice(shots_of(path, rate=rate), stop):
         seen += 1
         if seen <= start:
             continue
@@ -379,7 +317,7 @@ def _pictures(
                 )
                 raise ValueError(f"{path} changes its size from {sizes} at frame {seen - 1}")
             frame = shot.frame
-        yield picture
+        yield picture, shot
     if seen < (start + 1 if stop is None else stop):
         wanted = f"frame {start} on" if stop is None else f"frames {start} to {stop - 1}"
         at = "" if rate is None else f" at {float(rate):g} a second"
@@ -391,24 +329,30 @@ def _rgb(frame: VideoFrame) -> torch.Tensor:
     # Threads of its own would outlive the frame until garbage is collected, and in a forked process, which
     # lacks them, freeing them hangs or crashes.
     picture = frame.to_ndarray(format="rgb24", interpolation=SWSCALE, threads=1)
-    transposed, down, across = _orientation(frame)
+    transposed, down, across = orientation_of(frame)
     if transposed:
         picture = picture.transpose(1, 0, 2)
     return torch.from_numpy(picture[:: -1 if down else 1, :: -1 if across else 1].copy())
 
 
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+def orientation_of(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """What turns a frame upright: transpose it?, then reverse its rows?, and its columns?"""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return False, False, False
-    # x' = a x + c y, y' = b x + d y in fixed point (ISO/IEC 14496-12); the rest of the matrix moves and
-    # projects.
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
-    if max(abs(b), abs(c)) * 50 < min(abs(a), abs(d)):
-        return False, d < 0, a < 0
-    if max(abs(a), abs(d)) * 50 < min(abs(b), abs(c)):
-        return True, b < 0, c < 0
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # With data of a kind that PyAV does not know, it tells the angle only, not whether it is mirrored.
+        if frame.rotation % 90 == 0:
+            return _TURNS[frame.rotation % 360]
+    else:
+        if data is None:
+            return False, False, False
+        # x' = a x + c y, y' = b x + d y in fixed point (ISO/IEC 14496-12); the rest of the matrix moves and
+        # projects.
+        a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+        if max(abs(b), abs(c)) * 50 < min(abs(a), abs(d)):
+            return False, d < 0, a < 0
+        if max(abs(a), abs(d)) * 50 < min(abs(b), abs(c)):
+            return True, b < 0, c < 0
     raise ValueError(
         f"the video is to be turned by {frame.rotation} degrees; only multiples of 90 are possible"
     )
@@ -417,19 +361,19 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
 def _sought(
     path: str | Path, container: InputContainer, stream: VideoStream, numbers: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames with their numbers from a keyframe before the first wanted one on; else _UncertainError."""
-    if _codec(stream) not in _PACKET_IS_FRAME:
-        raise _UncertainError
+    """Frames with their numbers from a keyframe before the first wanted one on; else UncertainError."""
+    if codec_of(stream) not in PACKET_IS_FRAME:
+        raise UncertainError
     first = next(_sound(path, container, stream), None)
     if first is None or first.pts is None or first.time_base != stream.time_base:
-        raise _UncertainError
+        raise UncertainError
     last = numbers[-1]
     stamps = _even_stamps(stream, first=first.pts, last=last)
     if stamps is None:
         # Two packets may be one interlaced frame, where the container leaves them apart.
         if first.interlaced_frame:
-            raise _UncertainError
-        stamps = _listed_stamps(path, first=first.pts, last=last)
+            raise UncertainError
+        stamps = listed_stamps(path, first=first.pts, last=last)
     _seek(container, stream, stamps[numbers[0]])
     number = None
     for frame in _sound(path, container, stream):
@@ -439,23 +383,23 @@ def _sought(
                 continue
             place = bisect_left(stamps, frame.pts or 0)
             if place > numbers[0]:
-                raise _UncertainError
+                raise UncertainError
             number = place
         if number > last:
             return
         if frame.pts != stamps[number]:
-            raise _UncertainError
+            raise UncertainError
         yield number, frame
         number += 1
-    raise _UncertainError
+    raise UncertainError
 
 
 def _sound(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """All frames from here on; _UncertainError at damage, so that counting says where it is."""
+    """All frames from here on; UncertainError at damage, so that counting says where it is."""
     try:
         yield from _decoded(path, container, stream)
     except ValueError as error:
-        raise _UncertainError from error
+        raise UncertainError from error
 
 
 def _even_stamps(stream: VideoStream, *, first: int, last: int) -> Sequence[int] | None:
@@ -464,7 +408,7 @@ def _even_stamps(stream: VideoStream, *, first: int, last: int) -> Sequence[int]
     index = getattr(stream, "index_entries", ())
     if len(index) <= last:
         return None
-    entries = list(islice(index, last + _REORDERED))
+    entries = list(islice(index, last + REORDERED))
     step = entries[1].timestamp - entries[0].timestamp
     # Decoding times are evenly spaced just where presentation times are: those are these in another order.
     even = step > 0 and all(b.timestamp - a.timestamp == step for a, b in pairwise(entries))
@@ -473,27 +417,27 @@ def _even_stamps(stream: VideoStream, *, first: int, last: int) -> Sequence[int]
     return range(first, first + (last + 1) * step, step)
 
 
-def _listed_stamps(path: str | Path, *, first: int, last: int | None = None) -> Sequence[int]:
+def listed_stamps(path: str | Path, *, first: int, last: int | None = None) -> Sequence[int]:
     """Time stamps of frames 0 to `last` (None: of all), from the file's packets, which are read but not
     decoded; `first` is that of frame 0.
     """
     stamps: list[int] = []
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard:
                 continue
             if packet.pts is None or packet.is_corrupt:
-                raise _UncertainError
+                raise UncertainError
             # What is still to come is shown after it is decoded.
             if last is not None:
                 if packet.dts is None:
-                    raise _UncertainError
+                    raise UncertainError
                 if len(stamps) > last and packet.dts > stamps[last]:
                     break
             if packet.pts >= first:
                 insort(stamps, packet.pts)
     if len(stamps) <= (last or 0) or stamps[0] != first or any(a == b for a, b in pairwise(stamps)):
-        raise _UncertainError
+        raise UncertainError
     return stamps
 
 
@@ -510,7 +454,7 @@ def _seek(container: InputContainer, stream: VideoStream, stamp: int) -> None:
             container.seek(at, stream=stream)
             return
         at = min(at, packet.dts) - 1
-    raise _UncertainError
+    raise UncertainError
 
 
 def _chosen(

@@ -3,28 +3,32 @@
 Not here: manifests (manifest.py), which clips are trained on (selection.py), decoding (video.py).
 """
 
-import json
+import hashlib
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Literal
 
 import av.error
+import pydantic
+from pydantic import Field
 
+from opensoraplan.data.pictures import ANIMATED_SUFFIXES, PICTURE_SUFFIXES
 from opensoraplan.data.video import probe
-from opensoraplan.disk import write_whole
+from opensoraplan.disk import user_cache_folder, write_whole
+from opensoraplan.documents import read_json_object
+from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # How many files that cannot be read the warning names.
 _NAMED = 5
-# Of what is remembered of files. Before 2, frames were counted wrongly in Matroska and WebM.
-_VERSION = 2
+# Of what is remembered of files. Before 3, lengths were those that files claim.
+_VERSION = 3
 # How far, relatively, the rate of a manifest may be from that of the file, which may be a mean.
 _SAME_FPS = 0.01
 
@@ -54,32 +58,56 @@ class Record:
 
     @property
     def is_image(self) -> bool:
-        return self.path.suffix.lower() in IMAGE_SUFFIXES
+        suffix = self.path.suffix.lower()
+        animated = suffix in ANIMATED_SUFFIXES and (self.num_frames or 1) > 1
+        return suffix in PICTURE_SUFFIXES and not animated
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is missing that selection needs to know of the file."""
-        timed = self.is_image or (self.num_frames is not None and self.fps is not None)
+        timed = self.num_frames is not None and (self.is_image or self.fps is not None)
         return timed and self.height is not None and self.width is not None
 
 
-@dataclass(frozen=True, slots=True)
+_Count = Annotated[int, Field(ge=1)]
+
+
+# Not a model, since there may be millions of them.
+@pydantic.dataclasses.dataclass(frozen=True, slots=True, config=pydantic.ConfigDict(extra="forbid"))
 class _Probed:
     """What probing found; `size` in bytes and `mtime` in ns are the file's, by which it is recognised."""
 
-    size: int
+    size: Annotated[int, Field(ge=0)]
     mtime: int
-    num_frames: int
-    fps: str
-    height: int
-    width: int
+    frames: _Count
+    resampled: _Count
+    fps: Annotated[str, Field(pattern=r"^[1-9]\d*(/[1-9]\d*)?$", max_length=60)]
+    height: _Count
+    width: _Count
     variable: bool
+
+
+class _ProbeCache(Settings):
+    """The file that remembers what probing found, by path."""
+
+    version: Literal[3] = _VERSION
+    files: dict[str, _Probed]
+
+
+def probe_cache(manifest: Path) -> Path | None:
+    """Where what probing finds of a manifest's files is remembered, in the user's cache folder, if any."""
+    name = str(manifest.resolve()).encode("utf-8", "surrogateescape")
+    try:
+        return user_cache_folder() / "probed" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
+    except RuntimeError as error:
+        logger.info("what is found is not kept for the next time: %s", error)
+        return None
 
 
 def complete(
     records: Sequence[Record],
     *,
-    cache: Path,
+    cache: Path | None,
     every_file: bool = False,
     workers: int = 16,
     save_every_s: float = 120.0,
@@ -87,8 +115,8 @@ def complete(
     """The same records with nothing missing, or with an `error`; those are counted in one warning.
 
     Files of records that lack something (or of all, with `every_file`) are opened by `workers` threads. What
-    they say is remembered in the JSON file `cache`, by path, size and time of change, if its folder can be
-    written to; it is written down every `save_every_s` seconds, too, lest hours of it are lost. With
+    they say is remembered in the JSON file `cache`, by path, size and time of change, if that can be written;
+    it is written down every `save_every_s` seconds, too, lest hours of it are lost. With
     `every_file`, records are held against their files: more frames than a file has are lowered to its own,
     and another size, or a rate that is more than 1% off, is an `error`.
     """
@@ -101,7 +129,7 @@ def complete(
 
     def look(index: int) -> tuple[int, str, _Probed | str]:
         path = records[index].path
-        key = os.path.relpath(path, cache.parent)
+        key = str(path.absolute()).encode("utf-8", "backslashreplace").decode()
         return index, key, _look(path, known.get(key))
 
     result = list(records)
@@ -145,7 +173,8 @@ def _look(path: Path, known: _Probed | None) -> _Probed | str:
     return _Probed(
         size=stat.st_size,
         mtime=stat.st_mtime_ns,
-        num_frames=info.frames,
+        frames=info.frames,
+        resampled=info.resampled,
         fps=str(info.fps),
         height=info.height,
         width=info.width,
@@ -157,28 +186,28 @@ def _filled(record: Record, found: _Probed, *, compared: bool) -> Record:
     """`record` with what it lacks, or with an error if its cut or crop is outside of the file's picture or,
     if it is to be `compared`, it contradicts the file.
     """
-    if record.cut is not None and record.cut[0] >= found.num_frames:
-        return replace(
-            record, error=f"{record.path} has {found.num_frames} frames, cut is {list(record.cut)}"
-        )
+    if record.cut is not None and record.cut[0] >= found.frames:
+        return replace(record, error=f"{record.path} has {found.frames} frames, cut is {list(record.cut)}")
     if record.crop is not None and (record.crop[1] > found.width or record.crop[3] > found.height):
         size = f"{found.height} x {found.width} (height x width)"
         return replace(record, error=f"{record.path} is {size}, crop is {list(record.crop)}")
     if compared and (different := _different(record, found)):
         return replace(record, error=f"{record.path}: {different}")
-    frames = record.num_frames or found.num_frames
+    # Numbers that a manifest gives are of the file's own frames.
+    variable = found.variable and record.cut is None and record.fps is None and record.num_frames is None
+    there = found.resampled if variable else found.frames
+    frames = record.num_frames or there
     if record.cut is not None:
-        frames = min(frames, found.num_frames - record.cut[0])
+        frames = min(frames, there - record.cut[0])
     elif compared:
-        frames = min(frames, found.num_frames)
+        frames = min(frames, there)
+    full = replace(record, num_frames=frames, height=record.height or found.height)
     return replace(
-        record,
-        num_frames=1 if record.is_image else frames,
-        fps=None if record.is_image else record.fps or float(Fraction(found.fps)),
-        height=record.height or found.height,
+        full,
+        num_frames=1 if full.is_image else frames,
+        fps=None if full.is_image else record.fps or float(Fraction(found.fps)),
         width=record.width or found.width,
-        # Numbers that a manifest gives are of the file's own frames.
-        variable=found.variable and record.cut is None and record.fps is None and record.num_frames is None,
+        variable=variable,
     )
 
 
@@ -196,26 +225,27 @@ def _different(record: Record, found: _Probed) -> str:
     return "; ".join(problems)
 
 
-def _load(cache: Path) -> dict[str, _Probed]:
+def _load(cache: Path | None) -> Mapping[str, _Probed]:
     """What was remembered; anything else in that place, or of another version, is as good as nothing."""
     try:
-        content = json.loads(cache.read_text(encoding="utf-8"))
+        if cache is None or not cache.exists():
+            return {}
+        content = read_json_object(cache)
         if content.get("version") != _VERSION:
             return {}
-        return {str(key): _Probed(**entry) for key, entry in content["files"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        logger.warning("%s is not used: %s", cache, error)
+        return _ProbeCache.read(content, where=str(cache)).files
+    except (OSError, ValueError) as error:
+        logger.warning("what was remembered of clips is not used: %s", error)
         return {}
 
 
-def _save(cache: Path, known: Mapping[str, _Probed]) -> None:
+def _save(cache: Path | None, known: Mapping[str, _Probed]) -> None:
     """Remember, if the folder can be written to; readers see the old file or the new one, never a part."""
-    fields = _Probed.__slots__
-    files = {key: {field: getattr(entry, field) for field in fields} for key, entry in known.items()}
-    content = {"version": _VERSION, "files": files}
+    if cache is None:
+        return
+    content = _ProbeCache(files=dict(known)).model_dump_json()
     try:
-        write_whole(cache, lambda file: file.write_text(json.dumps(content, indent=0), encoding="utf-8"))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cache, lambda file: file.write_text(content, encoding="utf-8"))
     except OSError as error:
         logger.info("what was found is not kept for the next time: %s", error)

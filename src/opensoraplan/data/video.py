@@ -1,6 +1,6 @@
 """Writing video by PyAV (H.264 mp4), the pixel transform of training, and by the same door what reads video.
 
-Not here: how video is read (reading.py), which clips to take, captions, batches.
+Not here: how video is read (reading.py, probing.py), which clips to take, captions, batches.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL.Image import Image
 
+from opensoraplan.data.probing import VideoInfo, probe
 from opensoraplan.data.reading import (
     SWSCALE,
     Reader,
-    VideoInfo,
     count_frames,
     frame_rate,
     installed_reader,
     iter_frames,
-    probe,
+    iter_timed_frames,
     read_frames,
     read_numbered,
 )
@@ -45,6 +45,7 @@ __all__ = [
     "frame_rate",
     "installed_reader",
     "iter_frames",
+    "iter_timed_frames",
     "probe",
     "read_frames",
     "read_numbered",
