@@ -1,6 +1,7 @@
 """Micro-batches: in order, and with plain errors however many processes read them."""
 
 import logging
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -52,8 +53,55 @@ def test_a_worker_that_dies_is_an_error_that_says_what_helps() -> None:
         collate=list,
         batch_bytes=1,
     )
-    with pytest.raises(ValueError, match=r"worker that reads clips has died: .*lower data\.workers"):
+    with pytest.raises(ValueError, match=r"worker .* has died \(exit code 1\): .*lower data\.workers"):
         next(batches)
+
+
+class Faulty(Dataset[int]):
+    """Has a bug, which is none of the errors that users cause."""
+
+    def __getitem__(self, _draw: Draw) -> int:
+        return {}["length"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unexpected_error_is_the_same_in_a_worker(workers: int) -> None:
+    sampler = BucketSampler([(9, 64, 64)], global_batch=1, seed=0)
+    batches = micro_batches(
+        Faulty(),
+        lambda: shares_of_steps(sampler, range(1), accumulate=1),
+        workers=workers,
+        collate=list,
+        batch_bytes=1,
+    )
+    with pytest.raises(KeyError) as caught:
+        next(batches)
+    assert caught.value.args == ("length",)
+
+
+class Ready(Dataset[int]):
+    def __getitem__(self, _draw: Draw) -> int:
+        return 1
+
+
+def test_a_worker_that_is_killed_interrupts_nothing_and_is_told_with_the_next_batch() -> None:
+    """Torch's own handler raises at any moment, in the middle of an update of weights, too."""
+    sampler = BucketSampler([(9, 64, 64)], global_batch=1, seed=0)
+    batches = micro_batches(
+        Ready(),
+        lambda: shares_of_steps(sampler, range(1000), accumulate=1),
+        workers=2,
+        collate=list,
+        batch_bytes=1,
+    )
+    others = multiprocessing.active_children()
+    assert next(batches) == [1]
+    first, second = (child for child in multiprocessing.active_children() if child not in others)
+    first.kill()
+    first.join()
+    with pytest.raises(ValueError, match=r"has died \(SIGKILL\)"):
+        next(batches)
+    assert not second.is_alive()
 
 
 def test_an_account_of_bad_files_goes_on(caplog: pytest.LogCaptureFixture) -> None:

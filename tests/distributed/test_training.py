@@ -123,10 +123,10 @@ def six(tiny_run: MakeRun) -> MakeRun:
     ) -> TrainSettings:
         return tiny_run(
             output,
-            data={"batch_size": 1},
+            data={"batch_size": 1, **sections.get("data", {})},
             optimizer={"accumulate": 6 // ranks, "steps": steps, "eps": 1e-6},
             parallel=parallel,
-            **sections,
+            **{name: section for name, section in sections.items() if name != "data"},
         )
 
     return settings
@@ -174,13 +174,16 @@ def count_encoded(run: TrainSettings) -> tuple[int, torch.Tensor]:
     source, _ = open_source(run, device=torch.device("cpu"))
     counter = itertools.count()
 
+    encode_batch = source.encode
+
     def encode(batch: Batch) -> Encoded:
         next(counter)
-        return source.encode(batch)
+        return encode_batch(batch)
 
     sampler = BucketSampler(source.shapes, global_batch=6, seed=run.seed)
     job = JobRanks(Mesh.build(run.parallel.filled(2), device_type="cpu"))
-    turns = encoded_batches(replace(source, encode=encode), sampler, run, job, start=0)
+    source = replace(source, encode=encode)
+    turns = encoded_batches(source, sampler, run, job, start=0, account=lambda _failures: None)
     moments = torch.stack([turn.encoded.moments for turn in turns])
     return next(counter), moments
 
@@ -251,6 +254,39 @@ def test_rank_that_hangs_ends_the_others_with_rank_and_step(six: MakeRun) -> Non
             job.kill()
     assert jobs[0].returncode not in (0, -signal.SIGKILL)
     assert re.search(r"rank 0 of 2, step \d+: .*[Tt]imed out", said), said
+
+
+def test_worker_that_is_killed_ends_all_ranks_with_the_last_step_saved(six: MakeRun) -> None:
+    run = six(steps=1000, ranks=2, sections={"checkpoint": {"every": 1000}, "data": {"workers": 1}})
+    jobs, said = end_by_a_kill(run, of="worker")
+    assert [job.returncode for job in jobs] == [2, 2]
+    last = checkpoint.steps(run.output)[-1]
+    assert len(losses(run)) == last
+    for text in said:
+        assert re.search(rf"error: step {last + 1}: rank 1 of 2: a worker .* died \(SIGKILL\)", text), text
+
+
+def test_rank_that_is_killed_ends_the_others_in_spite_of_their_workers(six: MakeRun) -> None:
+    jobs, said = end_by_a_kill(six(steps=1000, ranks=2, sections={"data": {"workers": 1}}), of="rank")
+    assert jobs[0].returncode == 2
+    assert re.search(r"error: rank 0 of 2, step \d+: another process has died or hangs", said[0]), said[0]
+    assert "Traceback" not in said[0]
+
+
+def end_by_a_kill(run: TrainSettings, *, of: str) -> tuple[list[Job], list[str]]:
+    """Two ranks, the second of which is killed after two steps, or its data worker; and what they said."""
+    port = free_port()
+    jobs = [launch_rank(run, rank, of=2, port=port) for rank in range(2)]
+    try:
+        wait_for_step(run, 2, jobs[0])
+        worker = psutil.Process(jobs[1].pid).children()[0]
+        (worker if of == "worker" else jobs[1]).kill()
+        for job in jobs:
+            job.wait(timeout=120)
+    finally:
+        for job in jobs:
+            job.kill()
+    return jobs, [job.said() for job in jobs]
 
 
 def test_cache_of_two_processes_has_the_files_of_one(tiny_run: MakeRun, tmp_path: Path) -> None:

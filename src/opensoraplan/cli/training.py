@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def train(options: Train) -> None:
     settings = read_run(
         files.config, model_json=files.model, data_json=files.data, changes=[*chain(*files.set)]
     )
-    with _stop_is_no_success():
+    with _ends_in_one_sentence():
         logger.info("the last checkpoint is %s", job(settings, resume=options.resume))
 
 
@@ -137,13 +138,17 @@ def train_vae(options: TrainVAE) -> None:
     if (processes := place_in_job()[1]) > 1:
         raise ValueError(f"osp train-vae is one process, torchrun started {processes}")
     settings = read_settings(VAETrainSettings, options.config, changes=[*chain(*options.set)])
-    with _stop_is_no_success():
+    with _ends_in_one_sentence():
         logger.info("wrote %s", job(settings, resume=options.resume))
 
 
 @contextmanager
-def _stop_is_no_success() -> Iterator[None]:
-    """A run that a signal ended is not finished: exit code 128 + its number, as shells and schedulers do."""
+def _ends_in_one_sentence() -> Iterator[None]:
+    """A run that a signal ended is not finished: exit code 128 + its number, as shells and schedulers do. An
+    error that is a bug of ours says so below its traceback, with exit code 1.
+    """
+    from opensoraplan.device import is_out_of_memory
+    from opensoraplan.parallel.ranks import explain
     from opensoraplan.train.run import RunStoppedError
 
     try:
@@ -151,6 +156,14 @@ def _stop_is_no_success() -> Iterator[None]:
     except RunStoppedError as stop:
         sys.stderr.write(f"osp: {stop}\n")
         sys.exit(128 + stop.signal)
+    except (ValueError, OSError, FloatingPointError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        sys.stderr.write(f"osp: error: {explain(error)} (a bug: please report it with what is above)\n")
+        sys.exit(1)
 
 
 def cache(options: Cache) -> None:
@@ -174,7 +187,8 @@ def cache(options: Cache) -> None:
     if options.engine == "torchrun":
         if rank:
             logging.getLogger("opensoraplan").setLevel(logging.WARNING)
-        write_cache(settings, out, rank=rank, ranks=ranks)
+        with _ends_in_one_sentence():
+            write_cache(settings, out, rank=rank, ranks=ranks)
         return
     if ranks > 1:
         raise ValueError(f"--engine ray starts its own workers: leave out torchrun, which started {ranks}")

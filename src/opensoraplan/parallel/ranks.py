@@ -4,6 +4,7 @@ import datetime
 import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -25,7 +26,14 @@ OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # Seconds that torchrun, asked to stop, waits for its processes, which save a checkpoint. Otherwise 30.
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 # By type of device; control messages go over the CPU in any case.
+# What errors of collectives have in their text, and the part of it that tells users something.
+_LOST = re.compile(r"gloo|NCCL|HCCL|Connection (closed|reset) by peer|Timed out waiting", re.IGNORECASE)
+_REASON = re.compile(r"Connection (closed|reset) by peer|Timed out waiting \d+ ?ms", re.IGNORECASE)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+class JointError(ValueError):
+    """What one of several processes could not do; all of them raise it at the same moment, and can save."""
 
 
 class Ranks:
@@ -79,10 +87,29 @@ class Ranks:
         try:
             value = decide()
         except Exception as error:
-            dist.broadcast_object_list([_sendable(error)], src=0)
+            dist.broadcast_object_list([sendable(error)], src=0)
             raise
         dist.broadcast_object_list([value], src=0)
         return value
+
+    def all_or_none(self, do: Callable[[], Value]) -> Value:
+        """What `do`, which talks to no other process, returns in this one. If it raises in any process, all
+        raise JointError with what the first of those said.
+        """
+        if self.mesh is None:
+            return do()
+        mine: Value | Exception
+        try:
+            mine = do()
+        except Exception as error:
+            mine = error
+        failed = isinstance(mine, Exception)
+        if not self.any(failed):
+            return mine  # type: ignore[return-value]
+        said = f"rank {self.rank} of {self.count}: {explain(mine)}" if isinstance(mine, Exception) else ""
+        all_said = self.merged({str(self.rank): said})
+        first = next(text for _, text in sorted(all_said.items(), key=lambda one: int(one[0])) if text)
+        raise JointError(first) from (mine if isinstance(mine, Exception) else None)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process. All of them ask."""
@@ -113,7 +140,14 @@ class Ranks:
 ALONE = Ranks(None)
 
 
-def _sendable(error: Exception) -> Exception:
+def explain(error: BaseException) -> str:
+    """An error in one sentence: its text, after the name of its kind unless that is one that users cause."""
+    text = str(error).strip()
+    usual = isinstance(error, ValueError | OSError | FloatingPointError | MemoryError)
+    return text if usual and text else f"{type(error).__name__}: {text.partition(chr(10))[0]}".rstrip(": ")
+
+
+def sendable(error: Exception) -> Exception:
     """The error, or one that says the same where it cannot be pickled, as when it is made of other arguments
     than it keeps.
     """
@@ -150,8 +184,9 @@ def device_of_rank(device: torch.device) -> torch.device:
 def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIMEOUT_S) -> Iterator[Ranks]:
     """Join the job that torchrun started, arranged as `settings` say; without torchrun, be the only process.
 
-    A collective that takes more than `timeout` seconds, since another process hangs or has failed, raises.
-    Only the first process logs what is no warning. Raises ValueError for processes that cannot be arranged.
+    A collective that takes more than `timeout` seconds, since another process hangs, or that another has left
+    by its death, raises ConnectionError. Only the first process logs what is no warning. Raises ValueError
+    for processes that cannot be arranged.
     """
     if "RANK" not in os.environ:
         settings.filled(1)
@@ -170,6 +205,30 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIM
             _set_pg_timeout(ranks.patience, group)
         if not ranks.first:
             logging.getLogger("opensoraplan").setLevel(logging.WARNING)
-        yield ranks
+        with _lost_ranks_told(ranks):
+            yield ranks
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_told(ranks: Ranks) -> Iterator[None]:
+    """Turn errors of collectives into a ConnectionError of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (why := why_lost(error)) is None:
+            raise
+        raise ConnectionError(f"rank {ranks.rank} of {ranks.count}: {why}") from error
+
+
+def why_lost(error: Exception) -> str | None:
+    """What is said of an error that a collective raises when another process has died or hangs; None for
+    other errors.
+    """
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not _LOST.search(text):
+        return None
+    reason = _REASON.search(text)
+    said = reason[0] if reason else text.strip().partition("\n")[0]
+    return f"another process has died or hangs, see what it said ({said})"

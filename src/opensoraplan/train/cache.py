@@ -5,7 +5,7 @@ describes.
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ from opensoraplan.device import explained_memory, prepare, resolve_device
 from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import check_paths, load_encoders
-from opensoraplan.train.loading import explained_workers
+from opensoraplan.train.loading import ignore_signals, iterate
 from opensoraplan.train.sources import preprocessing_parts, select_clips
 
 logger = logging.getLogger(__name__)
@@ -170,32 +170,31 @@ class CacheJob:
         """
         data, left_out = self.settings.data, list[LeftOut]()
         check_limit(before, limit=data.max_bad_files)
-        clips = iter(
-            DataLoader(
-                _Clips(self.samples, data, seed=self.settings.seed),
-                sampler=[place for shard in shards for place in self.description.places("videos", shard)],
-                batch_size=None,
-                num_workers=data.workers,
-                # A clip of the release's size is 0.9 GB; each worker reads one ahead.
-                prefetch_factor=1 if data.workers else None,
-            )
+        loader = DataLoader(
+            _Clips(self.samples, data, seed=self.settings.seed),
+            sampler=[place for shard in shards for place in self.description.places("videos", shard)],
+            batch_size=None,
+            num_workers=data.workers,
+            # A clip of the release's size is 0.9 GB; each worker reads one ahead.
+            prefetch_factor=1 if data.workers else None,
+            worker_init_fn=ignore_signals,
         )
-        for shard in shards:
-            moments: list[tuple[Sample, Tensor]] = []
-            bad: list[LeftOut] = []
-            for place in self.description.places("videos", shard):
-                with explained_workers():
+        with closing(iterate(loader)) as clips:
+            for shard in shards:
+                moments: list[tuple[Sample, Tensor]] = []
+                bad: list[LeftOut] = []
+                for place in self.description.places("videos", shard):
                     read = next(clips)
-                if isinstance(read, LeftOut):
-                    bad.append(read)
-                    check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
-                else:
-                    with explained_memory(_FULL):
-                        encoded = self.encoders.encode_videos(read[None])[0].cpu()
-                    moments.append((self.samples[place], encoded))
-                one_more()
-            features.write_videos(self.out, shard, moments, left_out=bad)
-            left_out += bad
+                    if isinstance(read, LeftOut):
+                        bad.append(read)
+                        check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
+                    else:
+                        with explained_memory(_FULL):
+                            encoded = self.encoders.encode_videos(read[None])[0].cpu()
+                        moments.append((self.samples[place], encoded))
+                    one_more()
+                features.write_videos(self.out, shard, moments, left_out=bad)
+                left_out += bad
         return left_out
 
     def finish(self, *, written: int, present: int, left_out: Sequence[LeftOut]) -> CacheSummary:

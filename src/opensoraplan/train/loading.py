@@ -2,18 +2,23 @@
 they could not read.
 """
 
+import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import BadFiles
-from opensoraplan.parallel.ranks import Ranks
+from opensoraplan.parallel.ranks import Ranks, sendable
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -34,8 +39,8 @@ class _MicroBatches(torch.utils.data.Sampler[list[Draw]]):
 
 
 class _Batches(Dataset[Batch | Exception], Generic[Item, Batch]):
-    """Whole micro-batches. An error that tells a user what is wrong with the data is an item like any other:
-    raised in a worker process, it would reach the user as a traceback in text.
+    """Whole micro-batches. An error is an item like any other: raised in a worker process, torch would make a
+    traceback in text of it.
     """
 
     def __init__(self, dataset: Dataset[Item], collate: Callable[[list[Item]], Batch]) -> None:
@@ -45,8 +50,10 @@ class _Batches(Dataset[Batch | Exception], Generic[Item, Batch]):
     def __getitem__(self, draws: list[Draw]) -> Batch | Exception:
         try:
             return self._collate([self._dataset[draw] for draw in draws])
-        except (ValueError, OSError) as error:
-            return error
+        except Exception as error:
+            if get_worker_info() is not None:
+                error.add_note(traceback.format_exc())  # which does not travel by itself
+            return sendable(error)
 
 
 def shares_of_steps(sampler: BucketSampler, steps: range, *, accumulate: int) -> Iterator[list[Draw]]:
@@ -62,12 +69,13 @@ def micro_batches(
     workers: int,
     collate: Callable[[list[Item]], Batch],
     batch_bytes: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the micro-batches whose draws `order` gives, in that order.
 
     `workers` processes read ahead, each one batch at least, and up to four as long as all of them, of
-    `batch_bytes` at most, take less than 2 GB; 0 reads in this process. Raises what the dataset raises,
-    ValueError and OSError as they are with any number of workers.
+    `batch_bytes` at most, take less than 2 GB; 0 reads in this process. Raises what the dataset raises, the
+    same with any number of workers, and ValueError for a worker that died. Close the generator to end the
+    workers.
     """
     loader = DataLoader(
         _Batches(dataset, collate),
@@ -78,25 +86,68 @@ def micro_batches(
         prefetch_factor=_ahead(workers, batch_bytes) if workers else None,
         worker_init_fn=ignore_signals,
     )
-    with explained_workers():
-        for batch in loader:
+    with closing(iterate(loader)) as items:
+        for batch in items:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
 
 
+def iterate(loader: DataLoader[Item]) -> Generator[Item, None, None]:
+    """Yield what a loader yields. Its workers end with the generator, by SIGKILL, since they may ignore all
+    else: Python would wait for them for ever at exit.
+
+    Raises ValueError, with what may help, when a worker has died: at the next item and never in between, as
+    torch's signal handler does, so that a death does not interrupt the update of weights.
+    """
+    others = multiprocessing.active_children()
+    items = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    with _default_handler(signal.SIGCHLD):
+        try:
+            while True:
+                _check_alive(workers)
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+                except Exception:
+                    # The connection to a dying process breaks shortly before its end is known.
+                    connection.wait([worker.sentinel for worker in workers], timeout=1)
+                    _check_alive(workers)
+                    raise
+                yield item
+        finally:
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                worker.join()
+
+
+def _check_alive(workers: Sequence[BaseProcess]) -> None:
+    """Raise ValueError for a worker that has ended, which none does by itself."""
+    codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+    if codes:
+        by = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit code {codes[0]}"
+        raise ValueError(
+            f"a worker process that reads clips has died ({by}): memory or /dev/shm may be full (lower "
+            "data.workers or data.batch_size), or a file crashes the video library (try another data.reader)"
+        )
+
+
 @contextmanager
-def explained_workers() -> Iterator[None]:
-    """Turn torch's error for a worker process that has died into a ValueError that says what may help."""
+def _default_handler(number: signal.Signals) -> Iterator[None]:
+    """No Python function handles this signal inside the block. In other threads than the main one, which
+    cannot choose, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError(
-            f"{error}. A worker that reads clips has died: /dev/shm or memory may be full (lower "
-            "data.workers or data.batch_size), or a file breaks the video library (try another data.reader)"
-        ) from error
+    finally:
+        signal.signal(number, before)
 
 
 def _ahead(workers: int, batch_bytes: int) -> int:

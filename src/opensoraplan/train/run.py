@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from opensoraplan.claims import claimed
 from opensoraplan.disk import clear_dead, plain_errors, write_whole
-from opensoraplan.parallel.ranks import ALONE, Ranks
+from opensoraplan.parallel.ranks import ALONE, JointError, Ranks, explain, why_lost
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import read_settings, refuse_changes
@@ -127,14 +127,15 @@ class ValidationStoppedError(Exception):
 class Job(Protocol):
     """What a trainer does in its loop. Steps count from 1.
 
-    A step that raises ValueError, OSError, FloatingPointError or MemoryError has changed nothing that is
-    saved but the two counts. `validate` calls `check`, which may raise ValidationStoppedError, every few
-    seconds, at the same moments in all processes.
+    `intact`: what is saved, without the two counts, is that of a whole step, also when a step raises. What
+    users can help is raised while it is. `validate` calls `check`, which may raise ValidationStoppedError,
+    every few seconds, at the same moments in all processes.
     """
 
     averages: Averages
     bad_files: BadFileAccount
     writer: Writer
+    intact: bool
 
     def step(self, step: int) -> None: ...
     def report(self) -> Mapping[str, float]: ...
@@ -160,9 +161,10 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
     """Do the steps after `start`; log, save and validate (if `validation.every` says so) when it is time.
 
     SIGTERM and Ctrl-C end it after the step under way, which is saved, or in the middle of a validation:
-    RunStoppedError. A validation that did not come to its end is made up for when the run goes on. What else
-    ends it and can be helped by a user is raised, with the last whole step saved; not so in one of several
-    processes, whose others cannot save without it: there the message says which it was.
+    RunStoppedError. A validation that did not come to its end is made up for when the run goes on. Any other
+    error is raised with the last whole step saved. Of several processes, those that read and encode clips
+    fail and save together; after other errors, as after the death of one, the last checkpoint is what is
+    left, since the others cannot save without it. The message says which it was.
     """
     total = settings.optimizer.steps
     with open_metrics(settings, start=start, ranks=ranks) as metrics, stop_on_signal() as stop:
@@ -174,10 +176,10 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
         ranks.agree(go_on)  # no sooner: up to here a run that cannot begin after all has changed nothing
         loop = _Loop(job, settings, ranks, metrics, stop, done=start)
         if start:
-            with _told_by_rank(start, ranks, job):
+            with _told_by_rank(start, ranks):
                 loop.make_up_for_validation()
         while loop.done < total and not loop.stopping:
-            with _told_by_rank(loop.done + 1, ranks, job):
+            with _told_by_rank(loop.done + 1, ranks):
                 loop.step()
         if loop.done < total or loop.owes_validation:
             where = checkpoint.path_of(settings.output, loop.done)
@@ -268,28 +270,38 @@ class _Loop:
 
 @contextmanager
 def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
-    """If the block raises what a user can help, save `step`, the last one done, unless it is `saved`."""
-    if ranks.count > 1:
-        yield
-        return
+    """If the block raises, save `step`, the last one done, unless it is `saved`. Of several processes, which
+    can only save together, this needs an error that all of them raise.
+    """
     counts = copy.deepcopy((job.averages, job.bad_files))
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, MemoryError):
-        if step > saved:
+    except ValidationStoppedError:
+        raise
+    except Exception as error:
+        if ranks.count == 1 or isinstance(error, GradientOutlierError | JointError):
             job.averages, job.bad_files = counts
-            try:
-                job.save(step)
-                job.writer.wait()
-            except ValueError as error:  # the one that ended the run says more
-                logger.warning("%s", error)
-            else:
-                logger.warning("the run ends early; step %d is saved, --resume latest goes on after it", step)
+            _save_in_spite(job, step, saved=saved)
         raise
 
 
+def _save_in_spite(job: Job, step: int, *, saved: int) -> None:
+    """Save `step`, unless it is `saved`, after an error, which says more than one that comes of this."""
+    try:
+        if step > saved and job.intact:
+            job.save(step)
+        job.writer.wait()
+    except Exception as error:
+        logger.warning("step %d cannot be saved: %s", step, explain(error))
+        return
+    if step > saved and not job.intact:
+        logger.warning("the error came in the middle of changing the weights: step %d cannot be saved", step)
+    elif step > saved:
+        logger.warning("the run ends early; step %d is saved, --resume latest goes on after it", step)
+
+
 @contextmanager
-def _told_by_rank(step: int, ranks: Ranks, job: Job) -> Iterator[None]:
+def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
     """Errors in one of several processes say which it was and at which step, those of collectives that hang
     or have lost another process, too. Outliers of the gradient are the same in all.
     """
@@ -297,13 +309,15 @@ def _told_by_rank(step: int, ranks: Ranks, job: Job) -> Iterator[None]:
     try:
         yield
     except GradientOutlierError:
-        job.writer.wait()
         raise
+    except JointError as error:
+        raise JointError(f"step {step}: {error}") from error
     except kinds as error:
         if ranks.count == 1:
             raise
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"rank {ranks.rank} of {ranks.count}, step {step}: {error}") from error
+        lost = why_lost(error)
+        kind = ConnectionError if lost else next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"rank {ranks.rank} of {ranks.count}, step {step}: {lost or error}") from error
 
 
 class StopRequested:

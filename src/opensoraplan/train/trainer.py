@@ -6,7 +6,7 @@ come from (seed, step, slot), so that a resumed run continues bit for bit on the
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,6 @@ from opensoraplan.train.writers import ShardedWriter, Writer
 
 logger = logging.getLogger(__name__)
 
-_ENCODING = (
-    "a batch of clips cannot be encoded, memory is full: lower vae.chunk, data.batch_size or the sizes of "
-    "data.selection, or train from features that osp cache has written"
-)
 _VALIDATING = (
     "validation does not fit into memory: lower vae.chunk or the frames, height and width of validation, or "
     'set optimizer.ema_device to "cpu"'
@@ -90,7 +86,8 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
         job = _Job(settings, source, sampler, validation, ranks, start=start, device=device)
         if start:
             job.load(start)
-        run_steps(job, settings, start=start, ranks=ranks)
+        with closing(job.batches):
+            run_steps(job, settings, start=start, ranks=ranks)
         return checkpoint.path_of(settings.output, settings.optimizer.steps)
 
 
@@ -118,12 +115,20 @@ class _Job:
         self.dtype = DTYPES[settings.model.compute]
         self.model, self.master = self._weights()
         source.check_fits(self.model)
-        self.batches = encoded_batches(source, sampler, settings, ranks, start=start)
+        self.bad_files = BadFileAccount(settings.data.max_bad_files)
+        self.batches = encoded_batches(
+            source,
+            sampler,
+            settings,
+            ranks,
+            start=start,
+            account=lambda failures: self.bad_files.add(failures),  # which may be another account by then
+        )
         self.optimizer = make_optimizer(self.master.parameters, settings.optimizer)
         self.ema = make_ema(self.master.parameters, settings.optimizer)
         self.clip = AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier)
-        self.bad_files = BadFileAccount(settings.data.max_bad_files)
         self.outliers_in_a_row = 0
+        self.intact = True
         self.averages = Averages()
         self.speed = Speed(settings.log, device=device, dtype=self.dtype)
         self.writer = Writer(settings.output, settings.checkpoint)
@@ -146,10 +151,8 @@ class _Job:
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(accumulate):
-            with explained_memory(_ENCODING):
-                turn = next(self.batches)
+            turn = next(self.batches)
             self.speed.waited(turn.waited, encoding=turn.encoding)
-            self.bad_files.add(turn.failures)
             drawn, encoded = turn.drawn, turn.encoded
             latents = self.source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
             shape, text = " x ".join(map(str, latents.shape)), encoded.prompt.sequence.shape[1]
@@ -189,10 +192,12 @@ class _Job:
         self.outliers_in_a_row = 0
         if clipping.action == "clipped":
             scale_(gradients, clipping.scale)
+        self.intact = False
         self.optimizer.step()
         self.master.publish()
         if self.ema is not None:
             self.ema.update(step)
+        self.intact = True
 
     def _skip(self, step: int, norm: float) -> None:
         """Leave the step out; after `clip.patience` of them in a row, go back to the last good state."""
@@ -258,9 +263,11 @@ class _Job:
         """Take over what was learned until then, without what is counted; returns the checkpoint's state."""
         state = checkpoint.read_state(self.settings.output, step)
         self._check_global_batch(state.get("global_batch"))
+        self.intact = False
         checkpoint.read_into(self.settings.output, step, self._parts())
         self.master.publish()
         self.clip.load_state_dict(state["clip"])
+        self.intact = True
         return state
 
     def _check_global_batch(self, before: int | None) -> None:

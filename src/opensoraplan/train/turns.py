@@ -5,7 +5,8 @@ encodes it, and shares the results. With `parallel.encoder_dp` they take turns a
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from opensoraplan.ahead import one_ahead
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import Failure
+from opensoraplan.device import explained_memory
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.mesh import SAMPLE
 from opensoraplan.parallel.ranks import Ranks
@@ -24,26 +26,41 @@ from opensoraplan.train.loading import micro_batches
 from opensoraplan.train.objective import Drawn, draw
 from opensoraplan.train.sources import Encoded, Source
 
+_FULL = (
+    "a batch of clips cannot be encoded, memory is full: lower vae.chunk, data.batch_size or the sizes of "
+    "data.selection, or train from features that osp cache has written"
+)
+
 
 class Turn(NamedTuple):
-    """A micro-batch and what is drawn for it, on the device; what this process could not read for it, and the
-    seconds that it has waited for clips or features and taken to encode them.
+    """A micro-batch and what is drawn for it, on the device; the seconds that this process has waited for
+    clips or features and taken to encode them.
     """
 
     drawn: Drawn
     encoded: Encoded
-    failures: Sequence[Failure] = ()
     waited: float = 0.0
     encoding: float = 0.0
 
 
 def encoded_batches(
-    source: Source, sampler: BucketSampler, settings: TrainSettings, ranks: Ranks, *, start: int
-) -> Iterator[Turn]:
-    """The micro-batches of this process's share of every step from `start` on, in order."""
+    source: Source,
+    sampler: BucketSampler,
+    settings: TrainSettings,
+    ranks: Ranks,
+    *,
+    start: int,
+    account: Callable[[Sequence[Failure]], None],
+) -> Generator[Turn, None, None]:
+    """The micro-batches of this process's share of every step from `start` on, in order. Close the generator
+    to end the processes that read them.
+
+    `account` takes note of what this process could not read, and may raise. What goes wrong in one of several
+    processes is a JointError in all.
+    """
     accumulate, steps = settings.optimizer.accumulate, range(start, settings.optimizer.steps)
 
-    def order() -> Iterator[list[Draw]]:
+    def order() -> Generator[list[Draw], None, None]:
         for step in steps:
             yield from sampler.share(
                 step, rank=ranks.data_rank, ranks=ranks.data_ranks, accumulate=accumulate
@@ -65,21 +82,27 @@ def encoded_batches(
         collate=source.collate,
         batch_bytes=settings.data.batch_size * source.largest,
     )
-    rest = one_ahead(drawn_for, order())
-    while together := list(islice(rest, turns)):
-        mine = None
-        if own < len(together):
-            began = time.perf_counter()
-            batch = next(batches)
-            there = time.perf_counter()
+
+    def made(drawn: Drawn) -> Turn:
+        began = time.perf_counter()
+        batch = next(batches)
+        there = time.perf_counter()
+        account(batch.failures)
+        with explained_memory(_FULL):
             encoded = source.encode(batch)
-            mine = Turn(together[own], encoded, batch.failures, there - began, time.perf_counter() - there)
-        for turn, drawn in enumerate(together):
-            own_turn = mine if turn == own else None
-            if mesh is not None and shared:
-                own_turn = _shared(own_turn, drawn, turn, group=mesh.group(SAMPLE), device=source.device)
-            assert own_turn is not None
-            yield own_turn
+        return Turn(drawn, encoded, there - began, time.perf_counter() - there)
+
+    rest = one_ahead(drawn_for, order())
+    with closing(batches):
+        while together := list(islice(rest, turns)):
+            mine = ranks.all_or_none(lambda now=together: made(now[own]) if own < len(now) else None)
+            for turn, drawn in enumerate(together):
+                own_turn = mine if turn == own else None
+                if mesh is not None and shared:
+                    group = mesh.group(SAMPLE)
+                    own_turn = _shared(own_turn, drawn, turn, group=group, device=source.device)
+                assert own_turn is not None
+                yield own_turn
 
 
 def _shared(

@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +84,8 @@ def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
         job = _Job(settings, samples, held_out, start=start, device=device)
         if start:
             job.load(start)
-        run_steps(job, settings, start=start)
+        with closing(job.batches):
+            run_steps(job, settings, start=start)
         return job.finish(samples)
 
 
@@ -179,6 +180,7 @@ class _Job:
         adversarial = settings.loss.adversarial_start is not None
         self.adversary = _Adversary(settings, device=device) if adversarial else None
         self.skipped_in_a_row = 0
+        self.intact = True
         self.averages = Averages()
         self.writer = Writer(settings.output, settings.checkpoint)
 
@@ -209,14 +211,16 @@ class _Job:
         self.skipped_in_a_row = 0
         if norm > settings.max_grad_norm:
             scale_(gradients, settings.max_grad_norm / norm)
-        # What may raise is above, so that a failed step leaves the state before it: the discriminator, too,
-        # learns only now. (Its norms have running statistics that nothing reads.)
+        # What users can help is raised above, so that a failed step leaves the state before it: the
+        # discriminator, too, learns only now. (Its norms have running statistics that nothing reads.)
+        self.intact = False
         self.optimizer.step()
         if (adversary := self._adversary_at(step)) is not None:
             for real, made in played:
                 self.averages.add("discriminator", adversary.learn(real, made))
         if self.ema is not None:
             self.ema.update(step)
+        self.intact = True
         seconds = time.perf_counter() - began
         for name, value in (("grad_norm", norm), ("lr", rate), ("seconds", seconds)):
             self.averages.add(name, value)
