@@ -212,6 +212,22 @@ def test_changes(run: Path) -> None:
         ("flow.shift=-1", r"flow\.shift: Input should be 'dynamic' or greater than 0, got -1$"),
         ("vae.chunk=0", r"vae\.chunk: .*greater than or equal to 1, got 0"),
         ("validation.guidance_scale=-3", r"validation\.guidance_scale: .*equal to 0, got -3"),
+        ("optimizer.lr=inf", r"optimizer\.lr: .*finite number, got inf"),
+        ("optimizer.lr=5", r"optimizer\.lr: .*less than or equal to 0\.1, got 5"),
+        ("optimizer.final_lr=nan", r"optimizer\.final_lr: .*finite number, got nan"),
+        (
+            'optimizer={lr = 1e-5, final_lr = 1e-2, schedule = "cosine"}',
+            r"final_lr 0\.01 is above lr",
+        ),
+        ("flow.shift=inf", r"flow\.shift: .*finite number, got inf"),
+        ("optimizer.weight_decay=inf", r"weight_decay: .*finite number"),
+        ("optimizer.steps=true", r"optimizer\.steps: true or false is given for a number"),
+        ("optimizer.betas=[true, 0.9]", r"optimizer\.betas: true or false is given for a number"),
+        ("data.caption_dropout=false", r"data\.caption_dropout: true or false is given for a number"),
+        ("data.workers=100000", r"data\.workers: .*equal to 1024, got 100000"),
+        ("data.selection.num_frames=100000000", r"num_frames: .*equal to 65536"),
+        ("data.selection.speed_factor=inf", r"speed_factor: .*finite number"),
+        ("parallel.timeout_s=inf", r"timeout_s: .*finite number"),
         ("validation.fps=5000", r"validation\.fps: .*equal to 1000, got 5000"),
         ("validation.shift=inf", r"validation\.shift: .*finite number, got inf"),
         ("data.reader=opencv", r"data\.reader: .*'pyav', 'decord' or 'torchcodec', got 'opencv'"),
@@ -398,7 +414,7 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     docs = CONFIGS.parent / "docs"
     page = runpy.run_path(str(docs / "make_settings.py"))["page"]()
     assert (docs / "settings.md").read_text(encoding="utf-8") == page, "run python docs/make_settings.py"
-    assert "| `accumulate` | `1` | whole number >= 1 |" in page
+    assert "| `accumulate` | `1` | whole number >= 1, <= 1e+06 |" in page
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan.convert.assemble import load_vae
@@ -452,14 +452,38 @@ def test_repeated_outliers_rewind_to_the_last_checkpoint(tiny_run: MakeRun, tmp_
 def test_rewind_passes_over_checkpoints_made_between_outliers(
     tiny_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Steps 3 and 4 are outliers. The checkpoint of step 3 has the weights of step 2, but not its merit."""
+    """Steps 2 and 3 are outliers. The checkpoint of step 2 has the weights of step 1, but not its merit."""
     plain = tiny_run(optimizer={"steps": 4, "lr": 1e-3}, checkpoint={"every": 1}, clip={"patience": 2})
-    run = spoil(plain, tmp_path / "features", steps=[3, 4])
+    run = spoil(plain, tmp_path / "features", steps=[2, 3])
     with caplog.at_level(logging.WARNING):
         train(run)
-    assert logged(run, "skipped") == [0, 0, 1, 1]
-    assert [checkpoint.load(run.output, step).state["outliers_in_a_row"] for step in (2, 3, 4)] == [0, 1, 2]
-    assert "2 outliers in a row: going on from the weights of step 2" in caplog.messages
+    assert logged(run, "skipped") == [0, 1, 1, 0]
+    assert [checkpoint.load(run.output, step).state["outliers_in_a_row"] for step in (1, 2, 3)] == [0, 1, 2]
+    assert "2 outliers in a row: going on from the weights of step 1" in caplog.messages
+
+
+def test_a_run_that_ends_in_outliers_has_failed(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = spoil(tiny_run(optimizer={"steps": 4}), tmp_path / "features", steps=[3, 4])
+    with pytest.raises(FloatingPointError, match=r"has failed: the gradients of its last steps \(2\)"):
+        train(run)
+    assert checkpoint.steps(run.output)[-1] == 4
+
+
+def test_weights_that_are_not_finite_are_not_saved_nor_exported(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run(optimizer={"steps": 2})
+    infinite = run.optimizer.model_copy(update={"lr": float("inf")})  # which settings refuse
+    with pytest.raises(FloatingPointError, match="the weights are not finite"):
+        train(run.model_copy(update={"optimizer": infinite}))
+    assert checkpoint.steps(run.output) == []
+    good = tiny_run("good", optimizer={"steps": 1})
+    train(good)
+    path = checkpoint.path_of(good.output, 1) / "ema.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.weight"].fill_(float("nan"))
+    save_file(tensors, path)
+    with pytest.raises(FloatingPointError, match="the weights are not finite"):
+        export_run(good.output, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_outliers_without_end_stop_the_run(tiny_run: MakeRun, tmp_path: Path) -> None:

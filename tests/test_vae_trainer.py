@@ -175,12 +175,28 @@ def test_an_error_in_mid_run_costs_no_step(vae_run: MakeRun, tiny_clips: Path, t
     assert two.state["averages"]["counts"]["loss"] == 4
 
 
+def with_rate(run: VAETrainSettings, rate: float) -> VAETrainSettings:
+    """The run with a learning rate that settings refuse."""
+    return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"lr": rate})})
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [(1e30, "has failed: .* last steps"), (float("inf"), "weights are not finite")],
+)
+def test_a_run_that_diverges_writes_no_vae(vae_run: MakeRun, rate: float, message: str) -> None:
+    run = with_rate(vae_run(optimizer={"steps": 3, "ema_decay": None}), rate)
+    with pytest.raises(FloatingPointError, match=message):
+        train_vae(run)
+    assert not (run.output / "vae").exists()
+
+
 def test_steps_without_a_finite_gradient_are_left_out(
     vae_run: MakeRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The first step, far too long, breaks the model for good."""
-    optimizer = {"steps": 40, "lr": 1e30, "eps": 1e-8, "ema_decay": None}
-    run = vae_run(optimizer=optimizer, checkpoint={"every": 1, "keep": 40})
+    optimizer = {"steps": 40, "eps": 1e-8, "ema_decay": None}
+    run = with_rate(vae_run(optimizer=optimizer, checkpoint={"every": 1, "keep": 40}), 1e30)
     with pytest.raises(FloatingPointError, match="step 21: 20 gradients in a row are not finite: begin"):
         train_vae(run)
     assert checkpoint.steps(run.output)[-1] == 20

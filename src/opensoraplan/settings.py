@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from opensoraplan.documents import read_json_object
 from opensoraplan.names import did_you_mean
@@ -17,9 +17,22 @@ _NAMED, _SHOWN = 5, 80
 
 
 class Settings(BaseModel):
-    """Base of every settings model. `read` instead of the constructor gives messages for users."""
+    """Base of every settings model. Numbers are finite, and neither true nor false is one. `read` instead of
+    the constructor gives messages for users.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what pydantic takes for 0 or 1."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in values) and not _may_be_bool(annotation):
+            raise ValueError("true or false is given for a number or text")
+        return value
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, where: str, strict: bool = False) -> Self:
@@ -76,6 +89,17 @@ def shown(value: Any) -> str:  # noqa: ANN401 (whatever is given)
     except (ValueError, RecursionError):  # an integer of thousands of digits
         return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _may_be_bool(annotation: Any) -> bool:  # noqa: ANN401 (any type there is)
+    """Whether a field of this type takes true or false, or is a model, whose own fields are checked."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return (
+        annotation in (bool, object, Any)
+        or isinstance(annotation, bool)
+        or any(_may_be_bool(part) for part in get_args(annotation))
+    )
 
 
 def _kinds(annotation: Any) -> list[Any]:  # noqa: ANN401 (any type there is)

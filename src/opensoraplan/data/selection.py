@@ -64,27 +64,27 @@ _SENTENCES: Mapping[Reason, str] = {
 class SelectionSettings(Settings):
     """What to train on. Names as in the guide's `preprocess_parameters`; the defaults are its data.json."""
 
-    num_frames: int = Field(default=121, ge=1)
+    num_frames: int = Field(default=121, ge=1, le=2**16)
     """Most frames of a sample; longer clips give a random window of that many."""
     frame_interval: Literal[1] = 1
     """The original has the key; frames are thinned by train_fps instead."""
-    train_fps: float = Field(default=24, gt=0)
+    train_fps: float = Field(default=24, gt=0, le=1000)
     """Clips of a higher rate are thinned to it, those of a lower one dropped."""
-    speed_factor: float = Field(default=1.0, ge=1)
+    speed_factor: float = Field(default=1.0, ge=1, le=1000)
     """How much faster a long clip may be played to show more of it."""
-    too_long_factor: float = Field(default=5.0, ge=1)
+    too_long_factor: float = Field(default=5.0, ge=1, le=10**6)
     """Clips of more than that many times num_frames are dropped."""
     drop_short_ratio: float = Field(default=1.0, ge=0, le=1)
     """Probability that a clip shorter than num_frames is dropped."""
-    min_num_frames: int = Field(default=29, ge=1)
+    min_num_frames: int = Field(default=29, ge=1, le=2**16)
     """Fewest frames of a sample that is not an image."""
-    max_height: int = Field(default=576, ge=1)
+    max_height: int = Field(default=576, ge=1, le=2**16)
     """With force_resolution, the height of every sample."""
-    max_width: int = Field(default=1024, ge=1)
+    max_width: int = Field(default=1024, ge=1, le=2**16)
     """With force_resolution, the width of every sample."""
-    max_hxw: int | None = Field(default=None, ge=1)
+    max_hxw: int | None = Field(default=None, ge=1, le=2**32)
     """Without force_resolution, most pixels of a frame; None is max_height * max_width."""
-    min_hxw: int | None = Field(default=None, ge=1)
+    min_hxw: int | None = Field(default=None, ge=1, le=2**32)
     """Fewest pixels of a frame, before and after scaling; None is max_height * max_width with
     force_resolution, else no limit.
     """
@@ -92,15 +92,15 @@ class SelectionSettings(Settings):
     """One size, max_height x max_width, for all."""
     force_5_ratio: bool = False
     """Sizes of the five ratios 9:16, 3:4, 1:1, 4:3 and 16:9."""
-    max_h_div_w_ratio: float = Field(default=1.0, gt=0)
-    min_h_div_w_ratio: float = Field(default=0.42, gt=0)
-    hw_stride: int = Field(default=SIDE_MULTIPLE, ge=1)
+    max_h_div_w_ratio: float = Field(default=1.0, gt=0, le=1000)
+    min_h_div_w_ratio: float = Field(default=0.42, gt=0, le=1000)
+    hw_stride: int = Field(default=SIDE_MULTIPLE, ge=1, le=2**16)
     """Sides are multiples of it; without force_resolution frames are scaled first and then cut to it."""
-    ae_stride_t: int = Field(default=TEMPORAL_STRIDE, ge=1)
+    ae_stride_t: int = Field(default=TEMPORAL_STRIDE, ge=1, le=2**16)
     """Frames are 1 + a multiple of it."""
-    sequence_parallel: int = Field(default=1, ge=1)
+    sequence_parallel: int = Field(default=1, ge=1, le=2**16)
     """Latent frames of a video are a multiple of it."""
-    min_batches: int = Field(default=4, ge=1)
+    min_batches: int = Field(default=4, ge=1, le=10**6)
     """Shapes that fill fewer global batches are dropped; if all do, those that do not fill one."""
 
     @property

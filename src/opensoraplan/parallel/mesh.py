@@ -20,7 +20,7 @@ NAMES = (REPLICATE, SHARD, SEQUENCE, TENSOR)
 # Joined dimensions: those that weights are sharded over, those of one sample, those of different samples.
 WEIGHTS, SAMPLE, DATA = "weights", "sample", "data"
 
-Size = Annotated[int, Field(ge=-1)]
+Size = Annotated[int, Field(ge=-1, le=10**6)]
 
 
 class MeshSettings(Settings):

@@ -35,8 +35,19 @@ def _expression(value: str) -> str:
 
 ModelPath = Annotated[Path, BeforeValidator(_builtin)]
 Precision = Literal["fp32", "bf16"]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# Bounds beyond which a number is surely a mistake.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Samples = Annotated[int, Field(ge=1, le=10**6)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Repeats = Annotated[int, Field(ge=1, le=10**4)]
+Side = Annotated[int, Field(ge=1, le=2**16)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+LearningRate = Annotated[float, Field(gt=0, le=0.1)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=10**4)]
+Shift = Annotated[float, Field(gt=0, le=1000)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
 Expression = Annotated[str, AfterValidator(_expression)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -79,7 +90,7 @@ class VAESettings(Settings):
     pretrained: ModelPath | None = None
     config: dict[str, object] | None = None
     compute: Precision = "fp32"
-    chunk: Positive = 4
+    chunk: Side = 4
 
 
 class TextSettings(Settings):
@@ -92,7 +103,7 @@ class TextSettings(Settings):
     clip: ModelPath | None = None
     t5_tokenizer: ModelPath | None = None
     clip_tokenizer: ModelPath | None = None
-    max_tokens: Positive = 512
+    max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
     clean: bool = True
     keep_chinese: bool = False
     compute: Precision = "bf16"
@@ -109,10 +120,10 @@ class ClipSourceSettings(Settings):
     manifest: Path | None = None
     root: Path | None = None
     selection: SelectionSettings = SelectionSettings()
-    batch_size: Positive = 1
+    batch_size: Samples = 1
     new_windows: bool = True
     reader: Reader = "pyav"
-    workers: Count = 4
+    workers: Workers = 4
     max_bad_files: Count = 20
     other_clips: bool = False
 
@@ -126,7 +137,7 @@ class DataSettings(ClipSourceSettings):
     """
 
     features: Path | None = None
-    repeat: dict[Expression, Positive] = Field(default={})
+    repeat: dict[Expression, Repeats] = Field(default={})
     caption_dropout: Fraction = 0.1
     use_aesthetic: bool = False
 
@@ -141,7 +152,7 @@ class FlowSettings(Settings):
     """How sigmas are drawn and losses weighted. `shift`: "dynamic" (by the frame's tokens) or a number."""
 
     weighting: Weighting = "logit_normal"
-    shift: Literal["dynamic"] | Annotated[float, Field(gt=0)] = "dynamic"
+    shift: Literal["dynamic"] | Shift = "dynamic"
 
 
 class OptimizerSettings(Settings):
@@ -152,16 +163,24 @@ class OptimizerSettings(Settings):
     """
 
     steps: Positive = 1000
-    accumulate: Positive = 1
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    accumulate: Samples = 1
+    lr: LearningRate = 1e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Count = 0
-    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    final_lr: Fraction = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-15
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
+    eps: Epsilon = 1e-15
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 1e-4
+    ema_decay: Decay | None = 0.9999
     ema_device: Literal["same", "cpu"] = "same"
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.schedule == "cosine" and self.final_lr > self.lr:
+            raise ValueError(
+                f"final_lr {self.final_lr:g} is above lr {self.lr:g}, from which cosine falls to it"
+            )
+        return self
 
 
 class GradientClipSettings(Settings):
@@ -171,7 +190,7 @@ class GradientClipSettings(Settings):
     made before them.
     """
 
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    ema_decay: Decay = 0.99
     outlier: Outlier = "skip"
     patience: Positive = 5
 
@@ -209,7 +228,7 @@ class ParallelSettings(MeshSettings):
 
     cpu_offload: bool = False
     encoder_dp: bool = True
-    timeout_s: Annotated[float, Field(gt=0)] = 600
+    timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600
 
 
 class LogSettings(Settings):
@@ -221,7 +240,7 @@ class LogSettings(Settings):
     every: Positive = 10
     tensorboard: bool = False
     wandb_project: str | None = None
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    peak_tflops: Annotated[float, Field(gt=0, le=10**6)] | None = None
 
 
 class ValidationSettings(Settings):
@@ -235,14 +254,14 @@ class ValidationSettings(Settings):
     root: Path | None = None
     features: Path | None = None
     samples: Positive = 16
-    sigmas: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.2, 0.5, 0.8)
+    sigmas: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.2, 0.5, 0.8)
     prompts: tuple[str, ...] = ()
-    frames: Positive = 33
-    height: Positive = 288
-    width: Positive = 512
-    sampling_steps: Positive = 50
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
-    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    frames: Side = 33
+    height: Side = 288
+    width: Side = 512
+    sampling_steps: Annotated[int, Field(ge=1, le=10**4)] = 50
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 8.0
+    shift: Shift | None = None
     fps: Fps = 24.0
 
     @model_validator(mode="after")
@@ -276,7 +295,7 @@ class TrainSettings(Settings):
     """
 
     output: Path
-    seed: Count = 0
+    seed: Seed = 0
     device: str | None = None
     allow_tf32: bool | None = None
     model: ModelSettings
@@ -319,9 +338,9 @@ class VAEClipSettings(ClipSourceSettings):
     mirrors half of them.
     """
 
-    frames: Positive = 25
-    height: Positive = 256
-    width: Positive = 256
+    frames: Side = 25
+    height: Side = 256
+    width: Side = 256
     flip: bool = True
 
 
@@ -330,12 +349,12 @@ class VAELossSettings(Settings):
     1, in which a discriminator takes part, with `adversarial` times the adaptive weight; None: never.
     """
 
-    kl: Annotated[float, Field(ge=0)] = 1e-6
-    wavelet: Annotated[float, Field(ge=0)] = 0.1
-    perceptual: Annotated[float, Field(ge=0)] = 0.0
-    adversarial: Annotated[float, Field(ge=0)] = 0.5
+    kl: Weight = 1e-6
+    wavelet: Weight = 0.1
+    perceptual: Weight = 0.0
+    adversarial: Weight = 0.5
     adversarial_start: Count | None = None
-    discriminator_lr: Annotated[float, Field(gt=0)] = 1e-5
+    discriminator_lr: LearningRate = 1e-5
 
     @model_validator(mode="after")
     def _begun(self) -> Self:
@@ -366,8 +385,8 @@ class VAEValidationSettings(Settings):
 class VAEOptimizerSettings(OptimizerSettings):
     """As for the denoiser, but for two defaults."""
 
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
+    eps: Epsilon = 1e-8
+    ema_decay: Decay | None = 0.999
 
 
 class VAETrainSettings(Settings):
@@ -376,14 +395,14 @@ class VAETrainSettings(Settings):
     """
 
     output: Path
-    seed: Count = 0
+    seed: Seed = 0
     device: str | None = None
     allow_tf32: bool | None = None
     model: VAEModelSettings
     data: VAEClipSettings
     loss: VAELossSettings = VAELossSettings()
     optimizer: VAEOptimizerSettings = VAEOptimizerSettings()
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     log: LogSettings = LogSettings()
     validation: VAEValidationSettings = VAEValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -15,7 +15,7 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.encoders import find_parts
-from opensoraplan.train.run import CONFIG
+from opensoraplan.train.run import CONFIG, check_finite
 from opensoraplan.train.sources import selection_of_run
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def _denoiser(run: Path, step: int, *, ema: bool) -> Opened[SparseUMMDiT]:
     with torch.device("meta"):
         model = SparseUMMDiT(**saved.state["model_config"])
     tensors = saved.parts[part]
+    check_finite(tensors.values())
     return Opened(model, tensors, {name: name for name in tensors})
 
 

@@ -8,14 +8,18 @@ import copy
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from opensoraplan.claims import claimed
 from opensoraplan.disk import clear_dead, plain_errors, write_whole
 from opensoraplan.parallel.ranks import ALONE, JointError, Ranks, explain, why_lost
+from opensoraplan.parallel.shards import local
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.files import read_settings, refuse_changes
@@ -127,16 +131,19 @@ class ValidationStoppedError(Exception):
 class Job(Protocol):
     """What a trainer does in its loop. Steps count from 1.
 
-    `intact`: what is saved, without the two counts, is that of a whole step, also when a step raises. What
-    users can help is raised while it is. `validate` calls `check`, which may raise ValidationStoppedError,
-    every few seconds, at the same moments in all processes.
+    `learned`: the weights and their averages. `not_finite`: how many steps in a row, up to the last one, had
+    a gradient that is not finite. `intact`: what is saved, without the two counts, is that of a whole step,
+    also when a step raises; what users can help is raised while it is. `validate` calls `check`, which may
+    raise ValidationStoppedError, every few seconds, at the same moments in all processes.
     """
 
     averages: Averages
     bad_files: BadFileAccount
     writer: Writer
     intact: bool
+    not_finite: int
 
+    def learned(self) -> Iterable[Tensor]: ...
     def step(self, step: int) -> None: ...
     def report(self) -> Mapping[str, float]: ...
     def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]: ...
@@ -181,6 +188,7 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
         while loop.done < total and not loop.stopping:
             with _told_by_rank(loop.done + 1, ranks):
                 loop.step()
+        loop.check_end()
         if loop.done < total or loop.owes_validation:
             where = checkpoint.path_of(settings.output, loop.done)
             by = stop.signal or signal.SIGTERM  # the signal may have come to another process
@@ -206,7 +214,7 @@ class _Loop:
         self.settings = settings
         self.ranks = ranks
         self.metrics = metrics
-        self.done = self.saved = done
+        self.done = self.saved = self._start = done
         self.stopping = False
         self.owes_validation = False
         self._stop = stop
@@ -242,8 +250,18 @@ class _Loop:
 
     def _save(self) -> None:
         if self.saved < self.done:
+            check_finite(self.job.learned(), self.ranks)
             self.job.save(self.done)
             self.saved = self.done
+
+    def check_end(self) -> None:
+        """Raise FloatingPointError for a run that has diverged by its last step. A single outlier is none."""
+        diverged = self.job.not_finite
+        if diverged and diverged >= min(2, self.done - self._start):
+            raise FloatingPointError(
+                f"the run has failed: the gradients of its last steps ({diverged}) are not finite. Begin "
+                "another with a lower optimizer.lr; osp export gives the weights from before these steps"
+            )
 
     def _validate(self) -> None:
         every = self.settings.validation.every
@@ -268,6 +286,16 @@ class _Loop:
             raise ValidationStoppedError
 
 
+@torch.no_grad()
+def check_finite(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
+    """Raise FloatingPointError in all processes if some of these weights are not finite in one."""
+    if ranks.any(not all(bool(local(tensor).isfinite().all()) for tensor in tensors)):
+        raise FloatingPointError(
+            "the weights are not finite: the run has diverged, and what it has learned is not written. Go on "
+            "from an earlier checkpoint, or begin another run with a lower optimizer.lr"
+        )
+
+
 @contextmanager
 def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
     """If the block raises, save `step`, the last one done, unless it is `saved`. Of several processes, which
@@ -281,14 +309,15 @@ def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterato
     except Exception as error:
         if ranks.count == 1 or isinstance(error, GradientOutlierError | JointError):
             job.averages, job.bad_files = counts
-            _save_in_spite(job, step, saved=saved)
+            _save_in_spite(job, step, saved=saved, ranks=ranks)
         raise
 
 
-def _save_in_spite(job: Job, step: int, *, saved: int) -> None:
+def _save_in_spite(job: Job, step: int, *, saved: int, ranks: Ranks) -> None:
     """Save `step`, unless it is `saved`, after an error, which says more than one that comes of this."""
     try:
         if step > saved and job.intact:
+            check_finite(job.learned(), ranks)
             job.save(step)
         job.writer.wait()
     except Exception as error:

@@ -5,6 +5,7 @@ come from (seed, step, slot), so that a resumed run continues bit for bit on the
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -128,6 +129,7 @@ class _Job:
         self.ema = make_ema(self.master.parameters, settings.optimizer)
         self.clip = AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier)
         self.outliers_in_a_row = 0
+        self.not_finite = 0
         self.intact = True
         self.averages = Averages()
         self.speed = Speed(settings.log, device=device, dtype=self.dtype)
@@ -180,6 +182,7 @@ class _Job:
         """Take the gradients in, unless their norm is an outlier."""
         gradients = [p.grad for p in self.master.parameters.values() if p.grad is not None]
         norm = global_norm(gradients).item()
+        self.not_finite = 0 if math.isfinite(norm) else self.not_finite + 1
         clipping = self.clip.decide(norm)
         self.averages.add("grad_norm", norm)
         self.averages.add("clip_threshold", clipping.threshold)
@@ -229,6 +232,11 @@ class _Job:
         self.bad_files.share(self.ranks)
         counts = {"bad_files": float(len(self.bad_files))}
         return self.averages.take(self.ranks) | self.speed.take(self.ranks) | counts
+
+    def learned(self) -> Iterator[Tensor]:
+        """The weights and their averages."""
+        yield from self.master.parameters.values()
+        yield from () if self.ema is None else self.ema.values.values()
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything that the next step depends on."""

@@ -49,7 +49,7 @@ from opensoraplan.train.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from opensoraplan.train.run import CONFIG, begun, counted, go_on_counting, run_steps
+from opensoraplan.train.run import CONFIG, begun, check_finite, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import check_clips, clip_bytes, clips_of, global_batch_of, select_clips
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 from opensoraplan.train.writers import Writer
@@ -179,7 +179,7 @@ class _Job:
         self.lpips = load_lpips(device) if settings.loss.perceptual else None
         adversarial = settings.loss.adversarial_start is not None
         self.adversary = _Adversary(settings, device=device) if adversarial else None
-        self.skipped_in_a_row = 0
+        self.not_finite = 0
         self.intact = True
         self.averages = Averages()
         self.writer = Writer(settings.output, settings.checkpoint)
@@ -208,7 +208,7 @@ class _Job:
         if not math.isfinite(norm):
             self._skip(step, rate)
             return
-        self.skipped_in_a_row = 0
+        self.not_finite = 0
         if norm > settings.max_grad_norm:
             scale_(gradients, settings.max_grad_norm / norm)
         # What users can help is raised above, so that a failed step leaves the state before it: the
@@ -228,9 +228,9 @@ class _Job:
 
     def _skip(self, step: int, rate: float) -> None:
         """Leave a step out whose gradient is not finite: nothing learns. Too many in a row are an error."""
-        self.skipped_in_a_row += 1
+        self.not_finite += 1
         logger.warning("step %d: the gradient is not finite: the step is left out", step)
-        if self.skipped_in_a_row >= _PATIENCE:
+        if self.not_finite >= _PATIENCE:
             raise FloatingPointError(
                 f"step {step}: {_PATIENCE} gradients in a row are not finite: begin another run with a lower "
                 f"optimizer.lr than {rate:g}, and with model.pretrained to go on from what osp export gives"
@@ -278,6 +278,11 @@ class _Job:
                 (result,) = self.model.decode(posterior.mode(), return_dict=False)
                 fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
         return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
+
+    def learned(self) -> Iterator[Tensor]:
+        """The weights and their averages."""
+        yield from self.model.parameters()
+        yield from () if self.ema is None else self.ema.values.values()
 
     def save(self, step: int) -> None:
         state = {"model_config": plain_config(self.model), "clips": self.clips, **counted(self)}
@@ -339,6 +344,7 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
 
 def _write(model: WFVAE, folder: Path, settings: VAETrainSettings, samples: Sequence[Sample]) -> None:
     """The VAE for use, with the shift and scale of its latents, measured unless the encoder was frozen."""
+    check_finite(model.parameters())
     if not settings.model.freeze_encoder:
         shift, scale = _measured(model, settings, samples)
         model.register_to_config(shift=shift, scale=scale)
