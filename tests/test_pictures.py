@@ -1,5 +1,5 @@
-"""Pictures: every EXIF orientation, transparency, palettes, CMYK, 16 bits, animations; and side data of videos
-that PyAV does not know.
+"""Pictures: every EXIF orientation, transparency, palettes, CMYK, 16 bits, animations; and side data of
+videos that PyAV does not know.
 """
 
 import io

@@ -7,11 +7,21 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from opensoraplan.data.video import VideoWriter, count_frames, fit, probe, read_frames, to_uint8
+from opensoraplan.data.video import (
+    VideoWriter,
+    count_frames,
+    fit,
+    iter_timed_frames,
+    probe,
+    read_frames,
+    to_uint8,
+)
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.reconstruct import reconstruct
@@ -150,6 +160,30 @@ def test_one_side_follows_the_other(tmp_path: Path, vae: WFVAE, clip: Path) -> N
     assert (by_height.height, by_height.width) == (24, 32)  # 33.6
     assert (by_width.height, by_width.width) == (80, 112)
     assert [by_height.path.name, by_width.path.name] == ["side.mp4", "side_1.mp4"]
+
+
+def test_frames_of_a_varying_rate_keep_their_times(tmp_path: Path, vae: WFVAE) -> None:
+    """Stills of a second, in the middle and at the end."""
+    starts = [Fraction(i, 24) + (i > 7) for i in range(17)]
+    times = list(zip(starts, [*starts[1:], starts[-1] + 1], strict=True))
+    with VideoWriter(tmp_path / "clip.mp4", fps=24, timed=True) as writer:
+        writer.write(random_frames(17), times=times)
+    assert [time for _, time in iter_timed_frames(writer.path, count=17)] == times
+    result = reconstruct(writer.path, vae=vae, out=tmp_path / "side.mp4")
+    assert [time for _, time in iter_timed_frames(result.path, count=17)] == times
+    assert (probe(result.path).variable, probe(result.path).fps) == (True, 24)
+    even = reconstruct(writer.path, vae=vae, out=tmp_path / "side.mp4", fps=12)
+    assert probe(even.path).frames == even.frames == 25  # of 32: 2.67 s
+    assert not probe(even.path).variable
+
+
+def test_a_photo_that_is_stored_lying_is_reconstructed_upright(tmp_path: Path, vae: WFVAE) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    slope = np.linspace(0, 255, 40 * 56 * 3, dtype=np.uint8).reshape(40, 56, 3)
+    Image.fromarray(slope).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    result = reconstruct(tmp_path / "photo.jpg", vae=vae, out=tmp_path / "side.mp4")
+    assert (result.frames, result.height, result.width) == (1, 56, 40)
 
 
 def test_half_precision(tmp_path: Path, vae: WFVAE, clip: Path) -> None:

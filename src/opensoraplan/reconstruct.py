@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensoraplan.data.video import VideoInfo, VideoWriter, count_frames, fit, iter_frames, probe, to_uint8
+from opensoraplan.data.video import (
+    VideoInfo,
+    VideoWriter,
+    count_frames,
+    fit,
+    iter_frames,
+    iter_timed_frames,
+    probe,
+    to_uint8,
+)
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.memory import fit_decoding
 from opensoraplan.models.wfvae import WFVAE
@@ -63,7 +72,8 @@ def reconstruct(
 
     `vae` decides on device and dtype. `frames` must be 8k + 1; None takes as many as there are. `height` and
     `width` must be multiples of 8, at least 16; None takes the source's, or goes with the other one, rounded
-    down; the picture is cut to their aspect. `fps` resamples the source. `out` is the mp4, source left and
+    down; the picture is cut to their aspect. `fps` resamples the source; without it, frames of a varying rate
+    keep their times. `out` is the mp4, source left and
     result right, numbered if it exists; its folder is made. Both metrics compare 8-bit pixels. The source is
     read twice, so that memory grows with the latents only. `progress(step, done, total)` gets "encode" or
     "decode" and numbers of frames.
@@ -93,23 +103,33 @@ def reconstruct(
     out.parent.mkdir(parents=True, exist_ok=True)
     fidelity = Fidelity()
     title = f"{Path(path).name}: source, WF-VAE"
-    with VideoWriter(out, fps=info.fps if fps is None else fps, title=title) as writer:
+    timed = info.variable and fps is None
+    with VideoWriter(out, fps=info.fps if fps is None else fps, title=title, timed=timed) as writer:
         latents = torch.cat(list(moments()), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
-        pictures = iter_frames(path, count=frames, fps=fps)
+        times: list[tuple[Fraction, Fraction]] = []
+        again = _noted(path, frames, times) if timed else iter_frames(path, count=frames, fps=fps)
         pieces = (decoded[0] for decoded in vae.iter_decode(latents))
         for piece in _counted(pieces, "decode", frames, progress):
             if not piece.isfinite().all():
                 raise ValueError(f"{path}: the VAE's result is not finite in {vae.dtype}; use float32")
-            before = to_uint8(source(pictures, piece.shape[1])).to(piece.device)
+            before = to_uint8(source(again, piece.shape[1])).to(piece.device)
             after = to_uint8(piece)
             fidelity.update(before, after)
-            writer.write(torch.cat([before, after], dim=2))
+            shown = times[-len(before) :] if timed else None
+            writer.write(torch.cat([before, after], dim=2), times=shown)
     result = Reconstruction(fidelity.psnr, fidelity.ssim, frames, height, width, writer.path)
     logger.info(
         "%s: %d frames of %d x %d, PSNR %.2f dB, SSIM %.4f -> %s",
         *(path, frames, height, width, result.psnr, result.ssim, result.path),
     )
     return result
+
+
+def _noted(path: str | Path, count: int, times: list[tuple[Fraction, Fraction]]) -> Iterator[Tensor]:
+    """The frames of a video; the times of each are appended to `times`."""
+    for picture, time in iter_timed_frames(path, count=count):
+        times.append(time)
+        yield picture
 
 
 def _size(info: VideoInfo, *, height: int | None, width: int | None) -> tuple[int, int]:

@@ -117,8 +117,12 @@ def iter_timed_frames(
     """The first `count` frames as in `iter_frames`, each with the seconds from the first frame on at which it
     appears and disappears. Errors: see `iter_frames`.
     """
-    for picture, shot in _pictures(path, start=0, count=count, rate=None):
-        yield picture, (shot.start, shot.end)
+    shown = _pictures(path, start=0, count=count, rate=None)
+    before = next(shown)
+    for after in shown:
+        yield before[0], (before[1].start, after[1].start)
+        before = after
+    yield before[0], (before[1].start, before[1].end)
 
 
 def read_frames(

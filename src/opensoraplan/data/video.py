@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import OutputContainer
+from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -56,6 +57,8 @@ __all__ = [
 # ITU-T H.273's code of BT.709 (primaries, transfer and matrix alike), and FFmpeg's of limited range.
 _BT709 = 1
 _LIMITED_RANGE = 1
+# Seconds that frames of a varying rate are timed in; in it, all usual rates are whole numbers.
+_TIMED_TICK = Fraction(1, 90_000)
 
 
 def fit(frames: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
@@ -112,8 +115,9 @@ class VideoWriter:
         writer.path  # clip.mp4, or clip_1.mp4 if there was a clip.mp4
 
     The file appears under its name when the block ends well; after an exception nothing is left of it. `crf`
-    is x264's quality, from 1 (best) to 51. `title` and `comment` are stored as mp4 metadata. `path` is the
-    name asked for and, after the block, the name given. Raises ValueError for a name, fps, crf or frames
+    is x264's quality, from 1 (best) to 51. `title` and `comment` are stored as mp4 metadata. With `timed`,
+    frames come with the times that they are on screen, and `fps` is only their mean. `path` is the name asked
+    for and, after the block, the name given. Raises ValueError for a name, fps, crf or frames
     that cannot be; on entry, FileNotFoundError, PermissionError and the like for a folder that cannot be
     written to.
     """
@@ -126,6 +130,7 @@ class VideoWriter:
         crf: int = 18,
         title: str | None = None,
         comment: str | None = None,
+        timed: bool = False,
     ) -> None:
         # crf 0 is lossless, in a profile that most players lack.
         if not 1 <= crf <= 51:
@@ -136,12 +141,14 @@ class VideoWriter:
                 f"video is written as .mp4, got {self.path}: use {self.path.with_suffix('.mp4')}"
             )
         self._rate = frame_rate(fps)
+        self._tick = _TIMED_TICK if timed else 1 / self._rate
         self._crf = crf
         self._metadata = {"title": title, "comment": comment}
         self._stack = ExitStack()
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
         self._written = 0
+        self._durations: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         # Made now, so that a folder that cannot be written to is found before any work.
@@ -149,8 +156,12 @@ class VideoWriter:
             self._temporary = self._stack.enter_context(workplace(self.path.parent)) / self.path.name
         return self
 
-    def write(self, frames: torch.Tensor) -> None:
-        """Append frames, uint8 [t, H, W, 3]; all chunks of one video have the same even H and W."""
+    def write(
+        self, frames: torch.Tensor, *, times: Sequence[tuple[Fraction, Fraction]] | None = None
+    ) -> None:
+        """Append frames, uint8 [t, H, W, 3]; all chunks of one video have the same even H and W. `times`, for
+        a writer that is `timed`: when each of them appears and disappears, in seconds.
+        """
         _check_pixels(frames)
         height, width = frames.shape[1:3]
         if self._container is None or self._stream is None:
@@ -158,7 +169,7 @@ class VideoWriter:
         first = (self._stream.height, self._stream.width)
         if (height, width) != first:
             raise ValueError(f"{self.path}: frames of {height} x {width} after {first[0]} x {first[1]}")
-        for picture in frames.cpu().numpy():
+        for index, picture in enumerate(frames.cpu().numpy()):
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = frame.reformat(
                 format="yuv420p",
@@ -167,10 +178,12 @@ class VideoWriter:
                 interpolation=SWSCALE,
                 threads=1,  # see reading.py
             )
-            frame.time_base = 1 / self._rate
-            frame.pts = self._written
+            frame.time_base, frame.pts = self._tick, self._written
+            if times is not None:
+                start, end = (round(time / self._tick) for time in times[index])
+                frame.pts, self._durations[start] = start, end - start
             with named_errors(self.path):  # where the disk is found full
-                self._container.mux(self._stream.encode(frame))
+                self._mux(self._stream.encode(frame))
             self._written += 1
 
     def __exit__(
@@ -198,16 +211,24 @@ class VideoWriter:
         stream = container.add_stream("libx264", rate=self._rate, options={"crf": str(self._crf)})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         codec = cast(VideoCodecContext, stream.codec_context)
-        codec.time_base = 1 / self._rate
+        codec.time_base = self._tick
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _LIMITED_RANGE
         return container, stream
+
+    def _mux(self, packets: Sequence[Packet]) -> None:
+        assert self._container is not None
+        for packet in packets:
+            # x264 gives the last frame the time of a usual one.
+            if packet.pts in self._durations:
+                packet.duration = self._durations.pop(packet.pts)
+            self._container.mux(packet)
 
     def _finish(self) -> None:
         if self._container is None or self._stream is None or not self._written:
             raise ValueError(f"{self.path}: no frames were written")
         with self._container:
-            self._container.mux(self._stream.encode(None))
+            self._mux(self._stream.encode(None))
         self.path = publish(self._temporary, self.path)
 
 
