@@ -1,5 +1,5 @@
-"""Draws the pictures of docs/model.md: `python docs/make_drawings.py` writes docs/*.svg. Depths, rates and channels
-are those of the defaults of the models.
+"""Draws the pictures of docs/model.md: `python docs/make_drawings.py` writes docs/*.svg. Depths, rates and
+channels are those of the models' defaults.
 """
 
 import inspect

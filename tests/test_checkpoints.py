@@ -1,6 +1,6 @@
 """Reading checkpoints: every dialect, every nesting, and every damaged file that a user may have.
 
-Shards are written here by hand, from original.md's own words, not by the package's tables.
+Shards are written here by hand, by section 7 of docs/model.md, not by the package's tables.
 """
 
 import argparse

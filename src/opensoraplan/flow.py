@@ -1,7 +1,7 @@
 """Flow matching as pure functions: schedules, shifts, noising, target, loss weights, guidance, the Euler
 step.
 
-Shared by training and sampling. Convention (original.md section 4): x_t = sigma * noise + (1 - sigma) * x0,
+Shared by training and sampling. Convention (docs/model.md section 4): x_t = sigma * noise + (1 - sigma) * x0,
 the model predicts the velocity noise - x0, and its timestep is 1000 * sigma. No state, no model, no device
 choice.
 """

@@ -11,7 +11,7 @@ from dataclasses import replace
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
 
-# Scores up to the first and from the second on are worth a sentence (original.md, section 6).
+# Scores up to the first and from the second on are worth a sentence (docs/model.md, section 6).
 _UGLY, _BEAUTIFUL = 4.25, 5.75
 
 _LOW_VIDEO = (

@@ -278,7 +278,7 @@ def select(
     need_captions: bool = True,
     allow_empty: bool = False,
 ) -> Selection:
-    """Decide for every record whether it is trained on, at which frames and size (original.md, section 6).
+    """Decide for every record whether it is trained on, at which frames and size (docs/model.md, section 6).
 
     What is random, windows of long clips and which short ones are dropped, depends on `seed` and the record
     only, not on the other records. With `global_batch`, the samples of a step over all ranks, shapes that

@@ -1,6 +1,6 @@
 """How a frame of any size becomes one of a training sample: scaled, then cut. Pure arithmetic, no pixels.
 
-With the original's roundings, in floating point and in its order (original.md, section 6), so that every
+With the original's roundings, in floating point and in its order (docs/model.md, section 6), so that every
 frame gets the size it has there. Not here: one size for all (`force_resolution`), cut first and then scaled.
 """
 

@@ -484,7 +484,7 @@ class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, LoraMixin, CacheMixin, 
         skip_connection_zero_init: their Linear starts as [identity | 0] and has no norm; False: a norm before
         it.
 
-    Raises ValueError for values that make no model. Source: original.md section 1 (report and measured
+    Raises ValueError for values that make no model. Source: docs/model.md section 1 (report and measured
     original).
     """
 

@@ -452,7 +452,7 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         shift, scale: per latent channel; the denoiser works on (latents - shift) * scale. None: 0 and 1.
 
     Streaming (exact, in time) is on after construction; tiling (inexact, in space) is off. Source:
-    original.md section 2, arXiv 2411.17459.
+    docs/model.md section 2, arXiv 2411.17459.
     """
 
     _supports_gradient_checkpointing = False

@@ -1,6 +1,6 @@
 """What a training run is: frozen settings with one section per concern. Reading files is in files.py.
 
-Every default is the original's, where it has one (original.md, sections 4 to 6). Nothing here computes.
+Every default is the original's, where it has one (docs/model.md, sections 4 to 6). Nothing here computes.
 """
 
 import re

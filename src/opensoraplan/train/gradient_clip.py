@@ -50,7 +50,7 @@ class AdaptiveClip:
     is an outlier, which never moves the statistics: "skip" leaves the step out, "clip" scales it down like
     any other (one that is not finite cannot be: it is skipped), "stop" raises GradientOutlierError.
 
-    Computes in Python floats, as the original does. Source: original.md section 5, `clip_grad_ema_decay`.
+    Computes in Python floats, as the original does. Source: docs/model.md section 5, `clip_grad_ema_decay`.
     """
 
     def __init__(self, *, ema_decay: float = 0.99, outlier: Outlier = "skip") -> None:

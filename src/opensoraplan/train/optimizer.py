@@ -10,7 +10,7 @@ from opensoraplan.train.config import OptimizerSettings
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW, fused; biases and other 1-D tensors have no weight decay (original.md, section 5)."""
+    """AdamW, fused; biases and other 1-D tensors have no weight decay (docs/model.md, section 5)."""
     decayed = [p for p in parameters.values() if p.ndim > 1]
     plain = [p for p in parameters.values() if p.ndim <= 1]
     groups = [
