@@ -195,6 +195,20 @@ def test_two_loras_have_strengths(model: SparseUMMDiT, tmp_path: Path) -> None:
     torch.testing.assert_close(run(model), merged(model_without(model), lora), atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_is_saved_without_a_lora_or_with_its_weights(model: SparseUMMDiT, tmp_path: Path) -> None:
+    lora = factors(model, alpha=True, dora=False)
+    expected = merged(model, lora)
+    model.load_lora_adapter(write_comfy(lora, tmp_path))
+    with pytest.raises(ValueError, match=r"a LoRA is in the model: .*unload_lora\(\).*fuse_lora\(\)"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path / "model")
+    saved = SparseUMMDiT.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(run(saved), expected, atol=1e-5, rtol=1e-5)
+
+
 def model_without(model: SparseUMMDiT) -> SparseUMMDiT:
     """The model as it was before LoRAs were put into it."""
     plain = SparseUMMDiT(**SMALL)

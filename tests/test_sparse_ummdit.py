@@ -2,8 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -262,6 +263,16 @@ def test_an_overflow_in_the_last_block_leaves_the_velocity_finite(model: SparseU
     last.ff.net[2].register_forward_hook(lambda _module, _args, out: out.fill_(torch.inf))
     assert torch.isfinite(model(**of_half).sample).all()
     assert take_overflows(model.transformer_blocks) == [len(model.transformer_blocks) - 1]
+
+
+@torch.no_grad()
+def test_a_pass_in_fp16_does_not_wait_for_the_device(model: SparseUMMDiT, watch: Callable[..., Any]) -> None:
+    of_half = {name: x if name == "timestep" else x.half() for name, x in inputs().items()}
+    model.half()
+    with watch(torch.ops.aten._local_scalar_dense.default, len) as waits:
+        model(**of_half)
+    assert not waits.seen
+    assert take_overflows(model.transformer_blocks) == []
 
 
 @torch.no_grad()

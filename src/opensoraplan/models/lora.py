@@ -69,6 +69,17 @@ class LoraMixin(PeftAdapterMixin):
             raise ValueError(f"{where}: {error}") from None
         super().load_lora_adapter(tensors, prefix=None, hotswap=hotswap, metadata=config, **options)
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:  # noqa: ANN401
+        """As in diffusers, but ValueError while a LoRA is in the model, whose layers have other names then:
+        no loader would find the weights.
+        """
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                f"a LoRA is in the model: to write {save_directory}, unload_lora(), after fuse_lora() if it "
+                "is to be a part of the weights; save_lora_adapter writes the LoRA alone"
+            )
+        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc] (ModelMixin's)
+
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 (a mixin's module)
     """Names and (outputs, inputs) of a model's linear layers, those that have LoRAs already included."""

@@ -467,7 +467,7 @@ class Stages(nn.Module):
 
 
 # diffusers' pipelines load a class only where they find the name ModelMixin beside it.
-class SparseUMMDiT(StrictMixin, ModelMixin, ConfigMixin, LoraMixin, CacheMixin, AttentionMixin):
+class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CacheMixin, AttentionMixin):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
 
     Args:
