@@ -67,7 +67,8 @@ class LoraMixin(PeftAdapterMixin):
             tensors, config = to_peft(tensors, linear_layers(self), settings=settings, prefix=prefix)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        super().load_lora_adapter(tensors, prefix=None, hotswap=hotswap, metadata=config, **options)
+        options |= {"prefix": None, "hotswap": hotswap, "metadata": config}
+        super().load_lora_adapter(tensors, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:  # noqa: ANN401
         """As in diffusers, but ValueError while a LoRA is in the model, whose layers have other names then:

@@ -3,7 +3,7 @@ original, and counted, so that a run can say so.
 """
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,19 @@ def merge_overflows(before: Tensor | None, new: Tensor) -> Tensor:
     return new.clone() if before is None else before | new
 
 
+class Saturating(Protocol):
+    """A block that says whether it saturated a stream since this was set to None."""
+
+    overflowed: Tensor | None
+
+
 def take_overflows(blocks: Iterable[nn.Module]) -> list[int]:
     """The numbers, from 0, of the blocks that saturated a stream since the last call. Waits for the device
     once, and not at all where nothing was computed in fp16.
     """
     flags: dict[int, Tensor] = {}
-    for index, block in enumerate(blocks):
-        if (flag := cast(Tensor | None, block.overflowed)) is not None:
+    for index, block in enumerate(cast(Iterable[Saturating], blocks)):
+        if (flag := block.overflowed) is not None:
             flags[index], block.overflowed = flag, None
     device = next((flag.device for flag in flags.values()), None)
     found = torch.stack([flag.to(device) for flag in flags.values()]).tolist() if flags else []
