@@ -258,6 +258,37 @@ def test_the_guides_files(caplog: pytest.LogCaptureFixture) -> None:
     assert changed.data.selection.smallest_area == 96 * 160
 
 
+def test_what_the_guides_launch_script_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It goes below the files and what is set, and the log names it."""
+
+    def read(*changes: str, over: Path | None = None) -> tuple[TrainSettings, str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            settings = read_run(over, model_json=MODEL_JSON, data_json=DATA_JSON, changes=changes)
+        (note,) = (text for text in caplog.messages if "launch script" in text)
+        return settings, note
+
+    settings, note = read()
+    assert (settings.seed, settings.checkpoint.every, settings.log.every) == (1024, 1000, 1)
+    assert settings.memory.recompute_feed_forwards == 32
+    named = "seed = 1024, checkpoint.every = 1000, log.every = 1, memory.recompute_feed_forwards = 32; not"
+    assert named in note
+    assert "optimizer.steps is 1000 (there one epoch), optimizer.accumulate is 4 (there 1" in note
+    over = write(tmp_path / "over.toml", "seed = 7\n[checkpoint]\nkeep = 9\n[memory]\nrecompute_blocks = 8\n")
+    settings, note = read("log.every=5", over=over)
+    assert (settings.seed, settings.log.every) == (7, 5)
+    assert (settings.checkpoint.every, settings.checkpoint.keep) == (1000, 9)
+    assert (settings.memory.recompute_blocks, settings.memory.recompute_feed_forwards) == (8, 0)
+    assert "sets: checkpoint.every = 1000; not" in note
+    # No more feed-forwards than a smaller model has.
+    settings, _ = read("model.config.num_layers=[2,2,2]", "model.config.sparse_n=[1,2,1]")
+    assert settings.memory.recompute_feed_forwards == 6
+    for wrong in ("memory=3", "model.config=3"):
+        with pytest.raises(ValueError, match=wrong.partition("=")[0]):
+            read(wrong)
+    assert read("model.config.num_layers=[[2]]")[0].memory.recompute_feed_forwards == 32
+
+
 def test_a_file_over_the_guides(tmp_path: Path) -> None:
     over = write(tmp_path / "over.toml", 'output = "runs/c"\n[optimizer]\nsteps = 7\n[text]\nt5 = "t5"\n')
     settings = read_run(over, model_json=MODEL_JSON, data_json=DATA_JSON, changes=["text.clip=clip"])

@@ -16,7 +16,7 @@ from opensoraplan.documents import DocumentError, parse_toml, read_json_object, 
 from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
-from opensoraplan.train.guide_json import read_guide
+from opensoraplan.train.guide_json import launch_defaults, read_guide
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,9 @@ def read_run(
         values = _merged(values, over)
         where = f"{where} and {names}"
     values = _changed(values, changes, kind=TrainSettings)
+    defaults, note = launch_defaults(values)
+    values = _merged(defaults, values)
+    logger.info("%s", note)
     data = values.get("data")
     if isinstance(data, dict) and data.get("features") is None and data.get("manifest") is None:
         raise ValueError(

@@ -18,6 +18,7 @@ from opensoraplan.models import original
 from opensoraplan.models.strict import check_known_keys
 from opensoraplan.settings import Settings
 from opensoraplan.shapes import TEMPORAL_STRIDE
+from opensoraplan.train.config import OptimizerSettings
 
 READING = "dataset_param.preprocess_parameters"
 LOADER = "dataloader_param"
@@ -211,6 +212,11 @@ REMEDIES = {
 }
 
 
+# What the guide's launch script sets, which the two files do not say.
+LAUNCH_SCRIPT: dict[str, Any] = {"seed": 1024, "checkpoint": {"every": 1000}, "log": {"every": 1}}
+RECOMPUTED_FEED_FORWARDS = 32
+
+
 class _Files:
     """Both files as read, for looking up keys and naming them."""
 
@@ -317,6 +323,34 @@ def read_guide(
     for reason, keys in MEANINGLESS_IN_DATA.items():
         notes += files.idle("data", keys, reason)
     return _without_none(values), notes
+
+
+def launch_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the guide's launch script sets for a run of these values, to go below them, and a note that names
+    it, and what of the script is not taken over.
+    """
+
+    def given(section: str) -> Mapping[str, Any]:
+        return found if isinstance(found := values.get(section), dict) else {}
+
+    defaults: dict[str, Any] = dict(LAUNCH_SCRIPT)
+    if not given("memory").get("recompute_blocks"):
+        config = given("model").get("config")
+        layers = config.get("num_layers") if isinstance(config, dict) else None
+        known = isinstance(layers, list) and all(isinstance(count, int) for count in layers)
+        count = min(RECOMPUTED_FEED_FORWARDS, sum(layers)) if known else RECOMPUTED_FEED_FORWARDS
+        defaults["memory"] = {"recompute_feed_forwards": count}
+    taken = [f"seed = {defaults['seed']}"] if "seed" not in values else []
+    for section in ("checkpoint", "log", "memory"):
+        new = {key: value for key, value in defaults.get(section, {}).items() if key not in given(section)}
+        taken += [f"{section}.{key} = {value}" for key, value in new.items()]
+    steps = given("optimizer").get("steps", OptimizerSettings().steps)
+    accumulate = given("optimizer").get("accumulate", OptimizerSettings().accumulate)
+    return defaults, (
+        f"as the guide's launch script sets: {', '.join(taken) or 'nothing'}; not as there: optimizer.steps "
+        f"is {steps} (there one epoch), optimizer.accumulate is {accumulate} (there 1: the number in "
+        "data.json only reaches the sampler), parallel.tp is for you to set (there 8)"
+    )
 
 
 def _agreed(files: _Files) -> dict[str, Any]:
