@@ -131,7 +131,9 @@ def measure(rank: int, case: Case, meeting: str) -> None:
                 torch.randn(batch, config["pooled_projection_dim"]),
             )
             sigma = flow.sigmas_from_normal(torch.randn(batch))
-            loss = objective.losses(model, latents, prompt, sigma=sigma, noise=noise, dtype=dtype).mean()
+            loss = objective.losses(
+                model, latents, prompt, sigma=sigma, noise=noise, dtype=dtype, weighting="uniform"
+            ).mean()
             loss.backward()
             master.take_gradients()
         optimizer.step()

@@ -421,18 +421,19 @@ def test_what_may_be_left_out(tmp_path: Path) -> None:
 # Of the guide's three scripts: training, merging, inference.
 FLAGS = """
 --nproc_per_node --nnodes --node_rank --master_addr --master_port --tensor-model-parallel-size
---pipeline-model-parallel-size --context-parallel-size --micro-batch-size --global-batch-size --num-layers --hidden-size
---num-attention-heads --seq-length --max-position-embeddings --attention-dropout --hidden-dropout --tokenizer-type
---vocab-size --position-embedding-type --rotary-base --swiglu --no-masked-softmax-fusion --bf16 --lr --min-lr
---adam-beta1 --adam-beta2 --adam-eps --lr-decay-style --weight-decay --lr-warmup-init --lr-warmup-iters --clip-grad
+--pipeline-model-parallel-size --context-parallel-size --micro-batch-size --global-batch-size
+--num-layers --hidden-size --num-attention-heads --seq-length --max-position-embeddings
+--attention-dropout --hidden-dropout --tokenizer-type --vocab-size --position-embedding-type
+--rotary-base --swiglu --no-masked-softmax-fusion --bf16 --lr --min-lr --adam-beta1 --adam-beta2
+--adam-eps --lr-decay-style --weight-decay --lr-warmup-init --lr-warmup-iters --clip-grad
 --train-iters --no-gradient-accumulation-fusion --use-distributed-optimizer --recompute-granularity
---recompute-method --recompute-num-layers --normalization --use-fused-rmsnorm --qk-layernorm --sequence-parallel
---optimizer-selection --seed --data-parallel-random-init --use-ema --load --fp32-residual-connection
---attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --no-load-optim --no-load-rng --no-save-optim
---no-save-rng --mm-data --mm-model --mm-tool --model_custom_precision --clip_grad_ema_decay --selective_recom
---recom_ffn_layers --save --log-interval --save-interval --eval-interval --eval-iters --wandb-project --wandb-exp-name
---wandb-save-dir --tensorboard-log-interval --distributed-backend
---load_dir --save_dir --ema
+--recompute-method --recompute-num-layers --normalization --use-fused-rmsnorm --qk-layernorm
+--sequence-parallel --optimizer-selection --seed --data-parallel-random-init --use-ema --load
+--fp32-residual-connection --attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32
+--no-load-optim --no-load-rng --no-save-optim --no-save-rng --mm-data --mm-model --mm-tool
+--model_custom_precision --clip_grad_ema_decay --selective_recom --recom_ffn_layers --save
+--log-interval --save-interval --eval-interval --eval-iters --wandb-project --wandb-exp-name
+--wandb-save-dir --tensorboard-log-interval --distributed-backend --load_dir --save_dir --ema
 --distributed-timeout-minutes
 """
 

@@ -20,8 +20,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan.convert.assemble import load_vae
 from opensoraplan.data import features
-from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.defaults import GenerateDefaults
+from opensoraplan.flow import loss_weight
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
 from opensoraplan.train.building import build
@@ -29,6 +30,7 @@ from opensoraplan.train.cache import write_cache
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.export import export_run
 from opensoraplan.train.gradient_clip import GradientOutlierError
+from opensoraplan.train.objective import draw
 from opensoraplan.train.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
@@ -516,6 +518,36 @@ def test_an_error_in_mid_run_costs_no_step(tiny_run: MakeRun, tmp_path: Path) ->
     train(remedy, resume="latest")
     assert len(logged(remedy)) == 1
     assert logged(remedy, "skipped") == [1 / 4]
+
+
+def test_what_is_logged_is_the_weighted_loss_that_is_minimised(tiny_run: MakeRun, tiny_clips: Path) -> None:
+    """All three draw the same sigmas; the first step's loss is that of the same weights."""
+    held_out = {"every": 1, "manifest": tiny_clips, "samples": 1, "sigmas": [0.2, 0.5]}
+    runs = {
+        weighting: tiny_run(
+            weighting,
+            data={"batch_size": 1},
+            flow={"weighting": weighting},
+            optimizer={"steps": 1, "lr": 1e-12},
+            validation=held_out,
+        )
+        for weighting in ("uniform", "sigma_sqrt", "cosmap")
+    }
+    for run in runs.values():
+        train(run)
+    plain = runs["uniform"]
+    sigma = draw([Draw(0, 0, step=0, slot=0)], (1, 1, 8, 8), plain.flow, seed=plain.seed).sigma
+    for weighting in ("sigma_sqrt", "cosmap"):
+        weighted = runs[weighting]
+        weight = loss_weight(sigma, weighting).item()
+        assert abs(weight - 1) > 0.01
+        assert logged(weighted) == pytest.approx([weight * logged(plain)[0]])
+        norms = logged(weighted, "grad_norm"), logged(plain, "grad_norm")
+        assert norms[0] == pytest.approx([weight * norms[1][0]], rel=1e-4)
+        for at in (0.2, 0.5):
+            weight = loss_weight(torch.tensor(at), weighting).item()
+            name = f"validation_loss/sigma_{at:g}"
+            assert logged(weighted, name) == pytest.approx([weight * logged(plain, name)[0]], rel=1e-4)
 
 
 def test_validation_logs_losses_and_writes_videos(tiny_run: MakeRun, tiny_clips: Path) -> None:

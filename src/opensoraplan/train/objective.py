@@ -56,9 +56,10 @@ def losses(
     sigma: Tensor,
     noise: Tensor,
     dtype: torch.dtype,
+    weighting: flow.Weighting,
 ) -> Tensor:
-    """Mean squared error of each sample's velocity, [B] in fp32. Latents [B, C, T, H, W] are normalised and
-    in fp32, as are sigma and noise; the model runs in `dtype`.
+    """Weighted mean squared error of each sample's velocity, [B] in fp32: what is minimised and logged.
+    Latents [B, C, T, H, W] are normalised and in fp32, as are sigma and noise; the model runs in `dtype`.
     """
     noisy = flow.add_noise(latents, noise, sigma).to(dtype)
     prompt = prompt.to(latents.device, dtype)
@@ -72,4 +73,4 @@ def losses(
         return_dict=False,
     )
     error = (velocity.float() - flow.velocity_target(latents, noise)).square()
-    return error.flatten(1).mean(1)
+    return error.flatten(1).mean(1) * flow.loss_weight(sigma, weighting)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensoraplan import flow
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
 from opensoraplan.models.attention import check_backend
@@ -170,9 +169,9 @@ class _Job:
                     sigma=drawn.sigma,
                     noise=drawn.noise,
                     dtype=self.dtype,
+                    weighting=settings.flow.weighting,
                 )
-                weights = flow.loss_weight(drawn.sigma, settings.flow.weighting)
-                ((losses * weights).mean() / accumulate).backward()
+                (losses.mean() / accumulate).backward()
                 self.master.take_gradients()
             self.averages.add_losses(losses, drawn.sigma)
             self.speed.count(self.model, latents, encoded.prompt)

@@ -55,8 +55,8 @@ class Validation:
             clips_of_all(self.source.samples, ranks)
 
     def run(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> dict[str, float]:
-        """Losses at the fixed sigmas and their mean; the videos are written on the way. `check` is called for
-        each clip and after each denoising step, and may raise to end this.
+        """Losses, weighted as in training, at the fixed sigmas and their mean; the videos are written on the
+        way. `check` is called for each clip and after each denoising step, and may raise to end this.
         """
         model.eval()
         try:
@@ -86,6 +86,7 @@ class Validation:
                     sigma=torch.full_like(drawn.sigma, sigma),
                     noise=drawn.noise,
                     dtype=dtype,
+                    weighting=self.run_settings.flow.weighting,
                 )
                 losses[sigma].append(loss.item())
         means = {sigma: sum(values) / len(values) for sigma, values in losses.items()}
