@@ -338,6 +338,13 @@ def test_words_that_cleaning_removes_are_said_once_before_any_model_runs(
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "cleaning removes 1920x1080 from the prompt 'a cat 1920x1080'"
     ]
+    caplog.clear()
+    texts.register_to_config(keep_chinese=True)
+    texts.encode_prompts(["一只猫 a cat 🎉 🎉"])
+    assert caplog.messages == [
+        "T5 has no tokens for 一只猫, 🎉: of these it reads only that they are unknown"
+    ]
+    texts.register_to_config(keep_chinese=False)
     calls: list[object] = []
     handle = texts.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     try:

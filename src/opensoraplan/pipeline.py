@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from textwrap import shorten
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -27,7 +28,7 @@ from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.models.text import PromptEmbeds, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline_inputs import (
@@ -214,9 +215,13 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return [settings.negative(p) if negative else settings.positive(p) for p in prompts]
 
     def encode_texts(self, texts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of texts as they are."""
+        """Embeddings of texts as they are. Warns of words that T5 has no tokens for."""
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise ValueError("this pipeline has no text encoders: give prompt_embeds")
+        for text in dict.fromkeys(texts):
+            if words := unknown_words(text, self.tokenizer):
+                said = "T5 has no tokens for %s: of these it reads only that they are unknown"
+                logger.warning(said, shorten(", ".join(words), 200, placeholder=" ..."))
         return encode_texts(
             texts,
             tokenizer=self.tokenizer,

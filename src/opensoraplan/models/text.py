@@ -180,6 +180,16 @@ def encode_prompts(
     return PromptEmbeds.cat(parts)
 
 
+def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The words, each once, that T5's tokenizer has no tokens for, or only for a part: it reads what is
+    missing as one token that means "unknown".
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown not in tokenizer(text, verbose=False).input_ids:
+        return []
+    return [word for word in dict.fromkeys(text.split()) if unknown in tokenizer(word).input_ids]
+
+
 def _token_ids(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
