@@ -513,7 +513,10 @@ def test_a_stopped_run_continues(
     denoiser.broken = {2: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         make(pipeline, tmp_path, *PROMPTS)
-    assert caplog.messages[-1] == "stopped, 1 of 2 done: the same command goes on"
+    assert caplog.messages[-2:] == [
+        "nothing is saved of this video, which begins anew the next time",
+        "stopped, 1 of 2 done: the same command goes on",
+    ]
     assert names(tmp_path) == [f"{NAMES[0]}.json", f"{NAMES[0]}.mp4"]
     made = make(pipeline, tmp_path, *PROMPTS)
     assert [path.stem for path in made] == NAMES
@@ -561,7 +564,7 @@ def test_nan_keeps_the_last_good_latents(
         assert torch.equal(file.get_tensor("latents"), caught.value.last_good)
         record = json.loads(file.metadata()["record"])
     assert (record["prompt"], record["step"], record["steps"]) == ("a cat", 2, 4)
-    assert f"the last good latents, of step 2, are in {path}" in caplog.messages
+    assert f"the latents after step 2 of 4 are in {path}" in caplog.messages
 
 
 def test_a_step_cache_does_not_go_on_from_the_middle(

@@ -172,10 +172,8 @@ def run(
                 logger.info("wrote %s", path)
                 written.append(path)
     except KeyboardInterrupt:
-        goes_on = "goes on" if resume else "with --resume goes on"
-        if any(request.step_cache for request in requests):  # nothing is kept of a video under way
-            goes_on = "makes the others" if resume else "with --resume makes the others"
-        logger.info("stopped, %d of %d done: the same command %s", len(written), total, goes_on)
+        command = "the same command" if resume else "the same command with --resume"
+        logger.info("stopped, %d of %d done: %s goes on", len(written), total, command)
         raise
     return written
 
@@ -333,16 +331,18 @@ def make_video(
             pipeline, request, embeds, start=start, batched=batched, step_ratios=step_ratios, after_step=keep
         )
     except NonFiniteLatentsError as error:
-        good = min(error.step, request.steps) - 1
-        save(error.last_good, good)
-        logger.error("the last good latents, of step %d, are in %s", good, place)
+        save(error.last_good, min(error.step, request.steps) - 1)
+        logger.error(_describe_kept(place, record))
+        raise
+    except KeyboardInterrupt:
+        logger.info(_describe_kept(place, record))
         raise
     if start is None or start.step < request.steps:
         save(latents, request.steps)
     try:
         path = write_frames(pipeline, latents, wanted, record, fps=request.fps)
     except BaseException:
-        logger.error("the latents, which are finished, are in %s: osp decode makes a video of them", place)
+        logger.error(_describe_kept(place, record))
         raise
     place.unlink(missing_ok=True)
     return path
@@ -415,6 +415,18 @@ def place_of_latents(wanted: Path, record: dict[str, Any]) -> Path:
 
     places = map(saved.place_of, numbered(wanted))
     return next(place for place in places if not place.exists() or saved.is_of(place, record))
+
+
+def _describe_kept(place: Path, record: dict[str, Any]) -> str:
+    """What the disk has of a video that is not written: what could be saved last need not be the last."""
+    from opensoraplan import saved
+
+    step, steps = saved.step_of(place, record), record["steps"]
+    if step is None:
+        return "nothing is saved of this video, which begins anew the next time"
+    if step == steps:
+        return f"the latents, which are finished, are in {place}: osp decode makes a video of them"
+    return f"the latents after step {step} of {steps} are in {place}"
 
 
 def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
@@ -525,9 +537,14 @@ def write_frames(
 
 
 def write_record(video: Path, record: dict[str, Any]) -> None:
-    """The json beside a video, for people and tools that do not read its metadata."""
+    """The json beside a video, for people and tools that do not read its metadata. A disk without room for it
+    is no reason to stop: the video is whole.
+    """
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-    write_new(video.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
+    try:
+        write_new(video.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        logger.warning("%s is written, but not its .json, whose text is in its metadata: %s", video, error)
 
 
 def is_taken(video: Path) -> bool:

@@ -158,11 +158,16 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple
 
 def is_of(path: Path, record: Mapping[str, Any]) -> bool:
     """Whether the file has latents of a video with this very record, of the same weights."""
+    return step_of(path, record) is not None
+
+
+def step_of(path: Path, record: Mapping[str, Any]) -> int | None:
+    """After which step the latents in a file are; None if there are none of a video with this very record."""
     try:
-        found, _ = read_record(path)
+        found, step = read_record(path)
     except (OSError, ValueError):
-        return False
-    return is_same_video(found, record)
+        return None
+    return step if is_same_video(found, record) else None
 
 
 def is_same_video(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
