@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,23 @@ def test_render_then_check(
     assert "kept     2" in printed
     assert "25 x 96 x 128        2  100.0%" in printed
     assert len(table.read_text().splitlines()) == 3
+    before = sorted(folder.rglob("*"))
+    osp(monkeypatch, "data", "check", str(folder), "--set", *SMALL)  # by the data.txt in it
+    assert capsys.readouterr().out in printed
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_the_default_selection_names_why_all_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     osp(monkeypatch, "data", "render", str(tmp_path), "--count", "1")
-    osp(monkeypatch, "data", "check", str(tmp_path / "data.txt"))
-    printed = capsys.readouterr().out
-    assert "kept     0" in printed
-    assert "too small  1  fewer pixels than min_hxw asks for" in printed
+    with pytest.raises(SystemExit) as stop:
+        osp(monkeypatch, "data", "check", str(tmp_path / "data.txt"))
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "kept     0" in printed.out
+    assert "too small  1  fewer pixels than min_hxw asks for" in printed.out
+    assert f"osp: error: nothing of {tmp_path / 'data.txt'} would be used: the table says why" in printed.err
 
 
 DENOISER = """
@@ -94,7 +102,8 @@ def test_a_run_is_checked_as_it_will_train(
 ) -> None:
     path = tmp_path / "run.toml"
     path.write_text(run.format(clips=silent))
-    osp(monkeypatch, "data", "check", str(path), *options)
+    with pytest.raises(SystemExit) if "kept     0" in expected else nullcontext():
+        osp(monkeypatch, "data", "check", str(path), *options)
     printed = capsys.readouterr().out
     for part in ["records  3", *expected]:
         assert part in printed

@@ -120,12 +120,14 @@ def test_check_of_real_files(tmp_path: Path) -> None:
             writer.write(torch.zeros(frames, 32, 48, 3, dtype=torch.uint8))
         (tmp_path / name).with_suffix(".txt").write_text("" if name == "silent.mp4" else "a clip")
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
-    table = check_manifest(tmp_path, settings=SETTINGS, csv_path=tmp_path / "table.csv")
+    table, kept = check_manifest(tmp_path, settings=SETTINGS, csv_path=tmp_path / "table.csv")
+    assert kept == 1
     assert "17 x 32 x 48" in table
     assert "short.mp4: 4 frames give 1, min_num_frames is 9" in table
     assert table.count(str(tmp_path / "broken.mp4")) == 1
     assert table.endswith(f"every record: {tmp_path / 'table.csv'}")
-    again = check_manifest(tmp_path, settings=SETTINGS, global_batch=3, need_captions=False)
+    again, none = check_manifest(tmp_path, settings=SETTINGS, global_batch=3, need_captions=False)
+    assert none == 0
     assert "2 samples of 17x32x48, 3 needed" in again
     assert "no caption" not in again
     assert "Shapes" not in again

@@ -24,7 +24,7 @@ class DataCheck:
 
     manifest: Positional[Path]
     """A run of osp train or osp train-vae (RUN.toml), to see what it will use; or a folder of clips with .txt
-    captions, or a data.txt, .json, .jsonl, .csv or .parquet manifest.
+    captions or a data.txt, or a data.txt, .json, .jsonl, .csv or .parquet manifest.
     """
     data: OptionalPath = None
     """The guide's data.json, for what to select; without it, the guide's values."""
@@ -114,7 +114,7 @@ def data_check(options: DataCheck) -> None:
         logger.info("%s: clips of %s, %d a step", options.manifest, manifest, global_batch)
     else:
         selection = read_selection(options.data, changes=changes)
-    table = check_manifest(
+    report = check_manifest(
         manifest,
         settings=selection,
         root=root,
@@ -124,7 +124,9 @@ def data_check(options: DataCheck) -> None:
         probing="all" if options.all_files else "missing",
         seed=seed,
     )
-    sys.stdout.write(table + "\n")
+    sys.stdout.write(report.text + "\n")
+    if not report.kept:
+        raise ValueError(f"nothing of {manifest} would be used: the table says why")
 
 
 def _is_run(path: Path) -> bool:

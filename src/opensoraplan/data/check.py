@@ -6,11 +6,18 @@ The job behind `osp data check`; the decisions themselves are in selection.py.
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import EXAMPLES, Selection, SelectionSettings, select
 from opensoraplan.disk import write_new
+
+
+class Report(NamedTuple):
+    """What there is to read, and how many records are kept."""
+
+    text: str
+    kept: int
 
 
 def check_manifest(
@@ -23,7 +30,7 @@ def check_manifest(
     global_batch: int | None = None,
     need_captions: bool = True,
     csv_path: str | Path | None = None,
-) -> str:
+) -> Report:
     """Read and select as training would, write the CSV if wanted, and return the table.
 
     With `probing` "all" the manifest is held against every file, which training does not do: what the table
@@ -41,10 +48,10 @@ def check_manifest(
         need_captions=need_captions,
         allow_empty=True,
     )
-    table = check(selection)
-    if csv_path is None:
-        return table
-    return f"{table}\n\nevery record: {write_csv(selection, csv_path)}"
+    text = check(selection)
+    if csv_path is not None:
+        text += f"\n\nevery record: {write_csv(selection, csv_path)}"
+    return Report(text, len(selection.kept))
 
 
 def check(selection: Selection) -> str:
