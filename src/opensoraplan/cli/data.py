@@ -94,12 +94,14 @@ def data_check(options: DataCheck) -> None:
 
     from opensoraplan.convert.mindspeed_json import read_selection
     from opensoraplan.data.check import check_manifest
+    from opensoraplan.train.caption_check import find_caption_losses
+    from opensoraplan.train.config import TextSettings, TrainSettings
 
     manifest, root, seed = options.manifest, options.root, options.seed or 0
     changes = [*chain(*options.set)]
     global_batch, need_captions = options.global_batch, options.captions
+    text = TextSettings()
     if _is_run(manifest):
-        from opensoraplan.train.config import TrainSettings
         from opensoraplan.train.sources import global_batch_of
 
         run = _read_run(options, changes)
@@ -110,6 +112,7 @@ def data_check(options: DataCheck) -> None:
             )
         selection = run.data.selection
         global_batch = global_batch_of(run) if global_batch is None else global_batch
+        text = run.text if isinstance(run, TrainSettings) else text
         need_captions = need_captions and isinstance(run, TrainSettings)
         logger.info("%s: clips of %s, %d a step", options.manifest, manifest, global_batch)
     else:
@@ -123,6 +126,7 @@ def data_check(options: DataCheck) -> None:
         need_captions=need_captions,
         probing="all" if options.all_files else "missing",
         seed=seed,
+        describe_captions=(lambda kept: find_caption_losses(kept, text).table()) if need_captions else None,
     )
     sys.stdout.write(report.text + "\n")
     if not report.kept:

@@ -25,7 +25,7 @@ from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.encoders import check_paths, load_encoders
 from opensoraplan.train.loading import ignore_signals, iterate
-from opensoraplan.train.sources import preprocessing_parts, select_clips
+from opensoraplan.train.sources import preprocessing_parts, select_clips, warn_of_captions
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ class CacheJob:
         self.samples = select_clips(data, data.manifest, root=data.root, seed=settings.seed)
         preprocessing = preprocessing_parts(settings, self.samples)
         features.check_place(out, preprocessing)
+        warn_of_captions(self.samples, settings.text)
 
         self.texts = _texts(self.samples)
         self.encoders = load_encoders(settings.vae, settings.text, device=device)

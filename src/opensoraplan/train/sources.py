@@ -29,9 +29,16 @@ from opensoraplan.documents import parse_json
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import shift_and_scale
-from opensoraplan.parallel.ranks import Ranks
+from opensoraplan.parallel.ranks import Ranks, place_in_job
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
-from opensoraplan.train.config import ClipSourceSettings, DataSettings, TrainSettings, VAETrainSettings
+from opensoraplan.train.caption_check import find_caption_losses
+from opensoraplan.train.config import (
+    ClipSourceSettings,
+    DataSettings,
+    TextSettings,
+    TrainSettings,
+    VAETrainSettings,
+)
 from opensoraplan.train.encoders import (
     ENCODER_PARTS,
     Encoders,
@@ -151,6 +158,7 @@ def _open_clips(
     samples = select_clips(
         data, wanted.manifest, root=wanted.root, seed=settings.seed, global_batch=global_batch
     )
+    warn_of_captions(samples, settings.text)
     if not held_out:
         samples = tuple(samples[place] for place in repeated(samples, data.repeat))
     loaded = encoders or load_encoders(settings.vae, settings.text, device=device)
@@ -230,6 +238,13 @@ def select_clips(
     if isinstance(data, DataSettings) and data.use_aesthetic:
         return add_aesthetic_notices(selection.kept, seed=seed)
     return selection.kept
+
+
+def warn_of_captions(samples: Sequence[Sample], text: TextSettings) -> None:
+    """Log, in the first process of a job, what cleaning removes from the captions of these clips."""
+    if place_in_job()[0] == 0:
+        for warning in find_caption_losses(samples, text).warnings():
+            logger.warning(warning)
 
 
 def clip_bytes(shape: tuple[int, int, int]) -> int:
