@@ -196,6 +196,12 @@ def test_contradictions(name: str, key: str, value: object, problem: str, tmp_pa
         read(tmp_path, **{name: {key: value}})
 
 
+def test_the_training_file_of_mindspeed_mm_itself(tmp_path: Path) -> None:
+    encoders = [CONTENT["model"]["text_encoder"], CONTENT["model"]["text_encoder_2"]]
+    with pytest.raises(ValueError, match=r"is a file of MindSpeed-MM itself .* model_opensoraplan1"):
+        read(tmp_path, model={"text_encoder": encoders})
+
+
 def test_what_is_left_out_in_one_place_counts_as_well(tmp_path: Path) -> None:
     left_out = {"load_text_features": LEFT_OUT}
     with pytest.raises(

@@ -86,6 +86,7 @@ def test_the_guides_file() -> None:
         "guidance": 8.0,
         "guidance_rescale": 0.7,
         "linear_quadratic": False,
+        "clean_prompts": True,
     }
 
 
@@ -354,3 +355,67 @@ def test_the_tiny_release(tiny_release: Path) -> None:
     inference = read_inference(tiny_release / "inference.json")
     assert all(path.exists() for path in inference.sources.values())
     assert inference.vae_config["shift"] == [-0.2, 0.1, 0.6, -0.9]
+
+
+@pytest.fixture
+def own_file(content: dict[str, Any]) -> dict[str, Any]:
+    """The guide's file as MindSpeed-MM 2.x writes its own."""
+    del content["predictor"]["from_pretrained"], content["predictor"]["patch_size"]
+    del content["predictor"]["patch_size_t"]
+    content["predictor"] |= {"patch_size_thw": [1, 2, 2], "norm_cls": "fp32_layer_norm", "dtype": "fp16"}
+    content["ae"] |= {"norm_type": "aelayernorm", "t_chunk_enc": 8, "t_chunk_dec": 4}
+    content["dtype"] = content.pop("weight_dtype")
+    t5, clip = ({**content.pop(name), "dtype": "fp16"} for name in ("text_encoder", "text_encoder_2"))
+    content["text_encoder"] = [t5, {**clip, "output_key": "text_embeds"}]
+    tokenizers = content.pop("tokenizer"), content.pop("tokenizer_2")
+    content["tokenizer"] = [
+        {**tokenizer, "model_max_length": length}
+        for tokenizer, length in zip(tokenizers, (content.pop("model_max_length"), 77), strict=True)
+    ]
+    return content | {"use_prompt_preprocess": False, "pipeline_class": "OpenSoraPlanPipeline"}
+
+
+def test_the_file_of_mindspeed_mm_itself(
+    own_file: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same as the guide's, but that no file names the denoiser's weights."""
+    guide = read_inference(GUIDE)
+    with caplog.at_level(logging.INFO):
+        own = read_inference(write(own_file, tmp_path), changes=["ae.t_chunk_dec=2"])
+    assert own.sources == {name: path for name, path in guide.sources.items() if name != "transformer"}
+    assert own.transformer_config == guide.transformer_config | {"norm_cls": "layer_norm"}
+    assert own.vae_config == guide.vae_config
+    assert own.generate == guide.generate | {"clean_prompts": False}
+    assert (own.scheduler, own.max_text_tokens) == (guide.scheduler, 512)
+    assert "inference.json is MindSpeed-MM's own inference file" in caplog.text
+    idle = "text_encoder.T5.dtype, text_encoder.CLIPWithProjection.dtype, ae.t_chunk_enc, ae.t_chunk_dec ("
+    assert f"without meaning here: {idle}" in caplog.text
+    own_file["predictor"]["from_pretrained"] = "model_ema.pt"
+    for key in ("text_encoder", "tokenizer"):
+        own_file[key].reverse()
+    named = read_inference(write(own_file, tmp_path))
+    assert named.sources == guide.sources | {"transformer": Path("model_ema.pt")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pipeline_class": "FlashI2VPipeline"}, "pipeline_class is 'FlashI2VPipeline', not 'OpenSora"),
+        ({"tokenizer": []}, "tokenizer must be a list of two objects, of T5 and of CLIP"),
+        ({"text_encoder": [{"model_id": "T5", "from_pretrained": "a"}] * 2}, "a list of T5 and CLIPWithPro"),
+        ({"text_encoder": [{"model_id": "T5"}, {}]}, "text_encoder: from_pretrained: Field required"),
+        ({"weight_typ": "fp16"}, "unknown key 'weight_typ'"),
+        ({"predictor.patch_size_thw": [1, 2, 4]}, r"patch_size_thw must be \[1, 2, 2\], got \[1, 2, 4\]"),
+        ({"predictor.patch_size_thw": [2, 2, 2]}, "patch_size_t = 2 is not part of v1.5.0"),
+        ({"ae.t_chunk_en": 8}, "unknown key in section ae .*t_chunk_en"),
+    ],
+)
+def test_mistakes_in_the_file_of_mindspeed_mm_itself(
+    change: dict[str, Any], message: str, own_file: dict[str, Any], tmp_path: Path
+) -> None:
+    for name, value in change.items():
+        section, _, key = name.rpartition(".")
+        (own_file[section] if section else own_file)[key] = value
+    with pytest.raises(ValueError, match=message) as caught:
+        read_inference(write(own_file, tmp_path))
+    assert "inference.json" in str(caught.value)

@@ -1,6 +1,6 @@
-"""The guide's JSON files, comments and all, translated to ours: the inference file whole, of data.json what
-selects samples. Every key is used, or named as having no meaning here; an unknown key is an error. The
-architecture keys are in models/original.py.
+"""The guide's JSON files, comments and all, translated to ours: the inference file whole (MindSpeed-MM's own,
+too), of data.json what selects samples. Every key is used, or named as having no meaning here; an unknown key
+is an error. The architecture keys are in models/original.py.
 """
 
 import logging
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
+from opensoraplan.convert.mindspeed_mm_json import is_mindspeed_mm, to_guide
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.defaults import Fps
 from opensoraplan.documents import DocumentError, parse_json, read_json_object
@@ -80,6 +81,7 @@ class InferenceFile(Settings):
     prompt: Path
     device: str = "npu"
     weight_dtype: str = "bf16"
+    use_prompt_preprocess: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,23 @@ class Inference:
 
 
 def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
-    """Translate an inference file. `changes`: values to take instead of its own, as "section.key=value".
+    """Translate an inference file, the guide's or MindSpeed-MM 2.x's own, in which no weights of the denoiser
+    need be named. `changes`: values to take instead of its own, as "section.key=value".
 
     Raises ValueError for unknown keys, and for values that v1.5.0 does not have.
     """
     content = read_json_object(path, comments=True)
     for change in changes:
         _apply(change, content)
+    if of_mindspeed_mm := is_mindspeed_mm(content):
+        content, idle = to_guide(content, where=str(path))
+        logger.info("%s is MindSpeed-MM's own inference file, not the guide's", path)
+        if idle:
+            logger.info(
+                "%s: without meaning here: %s (text encoders compute in dtype; the VAE streams, whatever the "
+                "chunks, with the same result)",
+                *(path.name, ", ".join(idle)),
+            )
     file = InferenceFile.read(content, where=str(path))
     for reason, keys in MEANINGLESS.items():
         if given := [key for key in keys if _has(content, key)]:
@@ -114,8 +126,12 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
     frames, height, width = file.pipeline_config.input_size
     transformer_config = original.denoiser_config(file.predictor, where=f"section predictor of {path}")
     vae_config = original.vae_config(file.ae, where=f"section ae of {path}")
-    for name, section in {"predictor": file.predictor, "ae": file.ae}.items():
+    weights = {"transformer": file.predictor, "vae": file.ae}
+    if of_mindspeed_mm and not file.predictor.get("from_pretrained"):
+        del weights["transformer"]
+    for section in weights.values():
         if not section.get("from_pretrained"):
+            name = "ae" if section is file.ae else "predictor"
             raise ValueError(f"{path}: {name} needs from_pretrained, the path of its weights")
     # The original divides integers; at an interval of 1 a rate such as 23.976 stays what it is.
     fps = file.fps if file.frame_interval == 1 else file.fps // file.frame_interval
@@ -125,10 +141,7 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
             f"frame_interval must be at most {max(1, int(file.fps))}"
         )
     return Inference(
-        sources={
-            "transformer": Path(file.predictor["from_pretrained"]),
-            "vae": Path(file.ae["from_pretrained"]),
-        }
+        sources={name: Path(section["from_pretrained"]) for name, section in weights.items()}
         | {name: getattr(file, name).from_pretrained for name in FOLDERS},
         transformer_config=transformer_config,
         vae_config=vae_config,
@@ -154,6 +167,7 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
             "guidance": file.diffusion.guidance_scale,
             "guidance_rescale": file.diffusion.guidance_rescale,
             "linear_quadratic": file.diffusion.use_linear_quadratic_schedule,
+            "clean_prompts": file.use_prompt_preprocess,
         },
     )
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from opensoraplan.convert.mindspeed_json import NOT_OF_SELECTION, LocalFolder, read_selection
+from opensoraplan.convert.mindspeed_mm_json import is_mindspeed_mm
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.documents import read_json_object
 from opensoraplan.flow import Weighting
@@ -262,6 +263,11 @@ def read_guide(
         if not path.is_file():
             raise ValueError(f"{path} does not exist or is no file")
     files = _Files({"model": model_json, "data": data_json})
+    if is_mindspeed_mm(files.content["model"]):
+        raise ValueError(
+            f"{model_json} is a file of MindSpeed-MM itself (text_encoder is a list): --model takes the "
+            "guide's model_opensoraplan1_5.json, of the branch mindspeed_mmdit of Open-Sora Plan"
+        )
     model = ModelFile.read(files.content["model"], where=str(model_json))
     data = DataFile.read(files.content["data"], where=str(data_json))
     given = data.dataset_param.preprocess_parameters
