@@ -159,6 +159,8 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
         ("train {folder}", r"a \.toml file such as configs/finetune\.toml"),
         ("train {run} --set optimizer.lr=fast --set seed=1", "optimizer.lr: .*'fast'"),
         ("train-vae {run}", "settings of a denoiser's run, which is for osp train"),
+        ("export . --out a --prompt-template x", "must hold {} once, where the prompt goes"),
+        ("train {run} --set output=runs/a data.manifest=nowhere", "nowhere does not exist"),
         ("export . --out a --tp 2", "--tp 2 goes with --to megatron"),
     ],
 )
@@ -171,7 +173,19 @@ def test_mistakes_are_told_in_one_message(
     assert "Traceback" not in err
     assert err.count("osp: error: ") == 1
     assert re.search(message, err), err
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_that_is_no_runs_is_not_replaced(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run("model")
+    run.output.mkdir()
+    (run.output / "config.json").write_text('{"_class_name": "T5EncoderModel"}')
+    before = contents(run.output)
+    code, err = osp("train", toml_of(run, tmp_path / "run.json"), "--set", "optimizer.steps=1")
+    assert code == 2
+    assert "model/config.json is not the config.json of a training run, and would be replaced" in err
+    assert contents(run.output) == before
 
 
 def test_a_vae_run_is_no_denoisers(osp: Osp, tiny_clips: Path, tmp_path: Path) -> None:

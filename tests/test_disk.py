@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from opensoraplan.disk import _move_without_link, clear_dead, write_new, write_whole
+from opensoraplan.disk import _move_without_link, clear_dead, made, write_new, write_whole
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -109,3 +110,17 @@ def test_moving_without_hard_links(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         _move_without_link(tmp_path / "missing", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_folders_that_were_made_go_with_an_error(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in ("new/deep", "old/deep", "old/full"):
+        with suppress(ValueError), made(tmp_path / folder):
+            if folder == "old/full":
+                (tmp_path / folder / "file").touch()
+            raise ValueError
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "old",
+        "old/full",
+        "old/full/file",
+    ]

@@ -295,11 +295,38 @@ def test_a_data_set_may_be_moved(tmp_path: Path) -> None:
     assert not record.error
 
 
+@pytest.mark.parametrize("name", ["data.txt", "annotation.json", "clips"])
+def test_files_of_others_are_neither_replaced_nor_adopted(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name == "clips" else (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"has {name}, which osp data render has not made: use another"):
+        write_dataset(tmp_path, count=1, frames=9, height=64, width=64)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must hold one JSON object"),
+        ('{"seed": 0}', "settings.json: .*Field required"),
+        ("{", "valid JSON"),
+    ],
+)
+def test_settings_that_are_not_ours_are_refused_with_the_file(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_dataset(tmp_path, count=1, frames=9, height=64, width=64)
+    assert (tmp_path / "settings.json").read_text() == text
+
+
 def test_a_data_set_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="count and captions must be at least 1, got count 0"):
         write_dataset(tmp_path, count=0)
     with pytest.raises(ValueError, match="height must be a multiple"):
         write_dataset(tmp_path, count=1, height=50)
+    with pytest.raises(ValueError, match="fps must be in"):
+        write_dataset(tmp_path / "new" / "deep", count=1, fps=0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -49,6 +49,22 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; if the block raises, remove those that are new, unless something is in
+    them by then. Raises OSError if it cannot be made.
+    """
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in new:
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+@contextmanager
 def workplace(folder: Path) -> Iterator[Path]:
     """A hidden folder in `folder`, to make files in that are moved to their places when they are whole. It is
     removed at the end of the block with what is left in it. Raises OSError if it cannot be made.

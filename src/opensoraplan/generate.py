@@ -77,13 +77,15 @@ class Targets:
 
 
 def check_folder(folder: Path, name: str = "") -> None:
-    """Make the folder. Raises ValueError if it, or a file in it with a name like that, cannot be written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"cannot write to {folder}: it is a file, not a folder")
-    # As long as the longest name there may be, which is that of latents while they are written.
-    probe = folder / f".{Path(name).stem}_999.osp-write-test-aaaaaa.00000000.tmp"
+    """Raise ValueError if a folder, or a file in it with a name like that, cannot be written. It need not
+    exist, and is not made.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if there == folder and not there.is_dir():
+            raise ValueError(f"cannot write to {folder}: it is a file, not a folder")
+        # As long as the longest name there may be, which is that of latents while they are written.
+        probe = there / f".{Path(name).stem}_999.osp-write-test-aaaaaa.00000000.tmp"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:

@@ -24,6 +24,7 @@ from opensoraplan.data.video import (
     probe,
     to_uint8,
 )
+from opensoraplan.disk import made
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.memory import fit_decoding
 from opensoraplan.models.wfvae import WFVAE
@@ -100,11 +101,11 @@ def reconstruct(
         return vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
 
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     fidelity = Fidelity()
     title = f"{Path(path).name}: source, WF-VAE"
     timed = info.variable and fps is None
-    with VideoWriter(out, fps=info.fps if fps is None else fps, title=title, timed=timed) as writer:
+    rate = info.fps if fps is None else fps
+    with made(out.parent), VideoWriter(out, fps=rate, title=title, timed=timed) as writer:
         latents = torch.cat(list(moments()), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
         times: list[tuple[Fraction, Fraction]] = []
         again = _noted(path, frames, times) if timed else iter_frames(path, count=frames, fps=fps)

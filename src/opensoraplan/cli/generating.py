@@ -22,6 +22,7 @@ from opensoraplan.cli.parts import (
     read_prompt_config,
 )
 from opensoraplan.defaults import Solver, Weights
+from opensoraplan.disk import made
 from opensoraplan.documents import read_json_object
 from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
@@ -412,20 +413,21 @@ def _run(
     if options.compile:  # last: it is the blocks as they are now that are compiled
         compile_blocks(pipeline.transformer)
     pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not ranks.first)
-    job.run(
-        pipeline,
-        asked.requests,
-        asked.targets,
-        model=model,
-        resume=options.resume or is_prompt_file(options.prompt) or len(asked.requests) > 1,
-        save_every=options.save_every,
-        ranks=ranks,
-        all_decode=all_decode,
-        batched=options.sharing.branch_ranks > 1,
-        arrangement=arrangement,
-        step_ratios=asked.step_ratios,
-        fingerprints=asked.fingerprints,
-    )
+    with made(asked.targets[0].parent):
+        job.run(
+            pipeline,
+            asked.requests,
+            asked.targets,
+            model=model,
+            resume=options.resume or is_prompt_file(options.prompt) or len(asked.requests) > 1,
+            save_every=options.save_every,
+            ranks=ranks,
+            all_decode=all_decode,
+            batched=options.sharing.branch_ranks > 1,
+            arrangement=arrangement,
+            step_ratios=asked.step_ratios,
+            fingerprints=asked.fingerprints,
+        )
 
 
 @dataclass(frozen=True)
@@ -657,7 +659,8 @@ def calibrate(options: Calibrate) -> None:
         plans = _plans(_needs(pipeline, [batched]), "auto", device, free=free_memory(device))
         ratios = Arrangement(pipeline, plans, device).run(measure)
     weights = fingerprint_weights(folder / "transformer")
-    step_cache.Calibration(ratios=ratios, transformer=weights).write(out)
+    with made(out.parent):
+        step_cache.Calibration(ratios=ratios, transformer=weights).write(out)
     logger.info("wrote %s: osp generate ... --step-cache 0.06", out)
 
 
@@ -712,7 +715,8 @@ def decode(options: Decode) -> None:
     fit_decoding(vae, [(frames, height, width)], device)
     vae.register_to_config(**found.scaling)
     record |= {"vae_dtype": dtype_name(vae.dtype), "vae_tiling": vae.tiling}
-    with explained_memory("the frames do not fit into memory: --tiling needs less, and is not exact"):
+    full = "the frames do not fit into memory: --tiling needs less, and is not exact"
+    with explained_memory(full), made(wanted.parent):
         written = job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"])
     logger.info("wrote %s", written)
 

@@ -8,7 +8,7 @@ whole.
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from opensoraplan.claims import claimed
 from opensoraplan.convert import keys
 from opensoraplan.convert.checkpoints import SHARD_FILE, TRACKER
-from opensoraplan.disk import named_errors, permit, workplace
+from opensoraplan.disk import made, named_errors, permit, workplace
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
@@ -56,25 +56,18 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def _new_path(path: Path, check_free: Callable[[Path], None]) -> Iterator[Path]:
     check_free(path)
-    new_parents = [parent for parent in path.parents if not parent.exists()]
-    try:
-        with ExitStack() as stack:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(claimed(path, doing=f"writing {path}"))
-                check_free(path)
-                partial = stack.enter_context(workplace(path.parent)) / path.name
-            except OSError as error:
-                raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
-            with named_errors(path):
-                yield partial
-                permit(partial)
-                partial.rename(path)
-    except BaseException:
-        for parent in new_parents:
-            with suppress(OSError):  # not empty: somebody else uses it by now
-                parent.rmdir()
-        raise
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made(path.parent))
+            stack.enter_context(claimed(path, doing=f"writing {path}"))
+            check_free(path)
+            partial = stack.enter_context(workplace(path.parent)) / path.name
+        except OSError as error:
+            raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
+        with named_errors(path):
+            yield partial
+            permit(partial)
+            partial.rename(path)
 
 
 def _check_free_folder(path: Path) -> None:

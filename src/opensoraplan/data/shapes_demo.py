@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensoraplan.data.video import VideoWriter, frame_rate
-from opensoraplan.disk import write_whole
+from opensoraplan.disk import made, write_whole
 from opensoraplan.names import did_you_mean
+from opensoraplan.settings import Settings
 
 # sRGB. Hues lie at least 22 degrees apart and every colour is far more saturated than any background.
 COLOURS = {
@@ -50,6 +52,7 @@ BACKGROUNDS = {
 }
 # Raise it when the same scene comes out with other pixels or captions: old data sets are then not continued.
 VERSION = 4
+_SETTINGS = "settings.json"
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "bright red"),
@@ -311,32 +314,42 @@ def write_dataset(
     that the folder may be moved), and returns the path of the last. Clips that are there already are
     kept, so that a broken-off call can be repeated and a data set be extended with a larger `count`.
 
-    Raises ValueError for a folder that holds clips of other settings, and for numbers that cannot be.
+    Raises ValueError for a folder that holds clips of other settings, or files of these names that were not
+    made here, and for numbers that cannot be. Nothing is written then.
     """
     if count < 1 or captions < 1:
         raise ValueError(f"count and captions must be at least 1, got count {count}, captions {captions}")
     _check_size(frames=frames, height=height, width=width)
     root = Path(folder).resolve()
     clips = root / "clips"
-    clips.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "version": VERSION,
-        "seed": seed,
-        "held_out": held_out,
-        "objects": objects,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "fps": str(frame_rate(fps)),
-        "crf": crf,
-    }
-    _settle(root / "settings.json", settings)
+    settings = _ClipSettings(
+        version=VERSION,
+        seed=seed,
+        held_out=held_out,
+        objects=objects,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=str(frame_rate(fps)),
+        crf=crf,
+    )
+    _check_folder(root, settings)
+    with made(clips):
+        text = settings.model_dump_json(indent=1)
+        write_whole(root / _SETTINGS, lambda file: file.write_text(text))
+        return _write_clips(root, settings, count=count, captions=captions)
+
+
+def _write_clips(root: Path, settings: "_ClipSettings", *, count: int, captions: int) -> Path:
+    """The clips of `write_dataset` that are not there yet, and the manifest of all."""
+    seed, frames, height, width = settings.seed, settings.frames, settings.height, settings.width
+    rate = Fraction(settings.fps)
     records = []
     for index in tqdm(range(count), desc="clips", unit="clip"):
-        scene = scene_for(index, seed=seed, held_out=held_out, objects=objects)
-        path = clips / f"{index:06d}.mp4"
+        scene = scene_for(index, seed=seed, held_out=settings.held_out, objects=settings.objects)
+        path = root / "clips" / f"{index:06d}.mp4"
         if not path.exists():
-            with VideoWriter(path, fps=fps, crf=crf) as writer:
+            with VideoWriter(path, fps=rate, crf=settings.crf) as writer:
                 writer.write(render(scene, frames=frames, height=height, width=width))
         texts = [caption(scene, variant=variant) for variant in range(captions)]
         records.append(
@@ -344,7 +357,7 @@ def write_dataset(
                 "path": f"clips/{path.name}",
                 "cap": [*texts, caption(scene, variant=index + 1, short=True)],
                 "num_frames": frames,
-                "fps": fps,
+                "fps": rate.numerator if rate.denominator == 1 else float(rate),
                 "resolution": {"height": height, "width": width},
                 "scene": asdict(scene),
             }
@@ -559,18 +572,40 @@ def _ripple(x: Tensor, y: Tensor, rng: random.Random, *, across: float, down: fl
     return total / 2.5
 
 
-def _settle(path: Path, settings: dict[str, object]) -> None:
-    """Write `settings`, or see to it that they are those written before."""
+class _ClipSettings(Settings):
+    """What the clips in a folder were made with: its settings.json."""
+
+    version: int
+    seed: int
+    held_out: bool | None
+    objects: int | None
+    frames: int
+    height: int
+    width: int
+    fps: str
+    crf: int
+
+
+def _check_folder(root: Path, settings: _ClipSettings) -> None:
+    """Raise ValueError unless a folder has clips of these settings, or nothing that would be replaced."""
+    path = root / _SETTINGS
     if not path.exists():
-        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=1)))
+        names = [name for name in ("clips", "annotation.json", "data.txt") if (root / name).exists()]
+        if names:
+            raise ValueError(
+                f"{root} has {', '.join(names)}, which osp data render has not made: use another folder"
+            )
         return
-    before = json.loads(path.read_text())
+    try:
+        before = _ClipSettings.read_file(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; osp data render has not made what is there: use another folder") from None
     changed = [
-        f"{key} {before.get(key)} (now {value})"
-        for key, value in settings.items()
-        if before.get(key) != value
+        f"{key} {getattr(before, key)} (now {value})"
+        for key, value in settings.model_dump().items()
+        if getattr(before, key) != value
     ]
     if changed:
         raise ValueError(
-            f"{path.parent} holds clips made with other settings: {', '.join(changed)}; use another folder"
+            f"{root} holds clips made with other settings: {', '.join(changed)}; use another folder"
         )

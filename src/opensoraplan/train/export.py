@@ -11,6 +11,7 @@ from opensoraplan.convert.assemble import Opened, Sources, open_vae, write_pipel
 from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.documents import read_json_object
+from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings
@@ -26,11 +27,14 @@ INDEX = "model_index.json"
 @dataclass(frozen=True)
 class PromptDefaults:
     """How the exported pipeline treats prompts; the original wraps them and adds a negative prompt, in
-    generating though not in training.
+    generating though not in training. Raises ValueError for a template without exactly one {}.
     """
 
     template: str | None = None
     negative: str | None = None
+
+    def __post_init__(self) -> None:
+        PromptSettings(template=self.template)  # raises for one that prompts do not fit into
 
     def as_config(self) -> dict[str, Any]:
         config: dict[str, Any] = {}

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from opensoraplan.claims import claimed
-from opensoraplan.disk import clear_dead, plain_errors, write_whole
+from opensoraplan.disk import clear_dead, made, plain_errors, write_whole
 from opensoraplan.parallel.ranks import ALONE, JointError, Ranks, explain, why_lost
 from opensoraplan.parallel.shards import local
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.files import read_settings, refuse_changes
+from opensoraplan.train.files import is_vae_run, read_settings, refuse_changes
 from opensoraplan.train.gradient_clip import GradientOutlierError
 from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.metrics import FILE as METRICS
@@ -61,8 +61,9 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
     `resume`: None, "latest" or a step. Without it a folder that has a run is refused; with it, a run whose
     settings differ in what would change its results is refused with the differences, and so is a step beyond
     `optimizer.steps`. "latest" without a checkpoint begins anew, so that one command line serves for every
-    start of a job. The folder is locked against a second process. A folder in which nothing was trained yet
-    counts as empty.
+    start of a job. The folder is claimed against a second process. A folder in which nothing was trained yet
+    counts as empty, and nothing is written to it here: `run_steps` does when the run begins. If the block
+    raises before that, a new folder is removed.
     """
     config = output / CONFIG
     step, total = 0, settings.optimizer.steps
@@ -81,20 +82,33 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
                 f"step {step} of {output} is beyond optimizer.steps {total}: raise optimizer.steps to go on, "
                 f"or --resume an earlier step (there are: {earlier or 'none'})"
             )
-    elif resume not in (None, "latest"):
-        checkpoint.find(output, resume)  # raises: there is none
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {output}: {error.strerror}") from None
-    with claimed(output / "run", doing=f"training in {output}"):
+    else:
+        _refuse_foreign(config)
+        if resume not in (None, "latest"):
+            checkpoint.find(output, resume)  # raises: there is none
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made(output))
+        except OSError as error:
+            raise ValueError(f"cannot write to {output}: {error.strerror}") from None
+        stack.enter_context(claimed(output / "run", doing=f"training in {output}"))
         checkpoint.remove_unfinished(output)
         clear_dead(output)
-        if not began_before:  # else when it does go on
-            _write_config(settings)
         if step:
             logger.info("%s: going on after step %d of %d", output, step, total)
         yield step
+
+
+def _refuse_foreign(config: Path) -> None:
+    """Raise ValueError for a file of that name which no run has written: it would be replaced."""
+    if not config.exists():
+        return
+    try:
+        read_settings(VAETrainSettings if is_vae_run(config) else TrainSettings, config)
+    except ValueError:
+        raise ValueError(
+            f"{config} is not the {CONFIG} of a training run, and would be replaced: choose another output"
+        ) from None
 
 
 def _has_trained(output: Path) -> bool:
