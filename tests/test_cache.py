@@ -181,6 +181,29 @@ def _listed(folder: Path) -> Path:
     return path
 
 
+def test_a_clip_that_was_replaced_is_noticed_and_encoded_again(
+    settings: TrainSettings, clips: Path, tmp_path: Path
+) -> None:
+    """Under the same name, of the same length. Other times alone change nothing."""
+    shutil.copytree(clips, tmp_path / "mine")
+    run, folder = changed(settings, manifest=tmp_path / "mine"), tmp_path / "features"
+    write(run, folder)
+    trained = changed(run, features=folder)
+    first, second = (tmp_path / "mine" / f"{number}.mp4" for number in (0, 1))
+    os.utime(second)
+    open_source(trained, device=CPU)
+    before = first.stat()
+    first.write_bytes(second.read_bytes())
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"is stale: 1 clips have changed .*0\.mp4\); `osp cache --out"):
+        open_source(trained, device=CPU)
+    again = write(run, folder)
+    assert (again.written, again.present) == (1, 4)
+    source, _ = open_source(trained, device=CPU)
+    one, two = (source.dataset[Draw(index=index, epoch=0, step=0, slot=0)].moments for index in (0, 1))
+    assert torch.equal(one, two)
+
+
 def test_memory_that_is_full_is_told(settings: TrainSettings, tmp_path: Path) -> None:
     def full(module: nn.Module, _arguments: object) -> None:
         if isinstance(module, wfvae.Encoder):

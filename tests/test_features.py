@@ -176,6 +176,26 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         _ = data[Draw(index=0, epoch=0, step=0, slot=0)]
 
 
+@pytest.mark.parametrize("kind", ["videos", "texts"])
+def test_bytes_that_have_changed_are_noticed(tmp_path: Path, kind: str) -> None:
+    """In the middle of tensors, where safetensors sees nothing, and in the header."""
+    shard = write(tmp_path) / f"{kind}-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    data = dataset(tmp_path)
+    draws = [
+        Draw(index=index, epoch=epoch, step=0, slot=0) for index in range(len(data)) for epoch in range(20)
+    ]
+    with pytest.raises(ValueError, match=rf"{kind}-00000\.safetensors is missing or damaged \(the bytes of"):
+        [data[draw] for draw in draws]
+    word = b"left_out" if kind == "videos" else b"checksums"
+    changed = whole.replace(word, word.upper(), 1)
+    assert changed != whole
+    shard.write_bytes(changed)
+    with pytest.raises(ValueError, match="the bytes of its header have changed"):
+        dataset(tmp_path)
+
+
 def test_quality_phrases_are_other_captions(tmp_path: Path) -> None:
     write(tmp_path / "unscored")
     dataset(tmp_path / "unscored", use_aesthetic=True)

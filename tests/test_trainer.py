@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -423,13 +422,11 @@ def spoil(run: TrainSettings, folder: Path, *, steps: Sequence[int] | None) -> T
     places: Sequence[int] = range(8)
     if steps is not None:
         places = [draw.index for step in steps for draw in sampler.global_batch(step - 1)]
-    shard = features.shard_path(folder, "videos", 0)
-    with safe_open(shard, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        header = file.metadata()
+    data = features.FeatureDataset(folder, seed=0, caption_dropout=0, use_aesthetic=False)
+    moments = [data[Draw(index=index, epoch=0, step=0, slot=0)].moments for index in range(8)]
     for place in places:
-        tensors[sorted(tensors)[place]].fill_(float("inf"))
-    save_file(tensors, shard, metadata=header)
+        moments[place].fill_(float("inf"))
+    features.write_videos(folder, 0, list(zip(data.samples, moments, strict=True)))
     return run
 
 

@@ -5,19 +5,23 @@ and CLIP states. The folder has
 
     features.json               what it was made from, part by part
     videos-00000.safetensors    posterior moments [2 C, t, h, w] of so many samples in a row; in the header
-                                what is known of each sample, and of those that could not be read
+                                what is known of each sample, of its file, and of those that could not be read
     texts-00000.safetensors     KEY.sequence [L, D] and KEY.pooled [P] of so many texts; see `text_key`
+
+Headers have checksums of the tensors and of themselves.
 """
 
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +36,7 @@ from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample, samples_needed
 from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.documents import as_object, parse_json
+from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
 
 DESCRIPTION = "features.json"
@@ -40,6 +45,10 @@ VERSION = 2
 
 # The one entry of a shard's header: with more, safetensors writes them in any order.
 _INDEX = "index"
+# In it, of each tensor; before it, of the index itself, in so many hexadecimal digits.
+_CHECKSUMS, _DIGITS = "checksums", 8
+# Of clips in a message.
+_NAMED = 5
 # What a failed write leaves.
 _WHOLE = "what was written before is whole"
 # Files that are kept open, of the thousand or so that a process may have.
@@ -59,6 +68,33 @@ class LeftOut(NamedTuple):
 
     path: str
     error: str
+
+
+class KnownFile(NamedTuple):
+    """What tells whether a clip's file is the one that was encoded: its size in bytes, the times when its
+    content and its status changed last, and a hash of its content (see `fingerprint_file`).
+    """
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+    content: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Raises OSError for a file that cannot be read."""
+        status = path.stat()  # first: what changes meanwhile is seen the next time
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, fingerprint_file(path))
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this content is at `path` still; it is read if the times are others."""
+        try:
+            status = path.stat()
+            if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == self[:3]:
+                return True
+            return status.st_size == self.size and fingerprint_file(path) == self.content
+        except OSError:
+            return False
 
 
 class Description(Settings):
@@ -153,9 +189,12 @@ def write_videos(
     shard: int,
     moments: Sequence[tuple[Sample, Tensor]],
     *,
+    files: Mapping[int, KnownFile] = MappingProxyType({}),
     left_out: Sequence[LeftOut] = (),
 ) -> None:
     """Write samples with their moments [2 C, t, h, w] as file number `shard`, or nothing at all.
+
+    `files`: the clips' files as they were read, by the samples' places in the whole cache, in their order.
 
     Raises ValueError in plain words for a disk that is full or cannot be written to.
     """
@@ -170,6 +209,7 @@ def write_videos(
             }
             for sample, _ in moments
         ],
+        "files": [(place, *file) for place, file in files.items()],
         "left_out": left_out,
     }
     tensors = {_video_name(place): tensor for place, (_, tensor) in enumerate(moments)}
@@ -183,6 +223,35 @@ def write_texts(folder: Path, shard: int, states: Mapping[str, tuple[Tensor, Ten
         key = text_key(text)
         tensors |= {f"{key}.sequence": sequence, f"{key}.pooled": pooled}
     _write_shard(shard_path(folder, "texts", shard), tensors, {"texts": [text_key(text) for text in states]})
+
+
+def changed_clips(folder: Path, samples: Sequence[Sample], shards: Iterable[int]) -> dict[int, list[Path]]:
+    """The clips in these files of videos that are others now, by the number of the file. `samples`: all that
+    the cache was made of, as they are now. Caches of earlier versions do not know their files.
+    """
+
+    def changed(shard: int) -> list[Path]:
+        known = _header(shard_path(folder, "videos", shard)).get("files", [])
+        files = {samples[place].record.path: KnownFile(*file) for place, *file in known}
+        return [path for path, file in files.items() if not file.is_at(path)]
+
+    shards = list(shards)
+    with ThreadPoolExecutor(_READERS) as executor:
+        found = zip(shards, executor.map(changed, shards), strict=True)
+        return {shard: gone for shard, gone in found if gone}
+
+
+def check_files(folder: Path, samples: Sequence[Sample]) -> None:
+    """Raise ValueError if clips were replaced since they were encoded, which the names do not tell."""
+    description = _read_description(folder)
+    changed = changed_clips(folder, samples, range(description.shards("videos")))
+    paths = sorted({str(path) for shard in changed.values() for path in shard})
+    if paths:
+        more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        raise ValueError(
+            f"{folder} is stale: {len(paths)} clips have changed since they were encoded "
+            f"({', '.join(paths[:_NAMED])}{more}); `osp cache --out {folder}` encodes them again"
+        )
 
 
 def missing_shards(folder: Path) -> list[Path]:
@@ -271,18 +340,19 @@ class FeatureDataset(Dataset[Features]):
         self.caption_dropout = caption_dropout
         self.samples: list[Sample] = []
         self._files: list[tuple[Path, str]] = []
+        self._checksums: dict[Path, dict[str, int]] = {}
         files = _shards(self.folder, self.description, "videos")
         for file, index in zip(files, _in_threads(_header, files), strict=True):
+            self._checksums[file] = index.get(_CHECKSUMS, {})
             self.samples += [_sample(entry) for entry in index["samples"]]
             self._files += [(file, _video_name(place)) for place in range(len(index["samples"]))]
         if not self.samples:
             raise ValueError(f"{self.folder} has no samples: none of its clips could be read")
         files = _shards(self.folder, self.description, "texts")
-        self._texts = {
-            key: file
-            for file, index in zip(files, _in_threads(_header, files), strict=True)
-            for key in index["texts"]
-        }
+        self._texts: dict[str, Path] = {}
+        for file, index in zip(files, _in_threads(_header, files), strict=True):
+            self._checksums[file] = index.get(_CHECKSUMS, {})
+            self._texts |= dict.fromkeys(index["texts"], file)
         self._open = _OpenFiles()
         if use_aesthetic != self.description.use_aesthetic and any(
             sample.record.aesthetic is not None for sample in self.samples
@@ -300,7 +370,7 @@ class FeatureDataset(Dataset[Features]):
     @property
     def widths(self) -> tuple[int, int, int]:
         """C, D and P: what the denoiser must take. They are read from the first sample."""
-        moments = self._open.tensor(*self._files[0])
+        moments = self._tensor(*self._files[0])
         sequence, pooled = self._states("")
         return moments.shape[0] // 2, sequence.shape[1], pooled.shape[0]
 
@@ -331,13 +401,21 @@ class FeatureDataset(Dataset[Features]):
     def __getitem__(self, draw: Draw) -> Features:
         sample = self.samples[draw.index]
         caption = caption_of(sample, draw, seed=self.seed, dropout=self.caption_dropout)
-        moments = self._open.tensor(*self._files[draw.index])
+        moments = self._tensor(*self._files[draw.index])
         return Features(moments, *self._states(caption), caption, sample)
 
     def _states(self, caption: str) -> tuple[Tensor, Tensor]:
         key = text_key(caption)
         file = self._texts[key]
-        return self._open.tensor(file, f"{key}.sequence"), self._open.tensor(file, f"{key}.pooled")
+        return self._tensor(file, f"{key}.sequence"), self._tensor(file, f"{key}.pooled")
+
+    def _tensor(self, file: Path, name: str) -> Tensor:
+        """Raises ValueError for one whose bytes are not those that were written."""
+        tensor = self._open.tensor(file, name)
+        with _damage(file):
+            if self._checksums[file].get(name, checksum := _checksum(tensor)) != checksum:
+                raise ValueError(f"the bytes of {name} have changed")
+        return tensor
 
 
 def collate_features(items: Sequence[Features]) -> FeatureBatch:
@@ -398,7 +476,20 @@ def _in_threads(read: Callable[[Path], dict[str, Any]], paths: Sequence[Path]) -
 def _header(path: Path) -> dict[str, Any]:
     """The index in a shard's header; ValueError for a file that is missing, cut off or none of ours."""
     with _damage(path), safe_open(path, framework="pt") as file:
-        return as_object(parse_json((file.metadata() or {})[_INDEX], where=_INDEX), where=_INDEX)
+        text = (file.metadata() or {})[_INDEX]
+        if not text.startswith("{"):  # as the first version wrote it
+            checksum, text = text[:_DIGITS], text[_DIGITS:]
+            if checksum != _text_checksum(text):
+                raise ValueError("the bytes of its header have changed")
+        return as_object(parse_json(text, where=_INDEX), where=_INDEX)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _text_checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):0{_DIGITS}x}"
 
 
 @contextmanager
@@ -450,5 +541,8 @@ def _write_description(folder: Path, description: Description) -> None:
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor], index: Mapping[str, object]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = {name: _checksum(tensor) for name, tensor in plain.items()}
+    text = json.dumps({**index, _CHECKSUMS: checksums})
+    metadata = {_INDEX: _text_checksum(text) + text}
     with plain_errors(path, whole=_WHOLE):
-        write_whole(path, lambda file: save_file(plain, file, metadata={_INDEX: json.dumps(index)}))
+        write_whole(path, lambda file: save_file(plain, file, metadata=metadata))

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from opensoraplan.data import features
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import ClipDataset, all_captions
-from opensoraplan.data.features import Description, Kind, LeftOut
+from opensoraplan.data.features import Description, Kind, KnownFile, LeftOut
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, installed_reader
 from opensoraplan.device import explained_memory, prepare, resolve_device
@@ -65,10 +66,11 @@ def write_cache(
 ) -> CacheSummary:
     """Encode the clips that `settings.data` selects, each at one window, and all their captions.
 
-    Shards that are there already are kept: the same call goes on with a killed one. Of `ranks` processes each
-    writes the shards of its own `rank`; the files are the same however many there are. A clip that cannot be
-    read is left out; to try it again, delete its shard. Bars show how far this rank is, which
-    `progress(step, done, total)` is told, too, step being "texts" or "videos".
+    Shards that are there already are kept: the same call goes on with a killed one. Those of which a clip was
+    replaced since are written again. Of `ranks` processes each writes the shards of its own `rank`; the files
+    are the same however many there are. A clip that cannot be read is left out; to try it again, delete its
+    shard. Bars show how far this rank is, which `progress(step, done, total)` is told, too, step being
+    "texts" or "videos".
 
     Raises ValueError, before anything is encoded, for settings that are missing, a manifest without samples
     or captions, a folder that has something else (of another cache, what differs), and a disk that cannot be
@@ -81,7 +83,7 @@ def write_cache(
     left_out: list[LeftOut] = []
     for kind in features.KINDS:
         own = range(rank, job.description.shards(kind), ranks)
-        there = [shard for shard in own if features.is_written(out, kind, shard)]
+        there = job.written(kind, own)
         to_write = sorted(set(own) - set(there))
         present, written = present + len(there), written + len(to_write)
         with _counted(job.description, kind, there, to_write, progress) as one_more:
@@ -152,6 +154,16 @@ class CacheJob:
         )
         features.begin(out, self.description)
 
+    def written(self, kind: Kind, shards: Sequence[int]) -> list[int]:
+        """Which of these files are there, whole, and made of the clips as they are now."""
+        there = [shard for shard in shards if features.is_written(self.out, kind, shard)]
+        if kind == "texts":
+            return there
+        changed = features.changed_clips(self.out, self.samples, there)
+        for path in sorted({path for paths in changed.values() for path in paths}):
+            logger.info("%s has changed: it is encoded again", path)
+        return [shard for shard in there if shard not in changed]
+
     def write_texts(self, shards: Sequence[int], one_more: Callable[[], None]) -> None:
         """Encode and write these files of texts."""
         for shard in shards:
@@ -183,6 +195,7 @@ class CacheJob:
         with closing(iterate(loader)) as clips:
             for shard in shards:
                 moments: list[tuple[Sample, Tensor]] = []
+                files: dict[int, KnownFile] = {}
                 bad: list[LeftOut] = []
                 for place in self.description.places("videos", shard):
                     read = next(clips)
@@ -191,10 +204,11 @@ class CacheJob:
                         check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
                     else:
                         with explained_memory(_FULL):
-                            encoded = self.encoders.encode_videos(read[None])[0].cpu()
+                            encoded = self.encoders.encode_videos(read.video[None])[0].cpu()
                         moments.append((self.samples[place], encoded))
+                        files[place] = read.file
                     one_more()
-                features.write_videos(self.out, shard, moments, left_out=bad)
+                features.write_videos(self.out, shard, moments, files=files, left_out=bad)
                 left_out += bad
         return left_out
 
@@ -219,20 +233,28 @@ class CacheJob:
         return summary
 
 
-class _Clips(Dataset[Tensor | LeftOut]):
-    """Pixels [3, T, H, W] of the sample at a place, or why they cannot be read."""
+class _Clip(NamedTuple):
+    """Pixels [3, T, H, W], and the file that they are from."""
+
+    video: Tensor
+    file: KnownFile
+
+
+class _Clips(Dataset[_Clip | LeftOut]):
+    """The sample at a place, or why it cannot be read."""
 
     def __init__(self, samples: Sequence[Sample], data: DataSettings, *, seed: int) -> None:
         self._samples = samples
         self._reader: Reader = installed_reader(data.reader)
         self._seed = seed
 
-    def __getitem__(self, place: int) -> Tensor | LeftOut:
+    def __getitem__(self, place: int) -> _Clip | LeftOut:
         sample = self._samples[place]
         # By itself, so that none of the same shape can take its place.
         alone = ClipDataset([sample], seed=self._seed, new_windows=False, reader=self._reader)
         try:
-            return alone[Draw(index=0, epoch=0, step=0, slot=0)].video
+            file = KnownFile.of(sample.record.path)
+            return _Clip(alone[Draw(index=0, epoch=0, step=0, slot=0)].video, file)
         except (OSError, ValueError) as error:
             return LeftOut(_printable(str(sample.record.path)), _printable(str(error)))
 

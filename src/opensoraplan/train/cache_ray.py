@@ -61,8 +61,10 @@ def _looked_at(job: CacheJob) -> tuple[list[LeftOut], list[Row], int]:
     to_write: list[Row] = []
     present = 0
     for kind in features.KINDS:
-        for shard in range(job.description.shards(kind)):
-            if not features.is_written(job.out, kind, shard):
+        shards = range(job.description.shards(kind))
+        there = set(job.written(kind, shards))
+        for shard in shards:
+            if shard not in there:
                 to_write.append({"kind": kind, "shard": shard})
                 continue
             present += 1

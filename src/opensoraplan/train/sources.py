@@ -18,6 +18,7 @@ from opensoraplan.data.dataset import Batch, ClipDataset, collate
 from opensoraplan.data.features import (
     FeatureBatch,
     FeatureDataset,
+    check_files,
     check_fresh,
     collate_features,
     read_parts,
@@ -191,6 +192,7 @@ def _check_features(
     """Hold the features against what the settings name; returns the encoders that the run still needs."""
     data, wanted = settings.data, settings.validation if held_out else settings.data
     parts: dict[str, str] = {}
+    samples: Sequence[Sample] = ()
     if wanted.manifest is not None:
         # Without the batch: a cache has the rare shapes, too.
         samples = select_clips(data, wanted.manifest, root=wanted.root, seed=settings.seed)
@@ -207,6 +209,8 @@ def _check_features(
     if held_out and data.features is not None:
         parts |= encoders_of_cache(data.features)
     check_fresh(folder, parts)
+    if samples:
+        check_files(folder, samples)
     return encoders
 
 
