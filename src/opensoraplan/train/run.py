@@ -228,7 +228,7 @@ class _Loop:
         self.settings = settings
         self.ranks = ranks
         self.metrics = metrics
-        self.done = self.saved = self._start = done
+        self.done = self.saved = done
         self.stopping = False
         self.owes_validation = False
         self._stop = stop
@@ -271,7 +271,7 @@ class _Loop:
     def check_end(self) -> None:
         """Raise FloatingPointError for a run that has diverged by its last step. A single outlier is none."""
         diverged = self.job.not_finite
-        if diverged and diverged >= min(2, self.done - self._start):
+        if diverged >= 2 or diverged == self.done > 0:
             raise FloatingPointError(
                 f"the run has failed: the gradients of its last steps ({diverged}) are not finite. Begin "
                 "another with a lower optimizer.lr; osp export gives the weights from before these steps"
