@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models import skiparse
-from opensoraplan.models.overflow import take_overflows
+from opensoraplan.models.overflow import saturate, take_overflows
 from opensoraplan.models.skiparse import from_group_skip, swap_skip, to_single_skip
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock, gelu_by_exp
 
@@ -273,6 +273,26 @@ def test_a_pass_in_fp16_does_not_wait_for_the_device(model: SparseUMMDiT, watch:
         model(**of_half)
     assert not waits.seen
     assert take_overflows(model.transformer_blocks) == []
+
+
+def test_compiled_code_saturates_what_it_has_not_rounded() -> None:
+    """Inductor adds and saturates in one kernel, in fp32."""
+
+    def add(stream: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        overflows: list[Tensor] = []
+        stream = saturate((stream.float() + update.float()).to(stream.dtype), overflows)
+        return stream, overflows[0]
+
+    compiled = torch.compile(add)
+    stream, added = torch.full((4, 64), 60000.0).half(), torch.zeros(4, 64).half()
+    for update in (0, 5508, 5530, 9000, torch.inf, torch.nan):
+        added[1, 3] = update
+        expected, overflowed = add(stream, added)
+        assert torch.isfinite(expected).all()
+        assert overflowed == (update not in (0, 5508))
+        saturated, told = compiled(stream, added)
+        assert torch.equal(saturated, expected)
+        assert told == overflowed
 
 
 @torch.no_grad()

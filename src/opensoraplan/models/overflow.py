@@ -8,6 +8,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+LARGEST = torch.finfo(torch.float16).max  # 65504
+ROUNDS_TO_INFINITY = 65520.0  # the least fp32 number that does, in fp16
+
 
 def saturate(stream: Tensor, overflows: list[Tensor] | None) -> Tensor:
     """An fp16 stream with infinities at +-65504 and NaN at 0. `overflows` gets whether there were any: bool
@@ -15,9 +18,11 @@ def saturate(stream: Tensor, overflows: list[Tensor] | None) -> Tensor:
     """
     if overflows is None:
         return stream
-    # The norm is one pass that writes nothing, and is infinite or NaN if any value is.
-    overflows.append(~torch.isfinite(torch.linalg.vector_norm(stream, torch.inf)))
-    return torch.nan_to_num(stream)
+    # The norm is one pass that writes nothing. Compiled code leaves out the rounding to fp16 between two
+    # operations: what overflows there is still a finite fp32 number, which only the clamp holds back.
+    largest = torch.linalg.vector_norm(stream, torch.inf).float()
+    overflows.append(~(largest < ROUNDS_TO_INFINITY))  # so that NaN counts
+    return torch.nan_to_num(stream).clamp(-LARGEST, LARGEST)
 
 
 def merge_overflows(before: Tensor | None, new: Tensor) -> Tensor:
