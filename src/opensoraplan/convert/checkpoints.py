@@ -6,6 +6,7 @@ pickles, and diffusers folders. Tensors are read one at a time, when they are ta
 """
 
 import argparse
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -26,8 +27,11 @@ from opensoraplan.convert.stored import (
     read_safetensors,
     read_sharded_safetensors,
 )
-from opensoraplan.documents import read_json_object
+from opensoraplan.documents import read_json_object, read_text
 from opensoraplan.models.original import NESTED, denoiser_name
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.settings import shown
 
 logger = logging.getLogger(__name__)
 
@@ -220,13 +224,15 @@ def _open_diffusers(folder: Path, ema: bool | None) -> Checkpoint:
     if kind not in ("SparseUMMDiT", "WFVAE"):
         other = kind or config.get("architectures") or "something else"
         raise ValueError(f"{file} is of {other}, not of a SparseUMMDiT or WFVAE")
+    model = SparseUMMDiT if kind == "SparseUMMDiT" else WFVAE
+    model.check_config({k: v for k, v in config.items() if not k.startswith("_")}, where=str(file))
     _refuse_ema(folder, ema)
     stored = read_sharded_safetensors(folder)
     if kind == "SparseUMMDiT":
-        num_layers = config.get("num_layers")
-        if not isinstance(num_layers, list):
-            raise ValueError(f"{file}: num_layers must be a list of whole numbers, got {num_layers!r}")
-        stored = {denoiser_name(name, num_layers=num_layers): tensor for name, tensor in stored.items()}
+        if "num_layers" not in config:
+            raise ValueError(f"{file} has no num_layers")
+        layers = config["num_layers"]
+        stored = {denoiser_name(name, num_layers=layers): tensor for name, tensor in stored.items()}
     return Checkpoint(stored, Info("diffusers", folder, config=config))
 
 
@@ -236,9 +242,9 @@ def _open_diffusers(folder: Path, ema: bool | None) -> Checkpoint:
 def _iteration_folder(path: Path) -> Path | None:
     """The folder that holds mp_rank_XX folders with shards, under `path` or itself; None if there is none."""
     if (path / TRACKER).exists():
-        iteration = (path / TRACKER).read_text(encoding="utf-8").strip()
-        if iteration != "release" and not iteration.isdecimal():
-            raise ValueError(f"{path / TRACKER} must say a number or release, not {iteration!r}")
+        iteration = read_text(path / TRACKER).strip()
+        if iteration != "release" and not re.fullmatch(r"[0-9]{1,12}", iteration):
+            raise ValueError(f"{path / TRACKER} must say a number or release, not {shown(iteration)}")
         folder = path / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
         if not folder.is_dir():
             raise ValueError(f"{path / TRACKER} says {iteration!r}, but there is no folder {folder}")
@@ -290,9 +296,12 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
             ranks[rank] = path / SHARD_FILE
     if not ranks:
         raise ValueError(f"{folder} has no mp_rank_XX folders")
-    wanted = {(tp, pp) for tp in range(_sizes(ranks)[0]) for pp in range(_sizes(ranks)[1])}
-    if missing := sorted(wanted - set(ranks)):
-        raise ValueError(f"{folder} lacks the shards of these (tensor, pipeline) ranks: {missing}")
+    tensor, pipeline = _sizes(ranks)
+    if absent := tensor * pipeline - len(ranks):
+        wanted = itertools.product(range(tensor), range(pipeline))
+        missing = [*itertools.islice((rank for rank in wanted if rank not in ranks), 5)]
+        more = f" and {absent - len(missing):,} more" if absent > len(missing) else ""
+        raise ValueError(f"{folder} lacks the shards of these (tensor, pipeline) ranks: {missing}{more}")
     if absent := [str(path) for path in ranks.values() if not path.is_file()]:
         raise ValueError(f"these shards are not there: {', '.join(absent)}")
     return ranks

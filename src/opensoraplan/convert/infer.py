@@ -18,7 +18,7 @@ from opensoraplan.models.wfvae import WFVAE
 
 Kind = Literal["denoiser", "vae"]
 
-BLOCK = re.compile(rf"{NESTED}\.(\d+)\.(\d+)\.")
+BLOCK = re.compile(rf"{NESTED}\.(\d{{1,3}})\.(\d{{1,3}})\.")
 NORM_BIASES = (".norm1.norm.bias", ".norm2.norm.bias", "norm_final.bias")
 RELEASE_LAYERS = [2, 4, 6, 8, 6, 4, 2]
 RELEASE_RATES = [1, 2, 4, 8, 4, 2, 1]
@@ -35,7 +35,7 @@ def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None)
         arguments: Mapping[str, Any] = config_of(checkpoint) if config is None else config
         denoiser = kind_of(checkpoint.shapes) == "denoiser"
         model_class = SparseUMMDiT if denoiser else WFVAE
-        model_class.check_keys(arguments, where=f"the config of {model_class.__name__}")
+        model_class.check_config(arguments, where=f"the config of {model_class.__name__}")
         if denoiser and config is None:
             arguments = {"sparse_n": None, **arguments}
         with torch.device("meta"):
@@ -58,6 +58,8 @@ def naming(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except ZeroDivisionError:
+        raise ValueError(f"{path}: a tensor that says how wide the model is has a side of 0") from None
     except (TypeError, ValueError) as error:
         text = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {text}") from None

@@ -242,11 +242,19 @@ def _load(path: Path, device: str) -> Any:  # noqa: ANN401
         return torch.load(path, map_location=device, weights_only=True)
 
 
-def _replace_tensors(value: Any, replace: Callable[[Tensor], Stored]) -> Any:  # noqa: ANN401
+def _replace_tensors(
+    value: Any,  # noqa: ANN401
+    replace: Callable[[Tensor], Stored],
+    done: dict[int, Any] | None = None,
+) -> Any:  # noqa: ANN401
+    """`done`: what has become of each dict, by its id, since one may be in many places."""
+    done = {} if done is None else done
     if isinstance(value, Tensor):
         return replace(value)
     if isinstance(value, dict):
-        return {key: _replace_tensors(inner, replace) for key, inner in value.items()}
+        if id(value) not in done:
+            done[id(value)] = {key: _replace_tensors(inner, replace, done) for key, inner in value.items()}
+        return done[id(value)]
     return value
 
 

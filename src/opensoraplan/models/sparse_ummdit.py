@@ -37,7 +37,7 @@ from opensoraplan.models.skiparse import (
     swap_skip,
     to_single_skip,
 )
-from opensoraplan.models.strict import StrictMixin
+from opensoraplan.models.strict import Depths, Epsilon, Rates, StrictMixin, Switch, Whole
 
 logger = logging.getLogger(__name__)
 
@@ -497,21 +497,21 @@ class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CacheMixin, 
     def __init__(
         self,
         *,
-        num_attention_heads: int = 24,
-        attention_head_dim: int = 128,
-        in_channels: int = 32,
-        out_channels: int = 32,
-        num_layers: Sequence[int] = (2, 4, 6, 8, 6, 4, 2),
-        sparse_n: Sequence[int] | None = (1, 2, 4, 8, 4, 2, 1),
-        double_ff: bool = True,
-        caption_channels: int = 2048,
-        pooled_projection_dim: int = 1280,
-        timestep_embed_dim: int = 1024,
-        patch_size: int = 2,
+        num_attention_heads: Whole = 24,
+        attention_head_dim: Whole = 128,
+        in_channels: Whole = 32,
+        out_channels: Whole = 32,
+        num_layers: Depths = (2, 4, 6, 8, 6, 4, 2),
+        sparse_n: Rates | None = (1, 2, 4, 8, 4, 2, 1),
+        double_ff: Switch = True,
+        caption_channels: Whole = 2048,
+        pooled_projection_dim: Whole = 1280,
+        timestep_embed_dim: Whole = 1024,
+        patch_size: Whole = 2,
         norm_cls: str = "layer_norm",
-        norm_eps: float = 1e-6,
-        skip_connection: bool = True,
-        skip_connection_zero_init: bool = True,
+        norm_eps: Epsilon = 1e-6,
+        skip_connection: Switch = True,
+        skip_connection_zero_init: Switch = True,
     ) -> None:
         super().__init__()
         check_architecture(attention_head_dim=attention_head_dim, num_layers=num_layers, norm_cls=norm_cls)

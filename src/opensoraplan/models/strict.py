@@ -2,15 +2,31 @@
 errors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import Field, create_model
 
 from opensoraplan.documents import read_json_object, read_shard_index
 from opensoraplan.names import did_you_mean
+from opensoraplan.settings import Settings
 
 Shape = tuple[int, ...]
+
+# What constructors declare. The bounds are far beyond any model that there is, and keep a file from asking
+# for one that no machine can build.
+Whole = Annotated[int, Field(strict=True, ge=1, le=65_536)]
+Depth = Annotated[int, Field(strict=True, ge=1, le=128)]
+Depths = Annotated[Sequence[Depth], Field(min_length=1, max_length=15)]
+Rates = Annotated[Sequence[Whole], Field(min_length=1, max_length=15)]
+Epsilon = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]
+Numbers = Sequence[Annotated[float, Field(strict=True, allow_inf_nan=False)]]
+PositiveNumbers = Sequence[Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]]
 
 
 class StrictMixin:
@@ -24,8 +40,12 @@ class StrictMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:  # noqa: ANN401
-        given = [key for key in config_dict if not key.startswith("_") and key != "quantization_config"]
-        cls.check_keys(given, where=f"the config of {cls.__name__}")
+        given = {
+            key: value
+            for key, value in config_dict.items()
+            if not key.startswith("_") and key != "quantization_config"
+        }
+        cls.check_config(given, where=f"the config of {cls.__name__}")
         return super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -44,10 +64,22 @@ class StrictMixin:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def check_keys(cls, given: Iterable[str], *, where: str) -> None:
-        """Raise ValueError naming each key of `given` that the constructor does not take."""
-        known: set[str] = cls._get_init_keys(cls)  # type: ignore[attr-defined]
-        check_known_keys(given, known - {"self"}, where=where)
+    def check_config(cls, config: Mapping[str, Any], *, where: str) -> None:
+        """Raise ValueError, which begins with `where`, naming each key of `config` that the constructor does
+        not take, and each value that is not of the type and within the bounds that it declares.
+        """
+        arguments = _arguments_of(cls)
+        check_known_keys(config, arguments.model_fields, where=where)
+        arguments.read(config, where=where)
+
+
+@cache
+def _arguments_of(model: type) -> type[Settings]:
+    """The arguments of a model's constructor, as settings."""
+    hints = get_type_hints(model.__init__, include_extras=True)
+    parameters = signature(model.__init__).parameters.values()
+    fields: dict[str, Any] = {p.name: (hints[p.name], p.default) for p in parameters if p.name != "self"}
+    return create_model(model.__name__, __base__=Settings, **fields)
 
 
 @contextmanager

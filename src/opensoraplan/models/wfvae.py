@@ -7,7 +7,7 @@ before. Module names are the original's own, so that its files need no renaming.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Self
@@ -29,7 +29,7 @@ from opensoraplan.models.chunks import (
     latents_at_a_time,
     tile_starts,
 )
-from opensoraplan.models.strict import StrictMixin
+from opensoraplan.models.strict import Depth, Numbers, PositiveNumbers, StrictMixin, Whole
 from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
 
 logger = logging.getLogger(__name__)
@@ -462,15 +462,15 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
     def __init__(
         self,
         *,
-        base_channels: int = 160,
-        latent_channels: int = 32,
-        encoder_num_resblocks: int = 2,
-        decoder_num_resblocks: int = 2,
-        encoder_energy_flow_hidden_size: int = 128,
-        decoder_energy_flow_hidden_size: int = 128,
-        connect_res_layer_num: int = 1,
-        shift: Sequence[float] | None = RELEASE_SHIFT,
-        scale: Sequence[float] | None = RELEASE_SCALE,
+        base_channels: Whole = 160,
+        latent_channels: Whole = 32,
+        encoder_num_resblocks: Depth = 2,
+        decoder_num_resblocks: Depth = 2,
+        encoder_energy_flow_hidden_size: Whole = 128,
+        decoder_energy_flow_hidden_size: Whole = 128,
+        connect_res_layer_num: Depth = 1,
+        shift: Numbers | None = RELEASE_SHIFT,
+        scale: PositiveNumbers | None = RELEASE_SCALE,
     ) -> None:
         super().__init__()
         for name, values in (("shift", shift), ("scale", scale)):

@@ -76,7 +76,7 @@ class Model:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        SparseUMMDiT.check_keys(config, where="the model's config")
+        SparseUMMDiT.check_config(config, where="the model's config")
         with torch.device("meta"), wrong_types_told("the model's config"):
             model = SparseUMMDiT(**config)
         self.config: dict[str, Any] = {k: v for k, v in model.config.items() if not k.startswith("_")}

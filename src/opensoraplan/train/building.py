@@ -57,7 +57,7 @@ def _blueprint(settings: ModelSettings, *, seed: int) -> tuple[SparseUMMDiT, Ite
         opened = open_denoiser(settings.pretrained, settings.config, rates=rates)
         return opened.model, opened.weights()
     config = dict(settings.config or {})
-    SparseUMMDiT.check_keys(config, where="model.config")
+    SparseUMMDiT.check_config(config, where="model.config")
     with torch.device("meta"), wrong_types_told("model.config"):
         model = SparseUMMDiT(**config)  # type: ignore[arg-type] (values are checked there)
     if rates is not None:

@@ -337,7 +337,7 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
-        WFVAE.check_keys(config, where="model.config")
+        WFVAE.check_config(config, where="model.config")
         with wrong_types_told("model.config"):
             return WFVAE(**config)
 
