@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from opensoraplan.convert import load_checkpoint, open_checkpoint
+from opensoraplan.convert import infer, load_checkpoint, open_checkpoint
 from opensoraplan.convert.assemble import empty_denoiser, empty_vae
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -559,6 +559,29 @@ def test_code_is_the_reason_whatever_else_torch_cannot_read(protocol: int, tmp_p
     assert not witness.exists()
 
 
+def test_a_rank_from_nowhere_does_not_fill_the_memory(few: Weights, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [{"model": few}])
+    (folder / "release/mp_rank_99999_99999").mkdir()
+    with pytest.raises(ValueError, match=r"lacks the shards .*\[\(0, 1\), .*\] and 9,999,999,993 more"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("what", ["99999999999999999999", "é".encode("latin-1"), "-1", ""])
+def test_a_tracker_that_names_no_iteration(what: str | bytes, few: Weights, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [{"model": few}])
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker.write_bytes(what if isinstance(what, bytes) else what.encode())
+    with pytest.raises(ValueError, match=r"iteration\.txt (must say a number|is not UTF-8)"):
+        open_checkpoint(folder)
+
+
+def test_a_block_from_nowhere_does_not_fill_the_memory(tmp_path: Path) -> None:
+    names = ("patch_embed.proj.weight", "transformer_blocks.99999999.0.attn1.norm_q.weight")
+    path = save({name: torch.ones(2, 2) for name in names}, tmp_path / "some.pt")
+    with pytest.raises(ValueError, match="the blocks are not nested"):
+        infer.config_of(open_checkpoint(path))
+
+
 def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt"
     with (
@@ -749,7 +772,7 @@ def test_damaged_diffusers_components(few: Weights, tmp_path: Path) -> None:
         ({}, "has no weight_map"),
         ({"weight_map": {"w": "three.safetensors"}}, "shards that are not there: three.safetensors"),
         ({"weight_map": {"w": "two.safetensors", "v": "two.safetensors"}}, "tensors that are in no shard: v"),
-        ({"weight_map": {"w": "two.safetensors"}}, "num_layers must be a list of whole numbers, got None"),
+        ({"weight_map": {"w": "two.safetensors"}}, "config.json has no num_layers"),
     ):
         index.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=problem):

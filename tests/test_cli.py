@@ -29,7 +29,7 @@ from tiny_release import DENOISER, VAE
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli, saved
-from opensoraplan.cli.generating import instead_of_host
+from opensoraplan.cli.generating import _tell_peak, instead_of_host
 from opensoraplan.convert.checkpoints import load_checkpoint
 from opensoraplan.data.video import read_frames
 from opensoraplan.fingerprint import fingerprint_parts
@@ -322,7 +322,8 @@ def test_cleaning_is_the_models_unless_it_is_given(osp: Command, tiny_model: Pat
         assert record["encoded_prompt"] == encoded
         assert record["prompt_settings"]["keep_chinese"] is True
     (model / "model_index.json").write_text(json.dumps(index | {"clean_prompts": "yes"}))
-    assert "clean_prompts 'yes' has the wrong type" in mistake(osp("generate", "a cat", "--model", model))
+    said = mistake(osp("generate", "a cat", "--model", model))
+    assert "clean_prompts: Input should be a valid boolean, got 'yes'" in said
 
 
 def test_a_swapped_scheduler_is_used(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
@@ -514,6 +515,12 @@ QUICK = {
         "height 8 and width 1000: .*16 x 992",
     ),
     "steps": ("generate cat --model {model} --steps 0", "steps: .*got 0"),
+    "too many steps": ("generate cat --model {model} --steps 10001", "steps: .*equal to 10000, got 10001"),
+    "too high": ("generate cat --model {model} --height 16000000", "height: .*equal to 16384, got 16000000"),
+    "too many copies": (
+        "generate cat --model {model} --videos-per-prompt 1000000000",
+        "videos_per_prompt must be from 1 to 10,000, got 1,000,000,000",
+    ),
     "no prompt": ("generate --model {model}", 'give a prompt or a file of prompts: osp generate "'),
     "empty prompt": ("generate '' --model {model}", "give a prompt"),
     "blank prompt": ("generate ' ' --model {model}", "give a prompt"),
@@ -774,7 +781,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "no tokenizer in model/tokenizer",
     ),
     "no scheduler": (lambda model: shutil.rmtree(model / "scheduler"), "scheduler_config.json"),
-    "index": (lambda model: (model / "model_index.json").write_text("{"), "model_index.json is damaged"),
+    "index": (
+        lambda model: (model / "model_index.json").write_text("{"),
+        "model_index.json is not valid JSON",
+    ),
     "no class": (lambda model: (model / "model_index.json").write_text("{}"), "model_index.json is damaged"),
     "denoiser tensor": (lambda model: drop_tensor(model / "transformer"), "missing caption_projection.bias"),
     "vae tensor": (lambda model: drop_tensor(model / "vae"), "missing decoder.connect_l1.0.conv1.conv.bias"),
@@ -896,3 +906,8 @@ def test_a_size_beyond_memory(osp: Command, tiny_model: Path) -> None:
     huge = ["--frames", "80000000000001", "--out", "out"]
     said = mistake(osp("generate", "cat", "--model", tiny_model, *SMALL, *huge))
     assert said == "80000000000001 frames of 32 x 32 do not fit into memory: ask for fewer or smaller ones"
+
+
+def test_more_memory_than_there_ever_is_is_refused() -> None:
+    with pytest.raises(MemoryError, match=r"take 100,000\.0 GB of memory, cpu has .* GB, swap included: ask"):
+        _tell_peak(10**14, torch.device("cpu"), free=10**15)

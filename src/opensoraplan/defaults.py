@@ -1,13 +1,16 @@
-"""What a model's folder says of how to generate with it: generate.json beside model_index.json."""
+"""What a model's folder says of how to generate with it: generate.json, model_index.json, and the scheduler's
+config; and the bounds of a video.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
+from opensoraplan.documents import read_json_object
 from opensoraplan.settings import Settings
 
-FILE = "generate.json"
+FILE, INDEX, SCHEDULER = "generate.json", "model_index.json", "scheduler/scheduler_config.json"
 
 Solver = Literal["euler", "adams"]
 # Bounds of a video, far beyond what anybody makes: an hour, the longest side of a codec, ...
@@ -44,3 +47,74 @@ class GenerateDefaults(Settings):
 
     def write(self, model: Path) -> None:
         (model / FILE).write_text(self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+# Library and class of a part, as diffusers writes them; nulls for one that is not there.
+_Part = Annotated[list[str] | list[None], Field(min_length=2, max_length=2)]
+_Shift = Annotated[float, Field(gt=0, le=1000)]
+
+
+class ModelIndex(Settings):
+    """What we read of model_index.json, of which diffusers reads the rest: the parts, and what is done to
+    prompts, None where it does not say. See `OpenSoraPlanPipeline`.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    transformer: _Part
+    vae: _Part
+    text_encoder: _Part | None = None
+    text_encoder_2: _Part | None = None
+    tokenizer: _Part | None = None
+    tokenizer_2: _Part | None = None
+    scheduler: _Part | None = None
+    prompt_template: str | None = None
+    default_negative_prompt: str = ""
+    clean_prompts: bool = True
+    keep_chinese: bool = False
+    max_text_tokens: int = Field(512, ge=1, le=65_536)
+
+    @classmethod
+    def of(cls, model: Path) -> "ModelIndex":
+        """That of a model's folder. Raises ValueError for one that is damaged or of another pipeline."""
+        path = model / INDEX
+        content = read_json_object(path)
+        kind = content.get("_class_name")
+        if not isinstance(kind, str):
+            raise ValueError(f"{path} is damaged: it does not say which pipeline it is of (_class_name)")
+        if kind != "OpenSoraPlanPipeline":
+            raise ValueError(f"{model} is a {kind}, not an OpenSoraPlanPipeline")
+        return cls.read(content, where=str(path), strict=True)
+
+    def prompt_config(self) -> dict[str, str | bool | None]:
+        """What it says of prompts, as arguments of the pipeline."""
+        names = {"prompt_template", "default_negative_prompt", "clean_prompts", "keep_chinese"}
+        return {name: getattr(self, name) for name in names & self.model_fields_set}
+
+
+class SchedulerConfig(Settings):
+    """What we read of the scheduler's config, and what diffusers computes with before we can look."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    shift: _Shift | None = None
+    flow_shift: _Shift | None = None
+    use_dynamic_shifting: bool | None = None
+    num_train_timesteps: int = Field(1000, ge=1, le=100_000)
+    base_shift: float | None = None
+    max_shift: float | None = None
+    base_image_seq_len: int = Field(256, ge=1)
+    max_image_seq_len: int = Field(4096, ge=1)
+
+    @classmethod
+    def of(cls, model: Path) -> "SchedulerConfig":
+        """That of a model's folder; nothing if it has none. Raises ValueError for a damaged one."""
+        path = model / SCHEDULER
+        return cls.read(read_json_object(path), where=str(path), strict=True) if path.is_file() else cls()
+
+
+def check_model_files(model: Path) -> None:
+    """Raise ValueError, which names file and key, if any of these files in a model's folder is damaged."""
+    ModelIndex.of(model)
+    SchedulerConfig.of(model)
+    GenerateDefaults.of(model)

@@ -4,7 +4,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -116,6 +116,23 @@ def free_memory(device: torch.device) -> int:
         return free
     available, allowed = psutil.virtual_memory().available, free_in_container(Path("/sys/fs/cgroup"))
     return available if allowed is None else min(available, allowed)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has, free or not; of a CPU with swap, and no more than the container may have."""
+    if device.type != "cpu":
+        _free, total = getattr(torch, device.type).mem_get_info(device)
+        return total
+    total, allowed = psutil.virtual_memory().total, limit_of_container(Path("/sys/fs/cgroup"))
+    return (total if allowed is None else min(total, allowed)) + psutil.swap_memory().total
+
+
+def limit_of_container(folder: Path) -> int | None:
+    """Bytes of memory that the control group in `folder` may have at most; None as in `free_in_container`."""
+    for place, limit, *_ in _CONTROL_GROUPS:
+        with suppress(OSError, ValueError):
+            return int((folder / place / limit).read_text())
+    return None
 
 
 def free_in_container(folder: Path) -> int | None:

@@ -465,14 +465,16 @@ def _outlook(
     needs, free = _needs(empty, asked.requests), free_memory(device)
     plans: Sequence[Plan] = []
     advice = ""
-    if place.has_plans and options.memory != "resident":
+    resident = min(plans_for(needs, ["resident"]), key=lambda plan: plan.peak)
+    if place.has_plans and options.memory == "resident":
+        _tell_peak(resident.peak, device, free=free)
+    elif place.has_plans:
         plans = _plans(needs, options.memory, device, free=free)
-        resident = min(plans_for(needs, ["resident"]), key=lambda plan: plan.peak)
         advice = instead_of_host(resident, device, whole=whole, free=free)
     elif device.type == "cpu" and place.processes == 1:  # several have to decode the same chunks
         grids = [latent_shape(r.frames, r.height, r.width) for r in asked.requests]
         fit_decoding(empty.vae, grids, device, free=free - needs[0].weights)
-        _tell_peak(peak_on_host(empty.vae, needs, grids), free=free)
+        _tell_peak(peak_on_host(empty.vae, needs, grids), device, free=free)
     # What is to be moved to and fro begins on the host, and so does what has to become smaller to fit.
     direct = not plans or plans[0].placement == "resident"
     fits = whole <= free * (1 - MARGIN) if plans or options.weights != "whole" else True
@@ -493,8 +495,18 @@ def instead_of_host(resident: "Plan", device: "torch.device", *, whole: int, fre
     )
 
 
-def _tell_peak(peak: int, *, free: int) -> None:
-    """What generating on the host is predicted to take, of what is free."""
+def _tell_peak(peak: int, device: "torch.device", *, free: int) -> None:
+    """What generating is predicted to take, of what is free. Raises MemoryError for more than the device ever
+    has.
+    """
+    from opensoraplan.device import total_memory
+
+    if peak > (total := total_memory(device)):
+        swap = ", swap included" if device.type == "cpu" else ""
+        raise MemoryError(
+            f"generating is predicted to take {peak / 1e9:,.1f} GB of memory, {device} has "
+            f"{total / 1e9:,.1f} GB{swap}: ask for fewer or smaller frames"
+        )
     level = logging.WARNING if peak > free else logging.INFO
     less = ": the system may end it; fewer or smaller frames need less" if peak > free else ""
     said = "generating is predicted to take %.3g GB of memory, %.3g GB are free%s"
@@ -629,7 +641,7 @@ def calibrate(options: Calibrate) -> None:
     job.check_folder(out.parent, out.name)
 
     from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import Arrangement
+    from opensoraplan.memory import Arrangement, peak_on_host
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
     device = resolve_device(options.device)
@@ -653,6 +665,9 @@ def calibrate(options: Calibrate) -> None:
         return tuple(ratios)
 
     if device.type == "cpu":
+        grid = latent_shape(request.frames, request.height, request.width)
+        peak = peak_on_host(pipeline.vae, _needs(pipeline, [request]), [grid])
+        _tell_peak(peak, device, free=free_memory(device))
         ratios = measure(False)
     else:
         batched = request.model_copy(update={"batched_guidance": True})

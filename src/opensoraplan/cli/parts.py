@@ -4,11 +4,10 @@ import argparse
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from opensoraplan.cli.options import Dtype, OptionalPath, check_exists, optional
-from opensoraplan.documents import read_json_object
+from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, check_model_files
 
 if TYPE_CHECKING:
     from opensoraplan.convert.assemble import Sources
@@ -102,7 +101,6 @@ def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[s
         return {}
 
     from opensoraplan import builtin
-    from opensoraplan.defaults import GenerateDefaults
 
     folder = found.model or builtin.folder()
     prompts = read_prompt_config(folder)
@@ -114,21 +112,9 @@ def read_prompt_config(folder: Path | None) -> dict[str, Any]:
     """What a model's folder says of prompts; nothing for one in parts, or that is no such folder. Raises
     ValueError for a damaged one.
     """
-    index = None if folder is None else folder / "model_index.json"
-    if index is None or not index.is_file():
+    if folder is None or not (folder / INDEX).is_file():
         return {}
-    kinds = {
-        "prompt_template": (str, NoneType),
-        "default_negative_prompt": str,
-        "clean_prompts": bool,
-        "keep_chinese": bool,
-    }
-    content = read_json_object(index)
-    found = {key: content[key] for key in kinds if key in content}
-    for key, value in found.items():
-        if not isinstance(value, kinds[key]):
-            raise ValueError(f"{index}: {key} {value!r} has the wrong type")
-    return found
+    return ModelIndex.of(folder).prompt_config()
 
 
 def options_of_parts(parts: Parts, inference: "Inference | None") -> list[str]:
@@ -175,7 +161,7 @@ def make_sources(paths: dict[str, Path], parts: Parts, inference: "Inference | N
 def check_model(path: Path) -> None:
     """FileNotFoundError or ValueError unless this is a folder that `osp convert` wrote."""
     check_exists(path)
-    index = path / "model_index.json"
+    index = path / INDEX
     if not index.is_file():
         hint = "it has no model_index.json"
         if path.is_file():
@@ -183,8 +169,4 @@ def check_model(path: Path) -> None:
         elif (path.parent / index.name).is_file():
             hint = f"it is a part of one, {path.parent}"
         raise ValueError(f"{path} is not a folder that `osp convert` wrote: {hint}")
-    kind = read_json_object(index).get("_class_name")
-    if not isinstance(kind, str):
-        raise ValueError(f"{index} is damaged: it does not say which pipeline it is of (_class_name)")
-    if kind != "OpenSoraPlanPipeline":
-        raise ValueError(f"{path} is a {kind}, not an OpenSoraPlanPipeline")
+    check_model_files(path)

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 GB = 1e9
 _STEPS = 50  # of a video that is generated, as `osp generate` takes them
 
+# Of any number that is given; the bounds of a video are those of osp generate.
+_MOST = 10**9
+
 Ema = Literal["same", "cpu", "none"]
 OptionalInt = Annotated[int | None, optional("INT", "(default: the run's, else 1)")]
 
@@ -480,8 +483,8 @@ def _write(lines: Iterable[str]) -> None:
 def _check_positive(options: object, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+        if value is not None and not 0 < value <= _MOST:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most {_MOST:,}, got {value}")
 
 
 # --- Launch -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ whole.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -117,6 +118,14 @@ def write_component(
             json.dumps(index, indent=2), encoding="utf-8"
         )
     model.save_config(folder)
+
+
+def check_shard_size(size: str) -> None:
+    """Raise ValueError unless this is a size as huggingface_hub reads it, of 1 MB to 1 TB."""
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,6})?) ?(MB|GB|TB)", size.upper())
+    scale = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+    if match is None or not 10**6 <= float(match[1]) * scale[match[2]] <= 10**12:
+        raise ValueError(f"the size of a shard is from 1MB to 1TB, written as 500MB or 2GB, got {size!r}")
 
 
 def write_megatron(

@@ -53,6 +53,7 @@ BACKGROUNDS = {
 # Raise it when the same scene comes out with other pixels or captions: old data sets are then not continued.
 VERSION = 4
 _SETTINGS = "settings.json"
+_MOST_CLIPS, _MOST_PIXELS = 10**6, 10**9
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "bright red"),
@@ -319,6 +320,8 @@ def write_dataset(
     """
     if count < 1 or captions < 1:
         raise ValueError(f"count and captions must be at least 1, got count {count}, captions {captions}")
+    if count > _MOST_CLIPS:
+        raise ValueError(f"count must be at most {_MOST_CLIPS:,}, got {count:,}")
     _check_size(frames=frames, height=height, width=width)
     root = Path(folder).resolve()
     clips = root / "clips"
@@ -382,6 +385,11 @@ def _check_size(*, frames: int, height: int, width: int) -> None:
     if frames < 1 or frames % 8 != 1:
         raise ValueError(
             f"frames must be 8k + 1, got {frames}: use {max(1, round((frames - 1) / 8) * 8 + 1)}"
+        )
+    if (pixels := frames * height * width) > _MOST_PIXELS:
+        raise ValueError(
+            f"a clip has at most {_MOST_PIXELS:,} pixels, since it is rendered in memory, got {pixels:,} "
+            f"({frames} x {height} x {width})"
         )
 
 

@@ -39,7 +39,7 @@ class Calibration(Settings):
     fingerprint of the denoiser that they were measured on; files of before have none.
     """
 
-    ratios: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=2)
+    ratios: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(min_length=2, max_length=10_000)
     transformer: str | None = None
 
     @classmethod

@@ -8,9 +8,14 @@ from typing import Any, Literal
 import torch
 
 from opensoraplan.convert.assemble import Opened, Sources, open_vae, write_pipeline
-from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
-from opensoraplan.defaults import GenerateDefaults
-from opensoraplan.documents import read_json_object
+from opensoraplan.convert.export import (
+    check_shard_size,
+    new_folder,
+    write_component,
+    write_megatron,
+    write_release,
+)
+from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, SchedulerConfig
 from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train import checkpoint
@@ -20,8 +25,6 @@ from opensoraplan.train.run import CONFIG, check_finite
 from opensoraplan.train.sources import selection_of_run
 
 logger = logging.getLogger(__name__)
-
-INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def export_run(
     folder's `transformer` alone. `ema` False takes the last weights. Raises ValueError for a folder that is
     no run, a step that is not there, and a run without EMA if that is asked for.
     """
+    check_shard_size(max_shard_size)
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not the output folder of a training run: it has no {CONFIG}")
     settings = TrainSettings.read_file(run / CONFIG)
@@ -159,19 +163,18 @@ def _prompts_of(base: Path | None) -> dict[str, Any]:
     """How the pipeline in that folder treats prompts, as far as it says so."""
     if base is None:
         return {}
-    index = read_json_object(base / INDEX)
-    return {key: index[key] for key in ("prompt_template", "default_negative_prompt") if key in index}
+    config = ModelIndex.of(base).prompt_config()
+    return {key: config[key] for key in ("prompt_template", "default_negative_prompt") if key in config}
 
 
 def _scheduler(settings: TrainSettings, base: Path | None) -> dict[str, Any]:
     """The shift of the run's validation, else of the pipeline that it began from."""
     if settings.validation.shift is not None:
         return {"shift": settings.validation.shift}
-    path = None if base is None else base / "scheduler" / "scheduler_config.json"
-    if path is None or not path.is_file():
+    if base is None:
         return {}
-    config = read_json_object(path)
-    return {key: config[key] for key in ("shift", "use_dynamic_shifting") if key in config}
+    config = SchedulerConfig.of(base).model_dump(include={"shift", "use_dynamic_shifting"})
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDefaults:
