@@ -23,7 +23,8 @@ from torch import Tensor
 from opensoraplan import builtin
 from opensoraplan.models.step_cache import measured, skipping
 from opensoraplan.models.weights import keep_weights
-from opensoraplan.pipeline import SOLVERS, OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.samplers import SOLVERS
 
 PROMPT = "A large red star moves to the right over a green meadow."
 OTHER_PROMPT = "A small blue square grows on a wooden table."

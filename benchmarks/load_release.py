@@ -24,7 +24,8 @@ from opensoraplan.convert.export import write_component
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.samplers import make_scheduler
 
 FRAMES, SIDE, STEPS, TEXT_TOKENS = 9, 128, 2, 64
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from opensoraplan.data.shapes_demo import Scene, caption, render, scene_for
 from opensoraplan.device import resolve_device, resolve_dtype
 from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.pipeline import SOLVERS, OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.samplers import SOLVERS
 
 LEAST_JUDGE = 0.99
 # Of clips with (one object, two objects): what a model should reach in each attribute, and in all at once.

@@ -36,7 +36,8 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.weights import check_weights, keep_weights
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.samplers import make_scheduler
 from opensoraplan.shapes import latent_shape
 
 TEXT_TOKENS, STEPS = 64, 3

@@ -175,12 +175,17 @@ def test_more_kinds_of_inputs_than_torch_compiles_by_itself_stay_compiled(deep_m
     # One text token (an empty prompt), a grid that is padded to the rates, texts of several lengths.
     cases = [((4, 8, 8), 5, 1), ((4, 8, 8), 1, 1), ((3, 6, 6), 5, 1), ((3, 6, 6), 1, 1), ((4, 8, 8), 5, 2)]
     eager = [velocity(deep_model, grid, text, batch=batch) for grid, text, batch in cases]
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        compile_blocks(deep_model, fullgraph=True, backend=counting(graphs))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        deep_model.compile_repeated_blocks(fullgraph=True, backend=counting(graphs))
         compiled = [velocity(deep_model, grid, text, batch=batch) for grid, text, batch in cases]
-        assert torch._dynamo.config.fail_on_recompile_limit_hit
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert len(graphs) > 8
+
+
+def test_blocks_of_a_job_never_become_eager_in_silence(deep_model: SparseUMMDiT) -> None:
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        compile_blocks(deep_model, backend="eager")
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 def test_building_a_model_changes_nothing_around_it(kind: tuple[type[ModelMixin], dict]) -> None:

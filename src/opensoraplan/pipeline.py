@@ -4,26 +4,25 @@ diffusers'.
 Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent grid.
 """
 
-import inspect
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from textwrap import shorten
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 
 from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import Solver
+from opensoraplan.guidance import Branches
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
@@ -32,8 +31,8 @@ from opensoraplan.models.text import PromptEmbeds, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline_inputs import (
-    check_default_scheduler,
-    check_flow_scheduler,
+    callback_inputs,
+    changed_tensors,
     check_guidance,
     check_parts,
     check_texts,
@@ -41,14 +40,15 @@ from opensoraplan.pipeline_inputs import (
     generators,
     range_of_steps,
     spread,
+    spread_seeds,
 )
+from opensoraplan.samplers import Sampler, Schedule, is_default_scheduler, make_sampler
 from opensoraplan.shapes import latent_shape
 
 logger = logging.getLogger(__name__)
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 
 class NonFiniteLatentsError(FloatingPointError):
@@ -66,71 +66,21 @@ class NonFiniteLatentsError(FloatingPointError):
 
 
 @dataclass
-class VideoOutput:
+class VideoOutput(BaseOutput):
     """`frames`: B videos, as lists of images, an array [B, frames, height, width, 3] in [0, 1], a tensor
-    [B, frames, 3, height, width] in [0, 1], or normalised latents [B, C, T, H, W].
+    [B, frames, 3, height, width] in [0, 1], or normalised latents [B, C, T, H, W]. `seeds`: of each of the B,
+    given or drawn; None for generators.
     """
 
     frames: list[list[Image.Image]] | np.ndarray | Tensor
-
-
-class Sampler(Protocol):
-    """A schedule and its update rule. `timesteps` are 1000 * sigma, one for each call of `step`."""
-
-    timesteps: Tensor
-
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor: ...
-
-
-class EulerSampler:
-    """Euler's method over `flow`'s sigmas [steps + 1]."""
-
-    def __init__(self, sigmas: Tensor) -> None:
-        self.sigmas = sigmas
-        self.timesteps = sigmas[:-1] * flow.TIMESTEP_SCALE
-
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
-        return flow.euler_step(latents, velocity, self.sigmas[index], self.sigmas[index + 1])
-
-
-class AdamsSampler(EulerSampler):
-    """`flow.adams_step` over the same sigmas. The first step, which knows no velocity before its own, is
-    Euler's, unless it goes on from the `previous` one.
-    """
-
-    def __init__(self, sigmas: Tensor, previous: Tensor | None = None) -> None:
-        super().__init__(sigmas)
-        self.previous = previous
-
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
-        previous, self.previous = self.previous, velocity
-        if previous is None:
-            return super().step(velocity, index, latents)
-        before, sigma, after = self.sigmas[index - 1 : index + 2]
-        previous = previous.to(latents.device)
-        return flow.adams_step(latents, velocity, sigma, after, previous=previous, previous_sigma=before)
-
-
-class SchedulerSampler:
-    """A flow-matching scheduler of diffusers, after its `set_timesteps`. `sources`: a generator for each
-    video, for schedulers that draw noise at every step.
-    """
-
-    def __init__(self, scheduler: Any, sources: list[torch.Generator]) -> None:  # noqa: ANN401 (no shared interface)
-        self.scheduler = scheduler
-        self.timesteps = scheduler.timesteps
-        draws = "generator" in inspect.signature(scheduler.step).parameters
-        self.options = {"generator": sources} if draws else {}
-
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
-        timestep = self.timesteps[index]
-        return self.scheduler.step(velocity, timestep, latents, **self.options, return_dict=False)[0]
+    seeds: list[int] | None = None
 
 
 class OpenSoraPlanPipeline(DiffusionPipeline):
     """Text to video with Open-Sora Plan v1.5.0.
 
-    Text encoders and tokenizers may be None if `prompt_embeds` are given to every call. The default scheduler
+    Text encoders and tokenizers may be None if `prompt_embeds` are given to every call, and the VAE if only
+    latents are asked for. The default scheduler
     is a FlowMatchEulerDiscreteScheduler, which is only read for `shift` and `use_dynamic_shifting`, the
     defaults of each call: its sigmas are `flow`'s, as in the original. Any other flow-matching scheduler of
     diffusers is used as it is. The last five arguments are those of `PromptSettings` and the length of a
@@ -140,13 +90,18 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
-    _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012
-    _callback_tensor_inputs = ["latents", "velocity"]  # noqa: RUF012
+    _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "velocity", "prompt_embeds", "pooled_prompt_embeds"]  # noqa: RUF012
 
     transformer: SparseUMMDiT
     vae: WFVAE
     # Where it computes, if weights come there only for that; set by memory.py.
     streamed_to: torch.device | None = None
+    # Of the call under way, or the last one.
+    _guidance_scale = 1.0
+    _num_timesteps = 0
+    _interrupt = False
+    _current_timestep: Tensor | None = None
     # Whether it decodes, or was stopped by an error while it did.
     is_decoding = False
 
@@ -183,6 +138,31 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             keep_chinese=keep_chinese,
             max_text_tokens=max_text_tokens,
         )
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call; a callback may change `_guidance_scale` for the steps that follow."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the guidance scale asks for guidance, in the steps of the call's interval."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the call has; some schedulers make more than num_inference_steps."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """1000 * sigma of the step under way; None outside of denoising."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, which makes its step the last."""
+        return self._interrupt
 
     @property
     def _execution_device(self) -> torch.device:
@@ -285,8 +265,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             solver: "euler", as in the original, or "adams", the two-step Adams-Bashforth method: as near to
                 the flow with half the steps. Only for the default scheduler.
             num_videos_per_prompt: videos of the first prompt come first.
-            seed: of the first video, the others count on from it; or one for each of the B. None: a random
-                one.
+            seed: of the first video, the others count on from it; or one for each of the B. None: drawn from
+                torch's global generator, which `torch.manual_seed` sets; the output has it.
             generator: instead of a seed, one for all or one for each of the B. One seed gives one video on
                 every device, since seeds draw on the CPU; a generator draws on its own device.
             latents: noise [B, C, T, H, W] to start from, which also says the size of the video.
@@ -296,23 +276,32 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             output_type: "pil", "np", "pt" or "latent", see `VideoOutput`; `iter_decode` makes frames of the
                 last.
             callback_on_step_end: called with (pipeline, step, timestep, tensors) after each step, `step`
-                counting from 0. "latents" in the dict it returns replace them; setting
+                counting from 0; or a callback of diffusers, such as SDCFGCutoffCallback. What it returns in a
+                dict takes effect from the next step on: "latents", "prompt_embeds" [B, L, D] and
+                "pooled_prompt_embeds" [B, P]. So does a change of `pipeline._guidance_scale`, and setting
                 `pipeline._interrupt = True` makes this step the last.
-            callback_on_step_end_tensor_inputs: which of "latents" and "velocity" (after guidance) it gets.
+            callback_on_step_end_tensor_inputs: which of these tensors, and of "velocity" (after guidance, of
+                the step that is done, so it cannot be replaced), a callback gets.
             return_dict: False returns the tuple (frames,) instead.
 
-        Raises ValueError for bad arguments before any model runs, NonFiniteLatentsError if the latents become
-        NaN or infinite, FloatingPointError if the decoded frames do.
+        Raises ValueError for bad arguments before any model runs, and for what a callback returns that cannot
+        take effect; NonFiniteLatentsError if the latents become NaN or infinite, FloatingPointError if the
+        decoded frames do.
         """
         self.is_decoding = False
         grid = latent_shape(num_frames, height, width) if latents is None else self._latent_grid(latents)
         check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callbacks can have {known}; not {', '.join(sorted(unknown))}")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError(
+                f"this pipeline has no VAE to make {output_type!r} of latents: give output_type='latent'"
+            )
+        if self.transformer is None:
+            raise ValueError("this pipeline has no denoiser (transformer): it can only encode and decode")
+        inputs = callback_inputs(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, known=self._callback_tensor_inputs
+        )
         prompts = self._prompts(prompt, prompt_embeds)
         negatives = self._negative_prompts(negative_prompt, negative_prompt_embeds, count=len(prompts))
         if num_videos_per_prompt < 1:
@@ -320,72 +309,150 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         batch = len(prompts) * num_videos_per_prompt
         if latents is not None and latents.shape[0] != batch:
             raise ValueError(f"latents are for {latents.shape[0]} videos, the prompts ask for {batch}")
-        sources = generators(batch, seed, generator)
-        sampler = self._sampler(
-            num_inference_steps,
-            grid,
-            shift=shift,
-            use_dynamic_shifting=use_dynamic_shifting,
-            linear_quadratic=use_linear_quadratic_schedule,
-            solver=solver,
-            previous=previous_velocity,
-            sources=sources,
+        if seed is not None and generator is not None:
+            raise ValueError("give either seed or generator")
+        seeds = spread_seeds(batch, seed) if generator is None else None
+        sources = generators(batch, seeds, generator)
+        schedule = Schedule(
+            num_inference_steps, shift, use_dynamic_shifting, use_linear_quadratic_schedule, solver
         )
+        sampler = make_sampler(self.scheduler, schedule, grid, previous=previous_velocity, sources=sources)
         self._check_first_step(first_step, sampler, latents, previous_velocity)
-        guided = range_of_steps(guidance_interval, len(sampler.timesteps)) if guidance_scale > 1 else range(0)
+        steps = len(sampler.timesteps)
+        guided = range_of_steps(guidance_interval, steps)
+        guided_at_first = guided if guidance_scale > 1 else range(0)
+        self.transformer.check_cached_call(
+            steps=steps,
+            first_step=first_step,
+            guided=guided_at_first,
+            batched=batched_guidance,
+        )
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, steps, False
 
-        # 1. Text
-        texts = self._prepare_prompts(prompts)
-        negative_texts = self._prepare_prompts(negatives, negative=True) if guided else []
-        device, dtype = self._execution_device, self.transformer.dtype
-        positive = prompt_embeds if prompt_embeds is not None else self.encode_texts(texts)
-        positive = positive.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
-        negative = None
-        if guided:
-            if negative_prompt_embeds is not None:
-                negative = negative_prompt_embeds.repeat(len(prompts) // negative_prompt_embeds.batch_size)
-            else:
-                negative = self.encode_texts(negative_texts)
-            negative = negative.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+        try:
+            # 1. Text
+            texts = self._prepare_prompts(prompts)
+            negative_texts = self._prepare_prompts(negatives, negative=True) if guided_at_first else None
+            device, dtype = self._execution_device, self.transformer.dtype
+            positive = prompt_embeds if prompt_embeds is not None else self.encode_texts(texts)
 
-        # 2. Noise
-        if latents is None:
-            shape = (self.transformer.config["in_channels"], *grid)
-            latents = torch.stack([draw(shape, source) for source in sources])
-        latents = latents.to(device, torch.float32)
+            def encode_negative() -> PromptEmbeds:
+                if negative_prompt_embeds is None:
+                    given = negative_texts or self._prepare_prompts(negatives, negative=True)
+                    negative = self.encode_texts(given)
+                else:
+                    negative = negative_prompt_embeds.repeat(
+                        len(prompts) // negative_prompt_embeds.batch_size
+                    )
+                return negative.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
 
-        # 3. Denoise
-        plain, both = branches_of(positive), branches_of(positive, negative, batched=batched_guidance)
-        calls = [both if index in guided else plain for index in range(len(sampler.timesteps))]
-        vectors = self._modulations(sampler.timesteps, calls) if is_kept_on_host(self.transformer) else None
-        self._interrupt = told = False
+            positive = positive.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+            branches = Branches(positive, encode_negative, guided=guided, batched=batched_guidance)
+
+            # 2. Noise
+            if latents is None:
+                shape = (self.transformer.config["in_channels"], *grid)
+                latents = torch.stack([draw(shape, source) for source in sources])
+            latents = latents.to(device, torch.float32)
+
+            # 3. Denoise
+            call_back = None
+            if callback_on_step_end is not None:
+                call_back = partial(self._call_back, callback_on_step_end, inputs)
+            latents = self._denoise(
+                latents,
+                sampler,
+                branches,
+                first_step=first_step,
+                rescale=guidance_rescale,
+                call_back=call_back,
+            )
+
+            # 4. Decode
+            frames = latents if output_type == "latent" else self._to_output(latents, output_type)
+        finally:
+            self._current_timestep = None
+            self.maybe_free_model_hooks()
+        return VideoOutput(frames=frames, seeds=seeds) if return_dict else (frames,)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        sampler: Sampler,
+        branches: Branches,
+        *,
+        first_step: int,
+        rescale: float,
+        call_back: Callable[..., Tensor] | None,
+    ) -> Tensor:
+        """Latents [B, C, T, H, W] in fp32 after the steps from `first_step` on."""
+        steps, told = len(sampler.timesteps), False
+        planned: tuple[float, PromptEmbeds] | None = None
+        calls: list[dict[str, PromptEmbeds]] = []
+        vectors: list[dict[str, Modulation]] | None = None
+        names: Collection[str] | None = None
         take_overflows(self.transformer.transformer_blocks)  # of what was computed before
-        with self.progress_bar(total=len(sampler.timesteps)) as progress:  # type: ignore[call-issue]
+        with self.progress_bar(total=steps) as progress:  # type: ignore[call-issue]
             progress.update(first_step)
-            for index, timestep in enumerate(sampler.timesteps[first_step:], start=first_step):
+            for index in range(first_step, steps):
+                scale, timestep = self._guidance_scale, sampler.timesteps[index]
+                if planned != (scale, branches.positive):
+                    planned = scale, branches.positive
+                    calls = [branches.of(step, scale=scale) for step in range(steps)]
+                    if is_kept_on_host(self.transformer):
+                        vectors = self._modulations(sampler.timesteps, calls)
+                before, names = names, calls[index].keys()
+                if branches.batched and before not in (None, names) and self.transformer.is_cache_enabled:
+                    self.transformer._reset_stateful_cache()  # some caches hold what a larger batch gave
+                self._current_timestep = timestep
+                context = {"step_index": index, "num_inference_steps": steps}
                 modulation = vectors[index] if vectors else None
-                velocity = self._velocity(latents, timestep, calls[index], modulation)
-                told = told or self._warn_of_overflow(index + 1, steps=len(sampler.timesteps))
-                if index in guided:
+                velocity = self._velocity(latents, timestep, calls[index], modulation, context)
+                told = told or self._warn_of_overflow(index + 1, steps=steps)
+                if branches.is_guided(index, scale=scale):
                     uncond, cond = velocity.chunk(2)
-                    velocity = flow.guide(uncond, cond, guidance_scale, guidance_rescale)
+                    velocity = flow.guide(uncond, cond, scale, rescale)
                 stepped = sampler.step(velocity, index, latents)
                 if not torch.isfinite(stepped).all():
-                    raise NonFiniteLatentsError(index + 1, steps=len(sampler.timesteps), last_good=latents)
+                    raise NonFiniteLatentsError(index + 1, steps=steps, last_good=latents)
                 latents = stepped
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "velocity": velocity}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = changed.get("latents", latents).to(latents)
+                if call_back is not None:
+                    latents = call_back(index, timestep, latents, velocity, branches)
                 progress.update()
                 if self._interrupt:
                     break
+        return latents
 
-        # 4. Decode
-        frames = latents if output_type == "latent" else self._to_output(latents, output_type)
-        self.maybe_free_model_hooks()
-        return VideoOutput(frames=frames) if return_dict else (frames,)
+    def _call_back(
+        self,
+        callback: Callable[..., Mapping[str, Tensor] | None],
+        names: Sequence[str],
+        index: int,
+        timestep: Tensor,
+        latents: Tensor,
+        velocity: Tensor,
+        branches: Branches,
+    ) -> Tensor:
+        """Call a callback after a step with the tensors of these names. Returns the latents to go on from;
+        other changes are made in `branches`.
+        """
+        positive = branches.positive
+        given = {
+            "latents": latents,
+            "velocity": velocity,
+            "prompt_embeds": positive.sequence,
+            "pooled_prompt_embeds": positive.pooled,
+        }
+        scale = self._guidance_scale
+        changed = changed_tensors(
+            given, callback(self, index, timestep, {name: given[name] for name in names})
+        )
+        if self._guidance_scale != scale:
+            check_guidance(self._guidance_scale)
+        sequence, pooled = changed.get("prompt_embeds"), changed.get("pooled_prompt_embeds")
+        if sequence is not None or pooled is not None:
+            branches.replace(sequence=sequence, pooled=pooled)
+        return changed.get("latents", latents).to(latents)
 
     def iter_decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Frames [B, 3, t, height, width] in [0, 1] (fp32, on the CPU) of normalised latents [B, C, T, H, W],
@@ -435,13 +502,17 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         timestep: Tensor,
         branches: dict[str, PromptEmbeds],
         modulation: dict[str, Modulation] | None,
+        context: dict[str, int],
     ) -> Tensor:
-        """Velocities in fp32 of all branches [B, ...], the unconditional one first."""
+        """Velocities in fp32 of all branches [B, ...], the unconditional one first. `context`: where in the
+        run this is, for caches.
+        """
         outputs = []
         for name, embeds in branches.items():
             batch = embeds.batch_size
             hidden = latents.to(self.transformer.dtype)
-            with self.transformer.cache_context(name):
+            sigma = float(timestep) / flow.TIMESTEP_SCALE
+            with self.transformer.cache_context(name, sigma=sigma, **context):
                 velocity = self.transformer(
                     hidden_states=torch.cat([hidden] * (batch // len(hidden))),
                     timestep=timestep.to(latents.device).expand(batch),
@@ -481,57 +552,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         made = iter(modulations(self.transformer, conditions, device=self._execution_device))
         return [{name: next(made) for name in branches} for branches in calls]
 
-    def _sampler(
-        self,
-        steps: int,
-        grid: tuple[int, int, int],
-        *,
-        shift: float | None,
-        use_dynamic_shifting: bool | None,
-        linear_quadratic: bool,
-        solver: Solver,
-        previous: Tensor | None,
-        sources: list[torch.Generator],
-    ) -> Sampler:
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        config = self.scheduler.config
-        # A subclass, which may step differently, is used as it is.
-        if not self.has_default_scheduler:
-            if linear_quadratic or shift is not None or use_dynamic_shifting is not None or solver != "euler":
-                name = type(self.scheduler).__name__
-                raise ValueError(
-                    f"shift, schedule and solver of a {name} are set in its own config, not in the call"
-                )
-            check_flow_scheduler(self.scheduler)
-            mu = {"mu": flow.dynamic_mu(*grid[1:])} if config.get("use_dynamic_shifting") else {}
-            self.scheduler.set_timesteps(steps, device="cpu", **mu)
-            return SchedulerSampler(self.scheduler, sources)
-
-        check_default_scheduler(config)
-        make = EulerSampler if solver == "euler" else partial(AdamsSampler, previous=previous)
-        if linear_quadratic:
-            if shift is not None or use_dynamic_shifting:
-                raise ValueError("the linear-quadratic schedule has no shift: leave shift out")
-            return make(flow.linear_quadratic_sigmas(steps))
-        if shift is not None and use_dynamic_shifting:
-            raise ValueError(f"the dynamic shift takes the place of shift {shift}: give one of them")
-        if use_dynamic_shifting is None:
-            use_dynamic_shifting = shift is None and config["use_dynamic_shifting"]
-        if use_dynamic_shifting:
-            shift = flow.dynamic_shift(*grid[1:])
-        elif shift is None:
-            shift = float(config["shift"])
-        if not 0 < shift < math.inf:
-            raise ValueError(f"shift must be greater than 0, got {shift}")
-        return make(flow.sampling_sigmas(steps, shift))
-
     @property
     def has_default_scheduler(self) -> bool:
-        """Whether sampling is by our own Euler steps, which depend on nothing but the latents before."""
-        return type(self.scheduler) is FlowMatchEulerDiscreteScheduler
+        """Whether sampling is by our own steps, see `is_default_scheduler`."""
+        return is_default_scheduler(self.scheduler)
 
     def _check_first_step(
         self, first_step: int, sampler: Sampler, latents: Tensor | None, previous: Tensor | None
@@ -601,21 +625,3 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 f"{name} have {got[0]} (T5) and {got[1]} (CLIP) channels, "
                 f"the denoiser was made for {wanted[0]} and {wanted[1]}"
             )
-
-
-def make_scheduler(
-    *, shift: float = 7.0, use_dynamic_shifting: bool = False
-) -> FlowMatchEulerDiscreteScheduler:
-    """The default scheduler, which holds the defaults of a call's `shift` and `use_dynamic_shifting`."""
-    return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=use_dynamic_shifting)
-
-
-def branches_of(
-    positive: PromptEmbeds, negative: PromptEmbeds | None = None, *, batched: bool = False
-) -> dict[str, PromptEmbeds]:
-    """What one step runs the denoiser on, by the name of its cache; no `negative`: without guidance."""
-    if negative is None:
-        return {"cond": positive}
-    if batched:
-        return {"both": PromptEmbeds.cat([negative, positive])}
-    return {"uncond": negative, "cond": positive}

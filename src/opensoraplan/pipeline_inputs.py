@@ -5,24 +5,18 @@ No model runs here.
 
 import math
 import operator
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.callbacks import (
+    IPAdapterScaleCutoffCallback,
+    MultiPipelineCallbacks,
+    PipelineCallback,
+)
 from torch import Tensor
 
 LARGEST_SEED = 2**63 - 1
-
-# Options of the default scheduler that would change its steps, at the values that do not.
-UNREAD_OPTIONS = {
-    "stochastic_sampling": False,
-    "invert_sigmas": False,
-    "shift_terminal": None,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
 
 
 def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:  # noqa: ANN401
@@ -42,30 +36,7 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: A
             raise ValueError(f"the denoiser was made for {wanted} channels ({key}), but {gives} {width}")
 
 
-def check_flow_scheduler(scheduler: Any) -> None:  # noqa: ANN401
-    """Raise ValueError for a scheduler of diffusers that does not step along a predicted flow."""
-    name, config = type(scheduler).__name__, scheduler.config
-    prediction = config.get("prediction_type", "flow_prediction")
-    if prediction != "flow_prediction":
-        raise ValueError(
-            f"the {name} takes a prediction of type {prediction!r}, but this model predicts the flow: "
-            "give it prediction_type='flow_prediction' and use_flow_sigmas=True, where it has them"
-        )
-    if not config.get("use_flow_sigmas", True):
-        raise ValueError(f"the {name} needs use_flow_sigmas=True for this model")
-
-
-def check_default_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for options of the default scheduler that nobody would read."""
-    unread = [f"{key}={config[key]!r}" for key, value in UNREAD_OPTIONS.items() if config[key] != value]
-    if unread:
-        raise ValueError(
-            "of the default scheduler, only shift and use_dynamic_shifting are read: "
-            f"leave out {', '.join(unread)}"
-        )
-
-
-def check_guidance(scale: float, rescale: float, interval: tuple[float, float]) -> None:
+def check_guidance(scale: float, rescale: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
     """Raise ValueError for settings of guidance that cannot be."""
     if not 0 <= scale < math.inf:
         raise ValueError(f"guidance_scale must be at least 0 (1 or less: no guidance), got {scale}")
@@ -98,24 +69,24 @@ def spread(value: str | Sequence[str] | None, count: int) -> list[str]:
 
 
 def generators(
-    batch: int, seed: int | Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None
+    batch: int, seeds: Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None
 ) -> list[torch.Generator]:
-    """A source of noise for each of `batch` videos: new ones on the CPU by seed, or those given."""
-    if seed is not None and generator is not None:
-        raise ValueError("give either seed or generator")
+    """A source of noise for each of `batch` videos: new ones on the CPU by `seeds`, or those given."""
     if isinstance(generator, torch.Generator):
         return [generator] * batch
     if generator is None:
-        return [torch.Generator("cpu").manual_seed(s) for s in spread_seeds(batch, seed)]
+        return [torch.Generator("cpu").manual_seed(seed) for seed in seeds or ()]
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one for each")
     return list(generator)
 
 
 def spread_seeds(batch: int, seed: int | Sequence[int] | None) -> list[int]:
-    """A seed for each of `batch` videos, counting on from the first or as given. None: a random first."""
+    """A seed for each of `batch` videos, counting on from the first or as given. None: a first one drawn from
+    torch's global generator.
+    """
     if seed is None:
-        seed = random.SystemRandom().randrange(2**31)
+        seed = int(torch.randint(2**31, ()))
     seeds = seed if isinstance(seed, Sequence) else [seed + i for i in range(batch)]
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} videos: give one, or one for each")
@@ -123,6 +94,52 @@ def spread_seeds(batch: int, seed: int | Sequence[int] | None) -> list[int]:
         if not 0 <= value <= LARGEST_SEED:
             raise ValueError(f"a seed must be from 0 to {LARGEST_SEED}, got {value}")
     return [operator.index(value) for value in seeds]
+
+
+def callback_inputs(callback: object, names: Sequence[str], *, known: Sequence[str]) -> Sequence[str]:
+    """The names of the tensors that a callback gets: its own if it is one of diffusers', else these `names`.
+    Raises ValueError for those that are not `known`, and for a callback that needs what there is not.
+    """
+    several = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
+    official = [one for one in several if isinstance(one, PipelineCallback)]
+    if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in official):
+        raise ValueError("IPAdapterScaleCutoffCallback has no use: this pipeline has no IP adapters")
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    if unknown := sorted(set(names) - set(known)):
+        whose = f" for {type(callback).__name__}" if official else ""
+        raise ValueError(f"callbacks can have {', '.join(known)}; not {', '.join(unknown)}{whose}")
+    return names
+
+
+def changed_tensors(given: Mapping[str, Tensor], returned: object) -> dict[str, Tensor]:
+    """What a callback has changed: the tensors that it `returned` which are not those it was `given`.
+
+    The last row alone of prompt embeddings counts as unchanged: so diffusers' callbacks cut off the
+    unconditional branch, which ours come without. Raises ValueError for what cannot take effect.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"a callback returns a dict of tensors, or None, got {type(returned).__name__}")
+    changed = {}
+    for name, value in returned.items():
+        if name not in given:
+            raise ValueError(f"the callback returned {name!r}; it can return {', '.join(given)}")
+        before = given[name]
+        if value is before:
+            continue
+        if name == "velocity":
+            raise ValueError(
+                "the callback returned another velocity, but its step is done: return latents instead"
+            )
+        if not isinstance(value, Tensor) or value.shape != before.shape:
+            if name != "latents" and isinstance(value, Tensor) and torch.equal(value, before[-1:]):
+                continue
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the callback must return {name} of shape {list(before.shape)}, got {shape}")
+        changed[name] = value
+    return changed
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

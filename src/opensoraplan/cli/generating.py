@@ -706,7 +706,8 @@ def decode(options: Decode) -> None:
         resolve_dtype,
     )
     from opensoraplan.memory import fit_decoding
-    from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+    from opensoraplan.pipeline import OpenSoraPlanPipeline
+    from opensoraplan.samplers import make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})  # as checked
     (wanted,) = job.check_targets([request], options.out or default)

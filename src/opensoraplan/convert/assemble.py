@@ -27,8 +27,9 @@ from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import empty_text_encoder, load_text_encoder, load_tokenizer
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.pipeline import OpenSoraPlanPipeline, make_scheduler
+from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.pipeline_inputs import check_parts
+from opensoraplan.samplers import make_scheduler
 
 logger = logging.getLogger(__name__)
 

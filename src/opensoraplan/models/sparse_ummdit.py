@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
 from opensoraplan.models.attention import attention
+from opensoraplan.models.caching import CheckedCacheMixin
 from opensoraplan.models.lora import LoraMixin
 from opensoraplan.models.overflow import merge_overflows, saturate
 from opensoraplan.models.recompute import recomputed
@@ -40,6 +41,11 @@ from opensoraplan.models.skiparse import (
 from opensoraplan.models.strict import Depths, Epsilon, Rates, StrictMixin, Switch, Whole
 
 logger = logging.getLogger(__name__)
+
+# Kinds of inputs that compiled blocks meet: rate 1, others, the last block; one sample or several; one text
+# token (an empty negative prompt) or several; masks of video and text; AdaLN vectors given or not; gradients
+# or not.
+_MOST_KINDS = 64
 
 # --- Norms and embeddings: all of these compute and return fp32 ---------------------------------------------
 
@@ -151,7 +157,7 @@ class JointAttnProcessor:
 
     def __call__(
         self, attn: "JointAttention", video: Tensor, text: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         def heads(linear: nn.Module, x: Tensor) -> Tensor:
             return linear(x).unflatten(-1, (-1, attn.head_dim))
 
@@ -163,7 +169,7 @@ class JointAttnProcessor:
 
         video, text = self.attend((q, k, v), (text_q, text_k, text_v), layout.key_mask)
         video = attn.to_out[0](video.flatten(-2))
-        return video, None if attn.to_add_out is None else attn.to_add_out(text.flatten(-2))
+        return video if attn.to_add_out is None else (video, attn.to_add_out(text.flatten(-2)))
 
     def attend(
         self,
@@ -208,7 +214,7 @@ class JointAttention(nn.Module, AttentionModuleMixin):
             JointAttnProcessor()
         )  # of any class that diffusers' `set_processor` may put here
 
-    def forward(self, video: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    def forward(self, video: Tensor, text: Tensor, layout: Layout) -> Tensor | tuple[Tensor, Tensor]:
         return self.processor(self, video, text, layout)
 
 
@@ -361,7 +367,8 @@ class SparseUMMDiTBlock(nn.Module):
         video, text = saturate(video, overflows), saturate(text, overflows)
 
         normed, normed_text, gate, text_gate = self.norm1(video, text, cond, first)
-        update, text_update = self.attn1(normed, normed_text, layout)
+        updates = self.attn1(normed, normed_text, layout)
+        update, text_update = updates if isinstance(updates, tuple) else (updates, None)
         video = saturate(add_gated(video, gate, update), overflows)
         if text_update is not None:
             text = saturate(add_gated(text, text_gate, text_update), overflows)
@@ -377,8 +384,21 @@ class SparseUMMDiTBlock(nn.Module):
         """Compile what all blocks have in common, everything but the skip connection, so that they share
         graphs: one where n is 1, one for all other rates, one for the last block. As many again where keys
         are masked, where the text is a single token, or the batch a single sample; other sizes are symbols.
+
+        All these are more than the eight kinds of inputs that torch allows a function, in the whole process:
+        its limit is raised.
         """
+        from torch._dynamo import config  # takes long, and torch.compile does it in any case
+
+        config.recompile_limit = max(config.recompile_limit, _MOST_KINDS)
         self._run = torch.compile(self._run, dynamic=dynamic, **options)
+
+
+# How diffusers' caches find both streams in what goes into a block and comes out of it.
+TransformerBlockRegistry.register(
+    SparseUMMDiTBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+)
 
 
 # --- Model --------------------------------------------------------------------------------------------------
@@ -467,7 +487,7 @@ class Stages(nn.Module):
 
 
 # diffusers' pipelines load a class only where they find the name ModelMixin beside it.
-class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CacheMixin, AttentionMixin):
+class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCacheMixin, AttentionMixin):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
 
     Args:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.mag_cache import MagCacheConfig
 from pydantic import Field
 from torch import Tensor, nn
 
 from opensoraplan.disk import write_whole
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
+from opensoraplan.models.caching import check_dense_ends
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,6 @@ logger = logging.getLogger(__name__)
 FILE = "step_cache.json"
 # Consecutive steps that take over, and the first part of all steps, in which none does: as published.
 _MOST_SKIPPED, _RETAINED = 3, 0.2
-
-TransformerBlockRegistry.register(
-    SparseUMMDiTBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
-)
 
 
 class Calibration(Settings):
@@ -62,21 +57,12 @@ class Calibration(Settings):
         write_whole(path, lambda file: file.write_text(text))
 
 
-def check_dense_ends(model: SparseUMMDiT) -> None:
-    """Raise ValueError unless tokens are in the same order before the first and after the last block."""
-    rates = model.config["sparse_n"] or (1,)
-    if rates[0] != 1 or rates[-1] != 1:
-        raise ValueError(
-            f"a step cache needs dense first and last stages (rate 1), the model has {list(rates)}"
-        )
-
-
 @contextmanager
 def measured(model: SparseUMMDiT) -> Iterator[list[float]]:
     """Inside the block, the list grows with each forward pass: the size of what all blocks add, token by
     token, relative to the pass before.
     """
-    check_dense_ends(model)
+    check_dense_ends(model.config["sparse_n"])
     ratios: list[float] = []
     state: dict[str, Tensor] = {}
     first, last = model.transformer_blocks[0], model.transformer_blocks[-1]
@@ -103,7 +89,7 @@ def skipping(model: SparseUMMDiT, ratios: Sequence[float], *, threshold: float, 
     that was computed, the ratios promise to stay within `threshold`. Each branch of guidance has its own,
     by `cache_context`.
     """
-    check_dense_ends(model)
+    check_dense_ends(model.config["sparse_n"])
     config = MagCacheConfig(
         threshold=threshold,
         max_skip_steps=_MOST_SKIPPED,

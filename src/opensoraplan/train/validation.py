@@ -13,7 +13,8 @@ from opensoraplan.data.video import VideoWriter
 from opensoraplan.device import DTYPES
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.ranks import ALONE, Ranks
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput, make_scheduler
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.samplers import make_scheduler
 from opensoraplan.train import objective
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
