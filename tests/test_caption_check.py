@@ -12,6 +12,7 @@ import torch
 from opensoraplan import cli
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.sources import open_source
+from opensoraplan.train.validation import Validation
 
 CAPTIONS = [
     "A red ball moves to the left.",
@@ -76,3 +77,18 @@ def test_a_run_says_it_before_it_begins(
     assert said(clean=False) == []
     monkeypatch.setenv("RANK", "1")
     assert said() == []
+
+
+def test_prompts_of_validation_are_checked_before_the_first_step(
+    tiny_run: Callable[..., TrainSettings], caplog: pytest.LogCaptureFixture
+) -> None:
+    def validation(prompt: str) -> None:
+        settings = tiny_run(validation={"every": 2, "prompts": [prompt], "frames": 9})
+        Validation(settings, encoders=None, device=torch.device("cpu"))
+
+    validation("a p3rs0n walks")
+    assert "validation.prompts: cleaning removes p3rs0n from the prompt 'a p3rs0n walks'" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"validation\.prompts: cleaning leaves nothing of the prompt 'p3rs0n'"
+    ):
+        validation("p3rs0n")

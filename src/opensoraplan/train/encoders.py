@@ -85,9 +85,7 @@ class Encoders:
         """States of captions as the original trains on them: cleaned (with `clean`; `keep_chinese` leaves
         Chinese characters in), in no template.
         """
-        settings = PromptSettings(
-            template=None, negative_prompt="", clean=self.clean, keep_chinese=self.keep_chinese
-        )
+        settings = caption_settings(self)
         return encode_prompts(
             [settings.positive(caption) for caption in captions],
             tokenizer=self.tokenizer,
@@ -114,6 +112,11 @@ class Encoders:
             "max_tokens": str(self.max_tokens),
             "caption cleaning": cleaning,
         }
+
+
+def caption_settings(text: TextSettings | Encoders) -> PromptSettings:
+    """What happens to captions, and to the prompts of validation, before they are encoded: cleaning alone."""
+    return PromptSettings(template=None, negative_prompt="", clean=text.clean, keep_chinese=text.keep_chinese)
 
 
 # All names that `Encoders.fingerprint` gives.

@@ -17,7 +17,7 @@ from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.samplers import make_scheduler
 from opensoraplan.train import objective
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
+from opensoraplan.train.encoders import Encoders, caption_settings, load_encoders, sample_posterior
 from opensoraplan.train.sources import Source, clips_of_all, open_source
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,25 @@ class Validation:
         self.source: Source | None = None
         self.encoders = encoders
         if self.settings.prompts:
+            self._check_prompts()
             self.encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
         if self.settings.manifest is not None or self.settings.features is not None:
             self.source, self.encoders = open_source(
                 settings, device=device, held_out=True, encoders=self.encoders
             )
             clips_of_all(self.source.samples, ranks)
+
+    def _check_prompts(self) -> None:
+        """Warn of words that cleaning removes. Raises ValueError for a prompt of which nothing is left:
+        before the run begins, not when its first videos are due.
+        """
+        for prompt in self.settings.prompts:
+            try:
+                warning = caption_settings(self.run_settings.text).check(prompt)
+            except ValueError as error:
+                raise ValueError(f"validation.prompts: {error} (in a run, by the settings of text)") from None
+            if warning and self.ranks.first:
+                logger.warning("validation.prompts: %s", warning)
 
     def run(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> dict[str, float]:
         """Losses, weighted as in training, at the fixed sigmas and their mean; the videos are written on the
@@ -118,8 +131,9 @@ class Validation:
             check()
 
         for number, prompt in enumerate(wanted.prompts):
+            text = pipeline.prompt_settings.positive(prompt)
             output = pipeline(
-                prompt,
+                prompt_embeds=pipeline.encode_texts([text]),
                 height=wanted.height,
                 width=wanted.width,
                 num_frames=wanted.frames,
