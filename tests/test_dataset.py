@@ -6,6 +6,7 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -28,7 +29,7 @@ from opensoraplan.data.dataset import (
 )
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
-from opensoraplan.data.video import VideoWriter, fit, read_frames, to_uint8
+from opensoraplan.data.video import Reader, VideoWriter, fit, read_frames, to_uint8
 
 FRAMES = 12
 
@@ -166,6 +167,22 @@ def test_another_clip_takes_the_place_of_a_bad_one(damaged: list[Path]) -> None:
     assert "cut off" in messages[0]
     assert "gone.mp4 does not exist" in messages[1]
     assert "short.mp4 has 5 frames, asked for frame" in messages[2]
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_a_window_is_moved_inside_of_what_decodes(clips: list[Path], reader: Reader) -> None:
+    """Where a manifest counts the frames that the file claims."""
+    claimed = replace(sample(clips[0]), resampled=15, thinned=15, windows=7, window=6)
+    dataset = ClipDataset([claimed], seed=0, new_windows=False, reader=reader, replace=False)
+    assert claimed.frame_numbers == tuple(range(6, 15))
+    expected = fit(read_frames(clips[0], start=3, count=9), height=16, width=16)
+    assert (dataset[draw(0)].video - expected).abs().max() < 0.05
+    # But not out of its cut, nor by many frames.
+    cut = replace(claimed, start=4, window=2, record=replace(claimed.record, cut=(4, 15)))
+    far = replace(claimed, thinned=99, resampled=99, windows=90, window=80)
+    for other in (cut, far):
+        with pytest.raises(ValueError, match=r"clip0\.mp4 has 12 frames, asked for frame"):
+            ClipDataset([other], seed=0, new_windows=False, reader=reader)[draw(0)]
 
 
 def test_a_bad_film_of_many_cuts_is_one_bad_file(damaged: list[Path], clips: list[Path]) -> None:

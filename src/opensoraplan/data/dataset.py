@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from opensoraplan.data.buckets import Draw, Shape
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
-from opensoraplan.data.video import Reader, fit, installed_reader, read_numbered, scale_and_cut
+from opensoraplan.data.video import Reader, TooShortError, fit, installed_reader, read_numbered, scale_and_cut
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ Item = TypeVar("Item")
 _ATTEMPTS = 5
 # Among so many samples of the same shape they are looked for.
 _CONSIDERED = 1000
+
+
+# So many frames more than decode may be claimed by files that were cut out of others without encoding.
+_CLAIMED = 16
 
 
 class Failure(NamedTuple):
@@ -80,7 +84,8 @@ class ClipDataset(Dataset[Clip]):
 
     With `new_windows`, a clip longer than its sample begins elsewhere in each epoch. `caption_dropout`: see
     `caption_of`. In place of a file that cannot be read comes another sample of the same shape, up to five in
-    all (`replace`); then UnreadableClipError.
+    all (`replace`); then UnreadableClipError. A window that ends a few frames behind the last one that
+    decodes is moved there.
     """
 
     def __init__(
@@ -150,15 +155,25 @@ class ClipDataset(Dataset[Clip]):
         return sample.at(_chance("window", self._seed, draw).randrange(sample.windows))
 
     def _read(self, sample: Sample) -> torch.Tensor:
-        record = sample.record
-        # Not every reader takes pictures.
-        reader: Reader = "pyav" if record.is_image else self._reader
-        rate = record.fps if record.variable else None
-        frames = read_numbered(record.path, sample.frame_numbers, crop=record.crop, reader=reader, rate=rate)
+        record, numbers = sample.record, sample.frame_numbers
+        try:
+            frames = self._read_numbered(record, numbers)
+        except TooShortError as error:
+            # A manifest may believe what the file claims; the window goes inside of what decodes.
+            over, start = numbers[-1] + 1 - error.frames, 0 if record.cut is None else record.cut[0]
+            if over > _CLAIMED or numbers[0] - over < start:
+                raise
+            frames = self._read_numbered(record, [number - over for number in numbers])
         if sample.framing is None:
             return fit(frames, height=sample.height, width=sample.width)
         _check_aspect(frames, record)
         return scale_and_cut(frames, sample.framing)
+
+    def _read_numbered(self, record: Record, numbers: Sequence[int]) -> torch.Tensor:
+        # Not every reader takes pictures.
+        reader: Reader = "pyav" if record.is_image else self._reader
+        rate = record.fps if record.variable else None
+        return read_numbered(record.path, numbers, crop=record.crop, reader=reader, rate=rate)
 
 
 def readable(

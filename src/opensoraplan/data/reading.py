@@ -55,6 +55,14 @@ _TURNS = {
 REORDERED = 32
 
 
+class TooShortError(ValueError):
+    """A video has only so many `frames`, fewer than asked for."""
+
+    def __init__(self, path: str | Path, *, frames: int, asked: int) -> None:
+        super().__init__(f"{path} has {frames} frames, asked for frame {asked}")
+        self.frames = frames
+
+
 class UncertainError(Exception):
     """The packets of this file might be other frames than decoding gives."""
 
@@ -149,8 +157,8 @@ def read_numbered(
     "torchcodec" decodes with that package; PyAV, and a line of log, take the place of one that is not
     installed, or cannot read the file.
 
-    Raises FileNotFoundError, and ValueError for a file without readable video, with too few frames, damaged
-    before the last one, frames of several sizes, or a crop outside of the picture.
+    Raises FileNotFoundError, TooShortError for too few frames, and ValueError for a file without readable
+    video, damaged before the last one, frames of several sizes, or a crop outside of the picture.
     """
     if not numbers or numbers[0] < 0 or any(later < earlier for earlier, later in pairwise(numbers)):
         raise ValueError(f"frame numbers must rise from 0 or more, got {list(numbers)}")
@@ -486,7 +494,7 @@ def _chosen(
             filled += 1
         if filled == len(numbers):
             return result
-    raise ValueError(f"{path} has {seen} frames, asked for frame {numbers[-1]}")
+    raise TooShortError(path, frames=seen, asked=numbers[-1])
 
 
 def _cropped(path: str | Path, frames: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
@@ -557,4 +565,4 @@ def _warn_that_some_are_left(reader: Reader) -> None:
 
 def _check_count(path: str | Path, frames: int, numbers: Sequence[int]) -> None:
     if numbers[-1] >= frames:
-        raise ValueError(f"{path} has {frames} frames, asked for frame {numbers[-1]}")
+        raise TooShortError(path, frames=frames, asked=numbers[-1])

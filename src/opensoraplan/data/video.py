@@ -26,6 +26,7 @@ from opensoraplan.data.probing import VideoInfo, probe
 from opensoraplan.data.reading import (
     SWSCALE,
     Reader,
+    TooShortError,
     count_frames,
     frame_rate,
     installed_reader,
@@ -39,6 +40,7 @@ from opensoraplan.disk import named_errors, publish, workplace
 
 __all__ = [
     "Reader",
+    "TooShortError",
     "VideoInfo",
     "VideoWriter",
     "count_frames",
