@@ -247,6 +247,22 @@ def test_a_resume_with_changed_settings_changes_nothing(osp: Osp, tiny_run: Make
     assert contents(tmp_path / "run") == before
 
 
+def test_a_full_disk_from_the_start_promises_no_checkpoint(
+    osp: Osp, tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        code, err = osp("train", toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 2
+    assert "step-00000002: " in err
+    assert "there is no checkpoint before it" in err
+    assert "whole" not in err
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
 def test_a_full_disk_while_saving_costs_no_checkpoint(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
     assert osp("train", toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json"))[0] == 0
     longer = toml_of(tiny_run(optimizer={"steps": 4}), tmp_path / "longer.json")
@@ -258,7 +274,7 @@ def test_a_full_disk_while_saving_costs_no_checkpoint(osp: Osp, tiny_run: MakeRu
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert code == 2
     assert "cannot write" in err
-    assert "the checkpoints before it are whole" in err
+    assert "the last checkpoint is of step 2" in err
     assert checkpoint.steps(tmp_path / "run") == [2]
     assert osp("train", longer, "--resume", "latest")[0] == 0
     assert checkpoint.steps(tmp_path / "run") == [2, 4]

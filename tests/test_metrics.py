@@ -57,7 +57,7 @@ def test_a_full_disk_is_said_plainly(tmp_path: Path) -> None:
     with Metrics(tmp_path, steps=2, console=io.StringIO()) as metrics:
         (tmp_path / "metrics.jsonl").unlink()
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-        with pytest.raises(ValueError, match=r"metrics\.jsonl: the disk is full; checkpoints are whole"):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: the disk is full; its earlier lines are"):
             metrics.log(1, {"loss": 0.5})
 
 

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 STATE = "state.json"
-# What a failed write leaves.
-WHOLE = "the checkpoints before it are whole"
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".unfinished-"
 _SUPERSEDED = ".superseded-"
@@ -50,6 +48,12 @@ def steps(output: Path) -> list[int]:
     folder = output / FOLDER
     names = (_NAME.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(name[1]) for name in names if name)
+
+
+def describe_saved(output: Path) -> str:
+    """What a checkpoint that cannot be written leaves, for messages."""
+    there = steps(output)
+    return f"the last checkpoint is of step {there[-1]}" if there else "there is no checkpoint before it"
 
 
 def path_of(output: Path, step: int) -> Path:
@@ -90,7 +94,7 @@ def save(
     is removed then.
     """
     wanted, unfinished = path_of(output, step), unfinished_path(output, step)
-    with plain_errors(wanted, whole=WHOLE):
+    with plain_errors(wanted, whole=describe_saved(output)):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:

@@ -120,7 +120,7 @@ class Metrics:
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {name: _finite(value) for name, value in values.items()}
         # Opened for each line: what could not be written must not be tried again when the file is closed.
-        with plain_errors(self._path, whole="checkpoints are whole"), self._path.open("a") as file:
+        with plain_errors(self._path, whole="its earlier lines are whole"), self._path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         if self._tensorboard is not None:

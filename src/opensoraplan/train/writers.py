@@ -60,14 +60,16 @@ class ShardedWriter(Writer):
             dist.barrier(self._group)
 
     def _begin(self, unfinished: Path, step: int, state: Mapping[str, Any]) -> None:
-        with plain_errors(unfinished, whole=checkpoint.WHOLE):
+        with plain_errors(unfinished, whole=checkpoint.describe_saved(self.output)):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             checkpoint.write_state(unfinished, step, state)
 
     def _finish(self, step: int, written: Future[Any]) -> None:
         try:
-            with plain_errors(checkpoint.path_of(self.output, step), whole=checkpoint.WHOLE):
+            with plain_errors(
+                checkpoint.path_of(self.output, step), whole=checkpoint.describe_saved(self.output)
+            ):
                 shards.finish(written)
                 if self._ranks.first:
                     checkpoint.finish(self.output, step)
