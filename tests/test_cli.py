@@ -30,6 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli, saved
 from opensoraplan.cli.generating import _tell_peak, instead_of_host
+from opensoraplan.cli.verbs import VERBS
 from opensoraplan.convert.checkpoints import load_checkpoint
 from opensoraplan.data.video import read_frames
 from opensoraplan.fingerprint import fingerprint_parts
@@ -676,7 +677,7 @@ def test_options_that_are_none(osp: Command, line: str, message: str) -> None:
 
 def test_help_fits_the_terminal(osp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
-    for verb in cli.VERBS:
+    for verb in VERBS:
         outcome = osp(*verb.split(), "--help")
         assert outcome.code == 0
         assert max(map(len, outcome.out.splitlines())) <= 90

@@ -66,6 +66,7 @@ def make(
 ) -> list[Path]:
     requests = requests_of(*prompts, **changes)
     paths = check_targets(requests, out)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)  # as the command does
     ratios = [1.0] * requests[0].steps
     return run(
         *(pipeline, requests, paths),
@@ -630,7 +631,6 @@ def test_beginning_anew_keeps_the_latents_of_before(pipeline: OpenSoraPlanPipeli
 def test_a_folder_that_went_away(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
     requests = requests_of("a cat")
     paths = check_targets(requests, tmp_path / "out")
-    (tmp_path / "out").rmdir()
     with pytest.raises(FileNotFoundError):
         run(pipeline, requests, paths, model="tiny", resume=False)
 

@@ -2,9 +2,7 @@
 fast.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # without typing, which takes long to import
 if TYPE_CHECKING:
     from opensoraplan.data.video import write_video
     from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -24,4 +22,6 @@ _HOME = {
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOME[name]), name)

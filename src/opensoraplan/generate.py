@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
 from opensoraplan.ahead import one_ahead
-from opensoraplan.disk import numbered, write_new
+from opensoraplan.disk import numbered, workplace, write_new
 from opensoraplan.documents import parse_json
 from opensoraplan.fingerprint import hash_text
 from opensoraplan.requests import Request
@@ -84,10 +84,9 @@ def check_folder(folder: Path, name: str = "") -> None:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if there == folder and not there.is_dir():
             raise ValueError(f"cannot write to {folder}: it is a file, not a folder")
-        # As long as the longest name there may be, which is that of latents while they are written.
-        probe = there / f".{Path(name).stem}_999.osp-write-test-aaaaaa.00000000.tmp"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        with workplace(there) as place:
+            # The longest name that there may be.
+            (place / f"{Path(name).stem}_999.latents.safetensors").touch()
     except OSError as error:
         raise ValueError(f"cannot write to {folder / name}: {error.strerror}") from error
 
@@ -312,8 +311,8 @@ def make_video(
     """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
 
     Until it is written, the last latents that were good are kept in a file beside it: after every
-    `save_every` steps (0: not before the last), before decoding, and when something fails. Not in the middle
-    of a run with a step cache, which would go on without what it has cached.
+    `save_every` steps and when it is stopped (0: not before the last), before decoding, and when it fails.
+    Not in the middle of a run with a step cache, which would go on without what it has cached.
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
@@ -322,11 +321,19 @@ def make_video(
     place = place_of_latents(wanted, record)
     save = partial(save_latents, place, record=record, embeds=embeds, request=request)
 
+    # Other schedulers may have more calls than steps, and cannot begin in the middle.
+    possible = bool(save_every) and pipeline.has_default_scheduler and not request.step_cache
+    save_newest: Callable[[], None] | None = None
+
     def keep(latents: "Tensor", step: int, velocity: "Tensor") -> None:
-        # Other schedulers may have more calls than steps, and cannot begin in the middle.
-        possible = pipeline.has_default_scheduler and not request.step_cache
-        if save_every and step % save_every == 0 and step < request.steps and possible:
-            save(latents, step, velocity=velocity if request.solver == "adams" else None)
+        nonlocal save_newest
+        if possible and step < request.steps:
+            save_newest = partial(
+                save, latents, step, velocity=velocity if request.solver == "adams" else None
+            )
+            if step % save_every == 0:
+                save_newest()
+                save_newest = None
 
     try:
         latents = denoise(
@@ -337,6 +344,8 @@ def make_video(
         logger.error(_describe_kept(place, record))
         raise
     except KeyboardInterrupt:
+        if save_newest is not None:
+            save_newest()
         logger.info(_describe_kept(place, record))
         raise
     if start is None or start.step < request.steps:

@@ -1,181 +1,87 @@
-"""The command `osp`: finds the verb, parses its options, runs it. Heavy imports are inside the verbs, so that
---help is quick.
+"""The command `osp`, from its first moment to its exit code. What takes time to import is imported only once
+signals are dealt with.
 
 A user's mistake ends in one line on stderr and exit code 2; a traceback is a bug of ours.
 """
 
-import contextlib
-import io
-import itertools
-import logging
 import os
-import shutil
+import signal
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from typing import Any
 
-import tyro
+TYPE_CHECKING = False  # typing takes longer to import than all else here
+if TYPE_CHECKING:
+    from opensoraplan.cli.surroundings import Stop
 
-from opensoraplan.cli import data, generating, models, plan, training
-from opensoraplan.cli.options import option_names
-from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
-from opensoraplan.names import did_you_mean
-
-logger = logging.getLogger("opensoraplan")
-
-
-@dataclass(frozen=True)
-class Verb:
-    """The dataclass of a verb's options, whose docstring is its help, and the function that takes them."""
-
-    options: type
-    run: Callable[..., None]
-    with_config: bool = False
-    """Whether --config may name the guide's inference JSON, which `run` then gets, too."""
-    hint: Callable[[list[str]], str | None] = field(default=lambda _words: None)
-    """What was probably meant by words of which the first cannot be understood; None if it cannot tell."""
-
-    @property
-    def summary(self) -> str:
-        """The first sentence of its help."""
-        return " ".join((self.options.__doc__ or "").partition("\n\n")[0].split())
-
-
-GROUPS = {
-    "Generate": {
-        "generate": Verb(generating.Generate, generating.generate, True, generating.hint),
-        "decode": Verb(generating.Decode, generating.decode),
-        "calibrate": Verb(generating.Calibrate, generating.calibrate),
-        "reconstruct": Verb(models.Reconstruct, models.reconstruct),
-    },
-    "Train": {
-        "data check": Verb(data.DataCheck, data.data_check),
-        "data render": Verb(data.DataRender, data.data_render),
-        "data sheet": Verb(data.DataSheet, data.data_sheet),
-        "cache": Verb(training.Cache, training.cache, hint=training.hint),
-        "train": Verb(training.Train, training.train, hint=training.hint),
-        "train-vae": Verb(training.TrainVAE, training.train_vae, hint=training.hint),
-        "export": Verb(training.Export, training.export),
-    },
-    "Models and machines": {
-        "convert": Verb(models.Convert, models.convert, True),
-        "inspect": Verb(models.Inspect, models.inspect),
-        "plan": Verb(plan.Plan, plan.plan, hint=training.hint),
-        "launch": Verb(plan.Launch, plan.launch, hint=plan.hint),
-    },
-}
-VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
+# Where a shell says that nobody reads stdout any more: 128 and SIGPIPE.
+_NOBODY_READS = 141
 
 
 def main() -> None:
     """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
+    before = signal.getsignal(signal.SIGINT)
+    is_usual = before is signal.default_int_handler
+    if is_usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # for now: it ends without a traceback
+    try:
+        from opensoraplan.cli.surroundings import settled
+
+        with settled() as stop:
+            code = _run(stop)
+    finally:
+        if is_usual:
+            signal.signal(signal.SIGINT, before)
+    if code:
+        sys.exit(code)
+
+
+def _run(stop: "Stop") -> int:
+    """Run the verb; what ends it becomes a message and an exit code."""
+    try:
+        try:
+            _set_up_logging()
+            from opensoraplan.cli.verbs import run
+
+            run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if stop.signal is not None:  # whatever became of it: an import may turn it into an error of its own
+            sys.stderr.write("osp: stopped\n")
+            return 128 + stop.signal
+        if isinstance(error, BrokenPipeError) and error.filename == "stdout":
+            return _NOBODY_READS
+        message = _message(error)
+        if message is None:
+            raise
+        return _mistake(message)
+    return 0
+
+
+def _set_up_logging() -> None:
+    import logging
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger.setLevel(logging.INFO)
+    logging.getLogger("opensoraplan").setLevel(logging.INFO)
     # transformers reads this when it is imported. Its bars would break into ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        _run(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write("osp: stopped\n")
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        sys.stderr.write(f"osp: error: {error}\n")
-        sys.exit(2)
-    except RuntimeError as error:
+
+
+def _mistake(message: str) -> int:
+    sys.stderr.write(f"osp: error: {message}\n")
+    return 2
+
+
+def _message(error: BaseException) -> str | None:
+    """What to say of an error that a user can help; None for a bug of ours."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
+        return str(error)
+    if isinstance(error, RuntimeError):
         from opensoraplan.device import is_out_of_memory
 
-        if not is_out_of_memory(error):
-            raise
-        sys.stderr.write(f"osp: error: memory is full: {str(error).partition(chr(10))[0]}\n")
-        sys.exit(2)
-
-
-def _run(words: list[str]) -> None:
-    """Run the verb that a command line names, or show help."""
-    if words[:1] == ["help"]:
-        words = [*words[1:], "--help"]
-    if words[:1] in ([], ["-h"], ["--help"]):
-        (sys.stdout if words else sys.stderr).write(overview(GROUPS, "osp"))
-        sys.exit(0 if words else 2)
-    if words[0] == "--version":
-        sys.stdout.write(f"opensoraplan {version('opensoraplan')}\n")
-        return
-    name, rest = _verb_of(words)
-    verb = VERBS[name]
-    _check_options(name, verb, rest)
-    if verb.with_config:
-        rest = spell_out_ema(rest)
-    inference = read_config(rest) if verb.with_config else None
-    default: dict[str, Any] = {}
-    if verb.options is generating.Generate:
-        default["default"] = generating.Generate(**read_defaults(rest, inference))
-    with _wrapped_help():
-        options, unknown = tyro.cli(
-            verb.options, prog=f"osp {name}", args=rest, return_unknown_args=True, **default
-        )
-    if unknown:
-        raise ValueError(verb.hint(rest) or f"osp {name} does not understand {' '.join(unknown)!r}")
-    verb.run(options, inference) if verb.with_config else verb.run(options)
-
-
-def _verb_of(words: list[str]) -> tuple[str, list[str]]:
-    """The verb that a command line begins with, and the rest of it. Shows the help of `osp data`."""
-    for count in (1, 2):
-        if (name := " ".join(words[:count])) in VERBS:
-            return name, words[count:]
-    family = {name: verb for name, verb in VERBS.items() if name.startswith(f"{words[0]} ")}
-    if family and words[1:2] in (["-h"], ["--help"]):
-        sys.stdout.write(overview({"Verbs": family}, f"osp {words[0]}"))
-        sys.exit(0)
-    if family:
-        raise ValueError(f"osp {words[0]} needs one of {', '.join(name.split()[1] for name in family)}")
-    known = did_you_mean(words[0], VERBS) or f": it is one of {', '.join(VERBS)}"
-    raise ValueError(f"there is no verb {words[0]!r}{known}")
-
-
-def overview(groups: dict[str, dict[str, Verb]], program: str) -> str:
-    """The page of --help that lists verbs, a line or two for each."""
-    lines = [f"usage: {program} VERB ...    ({program} VERB --help shows the options of a verb)", ""]
-    if program == "osp":
-        lines += ["Open-Sora Plan v1.5.0: video from text.", ""]
-    for title, verbs in groups.items():
-        lines.append(f"{title}:")
-        for name, verb in verbs.items():
-            lines += textwrap.wrap(
-                verb.summary, _width(), initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _check_options(name: str, verb: Verb, words: list[str]) -> None:
-    """Refuse an option that the verb does not have, and name the one that was probably meant."""
-    known = option_names(verb.options)
-    given = list(itertools.takewhile(lambda word: word != "--", words))
-    for index, word in enumerate(given):
-        option = word.partition("=")[0].replace("_", "-")
-        if not option.startswith("--") or option in (*known, "--help"):
-            continue
-        near = did_you_mean(option, known, cutoff=0.7)
-        meant = f": {hint}" if not near and (hint := verb.hint(given[index:])) else ""
-        raise ValueError(f"osp {name} has no option {option}{near}{meant}")
-
-
-@contextlib.contextmanager
-def _wrapped_help() -> Iterator[None]:
-    """Wrap the paragraphs of help at the width of the terminal, which tyro only does in its boxes."""
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            yield
-    finally:
-        for line in shown.getvalue().splitlines():
-            wrapped = textwrap.wrap(line, _width()) if len(line) > _width() else [line]
-            sys.stdout.write("\n".join(wrapped) + "\n")
-
-
-def _width() -> int:
-    return max(shutil.get_terminal_size().columns - 1, 40)
+        if is_out_of_memory(error):
+            return f"memory is full: {str(error).partition(chr(10))[0]}"
+    return None

@@ -34,7 +34,7 @@ from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import Failure, caption_of
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample, samples_needed
-from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.disk import clear_dead, plain_errors, write_whole
 from opensoraplan.documents import as_object, parse_json
 from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
@@ -169,6 +169,7 @@ def begin(folder: Path, description: Description) -> None:
     # Read it again in any case: another process may have begun at the same moment.
     there = _read_description(folder)
     _refuse_other_parts(folder, there, description.parts)
+    clear_dead(folder)
     for name in type(description).model_fields:
         was, now = getattr(there, name), getattr(description, name)
         if name != "left_out" and was != now:

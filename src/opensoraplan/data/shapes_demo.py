@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opensoraplan.claims import claim, share_out
 from opensoraplan.data.video import VideoWriter, frame_rate
-from opensoraplan.disk import made, write_whole
+from opensoraplan.disk import clear_dead, made, write_whole
 from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 
@@ -314,6 +315,7 @@ def write_dataset(
     `cap` lists `captions` full wordings and a short one) and `folder/data.txt` (line `.,annotation.json`, so
     that the folder may be moved), and returns the path of the last. Clips that are there already are
     kept, so that a broken-off call can be repeated and a data set be extended with a larger `count`.
+    Several processes that make the same data set share its clips.
 
     Raises ValueError for a folder that holds clips of other settings, or files of these names that were not
     made here, and for numbers that cannot be. Nothing is written then.
@@ -337,27 +339,45 @@ def write_dataset(
         crf=crf,
     )
     _check_folder(root, settings)
-    with made(clips):
+    with made(root):
         text = settings.model_dump_json(indent=1)
+        # Before the clips: another process that sees these has to see whose they are.
         write_whole(root / _SETTINGS, lambda file: file.write_text(text))
-        return _write_clips(root, settings, count=count, captions=captions)
+        with made(clips):
+            return _write_clips(root, settings, count=count, captions=captions)
 
 
 def _write_clips(root: Path, settings: "_ClipSettings", *, count: int, captions: int) -> Path:
     """The clips of `write_dataset` that are not there yet, and the manifest of all."""
     seed, frames, height, width = settings.seed, settings.frames, settings.height, settings.width
     rate = Fraction(settings.fps)
+    scenes = [
+        scene_for(index, seed=seed, held_out=settings.held_out, objects=settings.objects)
+        for index in range(count)
+    ]
+    clear_dead(root / "clips")
+    with tqdm(total=count, desc="clips", unit="clip") as progress:
+
+        def make(index: int) -> bool:
+            path = root / "clips" / f"{index:06d}.mp4"
+            if not path.exists():
+                own = claim(path)
+                if own is None:
+                    return False
+                with own:
+                    if not path.exists():  # until just now
+                        with VideoWriter(path, fps=rate, crf=settings.crf) as writer:
+                            writer.write(render(scenes[index], frames=frames, height=height, width=width))
+            progress.update()
+            return True
+
+        share_out(range(count), make, what="clips")
     records = []
-    for index in tqdm(range(count), desc="clips", unit="clip"):
-        scene = scene_for(index, seed=seed, held_out=settings.held_out, objects=settings.objects)
-        path = root / "clips" / f"{index:06d}.mp4"
-        if not path.exists():
-            with VideoWriter(path, fps=rate, crf=settings.crf) as writer:
-                writer.write(render(scene, frames=frames, height=height, width=width))
+    for index, scene in enumerate(scenes):
         texts = [caption(scene, variant=variant) for variant in range(captions)]
         records.append(
             {
-                "path": f"clips/{path.name}",
+                "path": f"clips/{index:06d}.mp4",
                 "cap": [*texts, caption(scene, variant=index + 1, short=True)],
                 "num_frames": frames,
                 "fps": rate.numerator if rate.denominator == 1 else float(rate),

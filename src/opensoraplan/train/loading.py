@@ -160,8 +160,9 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def ignore_signals(_worker: int) -> None:
     """A signal to the whole process group asks the main process to stop; its workers end when it does."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class BadFileAccount(BadFiles):

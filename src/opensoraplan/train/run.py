@@ -364,7 +364,7 @@ def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
 
 
 class StopRequested:
-    """True once the process got SIGTERM or SIGINT inside `stop_on_signal`; a second SIGINT interrupts."""
+    """True once a signal inside `stop_on_signal` asked to stop; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -375,7 +375,9 @@ class StopRequested:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequested]:
-    """Inside the block SIGTERM and SIGINT only ask to stop, so that the step under way can be saved."""
+    """Inside the block SIGTERM, SIGINT and SIGHUP only ask to stop, so that the step under way can be saved.
+    What is to be ignored stays so: nohup wants it for SIGHUP.
+    """
     stop = StopRequested()
 
     def ask(number: int, _frame: object) -> None:
@@ -384,7 +386,12 @@ def stop_on_signal() -> Iterator[StopRequested]:
         stop.signal = signal.Signals(number)
         logger.warning("%s: stopping after this step, with a checkpoint", stop.signal.name)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    before = {
+        number: signal.signal(number, ask)
+        for number in numbers
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield stop
     finally:

@@ -1,0 +1,152 @@
+"""The verbs of `osp`: finds the one that is meant, parses its options, runs it. Heavy imports are inside the
+verbs, so that --help is quick.
+"""
+
+import contextlib
+import io
+import itertools
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import tyro
+
+from opensoraplan.cli import data, generating, models, plan, training
+from opensoraplan.cli.options import option_names
+from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
+from opensoraplan.names import did_you_mean
+
+
+@dataclass(frozen=True)
+class Verb:
+    """The dataclass of a verb's options, whose docstring is its help, and the function that takes them."""
+
+    options: type
+    run: Callable[..., None]
+    with_config: bool = False
+    """Whether --config may name the guide's inference JSON, which `run` then gets, too."""
+    hint: Callable[[list[str]], str | None] = field(default=lambda _words: None)
+    """What was probably meant by words of which the first cannot be understood; None if it cannot tell."""
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its help."""
+        return " ".join((self.options.__doc__ or "").partition("\n\n")[0].split())
+
+
+GROUPS = {
+    "Generate": {
+        "generate": Verb(generating.Generate, generating.generate, True, generating.hint),
+        "decode": Verb(generating.Decode, generating.decode),
+        "calibrate": Verb(generating.Calibrate, generating.calibrate),
+        "reconstruct": Verb(models.Reconstruct, models.reconstruct),
+    },
+    "Train": {
+        "data check": Verb(data.DataCheck, data.data_check),
+        "data render": Verb(data.DataRender, data.data_render),
+        "data sheet": Verb(data.DataSheet, data.data_sheet),
+        "cache": Verb(training.Cache, training.cache, hint=training.hint),
+        "train": Verb(training.Train, training.train, hint=training.hint),
+        "train-vae": Verb(training.TrainVAE, training.train_vae, hint=training.hint),
+        "export": Verb(training.Export, training.export),
+    },
+    "Models and machines": {
+        "convert": Verb(models.Convert, models.convert, True),
+        "inspect": Verb(models.Inspect, models.inspect),
+        "plan": Verb(plan.Plan, plan.plan, hint=training.hint),
+        "launch": Verb(plan.Launch, plan.launch, hint=plan.hint),
+    },
+}
+VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
+
+
+def run(words: list[str]) -> None:
+    """Run the verb that a command line names, or show help."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if words[:1] in ([], ["-h"], ["--help"]):
+        (sys.stdout if words else sys.stderr).write(overview(GROUPS, "osp"))
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        sys.stdout.write(f"opensoraplan {version('opensoraplan')}\n")
+        return
+    name, rest = _verb_of(words)
+    verb = VERBS[name]
+    _check_options(name, verb, rest)
+    if verb.with_config:
+        rest = spell_out_ema(rest)
+    inference = read_config(rest) if verb.with_config else None
+    default: dict[str, Any] = {}
+    if verb.options is generating.Generate:
+        default["default"] = generating.Generate(**read_defaults(rest, inference))
+    with _wrapped_help():
+        options, unknown = tyro.cli(
+            verb.options, prog=f"osp {name}", args=rest, return_unknown_args=True, **default
+        )
+    if unknown:
+        raise ValueError(verb.hint(rest) or f"osp {name} does not understand {' '.join(unknown)!r}")
+    verb.run(options, inference) if verb.with_config else verb.run(options)
+
+
+def _verb_of(words: list[str]) -> tuple[str, list[str]]:
+    """The verb that a command line begins with, and the rest of it. Shows the help of `osp data`."""
+    for count in (1, 2):
+        if (name := " ".join(words[:count])) in VERBS:
+            return name, words[count:]
+    family = {name: verb for name, verb in VERBS.items() if name.startswith(f"{words[0]} ")}
+    if family and words[1:2] in (["-h"], ["--help"]):
+        sys.stdout.write(overview({"Verbs": family}, f"osp {words[0]}"))
+        sys.exit(0)
+    if family:
+        raise ValueError(f"osp {words[0]} needs one of {', '.join(name.split()[1] for name in family)}")
+    known = did_you_mean(words[0], VERBS) or f": it is one of {', '.join(VERBS)}"
+    raise ValueError(f"there is no verb {words[0]!r}{known}")
+
+
+def overview(groups: dict[str, dict[str, Verb]], program: str) -> str:
+    """The page of --help that lists verbs, a line or two for each."""
+    lines = [f"usage: {program} VERB ...    ({program} VERB --help shows the options of a verb)", ""]
+    if program == "osp":
+        lines += ["Open-Sora Plan v1.5.0: video from text.", ""]
+    for title, verbs in groups.items():
+        lines.append(f"{title}:")
+        for name, verb in verbs.items():
+            lines += textwrap.wrap(
+                verb.summary, _width(), initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _check_options(name: str, verb: Verb, words: list[str]) -> None:
+    """Refuse an option that the verb does not have, and name the one that was probably meant."""
+    known = option_names(verb.options)
+    given = list(itertools.takewhile(lambda word: word != "--", words))
+    for index, word in enumerate(given):
+        option = word.partition("=")[0].replace("_", "-")
+        if not option.startswith("--") or option in (*known, "--help"):
+            continue
+        near = did_you_mean(option, known, cutoff=0.7)
+        meant = f": {hint}" if not near and (hint := verb.hint(given[index:])) else ""
+        raise ValueError(f"osp {name} has no option {option}{near}{meant}")
+
+
+@contextlib.contextmanager
+def _wrapped_help() -> Iterator[None]:
+    """Wrap the paragraphs of help at the width of the terminal, which tyro only does in its boxes."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            yield
+    finally:
+        for line in shown.getvalue().splitlines():
+            wrapped = textwrap.wrap(line, _width()) if len(line) > _width() else [line]
+            sys.stdout.write("\n".join(wrapped) + "\n")
+
+
+def _width() -> int:
+    return max(shutil.get_terminal_size().columns - 1, 40)
