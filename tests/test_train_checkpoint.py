@@ -1,6 +1,8 @@
 """Checkpoints of a training run: whole or not there, rotating, readable, and honest about what is wrong."""
 
 import errno
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 from opensoraplan.train import checkpoint
 from opensoraplan.train.config import OptimizerSettings
+from opensoraplan.train.metrics import Averages
 from opensoraplan.train.optimizer import make_optimizer, optimizer_tensors
+from opensoraplan.train.state import DenoiserState
 
 
 def save(output: Path, step: int, *, keep: int = 2, keep_every: int | None = None) -> Path:
@@ -98,8 +102,55 @@ def test_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
     save(tmp_path, 10)
     broken = save(tmp_path, 20) / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"step-00000020 cannot be read .*others: \[10\]"):
+    with pytest.raises(
+        ValueError, match=r"step-00000020 cannot be read \(model\.safetensors: .*others: \[10\]"
+    ):
         checkpoint.load(tmp_path, 20)
+
+
+STATE = {"model_config": {}, "clip": {"mean": 1.0, "variance": 0.5}, "outliers_in_a_row": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip": None}, "clip: "),
+        ({"clip": {"mean": "1", "variance": 0.5}}, "clip.mean: "),
+        ({"clip": {"mean": -1.0, "variance": 0.5}}, "clip.mean: "),
+        ({"outliers_in_a_row": True}, "outliers_in_a_row: "),
+        ({"global_batch": 0}, "global_batch: "),
+        ({"averages": {"sums": {}, "counts": {"loss": -1}, "quarters": None}}, "averages.counts.loss: "),
+        ({"averages": {"sums": {}, "counts": {}, "quarters": [[1.0]]}}, "averages.quarters"),
+        ({"bad_files": []}, "bad_files: "),
+        ({"strange": 1}, "unknown key 'strange'"),
+        ({"step": 2}, "step is 2, not 1"),
+        ([], "must hold one JSON object"),
+    ],
+)
+def test_a_damaged_state_is_told_with_file_and_field(
+    tmp_path: Path, changes: dict[str, object] | list[object], message: str
+) -> None:
+    path = checkpoint.save(tmp_path, 1, parts={}, state=STATE, keep=1) / checkpoint.STATE
+    assert checkpoint.read_state(tmp_path, 1, DenoiserState).clip.mean == 1
+    changed = {"step": 1, **STATE, **changes} if isinstance(changes, dict) else changes
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"step-00000001 cannot be read \(.*state\.json") as caught:
+        checkpoint.read_state(tmp_path, 1, DenoiserState)
+    assert message in str(caught.value)
+
+
+def test_sums_that_are_not_finite_come_back(tmp_path: Path) -> None:
+    averages = Averages()
+    averages.add("loss", float("nan"))
+    averages.add_losses(torch.tensor([float("inf")]), torch.tensor([0.3]))
+    checkpoint.save(tmp_path, 1, parts={}, state={**STATE, "averages": averages.state_dict()}, keep=1)
+    again = Averages()
+    state = checkpoint.read_state(tmp_path, 1, DenoiserState).averages
+    assert state is not None
+    again.load_state_dict(state.model_dump())
+    means = again.take()
+    assert math.isnan(means["loss"])
+    assert math.isnan(means["loss/sigma_0.25_0.50"])
 
 
 def test_a_part_that_is_cut_off_leaves_all_tensors_as_they_are(tmp_path: Path) -> None:
@@ -108,7 +159,7 @@ def test_a_part_that_is_cut_off_leaves_all_tensors_as_they_are(tmp_path: Path) -
     last = folder / "ema.safetensors"
     last.write_bytes(last.read_bytes()[:-3])
     now = {name: {"a": torch.zeros(4)} for name in parts}
-    with pytest.raises(ValueError, match="step-00000001 cannot be read"):
+    with pytest.raises(ValueError, match=r"step-00000001 cannot be read \(ema\.safetensors: "):
         checkpoint.read_into(tmp_path, 1, now)
     assert not any(part["a"].any() for part in now.values())
 

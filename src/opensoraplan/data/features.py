@@ -486,7 +486,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _text_checksum(text: str) -> str:

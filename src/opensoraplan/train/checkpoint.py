@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensoraplan.disk import flush, permit, plain_errors
+from opensoraplan.documents import read_json_object
 from opensoraplan.parallel import shards
+from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ _UNFINISHED = ".unfinished-"
 _SUPERSEDED = ".superseded-"
 
 Tensors = Mapping[str, Tensor]
+State = TypeVar("State", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -133,48 +136,74 @@ def load(output: Path, step: int, *, only: Sequence[str] | None = None) -> Check
     """Read checkpoint number `step` of a run, of its parts `only` those named that there are. Raises
     ValueError for one that is damaged.
     """
-    state = read_state(output, step)
     folder = path_of(output, step)
     with _damage_told(output, step):
-        if shards.are_in(folder):
-            return Checkpoint(step, shards.read_whole(folder, only=only), state)
-        files = [file for file in folder.glob("*.safetensors") if only is None or file.stem in only]
-        return Checkpoint(step, {file.stem: load_file(file) for file in files}, state)
-
-
-def read_state(output: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint has beside tensors. Raises ValueError for one that is damaged."""
-    with _damage_told(output, step):
-        state = json.loads((path_of(output, step) / STATE).read_text())
+        state = _read_state(output, step)
         del state["step"]
-        return state
+        if shards.are_in(folder):
+            with _named(folder / shards.FOLDER):
+                return Checkpoint(step, shards.read_whole(folder, only=only), state)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for file in folder.glob("*.safetensors"):
+            if only is None or file.stem in only:
+                with _named(file):
+                    parts[file.stem] = load_file(file)
+        return Checkpoint(step, parts, state)
+
+
+def read_state(output: Path, step: int, kind: type[State]) -> State:
+    """What a checkpoint has beside tensors. Raises ValueError, with file and field, for a damaged one."""
+    with _damage_told(output, step):
+        return kind.read(_read_state(output, step), where=str(path_of(output, step) / STATE), strict=True)
+
+
+def _read_state(output: Path, step: int) -> dict[str, Any]:
+    path = path_of(output, step) / STATE
+    state = read_json_object(path)
+    if state.get("step") != step:
+        raise ValueError(f"{path}: step is {state.get('step')!r}, not {step}")
+    return state
 
 
 def read_into(output: Path, step: int, parts: Mapping[str, Tensors]) -> None:
     """Fill the tensors of `parts` in place, sharded ones with what this rank has of them, from a checkpoint
-    that any number of ranks wrote. All ranks call this. Raises ValueError for one that is damaged.
+    that any number of ranks wrote. All ranks call this. Raises ValueError, with the file, for one that is
+    damaged.
     """
     folder = path_of(output, step)
     with _damage_told(output, step):
         if shards.are_in(folder):
-            shards.read_into(folder, parts)
+            with _named(folder / shards.FOLDER):
+                shards.read_into(folder, parts)
             return
         with ExitStack() as stack:
             # All of them, before anything is filled: one that is missing or cut off must not leave a mixture.
-            files = {
-                part: stack.enter_context(safe_open(folder / f"{part}.safetensors", framework="pt"))
-                for part in parts
-            }
+            files = {}
+            for part in parts:
+                with _named(file := folder / f"{part}.safetensors"):
+                    files[part] = stack.enter_context(safe_open(file, framework="pt"))
             for part, tensors in parts.items():
                 for name, tensor in tensors.items():
-                    shards.fill(tensor, files[part].get_tensor(name))
+                    with _named(folder / f"{part}.safetensors", name):
+                        shards.fill(tensor, files[part].get_tensor(name))
+
+
+@contextmanager
+def _named(file: Path, tensor: str = "") -> Iterator[None]:
+    """Errors of the block become a ValueError that begins with the name of a file and of a tensor in it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        said = str(error)
+        place = ": ".join(word for word in (file.name, "" if tensor in said else tensor) if word)
+        raise ValueError(f"{place}: {said}") from None
 
 
 @contextmanager
 def _damage_told(output: Path, step: int) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except ValueError as error:
         others = [other for other in steps(output) if other != step]
         raise ValueError(
             f"checkpoint {path_of(output, step)} cannot be read ({error}); others: {others or 'none'}"

@@ -23,6 +23,7 @@ from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.encoders import find_parts
 from opensoraplan.train.run import CONFIG, check_finite
 from opensoraplan.train.sources import selection_of_run
+from opensoraplan.train.state import DenoiserState
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +91,12 @@ def export_run(
 
 def _denoiser(run: Path, step: int, *, ema: bool) -> Opened[SparseUMMDiT]:
     part = "ema" if ema else "model"
+    state = checkpoint.read_state(run, step, DenoiserState)
     saved = checkpoint.load(run, step, only=(part,))
     if part not in saved.parts:
         raise ValueError(f"{run} keeps no EMA of the weights (optimizer.ema_decay): give --no-ema")
     with torch.device("meta"):
-        model = SparseUMMDiT(**saved.state["model_config"])
+        model = SparseUMMDiT(**state.architecture)
     tensors = saved.parts[part]
     check_finite(tensors.values())
     return Opened(model, tensors, {name: name for name in tensors})

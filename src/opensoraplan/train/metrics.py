@@ -226,24 +226,27 @@ class Averages:
         return means
 
     def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
-        """What all processes have summed up so far, for JSON, which keeps every bit of it."""
+        """What all processes have summed up so far, for JSON, which keeps every bit. None: not finite."""
         quarters = None
         if self._quarters is not None:
             flat = dict(enumerate(self._quarters.flatten().tolist()))
             summed = ranks.summed({str(place): value for place, value in flat.items()})
-            quarters = [[summed[str(row * QUARTERS + q)] for q in range(QUARTERS)] for row in range(2)]
+            quarters = [[_finite(summed[str(r * QUARTERS + q)]) for q in range(QUARTERS)] for r in range(2)]
+        sums = ranks.summed({name: float(total) for name, total in self._sums.items()})
         return {
-            "sums": ranks.summed({name: float(total) for name, total in self._sums.items()}),
+            "sums": {name: _finite(total) for name, total in sums.items()},
             "counts": ranks.summed(self._counts),
             "quarters": quarters,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self._sums = defaultdict(float, state["sums"])
+        self._sums = defaultdict(float, {name: _number(total) for name, total in state["sums"].items()})
         self._counts = defaultdict(float, state["counts"])
         quarters = state["quarters"]
-        self._quarters = None if quarters is None else torch.tensor(quarters, dtype=torch.float32)
+        if quarters is not None:
+            quarters = torch.tensor([[_number(value) for value in row] for row in quarters])
+        self._quarters = quarters
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -269,8 +272,12 @@ def was_logged(path: Path, step: int, name: str) -> bool:
 def _is_kept(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):  # half a line, or bytes of a crashed disk
+    except (ValueError, KeyError, TypeError, RecursionError):  # half a line, or bytes of a crashed disk
         return False
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _finite(value: float | str) -> float | str | None:

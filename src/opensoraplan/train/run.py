@@ -27,6 +27,7 @@ from opensoraplan.train.gradient_clip import GradientOutlierError
 from opensoraplan.train.loading import BadFileAccount
 from opensoraplan.train.metrics import FILE as METRICS
 from opensoraplan.train.metrics import VALIDATED, Averages, Metrics, Silence, was_logged
+from opensoraplan.train.state import VAEState
 from opensoraplan.train.writers import Writer
 
 logger = logging.getLogger(__name__)
@@ -170,12 +171,12 @@ def counted(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
     return {"averages": job.averages.state_dict(ranks), "bad_files": job.bad_files.state_dict()}
 
 
-def go_on_counting(job: Job, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+def go_on_counting(job: Job, state: VAEState, ranks: Ranks = ALONE) -> None:
     """Take over the counts of a checkpoint's state, if it has them: the first runs did not save them."""
-    if "averages" in state:
-        job.bad_files.load_state_dict(state["bad_files"])
+    if state.averages is not None:
+        job.bad_files.load_state_dict(state.bad_files)
         if ranks.data_rank == 0:  # sums are of all processes: one goes on with them
-            job.averages.load_state_dict(state["averages"])
+            job.averages.load_state_dict(state.averages.model_dump())
 
 
 def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:

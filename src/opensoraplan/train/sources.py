@@ -47,6 +47,7 @@ from opensoraplan.train.encoders import (
     fingerprint_of_named,
     load_encoders,
 )
+from opensoraplan.train.state import ClipsState
 
 logger = logging.getLogger(__name__)
 
@@ -273,13 +274,13 @@ def clips_of_all(samples: Sequence[Sample], ranks: Ranks) -> dict[str, Any]:
     return mine
 
 
-def check_clips(before: Mapping[str, Any] | None, now: Mapping[str, Any], *, others: bool) -> None:
+def check_clips(before: ClipsState | None, now: Mapping[str, Any], *, others: bool) -> None:
     """Raise ValueError unless the clips are those that the run was begun with (None: it is not known), or
     `others` may take their places.
     """
-    if before is None or before == now:
+    if before is None or before.model_dump() == now:
         return
-    what = f"{before['count']} then, {now['count']} now, or other captions or sizes"
+    what = f"{before.count} then, {now['count']} now, or other captions or sizes"
     if others:
         logger.warning("these are not the clips that the run was begun with (%s)", what)
         return

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from opensoraplan.train.optimizer import (
 from opensoraplan.train.run import begun_together, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import Source, check_clips, clips_of_all, global_batch_of, open_source
 from opensoraplan.train.speed import Speed
+from opensoraplan.train.state import DenoiserState
 from opensoraplan.train.turns import encoded_batches
 from opensoraplan.train.validation import Validation
 from opensoraplan.train.writers import ShardedWriter, Writer
@@ -222,7 +222,7 @@ class _Job:
         """The newest checkpoint that was not made between outliers."""
         output = self.settings.output
         for step in reversed(checkpoint.steps(output)):
-            if checkpoint.read_state(output, step)["outliers_in_a_row"] == 0:
+            if checkpoint.read_state(output, step, DenoiserState).outliers_in_a_row == 0:
                 return step
         return None
 
@@ -262,18 +262,18 @@ class _Job:
         """Go on from a checkpoint of the same run, made by any number of processes."""
         with self.speed.apart():
             state = self._restore(step)
-        check_clips(state.get("clips"), self.clips, others=self.settings.data.other_clips)
-        self.outliers_in_a_row = state["outliers_in_a_row"]
+        check_clips(state.clips, self.clips, others=self.settings.data.other_clips)
+        self.outliers_in_a_row = state.outliers_in_a_row
         go_on_counting(self, state, self.ranks)
 
-    def _restore(self, step: int) -> dict[str, Any]:
+    def _restore(self, step: int) -> DenoiserState:
         """Take over what was learned until then, without what is counted; returns the checkpoint's state."""
-        state = checkpoint.read_state(self.settings.output, step)
-        self._check_global_batch(state.get("global_batch"))
+        state = checkpoint.read_state(self.settings.output, step, DenoiserState)
+        self._check_global_batch(state.global_batch)
         self.intact = False
         checkpoint.read_into(self.settings.output, step, self._parts())
         self.master.publish()
-        self.clip.load_state_dict(state["clip"])
+        self.clip.load_state_dict(state.clip.model_dump())
         self.intact = True
         return state
 

@@ -51,6 +51,7 @@ from opensoraplan.train.optimizer import (
 )
 from opensoraplan.train.run import CONFIG, begun, check_finite, counted, go_on_counting, run_steps
 from opensoraplan.train.sources import check_clips, clip_bytes, clips_of, global_batch_of, select_clips
+from opensoraplan.train.state import VAEState
 from opensoraplan.train.vae_losses import Reconstruction, reconstruct
 from opensoraplan.train.writers import Writer
 
@@ -97,7 +98,7 @@ def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
     settings = VAETrainSettings.read_file(run / CONFIG)
     start = checkpoint.find(run, step)
     with new_folder(out) as folder:
-        model = WFVAE(**checkpoint.read_state(run, start)["model_config"])
+        model = WFVAE(**checkpoint.read_state(run, start, VAEState).architecture)
         parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict()}
         if settings.optimizer.ema_decay is not None:  # over the last weights
             parts["ema"] = _learned(model, settings.model)
@@ -305,8 +306,8 @@ class _Job:
 
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run."""
-        state = checkpoint.read_state(self.settings.output, step)
-        check_clips(state.get("clips"), self.clips, others=self.settings.data.other_clips)
+        state = checkpoint.read_state(self.settings.output, step, VAEState)
+        check_clips(state.clips, self.clips, others=self.settings.data.other_clips)
         checkpoint.read_into(self.settings.output, step, self._parts())
         go_on_counting(self, state)
 
