@@ -380,7 +380,7 @@ def _decide(
     if isinstance(size, _Drop):
         return size
     framing = size if isinstance(size, Framing) else None
-    height, width = size if framing is None else (framing.height, framing.width)
+    height, width = size[-2:]  # in which both kinds end
     sample = Sample(index, record, num_frames=1, height=height, width=width, framing=framing)
     return sample if record.is_image else _timed(sample, settings=settings, seed=seed)
 

@@ -343,9 +343,10 @@ def launch_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if not given("memory").get("recompute_blocks"):
         config = given("model").get("config")
         layers = config.get("num_layers") if isinstance(config, dict) else None
-        known = isinstance(layers, list) and all(isinstance(count, int) for count in layers)
-        count = min(RECOMPUTED_FEED_FORWARDS, sum(layers)) if known else RECOMPUTED_FEED_FORWARDS
-        defaults["memory"] = {"recompute_feed_forwards": count}
+        depth = RECOMPUTED_FEED_FORWARDS
+        if isinstance(layers, list) and all(isinstance(count, int) for count in layers):
+            depth = min(depth, sum(layers))
+        defaults["memory"] = {"recompute_feed_forwards": depth}
     taken = [f"seed = {defaults['seed']}"] if "seed" not in values else []
     for section in ("checkpoint", "log", "memory"):
         new = {key: value for key, value in defaults.get(section, {}).items() if key not in given(section)}
