@@ -596,8 +596,16 @@ def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> N
 
 def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model_ema.pt")
-    with pytest.raises(ValueError, match=r"model_ema\.pt is not a regular file"):
-        open_checkpoint(tmp_path)
+    for path in (tmp_path, tmp_path / "model_ema.pt"):
+        with pytest.raises(ValueError, match=r"model_ema\.pt is not a regular file"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"null", b"\0" * 70, b"\x89PNG"])
+def test_files_that_are_no_pickle_are_told_so(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.pt is not .*: it begins neither as a zip"):
+        open_checkpoint(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

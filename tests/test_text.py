@@ -518,3 +518,25 @@ def test_weights_begin_where_torch_lets_tensors_begin(tiny_model: Path) -> None:
     for kind, name in (("t5", "text_encoder"), ("clip", "text_encoder_2")):
         encoder = load_text_encoder(tiny_model / name, kind=kind, dtype=torch.float32, device="cpu")
         assert all(parameter.data_ptr() % 64 == 0 for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_heads", -1), ("d_ff", 0), ("num_layers", 10**9)])
+def test_sizes_of_t5_that_cannot_be(key: str, value: int, t5_copy: Path) -> None:
+    change_config(t5_copy, key, value)
+    with pytest.raises(ValueError, match=rf"config\.json: {key}: .*got {value}"):
+        load_text_encoder(t5_copy, kind="t5", dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", -1), ("layer_norm_eps", -1.0)])
+def test_sizes_of_clip_that_cannot_be(key: str, value: float, clip_copy: Path) -> None:
+    change_config(clip_copy, key, value)
+    with pytest.raises(ValueError, match=rf"config\.json: {key}: .*got {value}"):
+        load_text_encoder(clip_copy, kind="clip", dtype=torch.float32, device="cpu")
+
+
+def change_config(folder: Path, key: str, value: float) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    section = content["text_config"] if key in content.get("text_config", {}) else content
+    section[key] = value
+    path.write_text(json.dumps(content))

@@ -27,7 +27,7 @@ from opensoraplan.convert.stored import (
     read_safetensors,
     read_sharded_safetensors,
 )
-from opensoraplan.documents import read_json_object, read_text
+from opensoraplan.documents import check_file, read_json_object, read_text
 from opensoraplan.models.original import NESTED, denoiser_name
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
@@ -109,7 +109,9 @@ def open_checkpoint(path: str | Path, *, ema: bool | None = None) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    checkpoint = _open_file(path, ema) if path.is_file() else _open_folder(path, ema)
+    if not path.is_dir():
+        check_file(path)
+    checkpoint = _open_folder(path, ema) if path.is_dir() else _open_file(path, ema)
     if checkpoint.info.extra_states:
         logger.info("dropped %d _extra_state entries, which hold no weights", checkpoint.info.extra_states)
     return checkpoint

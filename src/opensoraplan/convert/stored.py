@@ -126,6 +126,8 @@ def read_pickle(path: Path) -> Any:  # noqa: ANN401 (whatever was pickled)
     names: set[str] = set()
     with _only_value_errors(path, names):
         records = _scan(path, names, zipped=start.startswith(b"PK\x03\x04"))
+        if not start.startswith((b"PK\x03\x04", b"\x80")):
+            raise ValueError("it begins neither as a zip archive nor as a pickle")
         ignored = [name for name in names if name.startswith(FRAMEWORKS) or name in PLAIN_VALUES]
         stand_ins = {name: Ignored for name in ignored} | {NPU_TENSOR: _rebuild_npu_tensor}
         with safe_globals([argparse.Namespace, *((value, name) for name, value in stand_ins.items())]):

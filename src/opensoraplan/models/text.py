@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from opensoraplan.documents import read_json, read_json_object, read_shard_index
 from opensoraplan.models.original import aligned
+from opensoraplan.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
@@ -273,6 +275,45 @@ def load_text_encoder(
     return model.requires_grad_(False).eval().to(device)
 
 
+_Size = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+_Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
+
+
+class _T5Sizes(Settings):
+    """What T5 computes with, in its config.json; transformers checks types, and not all."""
+
+    vocab_size: _Size
+    d_model: _Size
+    d_kv: _Size
+    d_ff: _Size
+    num_layers: _Size
+    num_heads: _Size
+    relative_attention_num_buckets: _Size
+    relative_attention_max_distance: _Size
+    layer_norm_epsilon: _Epsilon
+
+
+class _CLIPSizes(Settings):
+    """What CLIP's text tower computes with."""
+
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    projection_dim: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    max_position_embeddings: _Size
+    layer_norm_eps: _Epsilon
+
+
+def _checked_sizes(config: Any, folder: Path) -> Any:  # noqa: ANN401 (a config of transformers)
+    """The config, if a model can be made of it. Raises ValueError that names file and keys."""
+    sizes = _T5Sizes if config.model_type == "t5" else _CLIPSizes
+    values = {name: getattr(config, name, None) for name in sizes.model_fields}
+    sizes.read(values, where=str(folder / "config.json"))
+    return config
+
+
 @contextmanager
 def _only_value_errors(folder: Path) -> Iterator[None]:
     try:
@@ -308,14 +349,16 @@ def _class_and_config(folder: Path, kind: Kind, model_type: str) -> tuple[Any, A
     from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     if kind == "t5":
-        return T5EncoderModel, T5Config.from_pretrained(folder, local_files_only=True)
+        config = T5Config.from_pretrained(folder, local_files_only=True)
+        return T5EncoderModel, _checked_sizes(config, folder)
     if model_type != "clip":
-        return CLIPTextModelWithProjection, CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+        config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+        return CLIPTextModelWithProjection, _checked_sizes(config, folder)
     whole = CLIPConfig.from_pretrained(folder, local_files_only=True)
     config = whole.get_text_config()
     # In a whole CLIP the top level says how wide the projection is. The text part often keeps a default.
     config.update({"projection_dim": whole.projection_dim})
-    return CLIPTextModelWithProjection, config
+    return CLIPTextModelWithProjection, _checked_sizes(config, folder)
 
 
 def empty_text_encoder(folder: Path | str, *, kind: Kind) -> nn.Module:
