@@ -346,6 +346,10 @@ def test_a_prompt_file_of_one_continues_too(osp: Command, tiny_model: Path, tmp_
     for _ in range(2):
         assert osp("generate", "p.csv", "--model", tiny_model, *SMALL, "--out", "a.png").code == 0
     assert names(tmp_path) == ["a.json", "a.png", "p.csv"]
+    command = ["generate", "p.csv", "--model", tiny_model, *SMALL, "--out", "a.png"]
+    assert "--fps has no effect: pictures have no frame rate" in mistake(osp(*command, "--fps", "12"))
+    assert osp(*command, "--no-resume").code == 0
+    assert names(tmp_path) == ["a.json", "a.png", "a_1.json", "a_1.png", "p.csv"]
 
 
 def test_a_model_is_its_weights_not_its_path(osp: Command, tiny_model: Path, tmp_path: Path) -> None:

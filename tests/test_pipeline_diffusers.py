@@ -1,6 +1,7 @@
 """The pipeline as one of diffusers: output, properties, callbacks, caches, schedulers; what it refuses."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
+from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
+from opensoraplan.models.step_cache import Calibration
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.samplers import make_scheduler
 
@@ -436,3 +439,29 @@ def test_trying_a_scheduler_changes_no_video(pipeline: OpenSoraPlanPipeline) -> 
     first = run(pipeline)
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
     assert torch.equal(run(pipeline), first)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_folder_says_of_generating_is_saved_with_the_rest(
+    pipeline: OpenSoraPlanPipeline, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "first")
+    assert not (tmp_path / "first/generate.json").exists()
+    GenerateDefaults(frames=9, steps=3).write(tmp_path / "first")
+    Calibration(ratios=(1.0, 0.9)).write(tmp_path / "first/step_cache.json")
+    loaded = OpenSoraPlanPipeline.from_pretrained(tmp_path / "first", local_files_only=True)
+    loaded.save_pretrained(tmp_path / "first")  # over itself
+    loaded.save_pretrained(tmp_path / "second")
+    assert GenerateDefaults.of(tmp_path / "second") == GenerateDefaults(frames=9, steps=3)
+    assert Calibration.of(tmp_path / "second").ratios == (1.0, 0.9)
+
+
+def test_a_pipeline_without_a_vae_is_saved_and_loaded(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
+    expected = run(pipeline)
+    pipeline.register_modules(vae=None)
+    pipeline.save_pretrained(tmp_path)
+    loaded = OpenSoraPlanPipeline.from_pretrained(tmp_path, local_files_only=True)
+    assert loaded.vae is None
+    assert torch.equal(run(loaded), expected)

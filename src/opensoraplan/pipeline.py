@@ -5,9 +5,12 @@ Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent 
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -21,12 +24,14 @@ from torch import Tensor
 
 from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
-from opensoraplan.defaults import Solver
+from opensoraplan.defaults import FILE as GENERATE_FILE
+from opensoraplan.defaults import INDEX, Solver
 from opensoraplan.guidance import Branches
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
+from opensoraplan.models.step_cache import FILE as STEP_CACHE_FILE
 from opensoraplan.models.text import PromptEmbeds, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
@@ -138,6 +143,17 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             keep_chinese=keep_chinese,
             max_text_tokens=max_text_tokens,
         )
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:  # noqa: ANN401
+        """As in diffusers, and with it what the folder that this was loaded from says of generating:
+        generate.json and step_cache.json.
+        """
+        source, target = Path(self.config.get("_name_or_path") or ""), Path(save_directory)
+        for name in (GENERATE_FILE, STEP_CACHE_FILE) if (source / INDEX).is_file() else ():
+            if (source / name).is_file() and source.resolve() != target.resolve():
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, target / name)
+        super().save_pretrained(save_directory, *args, **options)
 
     @property
     def guidance_scale(self) -> float:

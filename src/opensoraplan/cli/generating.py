@@ -2,13 +2,14 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from opensoraplan.cli.effects import check_effects, check_scheduler
 from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, optional
 from opensoraplan.cli.parts import (
     NO_PARTS,
@@ -146,7 +147,7 @@ class Generate:
     tiling: bool = False
     """Decode in blended tiles: less memory for large frames, not exact."""
     resume: bool = False
-    """Go on with the video that a stopped run has left; with many prompts that is done in any case."""
+    """Go on with the video that a stopped run has left; the default with many prompts."""
     save_every: int = 10
     """Keep the latents of so many steps on the disk until the video is written; 0 is never."""
     sharing: OmitArgPrefixes[Sharing] = Sharing()
@@ -212,9 +213,11 @@ def hint(words: list[str]) -> str | None:
     return f'put quotes around a prompt: osp generate "{prompt}"' if " " in prompt else None
 
 
-def generate(options: Generate, inference: "Inference | None") -> None:
-    """`osp generate`: everything that can be wrong is checked before the model is loaded."""
-    asked = _checked(options, inference)
+def generate(options: Generate, inference: "Inference | None", given: Collection[str] = frozenset()) -> None:
+    """`osp generate`: everything that can be wrong is checked before the model is loaded. `given`: the
+    options that are on the command line, which have to act.
+    """
+    asked = _checked(options, inference, given)
 
     from opensoraplan.parallel.ranks import joined
 
@@ -239,6 +242,7 @@ class _Asked:
     step_ratios: tuple[float, ...]
     prompts: PromptSettings
     warnings: list[str]
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ class _Place:
         return self.device.type != "cpu" and self.processes == 1
 
 
-def _checked(options: Generate, inference: "Inference | None") -> _Asked:
+def _checked(options: Generate, inference: "Inference | None", given_names: Collection[str]) -> _Asked:
     from opensoraplan import generate as job
 
     if not options.prompt.strip():
@@ -268,6 +272,10 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
         raise ValueError(f"--save-every must be at least 0, got {options.save_every}")
     settings = {name: getattr(options, name) for name in REQUEST_OPTIONS}
     requests = read_requests(options.prompt, settings, copies=options.videos_per_prompt)
+    check_effects(options, given_names, requests)
+    resume = is_prompt_file(options.prompt) or len(requests) > 1
+    if options.resume or "resume" in given_names:
+        resume = options.resume
     given = options_of_parts(options.parts, inference)
     if options.model is not None and given:
         raise ValueError(f"{options.model} has all the parts of a model: leave out {', '.join(given)}")
@@ -281,6 +289,7 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
         check_model(folder)
         paths = {name: folder / name for name in PARTS}
         check_parts(paths)
+        check_scheduler(folder, given_names, requests)
         _warn_of_sizes(folder, requests)
     else:
         paths = find_paths(options.parts, inference)
@@ -298,7 +307,7 @@ def _checked(options: Generate, inference: "Inference | None") -> _Asked:
     if folder is not None and calibration is not None:
         calibration.check_weights(fingerprints["transformer"], folder)
     ratios = () if calibration is None else calibration.ratios
-    return _Asked(requests, targets, folder, paths, fingerprints, ratios, prompts, warnings)
+    return _Asked(requests, targets, folder, paths, fingerprints, ratios, prompts, warnings, resume)
 
 
 def _prompt_settings(options: Generate, folder: Path | None) -> PromptSettings:
@@ -419,7 +428,7 @@ def _run(
             asked.requests,
             asked.targets,
             model=model,
-            resume=options.resume or is_prompt_file(options.prompt) or len(asked.requests) > 1,
+            resume=asked.resume,
             save_every=options.save_every,
             ranks=ranks,
             all_decode=all_decode,

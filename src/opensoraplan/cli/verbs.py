@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from opensoraplan.cli import data, generating, models, plan, training
+from opensoraplan.cli.effects import given_options
 from opensoraplan.cli.options import option_names
 from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
 from opensoraplan.names import did_you_mean
@@ -89,7 +90,12 @@ def run(words: list[str]) -> None:
         )
     if unknown:
         raise ValueError(verb.hint(rest) or f"osp {name} does not understand {' '.join(unknown)!r}")
-    verb.run(options, inference) if verb.with_config else verb.run(options)
+    if isinstance(options, generating.Generate):
+        generating.generate(options, inference, given_options(rest))
+    elif verb.with_config:
+        verb.run(options, inference)
+    else:
+        verb.run(options)
 
 
 def _verb_of(words: list[str]) -> tuple[str, list[str]]:

@@ -1,0 +1,75 @@
+"""Options of `osp generate` that would change nothing beside the others: refused, with the reason."""
+
+import itertools
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensoraplan.defaults import ModelIndex
+from opensoraplan.requests import Request
+
+if TYPE_CHECKING:
+    from opensoraplan.cli.generating import Generate
+
+# Options that need guidance in some video, and the values with which they ask for nothing.
+OF_GUIDANCE = {
+    "guidance_rescale": 0.0,
+    "guidance_interval": (0.0, 1.0),
+    "batched_guidance": False,
+    "negative_prompt": "",
+    "default_negative_prompt": "",
+}
+
+
+def given_options(words: Sequence[str]) -> frozenset[str]:
+    """The names of the options in a command line, as fields are called: --no-tiling is tiling."""
+    names = set()
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            names |= {name, name.removeprefix("no_")}
+    return frozenset(names)
+
+
+def check_effects(options: "Generate", given: Collection[str], requests: Sequence[Request]) -> None:
+    """Raise ValueError for the first of the `given` options that would change none of the videos."""
+    guided = any(request.guidance > 1 for request in requests)
+    reasons = {
+        name: "there is no guidance, which --guidance above 1 turns on"
+        for name, nothing in OF_GUIDANCE.items()
+        if not guided and getattr(options, name) != nothing
+    }
+    if not guided and options.sharing.branch_ranks > 1:
+        reasons["branch_ranks"] = (
+            "there is no guidance, whose two branches it shares out: give --guidance above 1"
+        )
+    if all(request.frames == 1 for request in requests):
+        reasons["fps"] = "pictures have no frame rate: --frames is 1"
+    if options.save_every and all(request.step_cache for request in requests):
+        reasons["save_every"] = "with --step-cache, latents are saved only after the last step"
+    if options.keep_chinese and not options.clean_prompts:
+        reasons["keep_chinese"] = "prompts are not cleaned, so that nothing is removed from them"
+    for name, reason in reasons.items():
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: {reason}")
+
+
+def check_scheduler(folder: Path, given: Collection[str], requests: Sequence[Request]) -> None:
+    """Raise ValueError for options that the scheduler of the model in a folder does not take."""
+    _, name = ModelIndex.of(folder).scheduler or (None, None)
+    if name in (None, "FlowMatchEulerDiscreteScheduler"):
+        return
+    for request in requests:
+        asked = {
+            "shift": request.shift is not None,
+            "dynamic-shift": request.dynamic_shift is not None,
+            "linear-quadratic": request.linear_quadratic,
+            "solver": request.solver != "euler",
+        }
+        if wrong := [f"--{option}" for option, is_asked in asked.items() if is_asked]:
+            raise ValueError(
+                f"{', '.join(wrong)} cannot be set for the {name} of {folder}: "
+                "its own config has shift, schedule and solver"
+            )
+    if "save_every" in given:
+        raise ValueError(f"--save-every has no effect: a video cannot go on in the middle with a {name}")
