@@ -453,6 +453,10 @@ def test_merging_shards_alone(osp: Command, tiny_release: Path, tiny_model: Path
         assert merged.keys() == plain.keys()
         assert all(torch.equal(merged[key], plain[key] + ema) for key in plain)
         assert f"{name}: the {'EMA weights' if ema else 'weights, not their EMA'} of " in outcome.log
+    torch.save({"ema_state_dict": plain}, tmp_path / "ema.pt")
+    only = mistake(osp("convert", "--transformer", "ema.pt", "--to", "release", "--out", "d.pt"))
+    assert only.endswith("has EMA weights only (ema_state_dict), but ema is False: --ema takes them")
+    (tmp_path / "ema.pt").unlink()
     again = osp("convert", "--transformer", "shards", "--to", "release", "--out", "a/model.pt")
     assert "a/model.pt exists: give another name" in mistake(again)
     assert osp(

@@ -171,7 +171,7 @@ def _find_weights(content: Any, info: Info, path: Path, ema: bool | None) -> tup
     info = replace(info, has_ema=ema_key is not None, ema=ema_key is not None and ema is not False)
     found = content[ema_key] if info.ema and ema_key else _plain_weights(content)
     if found is None:
-        raise ValueError(f"{path} has EMA weights only ({ema_key}), but ema is False")
+        raise ValueError(f"{path} has EMA weights only ({ema_key}), but ema is False: --ema takes them")
 
     tensors: dict[str, Stored] = {}
     strange: list[str] = []
