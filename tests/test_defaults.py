@@ -45,6 +45,7 @@ def test_the_model_of_the_package_is_read(tmp_path: Path) -> None:
         (SCHEDULER, {"shift": None, "num_train_timesteps": "1000"}, "num_train_timesteps: .*got '1000'"),
         (SCHEDULER, {"shift": -1}, "shift: .*greater than 0, got -1"),
         (SCHEDULER, {"use_dynamic_shifting": [1]}, "use_dynamic_shifting: "),
+        (SCHEDULER, {"use_karras_sigmas": {}}, "use_karras_sigmas: "),
         (FILE, {"steps": 10**30}, "steps: .*10000"),
         (FILE, {"fps": "fast"}, "fps: .*got 'fast'"),
         (FILE, {"seeds": 3}, "unknown key 'seeds'"),

@@ -103,6 +103,12 @@ class SchedulerConfig(Settings):
     num_train_timesteps: int = Field(1000, ge=1, le=100_000)
     base_shift: float | None = None
     max_shift: float | None = None
+    shift_terminal: float | None = None
+    stochastic_sampling: bool | None = None
+    invert_sigmas: bool | None = None
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
     base_image_seq_len: int = Field(256, ge=1)
     max_image_seq_len: int = Field(4096, ge=1)
 

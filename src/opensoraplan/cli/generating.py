@@ -22,7 +22,7 @@ from opensoraplan.cli.parts import (
     options_of_parts,
     read_prompt_config,
 )
-from opensoraplan.defaults import Solver, Weights
+from opensoraplan.defaults import SCHEDULER, Solver, Weights
 from opensoraplan.disk import made
 from opensoraplan.documents import read_json_object
 from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights
@@ -596,6 +596,7 @@ def _load_pipeline(
     """The pipeline on `device`, and what its videos say of where it came from."""
     from opensoraplan.convert import assemble
     from opensoraplan.device import dtype_name
+    from opensoraplan.models.strict import wrong_types_told
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
     folder, paths = asked.folder, asked.paths
@@ -612,7 +613,8 @@ def _load_pipeline(
     if folder is not None:
         # For its scheduler and settings. Its weights are not left to diffusers, which lets some be missing.
         loaded = {name: pipeline.components[name] for name in PARTS}
-        pipeline = OpenSoraPlanPipeline.from_pretrained(folder, **loaded, local_files_only=True)
+        with wrong_types_told(str(folder / SCHEDULER)):  # of schedulers that only diffusers knows
+            pipeline = OpenSoraPlanPipeline.from_pretrained(folder, **loaded, local_files_only=True)
         model = str(folder)
     elif options.parts.ema is not None:
         model["ema"] = options.parts.ema
