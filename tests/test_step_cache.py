@@ -58,7 +58,8 @@ def test_ratios_of_other_weights_are_warned_of(tmp_path: Path, caplog: pytest.Lo
     Calibration(ratios=(1.0, 0.9), transformer="a").check_weights("a", tmp_path)
     assert not caplog.messages
     Calibration(ratios=(1.0, 0.9), transformer="a").check_weights("b", tmp_path)
-    assert "step_cache.json was measured on other weights: delete it and run `osp calibrate" in caplog.text
+    assert "step_cache.json was measured on other files than " in caplog.text
+    assert "delete it and run `osp calibrate --model " in caplog.text
 
 
 def test_without_an_error_allowed_nothing_is_left_out(pipeline: OpenSoraPlanPipeline) -> None:

@@ -48,8 +48,9 @@ class Calibration(Settings):
         """Warn if the ratios are those of another denoiser than the one in the folder `model`."""
         if self.transformer not in (None, transformer):
             logger.warning(
-                "%s was measured on other weights: delete it and run `osp calibrate --model %s` again",
-                *(model / FILE, model),
+                "%s was measured on other files than %s has now: unless these have the same weights, delete "
+                "it and run `osp calibrate --model %s`",
+                *(model / FILE, model / "transformer", model),
             )
 
     def write(self, path: Path) -> None:
