@@ -506,7 +506,10 @@ def test_how_a_video_is_made_decides_how_it_looks_and_is_told(
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(videos, 2))
 
 
-def test_help_tells_the_defaults_of_a_config(osp: Command, tiny_release: Path) -> None:
+def test_help_tells_the_defaults_of_a_config(
+    osp: Command, tiny_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     outcome = osp("generate", "--config", tiny_release / "inference.json", "--help")
     assert outcome.code == 0
     assert "(default: 17)" in outcome.out

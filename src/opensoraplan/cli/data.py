@@ -20,68 +20,66 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Show what training would use of a manifest, and why the rest is dropped."""
+    """Show which clips training would use, and why the others are dropped."""
 
     manifest: Positional[Path]
-    """A run of osp train or osp train-vae (RUN.toml), to see what it will use; or a folder of clips with .txt
-    captions or a data.txt, or a data.txt, .json, .jsonl, .csv or .parquet manifest.
+    """A run (RUN.toml), a folder of clips with .txt captions, or a data.txt, .json, .jsonl, .csv or .parquet
+    manifest.
     """
     data: OptionalPath = None
-    """The guide's data.json, for what to select; without it, the guide's values."""
+    """The guide's data.json, for the selection rules. Default: the guide's values."""
     root: Annotated[Path | None, optional("PATH", "(default: the manifest's folder)")] = None
-    """Where relative paths of clips begin."""
+    """Folder that relative paths of clips start from."""
     csv: OptionalPath = None
-    """Also write every record with its fate and reason to this .csv."""
+    """Also write each clip with the decision and its reason to this .csv file."""
     global_batch: Annotated[int | None, optional("N")] = None
-    """Samples of a step: also drop shapes that are too rare for such batches (see min_batches). A run's own,
-    unless given.
-    """
+    """Samples per step: also drop shapes that are too rare for such batches. Default: the run's."""
     all_files: bool = False
-    """Open every file, also where the manifest says all there is to know, and compare: frames that a file
-    does not have are not counted, clips of another size or rate than the manifest says are dropped.
+    """Open every file, even if the manifest has all facts, and compare. Clips with another size or frame rate
+    than the manifest says are dropped.
     """
     captions: bool = True
-    """Drop clips without a caption; --no-captions is for training a VAE, and a VAE's run has it."""
+    """Drop clips without a caption. --no-captions is for training a VAE and the default for its runs."""
     seed: Annotated[int | None, optional("N", "(default: 0)")] = None
-    """Of the random windows and of drop_short_ratio."""
+    """Random seed of the windows and of drop_short_ratio."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
-    """Other values: of the selection, for example num_frames=25 max_height=96 max_width=128; of a run as in
-    osp train.
+    """Change selection rules, for example num_frames=25 max_height=96, or settings of a run as in `osp
+    train`.
     """
 
 
 @dataclass(frozen=True)
 class DataRender:
-    """Render captioned clips of moving shapes, to try things on: mp4 files, annotation.json and data.txt."""
+    """Render captioned clips of moving shapes, to try training on: mp4 files, annotation.json and data.txt."""
 
     folder: Positional[Path]
-    """Where to; the same command again, or with a larger count, continues."""
+    """Folder to write to. The same command again, or with a larger --count, continues."""
     count: int = 100
-    """Clips."""
+    """Number of clips."""
     seed: int = 0
-    """One seed, one set of clips."""
+    """Random seed; each seed gives another set of clips."""
     frames: int = 25
-    """8k + 1."""
+    """Frames per clip, 8k + 1."""
     height: int = 96
-    """Pixels, a multiple of 16."""
+    """Height in pixels, a multiple of 16."""
     width: int = 128
-    """Pixels, a multiple of 16."""
+    """Width in pixels, a multiple of 16."""
     fps: int = 12
-    """Frames a second."""
+    """Frames per second."""
     held_out: bool = False
-    """Only combinations of colour, shape and motion that are never rendered otherwise: to test on."""
+    """Render only combinations of colour, shape and motion that are left out otherwise, for testing."""
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """Put frames of videos side by side into one .png, a row for each video."""
+    """Make a contact sheet: frames of each video side by side in one .png."""
 
     videos: Annotated[Positional[tuple[Path, ...]], optional("VIDEO ...", "(required)")]
-    """Any files that ffmpeg reads."""
+    """Video files."""
     out: Path = Path("sheet.png")
-    """The picture; it is numbered if it exists."""
+    """Picture to write. A number is added if the name is taken."""
     columns: int = 7
-    """Frames of each video."""
+    """Frames per video."""
 
 
 def data_check(options: DataCheck) -> None:

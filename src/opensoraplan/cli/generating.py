@@ -52,151 +52,154 @@ PATIENCE_S = 7200.0
 
 @dataclass(frozen=True)
 class Sharing:
-    """Of the processes that `osp launch` started, which make every video together."""
+    """Several devices: how the processes of `osp launch` split the work on each video."""
 
     branch_ranks: Literal[1, 2] = 1
-    """2: half of the processes denoise with the prompt, half without."""
+    """2: half of the processes compute the branch with the prompt, half the one without."""
     tp: int = 1
-    """So many share every layer's weights; the rest share the video's tokens."""
+    """Tensor-parallel size. The remaining processes split the video's tokens."""
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Make videos (or, with one frame, pictures) from prompts.
+    """Make videos, or pictures with --frames 1, from prompts.
 
-    The model is a folder that `osp convert` wrote (--model), or the original's files by --config or one by
-    one. A .txt (a prompt a line), .jsonl or .csv file (column prompt; others set options) gives many prompts,
-    and the same command again continues where it was stopped. Nothing that exists is overwritten. Several
-    devices make each video together: osp launch --processes 4 -- generate "..." --branch-ranks 2
+    The model is a folder written by `osp convert` (--model), the original's files (--config or one option per
+    file), or the small built-in model. A .txt file has one prompt per line; .jsonl and .csv files have a
+    column `prompt` and may set other options per video. The same command again continues a stopped job.
+    Existing files are never overwritten. With `osp launch --processes 4 -- generate ...` several devices make
+    each video together.
     """
 
     prompt: Annotated[Positional[str], optional("PROMPT")] = ""
-    """A prompt, or a file of prompts."""
+    """A prompt, or a file of prompts (.txt, .jsonl or .csv)."""
     model: Annotated[Path | None, optional("PATH", "(default: the small built-in model)")] = None
-    """A diffusers folder, as `osp convert` and `osp export` write it."""
+    """Model folder, as written by `osp convert` or `osp export`."""
     config: OptionalPath = None
-    """The guide's inference JSON; options given here go before its values."""
+    """Inference JSON of MindSpeed-MM's guide. Its values are the defaults of the other options."""
     parts: OmitArgPrefixes[Parts] = NO_PARTS
     out: Path = Path("samples")
-    """A folder, or the .mp4 or .png file of a single video."""
+    """Folder to write to, or the .mp4 or .png file of a single video."""
     frames: int = 121
-    """8k + 1; 1 makes a picture."""
+    """Number of frames: 8k + 1, or 1 for a picture."""
     height: int = 576
-    """Pixels, a multiple of 16."""
+    """Height in pixels, a multiple of 16."""
     width: int = 1024
-    """Pixels, a multiple of 16."""
+    """Width in pixels, a multiple of 16."""
     fps: float = 24
-    """Frames a second of the mp4."""
+    """Frames per second of the video file."""
     steps: int = 50
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance: float = 8.0
-    """Strength of the prompt; 1 is none, at half the cost."""
+    """Classifier-free guidance scale. 1 switches guidance off and halves the time."""
     guidance_rescale: float = 0.7
-    """More of it makes less saturated pictures, 0 to 1."""
+    """Guidance rescale, 0 to 1. Higher values give less saturated pictures."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only this part of the steps."""
+    """Part of the steps that use guidance; 0 0.5 is the first half."""
     batched_guidance: bool = False
-    """Compute with and without the prompt in one batch: more memory."""
+    """Compute both branches of guidance in one batch. Needs more memory."""
     shift: Annotated[float | None, optional("FLOAT", "(default: the model's; 7 of the release)")] = None
-    """Of the schedule; more spends more steps on noise."""
+    """Timestep shift. Higher values spend more steps at high noise."""
     dynamic_shift: Annotated[bool | None, optional("True|False", "(default: the model's, False)")] = None
-    """Tell the shift from the size of the picture instead."""
+    """Compute the timestep shift from the frame size."""
     linear_quadratic: bool = False
-    """Use the linear-quadratic schedule, which has no shift."""
+    """Use the linear-quadratic schedule, which has no timestep shift."""
     solver: Solver = "euler"
-    """How steps follow the flow. adams needs half as many for the same video, or is nearer to the exact one
-    with as many; euler is the original's."""
+    """ODE solver. adams needs about half the steps of euler for the same quality; euler is the original's."""
     step_cache: float = 0.0
-    """Let steps take over from the one before while the error stays below this, 0.06 say: faster, not exact.
-    Needs `osp calibrate`."""
+    """Reuse the previous step while the predicted error stays below this value, for example 0.06. 0 is off.
+    Faster, not exact. Run `osp calibrate` first.
+    """
     negative_prompt: str = ""
-    """What to avoid, added to the default negative prompt."""
+    """What to avoid. Added to the default negative prompt."""
     seed: int = 0
-    """Of the first video; the others count on from it."""
+    """Random seed of the first video. Each further video adds 1."""
     videos_per_prompt: int = 1
-    """Each with its own seed."""
+    """Number of videos per prompt, each with its own seed."""
     device: OptionalDevice = None
-    """cpu, cuda, cuda:1, npu, ..."""
+    """Device to run on: cpu, cuda, cuda:1, npu, ..."""
     dtype: Dtype = "bf16"
-    """Precision to compute in."""
+    """Precision of the denoiser and the text encoders."""
     vae_dtype: Annotated[Dtype | None, optional("{bf16,fp16,fp32}", "(default: that of --dtype)")] = None
-    """Precision in which the VAE decodes."""
+    """Precision of the VAE."""
     memory: Memory = "auto"
-    """Where the model is: all of it on the device, each part in turn, or block after block, which takes the
-    least memory and the most time. auto: the first of them that is predicted to fit, and the next when memory
-    is full."""
+    """Where the weights are kept. resident: all on the device. in-turn: each part only while it runs.
+    streamed: the denoiser block by block, which needs the least memory and the most time. auto: the fastest
+    that fits.
+    """
     weights: Weights = "whole"
-    """int8: keep the denoiser's matrices so, which halves their memory, and cast each when it is used. fp8:
-    keep and multiply those of its feed-forwards so, which is faster on cards that can. Neither is exact."""
+    """Precision in which the denoiser's weights are stored. int8: half the memory of bf16. fp8: the feed-
+    forwards are also multiplied in fp8, on cards that support it. Neither is exact.
+    """
     attention: Annotated[str | None, optional("NAME", "(default: torch's own)")] = None
-    """The implementation of attention, one of diffusers' backends: _native_cudnn, flash, sage, ..."""
+    """Attention backend of diffusers: _native_cudnn, flash, sage, ..."""
     compile: bool = False
-    """Compile the denoiser's blocks: minutes before the first step, less time for each."""
+    """Compile the denoiser's blocks. The first step takes minutes, later ones less time."""
     prompt_template: Annotated[
         str | None, optional("TEXT", "(default: the model's; 'high quality, {}' of the release)")
     ] = None
-    """What is put around a prompt; {} is where it goes, and alone is nothing."""
+    """Template around each prompt. {} stands for the prompt; '{}' alone switches the template off."""
     default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the model's)")] = None
-    """Instead of the model's long one; '' is none."""
+    """Replacement for the model's default negative prompt; '' for none."""
     clean_prompts: bool = True
-    """Clean prompts as the training captions were: Chinese characters, long numbers, sizes, file names, links
-    and markup are removed, with a warning.
+    """Clean prompts in the same way as the training captions. This removes Chinese characters, long numbers,
+    sizes, file names, links and markup, with a warning.
     """
     keep_chinese: bool = False
-    """Keep Chinese characters when cleaning; the released model was trained without."""
+    """Keep Chinese characters when cleaning. The released model was trained without them."""
     tiling: bool = False
-    """Decode in blended tiles: less memory for large frames, not exact."""
+    """Decode in blended tiles. Needs less memory for large frames, not exact."""
     resume: bool = False
-    """Go on with the video that a stopped run has left; the default with many prompts."""
+    """Continue a stopped video from its saved latents. The default for several videos."""
     save_every: int = 10
-    """Keep the latents of so many steps on the disk until the video is written; 0 is never."""
+    """Save resumable latents every N steps; 0 for never."""
     sharing: OmitArgPrefixes[Sharing] = Sharing()
 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure, on one video, how a model's steps resemble each other, for `osp generate --step-cache`."""
+    """Measure how similar a model's denoising steps are, for `osp generate --step-cache`."""
 
     model: Annotated[Path | None, optional("PATH", "(default: the small built-in model)")] = None
-    """A diffusers folder, as `osp convert` and `osp export` write it."""
+    """Model folder, as written by `osp convert` or `osp export`."""
     prompt: str = "A red fox runs through fresh snow."
-    """What the video shows; the ratios hardly depend on it."""
+    """Prompt to measure on. The result hardly depends on it."""
     out: Annotated[Path | None, optional("PATH", "(default: step_cache.json in the model's folder)")] = None
-    """The file to write."""
+    """File to write."""
     frames: Annotated[int | None, optional("INT", "(default: the model's, or 57)")] = None
-    """8k + 1."""
+    """Number of frames, 8k + 1."""
     height: Annotated[int | None, optional("INT", "(default: the model's, or 288)")] = None
-    """Pixels, a multiple of 16."""
+    """Height in pixels, a multiple of 16."""
     width: Annotated[int | None, optional("INT", "(default: the model's, or 512)")] = None
-    """Pixels, a multiple of 16."""
+    """Width in pixels, a multiple of 16."""
     steps: Annotated[int | None, optional("INT", "(default: the model's, or 50)")] = None
-    """Denoising steps; runs of other numbers of steps take the nearest."""
+    """Number of denoising steps. Videos with another number use the nearest step."""
     guidance: Annotated[float | None, optional("FLOAT", "(default: the model's, or 8)")] = None
-    """As in the videos that it is for."""
+    """Classifier-free guidance scale of the videos to be made."""
     device: OptionalDevice = None
-    """cpu, cuda, cuda:1, npu, ..."""
+    """Device to run on: cpu, cuda, cuda:1, npu, ..."""
     dtype: Dtype = "bf16"
     """Precision to compute in."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Make the video of latents that `osp generate` has left, without the rest of the model."""
+    """Decode latents that a stopped `osp generate` has saved. Only the VAE is loaded."""
 
     latents: Positional[Path]
-    """NAME.latents.safetensors."""
+    """Latents file, NAME.latents.safetensors."""
     out: Annotated[Path | None, optional("PATH", "(default: NAME.mp4, or .png)")] = None
-    """The file to write; a name that is taken gets a number."""
+    """File to write. A number is added if the name is taken."""
     vae: Annotated[Path | None, optional("PATH", "(default: that of the model that made them)")] = None
-    """The release's .ckpt, a diffusers component, or a folder that `osp convert` wrote."""
+    """VAE: the release's .ckpt, a diffusers component, or a model folder."""
     device: OptionalDevice = None
-    """cpu, cuda, cuda:1, npu, ..."""
+    """Device to run on: cpu, cuda, cuda:1, npu, ..."""
     dtype: Annotated[
         Dtype | None, optional("{bf16,fp16,fp32}", "(default: that of the VAE in the stopped run)")
     ] = None
-    """Precision to decode in."""
+    """Precision of the VAE."""
     tiling: bool = False
-    """Decode in blended tiles: less memory for large frames, not exact."""
+    """Decode in blended tiles. Needs less memory for large frames, not exact."""
 
 
 # Options of `Generate` that are fields of a request; the rest say what makes it.

@@ -26,19 +26,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn the original's files into a diffusers folder, or such a folder back into the original's.
+    """Convert the original's checkpoints to a diffusers model folder, or a model folder back to the
+    original's formats.
 
     To diffusers: --transformer, --vae, --text-encoder and --text-encoder-2, or --config. Back: --model FOLDER
-    and --to megatron (with --tp) or --to release. With --transformer alone they merge the shards of a
-    denoiser, or share them out anew. Every tensor is accounted for, or nothing is written.
+    with --to megatron (and --tp) or --to release. --transformer alone merges the shards of a denoiser, or
+    splits them anew. Every tensor is accounted for, or nothing is written.
     """
 
     out: Path
-    """The folder to write, new or empty; for --transformer alone with --to release also a file, model.pt."""
+    """Folder to write, new or empty. With --transformer alone and --to release also a file, for example
+    model.pt.
+    """
     to: Literal["diffusers", "megatron", "release"] = "diffusers"
-    """What to write."""
+    """Format: a diffusers folder, Megatron shards, or the release's files."""
     model: OptionalPath = None
-    """A diffusers folder, to convert back."""
+    """Model folder to convert back to the original's formats."""
     config: OptionalPath = None
     """The guide's inference JSON, for paths and architecture."""
     parts: OmitArgPrefixes[Parts] = NO_PARTS
@@ -52,38 +55,38 @@ class Convert:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Send a real video through the VAE and back; print PSNR and SSIM, write both side by side."""
+    """Encode and decode a real video with the VAE, print PSNR and SSIM, and write both side by side."""
 
     video: Positional[Path]
-    """Any file that ffmpeg reads."""
+    """Video or picture file."""
     vae: Path
-    """The release's .ckpt, a diffusers component, or a folder that `osp convert` wrote."""
+    """VAE: the release's .ckpt, a diffusers component, or a model folder."""
     out: Annotated[Path | None, optional("PATH", "(default: NAME_reconstruction.mp4)")] = None
-    """The mp4 to write: the video left, its reconstruction right."""
+    """File to write: the video on the left, its reconstruction on the right."""
     frames: Annotated[int | None, optional("INT", "(default: as many as there are)")] = None
-    """8k + 1."""
+    """Number of frames, 8k + 1."""
     height: Annotated[int | None, optional("INT", "(default: the video's, rounded down)")] = None
-    """Pixels, a multiple of 8."""
+    """Height in pixels, a multiple of 8."""
     width: Annotated[int | None, optional("INT", "(default: the video's, rounded down)")] = None
-    """Pixels, a multiple of 8."""
+    """Width in pixels, a multiple of 8."""
     fps: Annotated[float | None, optional("FLOAT", "(default: the video's)")] = None
-    """Resample to this rate first."""
+    """Resample to this frame rate first."""
     device: OptionalDevice = None
-    """cpu, cuda, cuda:1, npu, ..."""
+    """Device to run on: cpu, cuda, cuda:1, npu, ..."""
     dtype: Dtype = "fp32"
     """Precision to compute in."""
     tiling: bool = False
-    """Work in blended tiles: less memory for large frames, not exact."""
+    """Work in blended tiles. Needs less memory for large frames, not exact."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a checkpoint is: dialect, precision, parameters, EMA, tensor-parallel size, the config it
+    """Describe a checkpoint: format, precision, parameters, EMA, tensor-parallel size, and the config that it
     matches.
     """
 
     path: Positional[Path]
-    """A file, a folder of shards, a diffusers component, or a folder that `osp convert` wrote."""
+    """A checkpoint file, a folder of shards, a diffusers component, or a model folder."""
 
 
 def convert(options: Convert, inference: "Inference | None") -> None:

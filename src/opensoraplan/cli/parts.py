@@ -18,28 +18,26 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "t
 
 @dataclass(frozen=True)
 class Parts:
-    """Each instead of what --config says."""
+    """Model files, one by one, instead of --model or the paths in --config."""
 
     transformer: OptionalPath = None
-    """Denoiser: a release pickle, a folder of Megatron shards, or a diffusers component."""
+    """Denoiser: the release's pickle, a folder of Megatron shards, or a diffusers component."""
     vae: OptionalPath = None
-    """VAE: the release's .ckpt or a diffusers component."""
+    """VAE: the release's .ckpt, or a diffusers component."""
     text_encoder: OptionalPath = None
     """Folder of T5 v1.1-XL."""
     text_encoder_2: OptionalPath = None
     """Folder of CLIP ViT-bigG-14."""
     tokenizer: OptionalPath = None
-    """Folder of T5's tokenizer, if it is not the text encoder's."""
+    """Folder of T5's tokenizer, if it is not in the text encoder's folder."""
     tokenizer_2: OptionalPath = None
-    """Folder of CLIP's tokenizer, if it is not the text encoder's."""
+    """Folder of CLIP's tokenizer, if it is not in the text encoder's folder."""
     ema: Annotated[bool | None, optional("[True|False]", "(default: EMA where there is one)")] = None
-    """Take the EMA weights of a checkpoint that has both, or not. When shards are only merged, the default is
-    not, as in the original's script.
-    """
+    """Use the EMA weights of a checkpoint that has both."""
     sparse_n: Annotated[tuple[int, ...] | None, optional("N ...")] = None
-    """Skiparse rates, one a stage, where neither --config nor the release's shape tells them."""
+    """Skiparse rate of each stage, for a model of another size than the release without --config."""
     set: Annotated[tuple[str, ...], optional("KEY=VALUE ...")] = ()
-    """Other values in --config, for example predictor.num_heads=4; a prompt comes first."""
+    """Change values of --config, for example predictor.num_heads=4. Put the prompt first."""
 
 
 NO_PARTS = Parts()

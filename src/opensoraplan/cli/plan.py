@@ -34,103 +34,103 @@ OptionalInt = Annotated[int | None, optional("INT", "(default: the run's, else 1
 
 @dataclass(frozen=True)
 class PlanMesh:
-    """How devices are arranged; without any of these, the run's own arrangement, or a suggestion."""
+    """Device mesh. Default: the run's, or a suggestion with --memory."""
 
     devices: Annotated[int | None, optional("INT", "(default: the product of the sizes)")] = None
-    """How many there are."""
+    """Number of devices."""
     dp_replicate: OptionalInt = None
-    """Groups that have all weights."""
+    """Data-parallel groups that each hold all weights."""
     dp_shard: Annotated[int | None, optional("INT", "(default: what the others leave)")] = None
-    """Devices that share weights and have different samples."""
+    """Data-parallel devices that share the weights (FSDP)."""
     sp: OptionalInt = None
-    """Devices that share the tokens of a sample."""
+    """Sequence-parallel size: devices that share the tokens of a sample."""
     tp: OptionalInt = None
-    """Devices that share the layers of a sample."""
+    """Tensor-parallel size: devices that share the layers."""
 
 
 @dataclass(frozen=True)
 class PlanJob:
-    """How it is trained, where it is not as the run says."""
+    """Training settings. Default: the run's."""
 
     batch: OptionalInt = None
-    """Samples of a micro-batch of the devices that share samples."""
+    """Samples of a micro-batch."""
     accumulate: OptionalInt = None
-    """Micro-batches of a step."""
+    """Micro-batches per step (gradient accumulation)."""
     recompute_blocks: Annotated[int | None, optional("INT", "(default: the run's, else 0)")] = None
-    """Blocks that are computed again in the backward pass."""
+    """Blocks that are recomputed in the backward pass."""
     recompute_feed_forwards: Annotated[int | None, optional("INT", "(default: the run's, else 0)")] = None
-    """Blocks whose feed-forwards are computed again in the backward pass."""
+    """Blocks whose feed-forwards are recomputed in the backward pass."""
     keep_attention: Annotated[bool | None, optional("True|False", "(default: the run's)")] = None
-    """Of blocks that are computed again, keep what attention gives."""
+    """Keep the output of attention in recomputed blocks."""
     ema: Annotated[Ema | None, optional("same|cpu|none", "(default: the run's)")] = None
-    """Where the average of the weights is."""
+    """Where the EMA weights are kept."""
     cpu_offload: Annotated[bool | None, optional("True|False", "(default: the run's)")] = None
-    """Keep shards, gradients and optimizer in the host's memory."""
+    """Keep weight shards, gradients and optimizer state in host memory."""
     compute: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: the run's)")] = None
-    """Precision of forward and backward pass."""
+    """Precision of the forward and backward pass."""
     master: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: the run's)")] = None
-    """Precision of the weights that the optimizer changes."""
+    """Precision of the weights that the optimizer updates."""
     encoders: Annotated[bool | None, optional("True|False", "(default: unless the run has features)")] = None
-    """VAE and text encoders are on the device, too."""
+    """Whether the VAE and the text encoders are on the device, too."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predict what training needs: bytes of each device, FLOPs and time of a step. Nothing is run.
+    """Predict the memory, FLOPs and time of a training step, or of generating a video. Nothing is run.
 
-    With --memory, also the cheapest arrangement of devices that fits. Formulas, not measurements: see
-    benchmarks/plan_accuracy.py for how far off they are.
+    With --memory, also the cheapest arrangement of devices that fits. The figures come from formulas;
+    benchmarks/plan_accuracy.py measures how accurate they are.
     """
 
     model: Annotated[Positional[Path | None], optional("RUN.toml|MODEL", "(default: the release)")] = None
-    """A run's settings, a checkpoint, a model's folder or its config.json."""
+    """A run's settings, a checkpoint, a model folder, or a config.json."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
-    """Other values of the run."""
+    """Change settings of the run."""
     frames: Annotated[int | None, optional("INT", "(default: the run's, else 121)")] = None
-    """8k + 1."""
+    """Number of frames, 8k + 1."""
     height: Annotated[int | None, optional("INT", "(default: the run's, else 576)")] = None
-    """Pixels, a multiple of 16."""
+    """Height in pixels, a multiple of 16."""
     width: Annotated[int | None, optional("INT", "(default: the run's, else 1024)")] = None
-    """Pixels, a multiple of 16."""
+    """Width in pixels, a multiple of 16."""
     text_tokens: Annotated[int | None, optional("INT", "(default: the run's most, else 512)")] = None
-    """Of the longest caption of a batch."""
+    """Text tokens of the longest caption in a batch."""
     mesh: OmitArgPrefixes[PlanMesh] = PlanMesh()
     job: OmitArgPrefixes[PlanJob] = PlanJob()
     memory: Annotated[float | None, optional("GB")] = None
-    """Of each device, of which 8% are kept back; suggests the cheapest mesh that fits."""
+    """Memory of each device in GB; 8% of it is kept in reserve. Also suggests the cheapest mesh that fits."""
     machine: int = 8
-    """Devices of one machine; tp stays within it."""
+    """Devices per machine. Tensor parallelism stays within one machine."""
     tflops: Annotated[float | None, optional("FLOAT")] = None
-    """TFLOP/s that a device achieves, as the log's TFLOP/s says: predicts times."""
+    """TFLOP/s that one device achieves, as shown in the training log. Also predicts times."""
     samples: Annotated[int | None, optional("INT")] = None
-    """Of an epoch, for its time and the size of the feature cache."""
+    """Samples per epoch, to predict its time and the size of the feature cache."""
     generate: bool = False
-    """Predict what generating one video on one device needs instead."""
+    """Predict the needs of generating one video on one device instead."""
     weights: Weights = "whole"
-    """Of --generate, as in osp generate."""
+    """With --generate: precision in which the denoiser's weights are stored."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Run the command after -- in several processes by torchrun: osp launch --processes 8 -- train RUN.toml
+    """Run a command in several processes with torchrun: osp launch --processes 8 -- train RUN.toml
 
-    With several machines, the same command on each with its --node-rank. See docs/clusters.md.
+    With several machines, run the same command on each with its --node-rank. See docs/clusters.md.
     """
 
     command: Annotated[Positional[tuple[str, ...]], optional("-- VERB ...", "(required)")]
     """A verb of osp and its options, after --."""
     processes: int
-    """On each machine, one for each device."""
+    """Processes per machine, one for each device."""
     nodes: int = 1
-    """How many machines."""
+    """Number of machines."""
     node_rank: Annotated[int | None, optional("INT")] = None
-    """Which of them this is, from 0."""
+    """Number of this machine, from 0."""
     master: Annotated[str | None, optional("HOST:PORT")] = None
-    """Where the machines meet: the first of them, and a free port."""
+    """Address and free port of the first machine."""
     max_restarts: int = 0
-    """How often all processes are started again after one has died; goes with --resume latest."""
+    """How often all processes are restarted after one dies. Use it with --resume latest."""
     print: bool = False
-    """Only print the line."""
+    """Only print the torchrun command."""
 
 
 def hint(words: list[str]) -> str | None:

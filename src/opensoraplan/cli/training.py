@@ -19,87 +19,91 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the run is."""
+    """What to train."""
 
     config: Annotated[Positional[Path | None], optional("RUN.toml")] = None
-    """The run's settings; docs/settings.md has them all."""
+    """The run's settings; docs/settings.md lists all of them."""
     model: OptionalPath = None
-    """The guide's model_opensoraplan1_5.json; goes with --data."""
+    """The guide's model_opensoraplan1_5.json; give --data, too."""
     data: OptionalPath = None
     """The guide's data.json."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
-    """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
+    """Change settings, for example optimizer.lr=1e-4 data.manifest=clips."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train or fine-tune the denoiser on captioned clips, or on the features that `osp cache` made of them.
+    """Train or fine-tune the denoiser on captioned clips, or on features that `osp cache` has encoded.
 
-    SIGTERM and Ctrl-C save a checkpoint and end the run, with exit code 143 or 130; the same command with
-    --resume latest goes on.
+    Ctrl-C and SIGTERM save a checkpoint before the run ends (exit code 130 or 143). The same command with
+    --resume latest continues it.
     """
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
     resume: Annotated[str | None, optional("latest|STEP")] = None
-    """Go on from this checkpoint of the output folder; latest: the newest, or a new run if there is none."""
+    """Continue from a checkpoint in the run's output folder. latest: the newest one, or a new run if there is
+    none.
+    """
 
 
 @dataclass(frozen=True)
 class TrainVAE:
-    """Train or fine-tune the WF-VAE on clips, without captions. Stopping and resuming as in `osp train`."""
+    """Train or fine-tune the WF-VAE on clips; captions are not needed. Stop and resume as with `osp train`."""
 
     config: Positional[Path]
-    """The run's settings; docs/settings.md has them all."""
+    """The run's settings; docs/settings.md lists all of them."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
-    """Other values, for example optimizer.lr=1e-4 data.manifest=clips."""
+    """Change settings, for example optimizer.lr=1e-4 data.manifest=clips."""
     resume: Annotated[str | None, optional("latest|STEP")] = None
-    """Go on from this checkpoint of the output folder; latest: the newest, or a new run if there is none."""
+    """Continue from a checkpoint in the run's output folder. latest: the newest one, or a new run if there is
+    none.
+    """
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Encode the clips and captions of a run once, so that training needs neither VAE nor text encoders.
+    """Encode the clips and captions of a run once, so that training needs neither the VAE nor the text
+    encoders.
 
-    The same command again continues; training with features of another VAE, other text encoders or other
-    clips is refused.
+    The same command again continues. Training refuses features that come from another VAE, other text
+    encoders or other clips.
     """
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
     out: OptionalPath = None
-    """The folder to write; without it, the run's data.features."""
+    """Folder to write to. Default: the run's data.features."""
     engine: Literal["torchrun", "ray"] = "torchrun"
-    """Who shares the work out: nobody or torchrun, or the workers of a Ray cluster."""
+    """torchrun: this process, or all that torchrun started. ray: the workers of a Ray cluster."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Turn a training run, or one of its checkpoints, into a folder for `osp generate`, or the release's
-    files.
+    """Export a training run, or one of its checkpoints, for `osp generate` or in the original's formats.
 
-    The whole pipeline is written where the run's settings say where VAE and text encoders are. Of a run of
-    `osp train-vae` that is not finished, the VAE; a finished run has written it to RUN/vae by itself.
+    A whole model folder is written if the run's settings name the VAE and the text encoders. For an
+    unfinished run of `osp train-vae` the VAE alone is written; a finished one has already written RUN/vae.
     """
 
     run: Positional[Path]
-    """The output folder of `osp train` or `osp train-vae`."""
+    """Output folder of `osp train` or `osp train-vae`."""
     out: Path
-    """The folder to write; it must be new or empty."""
+    """Folder to write; it must be new or empty."""
     step: Annotated[str, optional("latest|STEP")] = "latest"
-    """Which checkpoint."""
+    """Checkpoint to export."""
     ema: bool = True
-    """The averaged weights rather than the last ones."""
+    """Export the EMA weights instead of the latest weights."""
     to: Literal["diffusers", "megatron", "release"] = "diffusers"
-    """What to write."""
+    """Format: a diffusers folder, Megatron shards, or the release's pickle."""
     tp: int = 1
     """Tensor-parallel size of the Megatron shards."""
     dtype: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: as trained)")] = None
     """Precision to write."""
     max_shard_size: str = "2GB"
-    """Of the diffusers folder's files."""
+    """Largest size of a file in the diffusers folder."""
     prompt_template: Annotated[str | None, optional("TEXT", "(default: the run's pipeline's)")] = None
-    """What the pipeline puts around a prompt; {} is where it goes, and alone is nothing."""
+    """Template around each prompt. {} stands for the prompt; '{}' alone switches the template off."""
     default_negative_prompt: Annotated[str | None, optional("TEXT", "(default: the run's pipeline's)")] = None
-    """The pipeline's negative prompt; '' is none."""
+    """Default negative prompt of the exported model; '' for none."""
 
 
 def hint(words: list[str]) -> str | None:

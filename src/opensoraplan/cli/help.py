@@ -1,0 +1,81 @@
+"""How --help shows a verb's options: in groups, with descriptions that are wrapped. tyro, which parses them,
+knows groups as nested dataclasses only, and keeps the line breaks of docstrings.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, field, fields, is_dataclass, make_dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from tyro.conf import OmitArgPrefixes, arg
+
+Options = TypeVar("Options")
+# Titles of groups and the options in each.
+Groups = Mapping[str, Sequence[str]]
+
+
+def grouped(kind: type, groups: Groups, defaults: Mapping[str, Any] = MappingProxyType({})) -> type:
+    """Options of a verb as tyro is to parse them: a class with the fields of `kind`, those of `groups` in a
+    dataclass for each group. `defaults` go before the class's own. `ungrouped` is the way back.
+    """
+    descriptions, types = attribute_docs(kind), get_type_hints(kind, include_extras=True)
+
+    def entry(one: Field) -> tuple[str, Any, Any]:
+        value = defaults.get(one.name, one.default)
+        if is_dataclass(value):
+            values = {inner.name: getattr(value, inner.name) for inner in fields(value)}
+            return _group(one.name, descriptions.get(one.name, one.name), grouped(type(value), {}, values))
+        shown = types[one.name]
+        if one.name in descriptions:
+            shown = Annotated[shown, arg(help=descriptions[one.name])]
+        return one.name, shown, field(default=value)
+
+    every = {one.name: one for one in fields(kind)}
+    inside = {name for names in groups.values() for name in names}
+    entries = [entry(one) for name, one in every.items() if name not in inside]
+    for title, names in groups.items():
+        name = title.replace(" ", "_")
+        made = make_dataclass(name, [entry(every[one]) for one in names], frozen=True, kw_only=True)
+        entries.append(_group(name, title, made))
+    # tyro shows them in this order: the groups of `kind` itself come last.
+    entries.sort(key=lambda one: is_dataclass(one[2].default) and one[0] in every)
+    namespace = {"__doc__": kind.__doc__}
+    return make_dataclass(kind.__name__, entries, frozen=True, kw_only=True, namespace=namespace)
+
+
+def ungrouped(kind: type[Options], parsed: Any) -> Options:  # noqa: ANN401 (what `grouped` made)
+    """Options of a verb from what tyro has parsed."""
+    own = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for one in fields(parsed):
+        value = getattr(parsed, one.name)
+        if one.name not in own:
+            values |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
+        elif is_dataclass(own[one.name].default):
+            values[one.name] = ungrouped(type(own[one.name].default), value)
+        else:
+            values[one.name] = value
+    return kind(**values)
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """The docstring of each field of a class, on one line."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(node, ast.ClassDef)
+    found: dict[str, str] = {}
+    for before, after in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(before, ast.AnnAssign)
+            and isinstance(before.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            found[before.target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+def _group(name: str, title: str, made: type) -> tuple[str, Any, Any]:
+    return name, Annotated[OmitArgPrefixes[made], arg(name=title)], field(default=made())  # type: ignore[valid-type]
