@@ -29,6 +29,7 @@ from tiny_release import DENOISER, VAE
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli, saved
+from opensoraplan.cli import generating
 from opensoraplan.cli.generating import _tell_peak, instead_of_host
 from opensoraplan.cli.verbs import VERBS
 from opensoraplan.convert.checkpoints import load_checkpoint
@@ -925,3 +926,12 @@ def test_a_size_beyond_memory(osp: Command, tiny_model: Path) -> None:
 def test_more_memory_than_there_ever_is_is_refused() -> None:
     with pytest.raises(MemoryError, match=r"take 100,000\.0 GB of memory, cpu has .* GB, swap included: ask"):
         _tell_peak(10**14, torch.device("cpu"), free=10**15)
+
+
+def test_help_of_generate_is_in_groups(osp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = osp("generate", "--help").out
+    titles = re.findall(r"^\W*([a-z ]+) options\W*$", text, re.MULTILINE)
+    assert titles == [*generating.GROUPS, "model files", "several devices"]
+    for names in generating.GROUPS.values():
+        assert all(f"--{name.replace('_', '-')}" in text for name in names)

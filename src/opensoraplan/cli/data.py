@@ -50,7 +50,7 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class DataRender:
-    """Render captioned clips of moving shapes, to try training on: mp4 files, annotation.json and data.txt."""
+    """Render captioned clips of moving shapes to try training on: mp4 files, annotation.json, data.txt."""
 
     folder: Positional[Path]
     """Folder to write to. The same command again, or with a larger --count, continues."""

@@ -78,6 +78,7 @@ class Generate:
     config: OptionalPath = None
     """Inference JSON of MindSpeed-MM's guide. Its values are the defaults of the other options."""
     parts: OmitArgPrefixes[Parts] = NO_PARTS
+    """model files"""
     out: Path = Path("samples")
     """Folder to write to, or the .mp4 or .png file of a single video."""
     frames: int = 121
@@ -128,8 +129,8 @@ class Generate:
     that fits.
     """
     weights: Weights = "whole"
-    """Precision in which the denoiser's weights are stored. int8: half the memory of bf16. fp8: the feed-
-    forwards are also multiplied in fp8, on cards that support it. Neither is exact.
+    """Precision in which the denoiser's weights are stored. int8: half the memory of bf16. fp8: feed-forwards
+    are also multiplied in fp8, on cards that support it. Neither is exact.
     """
     attention: Annotated[str | None, optional("NAME", "(default: torch's own)")] = None
     """Attention backend of diffusers: _native_cudnn, flash, sage, ..."""
@@ -154,6 +155,21 @@ class Generate:
     save_every: int = 10
     """Save resumable latents every N steps; 0 for never."""
     sharing: OmitArgPrefixes[Sharing] = Sharing()
+    """several devices"""
+
+
+# What --help shows together; the basics are in none of them.
+GROUPS = {
+    "sampling": (
+        *("guidance", "guidance_rescale", "guidance_interval", "batched_guidance", "solver", "shift"),
+        *("dynamic_shift", "linear_quadratic", "step_cache"),
+    ),
+    "prompt text": ("prompt_template", "default_negative_prompt", "clean_prompts", "keep_chinese"),
+    "memory and speed": (
+        *("device", "dtype", "vae_dtype", "memory", "weights", "attention", "compile", "tiling"),
+    ),
+    "stop and continue": ("resume", "save_every"),
+}
 
 
 @dataclass(frozen=True)

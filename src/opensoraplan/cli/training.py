@@ -48,7 +48,7 @@ class Train:
 
 @dataclass(frozen=True)
 class TrainVAE:
-    """Train or fine-tune the WF-VAE on clips; captions are not needed. Stop and resume as with `osp train`."""
+    """Train or fine-tune the WF-VAE on clips, without captions. Stop and resume as with `osp train`."""
 
     config: Positional[Path]
     """The run's settings; docs/settings.md lists all of them."""

@@ -11,12 +11,12 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import tyro
 
 from opensoraplan.cli import data, generating, models, plan, training
 from opensoraplan.cli.effects import given_options
+from opensoraplan.cli.help import Groups, grouped, ungrouped
 from opensoraplan.cli.options import option_names
 from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
 from opensoraplan.names import did_you_mean
@@ -30,6 +30,8 @@ class Verb:
     run: Callable[..., None]
     with_config: bool = False
     """Whether --config may name the guide's inference JSON, which `run` then gets, too."""
+    groups: Groups = field(default_factory=dict)
+    """Options that --help shows together, by title; the others come first."""
     hint: Callable[[list[str]], str | None] = field(default=lambda _words: None)
     """What was probably meant by words of which the first cannot be understood; None if it cannot tell."""
 
@@ -41,7 +43,9 @@ class Verb:
 
 GROUPS = {
     "Generate": {
-        "generate": Verb(generating.Generate, generating.generate, True, generating.hint),
+        "generate": Verb(
+            generating.Generate, generating.generate, True, generating.GROUPS, hint=generating.hint
+        ),
         "decode": Verb(generating.Decode, generating.decode),
         "calibrate": Verb(generating.Calibrate, generating.calibrate),
         "reconstruct": Verb(models.Reconstruct, models.reconstruct),
@@ -81,13 +85,11 @@ def run(words: list[str]) -> None:
     if verb.with_config:
         rest = spell_out_ema(rest)
     inference = read_config(rest) if verb.with_config else None
-    default: dict[str, Any] = {}
-    if verb.options is generating.Generate:
-        default["default"] = generating.Generate(**read_defaults(rest, inference))
+    defaults = read_defaults(rest, inference) if verb.options is generating.Generate else {}
+    grammar = grouped(verb.options, verb.groups, defaults)
     with _wrapped_help():
-        options, unknown = tyro.cli(
-            verb.options, prog=f"osp {name}", args=rest, return_unknown_args=True, **default
-        )
+        parsed, unknown = tyro.cli(grammar, prog=f"osp {name}", args=rest, return_unknown_args=True)
+    options = ungrouped(verb.options, parsed)
     if unknown:
         raise ValueError(verb.hint(rest) or f"osp {name} does not understand {' '.join(unknown)!r}")
     if isinstance(options, generating.Generate):
@@ -155,4 +157,4 @@ def _wrapped_help() -> Iterator[None]:
 
 
 def _width() -> int:
-    return max(shutil.get_terminal_size().columns - 1, 40)
+    return max(shutil.get_terminal_size().columns, 40)
