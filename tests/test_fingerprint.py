@@ -92,6 +92,10 @@ def test_a_folder_is_the_same_by_any_path_and_as_a_copy(
     (model / ".gitattributes").write_text("")
     (model / "circle").symlink_to(model)
     assert fingerprint_weights(model) == expected
+    (model / "config.json").write_text('{"_name_or_path": "/elsewhere/model", "layers": 2}')
+    assert fingerprint_weights(model) == expected
+    (model / "config.json").write_text('{"layers": ')
+    assert fingerprint_weights(model) != expected
     (model / "config.json").write_text('{"layers": 3}')
     assert fingerprint_weights(model) != expected
 

@@ -17,7 +17,7 @@ from typing import IO
 from zipfile import BadZipFile, ZipFile
 
 from opensoraplan.disk import user_cache_folder, write_whole
-from opensoraplan.documents import parse_json
+from opensoraplan.documents import parse_json, read_json_object
 
 # Changes with whatever changes the fingerprint of the same file.
 _VERSION = 1
@@ -55,7 +55,7 @@ def fingerprint_weights(path: Path) -> str:
     if not path.is_dir():
         return _hash_cached(path)
     names = {file.relative_to(path).as_posix(): file for file in _walk(path)}
-    lines = [f"{name} {_hash_cached(names[name])}\n" for name in sorted(names)]
+    lines = [f"{name} {_hash_of_part(names[name])}\n" for name in sorted(names)]
     return hash_text("".join(lines))
 
 
@@ -88,6 +88,20 @@ def _walk(folder: Path) -> Iterator[Path]:
             known = name.startswith(".") or name.endswith(_NO_WEIGHTS) or name in _NO_WEIGHTS_NAMES
             if not known:
                 yield Path(top, name)
+
+
+def _hash_of_part(path: Path) -> str:
+    """Of a file in a folder of weights. Of a config without what the libraries note for themselves, as the
+    path that a model was loaded from.
+    """
+    if path.name != "config.json":
+        return _hash_cached(path)
+    try:
+        config = read_json_object(path)
+    except ValueError:  # whoever loads it will say so
+        return _hash_cached(path)
+    told = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    return hash_text(json.dumps(told, sort_keys=True))
 
 
 def _hash_cached(path: Path) -> str:
