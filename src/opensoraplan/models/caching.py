@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from diffusers.hooks.faster_cache import FasterCacheConfig
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.hooks.hooks import HookRegistry
 from diffusers.hooks.mag_cache import MagCacheConfig
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
 from diffusers.hooks.sea_cache import SeaCacheConfig
@@ -99,11 +100,10 @@ def _name_of(config: object) -> str:
 
 def _count_hooks(model: nn.Module) -> int:
     """Of the modules inside."""
-    return sum(
-        len(module._diffusers_hook.hooks)
-        for module in model.modules()
-        if module is not model and hasattr(module, "_diffusers_hook")
-    )
+    registries = [
+        getattr(module, "_diffusers_hook", None) for module in model.modules() if module is not model
+    ]
+    return sum(len(registry.hooks) for registry in registries if isinstance(registry, HookRegistry))
 
 
 def _latents_of(_model: nn.Module, _args: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
