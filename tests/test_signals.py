@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,6 +104,35 @@ def test_processes_share_the_clips_to_render(tmp_path: Path) -> None:
     ]
 
 
+def test_processes_share_the_prompts_of_a_file(tiny_model: Path, tmp_path: Path) -> None:
+    """One that is killed keeps none of them."""
+    prompts = [f"cat number {number}" for number in range(4)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    job = ("generate", "prompts.txt", "--model", tiny_model, *SMALL, "--steps", "8", "--out", "out")
+    both = [start(*job, cwd=tmp_path) for _ in range(2)]
+    wait_until(lambda: list(tmp_path.glob("out/*.mp4")), both[0])
+    both[0].kill()
+    both[0].communicate()
+    _, told = both[1].communicate()
+    assert both[1].returncode == 0, told
+    assert sorted(path.name for path in tmp_path.glob("out/*.mp4")) == [
+        f"{number:04d}_cat-number-{number}_seed{number}.mp4" for number in range(4)
+    ]
+
+
+def test_one_video_is_not_made_by_two_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    long = ("generate", "a cat", "--model", tiny_model, *SMALL, "--steps", "9999")
+    first = start(*long, cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("samples/*.latents.safetensors")), first)
+    second = start(*long, cwd=tmp_path)
+    _, told = second.communicate()
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert f"another process ({first.pid} on " in told
+    assert "is making this very video" in told
+
+
 def test_output_that_nobody_reads(tmp_path: Path) -> None:
     command = f"{sys.executable} -m opensoraplan plan | true; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
@@ -135,3 +165,38 @@ def test_narrow_terminals_and_letters_that_stdout_lacks(tmp_path: Path) -> None:
         out, told = made.communicate(timeout=60)
         assert (made.returncode, told) == (0, ""), environment
         assert "--resume" in out
+
+
+# --- Several processes --------------------------------------------------------------------------------------
+
+
+def test_others_that_do_not_come_are_told(tmp_path: Path) -> None:
+    """Variables of a job that is over; the wait for it can be stopped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    made = start("generate", "A red ball.", *SMALL, "--steps", "1", cwd=tmp_path, env=job)
+    assert made.stderr is not None
+    told = next(line for line in made.stderr if "waits" in line)
+    assert "process 0 of 2" in told
+    assert told.endswith("to run one process alone, unset RANK, WORLD_SIZE and LOCAL_RANK\n")
+    made.send_signal(signal.SIGINT)
+    assert "Traceback" not in made.communicate()[1]
+    assert made.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian a.toml", "osp launch runs train, cache, generate, not 'trian' (did you mean 'train'?)"),
+        ("train a.toml", "a.toml does not exist"),
+        ("generate a.txt", "the prompt file a.txt does not exist"),
+    ],
+)
+def test_launch_looks_at_the_command_first(tmp_path: Path, command: str, message: str) -> None:
+    made = start("launch", "--processes", "2", "--", *command.split(), cwd=tmp_path)
+    _, told = made.communicate()
+    assert made.returncode == 2
+    assert told.startswith(f"osp: error: {message}")
+    assert len(told.splitlines()) == 1, told

@@ -4,12 +4,13 @@ What is asked for is read in requests.py; the sampling itself is in pipeline.py,
 data/video.py.
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
 from opensoraplan.ahead import one_ahead
+from opensoraplan.claims import claim, holder, share_out
 from opensoraplan.disk import numbered, workplace, write_new
 from opensoraplan.documents import parse_json
 from opensoraplan.fingerprint import hash_text
@@ -131,7 +133,9 @@ def run(
     """Make the videos one after the other and return their files.
 
     No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
-    already among those is passed over, and one whose latents were saved (see `make_video`) goes on from them.
+    already among those is passed over, one whose latents were saved (see `make_video`) goes on from them, and
+    one that another process is making is left to it: several processes share the requests, and each waits
+    until all are made. Without it, that is a ValueError.
     `model`, a folder or the files of its parts, goes into the metadata, and so do their `fingerprints`, by
     which videos and latents of other weights are known (without, by `model`). Of several `ranks`, which all
     call this, the first writes; `all_decode`: the others have a share in decoding; `batched`: they share out
@@ -144,17 +148,21 @@ def run(
     from opensoraplan.parallel.ranks import ALONE
 
     ranks = ranks or ALONE
-    written: list[Path] = []
+    written: dict[int, Path] = {}
     embeds = PromptCache(pipeline)
     total = len(requests)
-    try:
-        for number, (request, wanted) in enumerate(zip(requests, paths, strict=True), start=1):
-            record = make_record(pipeline, request, model, fingerprints=fingerprints, step_ratios=step_ratios)
+
+    def make_one(numbered_request: tuple[int, tuple[Request, Path]]) -> bool:
+        number, (request, wanted) = numbered_request
+        record = make_record(pipeline, request, model, fingerprints=fingerprints, step_ratios=step_ratios)
+        with ExitStack() as stack:
+            if not ranks.agree(partial(_take, stack, wanted, record, others_wait=not resume)):
+                return False
             done = ranks.agree(partial(find_done, wanted, record)) if resume else None
             if done is not None:
                 logger.info("%d of %d is done: %s", number, total, done)
-                written.append(done)
-                continue
+                written[number] = done
+                return True
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
             if request.step_cache:
                 logger.info("with a step cache, its latents are kept only once all steps are done")
@@ -168,15 +176,39 @@ def run(
                 if arrangement is None:
                     path = make(go_on=resume)
                 else:
-                    path = arrangement.run(lambda again, make=make: make(go_on=resume or again))
+                    path = arrangement.run(lambda again: make(go_on=resume or again))
             if path is not None:
                 logger.info("wrote %s", path)
-                written.append(path)
+                written[number] = path
+        return True
+
+    try:
+        share_out(enumerate(zip(requests, paths, strict=True), start=1), make_one, what="videos")
     except KeyboardInterrupt:
         command = "the same command" if resume else "the same command with --resume"
         logger.info("stopped, %d of %d done: %s goes on", len(written), total, command)
         raise
-    return written
+    return [path for _, path in sorted(written.items())]
+
+
+def _take(stack: ExitStack, wanted: Path, record: dict[str, Any], *, others_wait: bool) -> bool:
+    """Claim a video until the stack is left. False: another process is making it; `others_wait`: raise
+    ValueError then.
+    """
+    # Which weights they are is told by fingerprint, wherever they are.
+    told = {"opensoraplan", "model"} if record.get("fingerprint") else {"opensoraplan"}
+    video = {key: value for key, value in record.items() if key not in told}
+    digest = hashlib.sha256(json.dumps(video, sort_keys=True).encode()).hexdigest()
+    work = wanted.with_name(f"{wanted.name} {digest}")
+    own = claim(work)
+    if own is not None:
+        stack.enter_context(own)
+    elif others_wait:
+        raise ValueError(
+            f"another process ({holder(work)}) is making this very video: wait for it, stop it, or give "
+            "another --seed"
+        )
+    return own is not None
 
 
 def _make(
@@ -201,17 +233,21 @@ def _make(
         logger.info("going on after step %d of %d", start.step, request.steps)
         embeds.put(request, start)
     if ranks.first:
-        return make_video(
-            pipeline,
-            request,
-            embeds,
-            wanted,
-            record,
-            start=start,
-            save_every=save_every,
-            batched=batched,
-            step_ratios=step_ratios,
-        )
+        if start is None:
+            set_latents_aside(wanted, record)
+        with _latents_claimed(wanted, record) as place:
+            return make_video(
+                pipeline,
+                request,
+                embeds,
+                wanted,
+                record,
+                place=place,
+                start=start,
+                save_every=save_every,
+                batched=batched,
+                step_ratios=step_ratios,
+            )
     latents = denoise(pipeline, request, embeds, start=start, batched=batched, step_ratios=step_ratios)
     for _ in pipeline.iter_decode(latents) if all_decode else ():
         pass
@@ -303,6 +339,7 @@ def make_video(
     wanted: Path,
     record: dict[str, Any],
     *,
+    place: Path,
     start: "SavedLatents | None" = None,
     save_every: int = 0,
     batched: bool = False,
@@ -310,15 +347,12 @@ def make_video(
 ) -> Path:
     """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
 
-    Until it is written, the last latents that were good are kept in a file beside it: after every
+    Until it is written, the last latents that were good are kept in `place`, a file beside it: after every
     `save_every` steps and when it is stopped (0: not before the last), before decoding, and when it fails.
     Not in the middle of a run with a step cache, which would go on without what it has cached.
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
-    if start is None:
-        set_latents_aside(wanted, record)
-    place = place_of_latents(wanted, record)
     save = partial(save_latents, place, record=record, embeds=embeds, request=request)
 
     # Other schedulers may have more calls than steps, and cannot begin in the middle.
@@ -440,14 +474,32 @@ def _describe_kept(place: Path, record: dict[str, Any]) -> str:
     return f"the latents after step {step} of {steps} are in {place}"
 
 
+@contextmanager
+def _latents_claimed(wanted: Path, record: dict[str, Any]) -> Iterator[Path]:
+    """`place_of_latents` that no other process means to write to, with another video of that name."""
+    from opensoraplan import saved
+
+    for place in map(saved.place_of, numbered(wanted)):
+        if not place.exists() or saved.is_of(place, record):
+            own = claim(place)
+            if own is not None:
+                with own:
+                    yield place
+                return
+
+
 def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
     """If a run has left latents of this video, give them another name, for one that begins anew."""
     from opensoraplan import saved
 
     place = place_of_latents(wanted, record)
     if place.exists():
-        other = next(free for free in map(saved.place_of, numbered(wanted)) if not free.exists())
-        place.rename(other)
+        for other in map(saved.place_of, numbered(wanted)):
+            own = None if other.exists() else claim(other)
+            if own is not None:
+                with own:
+                    place.rename(other)
+                break
         logger.warning("%s has latents of this video, which begins anew: they are in %s now", place, other)
 
 

@@ -247,6 +247,11 @@ def generate(options: Generate, inference: "Inference | None", given: Collection
         _run(options, inference, asked, place, ranks)
 
 
+def check(options: Generate, inference: "Inference | None", given: Collection[str]) -> None:
+    """Raise what `generate` would raise before it loads torch."""
+    _checked(options, inference, given)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What to make, by what, and where to: all that can be checked without torch. `folder`: the model's, or

@@ -11,15 +11,19 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from opensoraplan.cli import data, generating, models, plan, training
 from opensoraplan.cli.effects import given_options
 from opensoraplan.cli.help import Groups, grouped, ungrouped
-from opensoraplan.cli.options import option_names
+from opensoraplan.cli.options import check_exists, option_names
 from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
 from opensoraplan.names import did_you_mean
+
+if TYPE_CHECKING:
+    from opensoraplan.convert.mindspeed_json import Inference
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ GROUPS = {
         "launch": Verb(plan.Launch, plan.launch, hint=plan.hint),
     },
 }
+# What several processes can do together.
+LAUNCHED = ("train", "cache", "generate")
 VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 
 
@@ -79,6 +85,21 @@ def run(words: list[str]) -> None:
     if words[0] == "--version":
         sys.stdout.write(f"opensoraplan {version('opensoraplan')}\n")
         return
+    verb, options, inference, rest = _parse(words)
+    if isinstance(options, plan.Launch):
+        _check_launched(options)
+    if isinstance(options, generating.Generate):
+        generating.generate(options, inference, given_options(rest))
+    elif verb.with_config:
+        verb.run(options, inference)
+    else:
+        verb.run(options)
+
+
+def _parse(words: list[str]) -> "tuple[Verb, Any, Inference | None, list[str]]":
+    """The verb, its options, what --config gives, and the words behind the verb. Raises ValueError, or ends,
+    for what cannot be read.
+    """
     name, rest = _verb_of(words)
     verb = VERBS[name]
     _check_options(name, verb, rest)
@@ -92,12 +113,30 @@ def run(words: list[str]) -> None:
     options = ungrouped(verb.options, parsed)
     if unknown:
         raise ValueError(verb.hint(rest) or f"osp {name} does not understand {' '.join(unknown)!r}")
-    if isinstance(options, generating.Generate):
-        generating.generate(options, inference, given_options(rest))
-    elif verb.with_config:
-        verb.run(options, inference)
+    return verb, options, inference, rest
+
+
+def _check_launched(options: plan.Launch) -> None:
+    """Raise what the command to launch would raise first, before torchrun starts and wraps it in its own
+    report. `--print` may be for another machine, whose files are not here.
+    """
+    command = [*options.command]
+    if not command:
+        return  # which `launch` tells
+    if command[0] not in LAUNCHED:
+        near = did_you_mean(command[0], LAUNCHED)
+        raise ValueError(f"osp launch runs {', '.join(LAUNCHED)}, not {command[0]!r}{near}")
+    if {"-h", "--help"} & {*command}:
+        raise ValueError(f"ask for help without launch: osp {command[0]} --help")
+    _, job, inference, rest = _parse(command)
+    if options.print:
+        return
+    if isinstance(job, generating.Generate):
+        generating.check(job, inference, given_options(rest))
     else:
-        verb.run(options)
+        for path in (job.files.config, job.files.model, job.files.data):
+            if path is not None:
+                check_exists(path)
 
 
 def _verb_of(words: list[str]) -> tuple[str, list[str]]:

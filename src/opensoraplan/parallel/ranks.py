@@ -5,6 +5,8 @@ import logging
 import os
 import pickle
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -25,6 +27,9 @@ TIMEOUT_S = 600.0
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # Seconds that torchrun, asked to stop, waits for its processes, which save a checkpoint. Otherwise 30.
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# Seconds to wait for other processes in silence.
+_SILENCE_S = 8.0
+_UNSET = "to run one process alone, unset RANK, WORLD_SIZE and LOCAL_RANK"
 # By type of device; control messages go over the CPU in any case.
 # What errors of collectives have in their text, and the part of it that tells users something.
 _LOST = re.compile(r"gloo|NCCL|HCCL|Connection (closed|reset) by peer|Timed out waiting", re.IGNORECASE)
@@ -159,8 +164,15 @@ def sendable(error: Exception) -> Exception:
 
 
 def place_in_job() -> tuple[int, int]:
-    """This process's number, and how many torchrun started; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's number, and how many torchrun started; (0, 1) without torchrun, which sets RANK. Raises
+    ValueError if the variables are no numbers.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1
+    rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "")
+    if not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)):
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={ranks} name no process of a job: {_UNSET}")
+    return int(rank), int(ranks)
 
 
 def device_of_rank(device: torch.device) -> torch.device:
@@ -198,8 +210,11 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIM
         logger.warning("set %s=1 for torchrun, or processes that it starts again may wait in vain", OWN_STORE)
     if device.type != "cpu":
         getattr(torch, device.type).set_device(device)
-    dist.init_process_group(_BACKENDS[device.type], timeout=datetime.timedelta(seconds=timeout))
+    with _meeting_told():
+        patience = datetime.timedelta(seconds=min(timeout, TIMEOUT_S))
+        dist.init_process_group(_BACKENDS[device.type], timeout=patience)
     try:
+        _set_pg_timeout(datetime.timedelta(seconds=timeout))
         ranks = Ranks(mesh := Mesh.build(settings, device_type=device.type), timeout=timeout)
         for group in mesh.groups():  # which torch gives its own default
             _set_pg_timeout(ranks.patience, group)
@@ -209,6 +224,36 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIM
             yield ranks
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _meeting_told() -> Iterator[None]:
+    """Say so if the other processes of a job do not come, and how it goes on without them. Signals, which
+    torch leaves unanswered while it waits for them, end the process.
+    """
+    rank, ranks = place_in_job()
+    master = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    others = f"process {rank} of {ranks} (RANK, WORLD_SIZE) waits for the others at {master}"
+    met = threading.Event()
+
+    def tell() -> None:
+        if not met.wait(_SILENCE_S):
+            logger.warning("%s; %s", others, _UNSET)
+
+    handlers = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+    }
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{others}: {str(error).splitlines()[0]}; {_UNSET}") from error
+    finally:
+        met.set()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
