@@ -748,7 +748,7 @@ def decode(options: Decode) -> None:
     (wanted,) = job.check_targets([request], options.out or default)
     device = resolve_device(options.device)
     prepare(device)
-    decoded_in = {dtype_name(dtype): name for name, dtype in DTYPES.items()}.get(record.get("vae_dtype"))
+    decoded_in = {dtype_name(dtype): name for name, dtype in DTYPES.items()}.get(str(record.get("vae_dtype")))
     dtype = resolve_dtype(options.dtype or decoded_in, device, use="decoding")
     vae = load_vae(path, dtype=dtype, device=device)
     if options.tiling:
