@@ -72,7 +72,7 @@ class ModelIndex(Settings):
     default_negative_prompt: str = ""
     clean_prompts: bool = True
     keep_chinese: bool = False
-    max_text_tokens: int = Field(512, ge=1, le=65_536)
+    max_text_tokens: int = Field(default=512, ge=1, le=65_536)
 
     @classmethod
     def of(cls, model: Path) -> "ModelIndex":
@@ -100,7 +100,7 @@ class SchedulerConfig(Settings):
     shift: _Shift | None = None
     flow_shift: _Shift | None = None
     use_dynamic_shifting: bool | None = None
-    num_train_timesteps: int = Field(1000, ge=1, le=100_000)
+    num_train_timesteps: int = Field(default=1000, ge=1, le=100_000)
     base_shift: float | None = None
     max_shift: float | None = None
     shift_terminal: float | None = None
@@ -109,8 +109,8 @@ class SchedulerConfig(Settings):
     use_karras_sigmas: bool | None = None
     use_exponential_sigmas: bool | None = None
     use_beta_sigmas: bool | None = None
-    base_image_seq_len: int = Field(256, ge=1)
-    max_image_seq_len: int = Field(4096, ge=1)
+    base_image_seq_len: int = Field(default=256, ge=1)
+    max_image_seq_len: int = Field(default=4096, ge=1)
 
     @classmethod
     def of(cls, model: Path) -> "SchedulerConfig":

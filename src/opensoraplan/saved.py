@@ -35,11 +35,11 @@ class _StoredRecord(Request):
 
     model: str | dict[str, Any]
     step: int = Field(ge=0)
-    frames: Frames
-    height: Side
-    width: Side
-    fps: Fps
-    steps: Steps
+    frames: Frames = Field()
+    height: Side = Field()
+    width: Side = Field()
+    fps: Fps = Field()
+    steps: Steps = Field()
     seed: int = Field(ge=0, lt=2**62)
     vae_dtype: str | None = None
 
