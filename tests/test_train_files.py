@@ -271,7 +271,8 @@ def test_what_the_guides_launch_script_sets(tmp_path: Path, caplog: pytest.LogCa
     settings, note = read()
     assert (settings.seed, settings.checkpoint.every, settings.log.every) == (1024, 1000, 1)
     assert settings.memory.recompute_feed_forwards == 32
-    named = "seed = 1024, checkpoint.every = 1000, log.every = 1, memory.recompute_feed_forwards = 32; not"
+    assert settings.model.init == "original"
+    named = "seed = 1024, checkpoint.every = 1000, log.every = 1, memory.recompute_feed_forwards = 32, model."
     assert named in note
     assert "optimizer.steps is 1000 (there one epoch), optimizer.accumulate is 4 (there 1" in note
     over = write(tmp_path / "over.toml", "seed = 7\n[checkpoint]\nkeep = 9\n[memory]\nrecompute_blocks = 8\n")
@@ -279,7 +280,8 @@ def test_what_the_guides_launch_script_sets(tmp_path: Path, caplog: pytest.LogCa
     assert (settings.seed, settings.log.every) == (7, 5)
     assert (settings.checkpoint.every, settings.checkpoint.keep) == (1000, 9)
     assert (settings.memory.recompute_blocks, settings.memory.recompute_feed_forwards) == (8, 0)
-    assert "sets: checkpoint.every = 1000; not" in note
+    assert "have it: checkpoint.every = 1000, model.init = original; not" in note
+    assert read("model.pretrained=model.pt")[0].model.init == "adaln_zero"
     # No more feed-forwards than a smaller model has.
     settings, _ = read("model.config.num_layers=[2,2,2]", "model.config.sparse_n=[1,2,1]")
     assert settings.memory.recompute_feed_forwards == 6

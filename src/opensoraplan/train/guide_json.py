@@ -332,8 +332,8 @@ def read_guide(
 
 
 def launch_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What the guide's launch script sets for a run of these values, to go below them, and a note that names
-    it, and what of the script is not taken over.
+    """What the original's start of a new model and the guide's launch script set for a run of these values,
+    to go below them, and a note that names it, and what of the script is not taken over.
     """
 
     def given(section: str) -> Mapping[str, Any]:
@@ -347,16 +347,18 @@ def launch_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if isinstance(layers, list) and all(isinstance(count, int) for count in layers):
             depth = min(depth, sum(layers))
         defaults["memory"] = {"recompute_feed_forwards": depth}
+    if not given("model").get("pretrained"):
+        defaults["model"] = {"init": "original"}
     taken = [f"seed = {defaults['seed']}"] if "seed" not in values else []
-    for section in ("checkpoint", "log", "memory"):
+    for section in ("checkpoint", "log", "memory", "model"):
         new = {key: value for key, value in defaults.get(section, {}).items() if key not in given(section)}
         taken += [f"{section}.{key} = {value}" for key, value in new.items()]
     steps = given("optimizer").get("steps", OptimizerSettings().steps)
     accumulate = given("optimizer").get("accumulate", OptimizerSettings().accumulate)
     return defaults, (
-        f"as the guide's launch script sets: {', '.join(taken) or 'nothing'}; not as there: optimizer.steps "
-        f"is {steps} (there one epoch), optimizer.accumulate is {accumulate} (there 1: the number in "
-        "data.json only reaches the sampler), parallel.tp is for you to set (there 8)"
+        f"as the original and its launch script have it: {', '.join(taken) or 'nothing'}; not as there: "
+        f"optimizer.steps is {steps} (there one epoch), optimizer.accumulate is {accumulate} (there 1: the "
+        "number in data.json only reaches the sampler), parallel.tp is for you to set (there 8)"
     )
 
 
