@@ -21,8 +21,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
-from opensoraplan.parallel.estimate import (
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
+from opensoraplan.plan.estimate import (
     Collective,
     Job,
     Model,
@@ -30,8 +32,6 @@ from opensoraplan.parallel.estimate import (
     collectives_of_block,
     collectives_outside,
 )
-from opensoraplan.parallel.mesh import Mesh, MeshSettings
-from opensoraplan.parallel.plan import share_sample
 
 RANKS = 4
 MESHES = {"tp 4": {"tp": 4}, "sp 4": {"sp": 4}, "sp 2 x tp 2": {"sp": 2, "tp": 2}}

@@ -21,9 +21,9 @@ from timing import begin_peak, machine, ready, resident_peak
 from torch import Tensor
 
 from opensoraplan import builtin
-from opensoraplan.models.step_cache import measured, skipping
-from opensoraplan.models.weights import keep_weights
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.runtime.quantisation import keep_weights
+from opensoraplan.runtime.step_cache import measured, skipping
 from opensoraplan.samplers import SOLVERS
 
 PROMPT = "A large red star moves to the right over a green meadow."

@@ -20,7 +20,7 @@ import torch
 from timing import resident_peak
 from torch import Tensor
 
-from opensoraplan.convert.export import write_component
+from opensoraplan.formats.export import write_component
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import WFVAE

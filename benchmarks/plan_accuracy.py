@@ -27,15 +27,15 @@ from opensoraplan.device import DTYPES
 from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.parallel.estimate import Job, Model, Shape, devices_of, training_memory
+from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import Mesh, MeshSettings
-from opensoraplan.parallel.plan import parallelize
 from opensoraplan.parallel.shards import fill
-from opensoraplan.train import objective
+from opensoraplan.plan.estimate import Job, Model, Shape, devices_of, training_memory
 from opensoraplan.train.config import OptimizerSettings
-from opensoraplan.train.ema import Ema
-from opensoraplan.train.master import MasterWeights
-from opensoraplan.train.optimizer import make_optimizer
+from opensoraplan.train.learner.ema import Ema
+from opensoraplan.train.learner.master import MasterWeights
+from opensoraplan.train.learner.optimizer import make_optimizer
+from opensoraplan.train.methods import flow as objective
 
 STEPS = 3
 SMALL: dict[str, Any] = {

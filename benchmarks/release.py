@@ -21,7 +21,12 @@ from load_release import fill
 from timing import machine, ready, resident_peak, seconds, wait
 
 from opensoraplan.defaults import Weights
-from opensoraplan.memory import (
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.runtime.compiling import compile_blocks
+from opensoraplan.runtime.placement import (
     CHUNKS,
     MARGIN,
     PLACEMENTS,
@@ -31,12 +36,7 @@ from opensoraplan.memory import (
     needs_of,
     plans_for,
 )
-from opensoraplan.models.compiling import compile_blocks
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.models.weights import check_weights, keep_weights
-from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.runtime.quantisation import check_weights, keep_weights
 from opensoraplan.samplers import make_scheduler
 from opensoraplan.shapes import latent_shape
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tiny_text import write_text_encoders
 
-from opensoraplan.convert.assemble import Sources
-from opensoraplan.convert.mindspeed_json import read_inference
+from opensoraplan.formats.assemble import Sources
+from opensoraplan.formats.mindspeed.inference import read_inference
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
 

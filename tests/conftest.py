@@ -12,9 +12,9 @@ import torch
 from tiny_release import sources_of, write_release
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opensoraplan.convert.assemble import save_diffusers
-from opensoraplan.convert.mindspeed_json import read_inference
 from opensoraplan.data.shapes_demo import write_dataset
+from opensoraplan.formats.assemble import save_diffusers
+from opensoraplan.formats.mindspeed.inference import read_inference
 from opensoraplan.models.original import aligned
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.train.config import TrainSettings

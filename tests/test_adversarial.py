@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensoraplan.train.adversarial import (
+from opensoraplan.train.methods.adversarial import (
     PatchDiscriminator3d,
     adaptive_weight,
     hinge_loss,

@@ -12,7 +12,7 @@ from opensoraplan import OpenSoraPlanPipeline, builtin, cli
 from opensoraplan.data.video import probe
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.fingerprint import fingerprint_weights
-from opensoraplan.models.step_cache import Calibration
+from opensoraplan.runtime.step_cache import Calibration
 from opensoraplan.shapes import latent_shape
 
 MEBIBYTE = 2**20

@@ -19,11 +19,11 @@ from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import SelectionSettings, select
 from opensoraplan.data.video import VideoWriter
 from opensoraplan.models import wfvae
-from opensoraplan.train.cache import CacheSummary, write_cache
 from opensoraplan.train.config import DataSettings, ModelSettings, TextSettings, TrainSettings, VAESettings
-from opensoraplan.train.encoders import load_encoders
-from opensoraplan.train.files import read_run
-from opensoraplan.train.sources import open_source
+from opensoraplan.train.inputs.cache import CacheSummary, write_cache
+from opensoraplan.train.inputs.encoders import load_encoders
+from opensoraplan.train.inputs.sources import open_source
+from opensoraplan.train.run.files import read_run
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 
 from opensoraplan import cli
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.sources import open_source
-from opensoraplan.train.validation import Validation
+from opensoraplan.train.inputs.sources import open_source
+from opensoraplan.train.log.validation import Validation
 
 CAPTIONS = [
     "A red ball moves to the left.",

@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from opensoraplan.convert import infer, load_checkpoint, open_checkpoint
-from opensoraplan.convert.assemble import empty_denoiser, empty_vae
+from opensoraplan.convert import load_checkpoint, open_checkpoint
+from opensoraplan.formats import infer
+from opensoraplan.formats.assemble import empty_denoiser, empty_vae
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 

@@ -28,17 +28,18 @@ from safetensors.torch import load_file, save_file
 from tiny_release import DENOISER, VAE
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from opensoraplan import OpenSoraPlanPipeline, cli, saved
+from opensoraplan import OpenSoraPlanPipeline, cli
 from opensoraplan.cli import generating
 from opensoraplan.cli.generating import _tell_peak, instead_of_host
 from opensoraplan.cli.verbs import VERBS
-from opensoraplan.convert.checkpoints import load_checkpoint
 from opensoraplan.data.video import read_frames
 from opensoraplan.fingerprint import fingerprint_parts
-from opensoraplan.generate import run
-from opensoraplan.memory import Plan
+from opensoraplan.formats.checkpoints import load_checkpoint
+from opensoraplan.generate import saved
+from opensoraplan.generate.job import run
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.requests import Request
+from opensoraplan.runtime.placement import Plan
 
 GUIDE = Path(__file__).parent / "golden/inference_t2v_model1_5.json"
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opensoraplan import cli
-from opensoraplan.convert.mindspeed_json import read_selection
+from opensoraplan.formats.mindspeed.inference import read_selection
 
 SMALL = ["num_frames=25", "min_num_frames=25", "train_fps=12", "max_height=96", "max_width=128"]
 

@@ -14,8 +14,8 @@ import torch
 from opensoraplan import OpenSoraPlanPipeline, cli
 from opensoraplan.convert import load_checkpoint
 from opensoraplan.data.video import probe
-from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
+from opensoraplan.train.run import checkpoint
 
 MakeRun = Callable[..., TrainSettings]
 Osp = Callable[..., tuple[int, str]]

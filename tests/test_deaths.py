@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opensoraplan.train import checkpoint
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.metrics import FILE as METRICS
+from opensoraplan.train.log.metrics import FILE as METRICS
+from opensoraplan.train.run import checkpoint
 
 MakeRun = Callable[..., TrainSettings]
 Start = Callable[..., subprocess.Popen[bytes]]

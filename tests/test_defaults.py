@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from opensoraplan import builtin
-from opensoraplan.convert.export import check_shard_size
 from opensoraplan.defaults import FILE, INDEX, SCHEDULER, GenerateDefaults, ModelIndex, check_model_files
+from opensoraplan.defaults import STEP_CACHE_FILE as STEP_CACHE
+from opensoraplan.formats.export import check_shard_size
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.step_cache import FILE as STEP_CACHE
-from opensoraplan.models.step_cache import Calibration
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.runtime.step_cache import Calibration
 
 FILES = (INDEX, SCHEDULER, FILE, STEP_CACHE)
 

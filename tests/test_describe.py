@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensoraplan.convert.assemble import export_denoiser
-from opensoraplan.convert.describe import describe
-from opensoraplan.convert.infer import infer_denoiser_config, infer_vae_config, kind_of
+from opensoraplan.formats.assemble import export_denoiser
+from opensoraplan.formats.describe import describe
+from opensoraplan.formats.infer import infer_denoiser_config, infer_vae_config, kind_of
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE

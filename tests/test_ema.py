@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opensoraplan.train.config import OptimizerSettings
-from opensoraplan.train.ema import Ema, make_ema
+from opensoraplan.train.learner.ema import Ema, make_ema
 
 
 def linear() -> nn.Linear:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from opensoraplan.convert.mindspeed_json import read_inference
+from opensoraplan.formats.mindspeed.inference import read_inference
 from opensoraplan.models.captions import clean_caption
 from opensoraplan.models.text import encode_prompts
 from opensoraplan.train.config import TextSettings, VAESettings
-from opensoraplan.train.encoders import Encoders, load_encoders, sample_posterior
+from opensoraplan.train.inputs.encoders import Encoders, load_encoders, sample_posterior
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from opensoraplan.defaults import Weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.weights import keep_weights
 from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.apply import parallelize, share_sample
 from opensoraplan.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
-from opensoraplan.parallel.estimate import (
+from opensoraplan.parallel.mesh import Mesh, MeshSettings
+from opensoraplan.parallel.shards import local
+from opensoraplan.plan.estimate import (
     Job,
     Model,
     Shape,
@@ -34,9 +36,7 @@ from opensoraplan.parallel.estimate import (
     sent_by_step,
     training_memory,
 )
-from opensoraplan.parallel.mesh import Mesh, MeshSettings
-from opensoraplan.parallel.plan import parallelize, share_sample
-from opensoraplan.parallel.shards import local
+from opensoraplan.runtime.quantisation import keep_weights
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 4,

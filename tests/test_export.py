@@ -19,7 +19,7 @@ from tiny_release import sources_of
 from torch import Tensor
 
 from opensoraplan.convert import load_checkpoint, open_checkpoint
-from opensoraplan.convert.assemble import (
+from opensoraplan.formats.assemble import (
     OpenedPipeline,
     Sources,
     export_denoiser,
@@ -29,9 +29,9 @@ from opensoraplan.convert.assemble import (
     open_pipeline,
     save_diffusers,
 )
-from opensoraplan.convert.export import new_folder, write_component, write_megatron, write_release
-from opensoraplan.convert.infer import empty_model
-from opensoraplan.convert.stored import StoredTensors
+from opensoraplan.formats.export import new_folder, write_component, write_megatron, write_release
+from opensoraplan.formats.infer import empty_model
+from opensoraplan.formats.stored import StoredTensors
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE

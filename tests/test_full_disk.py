@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from opensoraplan import generate, saved
+from opensoraplan.generate import job as generate
+from opensoraplan.generate import saved
 
 SIZE = ["--frames", "9", "--height", "32", "--width", "32"]
 SMALL = [*SIZE, "--steps", "4", "--guidance", "1", "--device", "cpu"]

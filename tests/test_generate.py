@@ -15,9 +15,9 @@ from av.video.stream import VideoStream
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 
-from opensoraplan import saved
 from opensoraplan.data.video import read_frames
-from opensoraplan.generate import Targets, check_targets, make_record, run, stem_of, stored_record
+from opensoraplan.generate import saved
+from opensoraplan.generate.job import Targets, check_targets, make_record, run, stem_of, stored_record
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensoraplan.train.gradient_clip import (
+from opensoraplan.train.learner.gradient_clip import (
     AdaptiveClip,
     Clipping,
     GradientOutlierError,

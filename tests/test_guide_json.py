@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opensoraplan.documents import read_json
-from opensoraplan.train.guide_json import read_guide
+from opensoraplan.formats.mindspeed.training import read_guide
 
 GOLDEN = Path(__file__).parent / "golden"  # both exactly as printed in the guide
 GUIDE = {"model": GOLDEN / "guide_model.json", "data": GOLDEN / "guide_data.json"}

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.train.building import build
 from opensoraplan.train.config import ModelSettings, TrainSettings
+from opensoraplan.train.learner.building import build
 
 SMALL = {
     "num_attention_heads": 4,

@@ -12,7 +12,7 @@ from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import ClipDataset, Failure, collate
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import SelectionSettings, select
-from opensoraplan.train.loading import BadFileAccount, micro_batches, shares_of_steps
+from opensoraplan.train.inputs.loading import BadFileAccount, micro_batches, shares_of_steps
 
 
 @pytest.mark.parametrize("workers", [0, 1])

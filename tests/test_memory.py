@@ -8,11 +8,14 @@ import torch
 from tiny_release import sources_of
 from torch import Tensor, nn
 
-from opensoraplan import generate
-from opensoraplan.convert.assemble import load_pipeline, open_pipeline
 from opensoraplan.data.reading import read_frames
 from opensoraplan.defaults import Weights
-from opensoraplan.memory import (
+from opensoraplan.formats.assemble import load_pipeline, open_pipeline
+from opensoraplan.generate import job as generate
+from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.plan.estimate import Shape, decoding_memory
+from opensoraplan.requests import Request
+from opensoraplan.runtime.placement import (
     CHUNKS,
     PLACEMENTS,
     Arrangement,
@@ -23,12 +26,9 @@ from opensoraplan.memory import (
     peak_on_host,
     plans_for,
 )
-from opensoraplan.models.step_cache import skipping
-from opensoraplan.models.streaming import stream_blocks
-from opensoraplan.models.weights import keep_weights
-from opensoraplan.parallel.estimate import Shape, decoding_memory
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
-from opensoraplan.requests import Request
+from opensoraplan.runtime.quantisation import keep_weights
+from opensoraplan.runtime.step_cache import skipping
+from opensoraplan.runtime.streaming import stream_blocks
 
 GB = 10**9
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.train.metrics import (
+from opensoraplan.train.log.metrics import (
     Averages,
     Metrics,
     drop_after,

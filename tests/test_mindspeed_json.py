@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from opensoraplan.convert.mindspeed_json import Inference, read_inference
 from opensoraplan.documents import read_json, read_json_object
+from opensoraplan.formats.mindspeed.inference import Inference, read_inference
 
 GUIDE = Path(__file__).parent / "golden" / "inference_t2v_model1_5.json"  # exactly as printed there
 

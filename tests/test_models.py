@@ -12,10 +12,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensoraplan.models.compiling import compile_blocks
 from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.runtime.compiling import compile_blocks
 
 DENOISER = {
     "num_attention_heads": 2,

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.defaults import Weights
-from opensoraplan.memory import needs_of
 from opensoraplan.models.modulation import (
     HostLayer,
     adaln_layers,
@@ -14,8 +13,9 @@ from opensoraplan.models.modulation import (
     modulations,
 )
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.weights import keep_weights
 from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.runtime.placement import needs_of
+from opensoraplan.runtime.quantisation import keep_weights
 
 CPU = torch.device("cpu")
 

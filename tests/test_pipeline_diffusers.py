@@ -25,8 +25,8 @@ from torch import Tensor
 
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
-from opensoraplan.models.step_cache import Calibration
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.runtime.step_cache import Calibration
 from opensoraplan.samplers import make_scheduler
 
 STEPS = 4

@@ -1,4 +1,4 @@
-"""reconstruct.py: the metrics on known values, and runs of a tiny random WF-VAE on a clip written here."""
+"""Reconstruction: the metrics on known values, and runs of a tiny random WF-VAE on a clip written here."""
 
 import copy
 import logging
@@ -23,8 +23,8 @@ from opensoraplan.data.video import (
     to_uint8,
 )
 from opensoraplan.fidelity import Fidelity
+from opensoraplan.generate.reconstruct import reconstruct
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.reconstruct import reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_clip_through_the_vae(
     tmp_path: Path, vae: WFVAE, clip: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "new" / "side.mp4"
-    with caplog.at_level(logging.INFO, logger="opensoraplan.reconstruct"):
+    with caplog.at_level(logging.INFO, logger="opensoraplan.generate.reconstruct"):
         result = reconstruct(clip, vae=vae, out=out)
     assert (result.frames, result.height, result.width, result.path) == (25, 40, 56, out)
     info = probe(out)

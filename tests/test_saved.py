@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opensoraplan import saved
+from opensoraplan.generate import saved
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.requests import Request
 

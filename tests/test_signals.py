@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from opensoraplan import saved
+from opensoraplan.generate import saved
 
 OSP = [sys.executable, "-m", "opensoraplan"]
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]

@@ -18,10 +18,10 @@ from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.train.cache import write_cache
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.sources import Source, digest_of, open_source, preprocessing_parts
-from opensoraplan.train.vae_trainer import train_vae
+from opensoraplan.train.inputs.cache import write_cache
+from opensoraplan.train.inputs.sources import Source, digest_of, open_source, preprocessing_parts
+from opensoraplan.train.methods.vae import train_vae
 
 MakeRun = Callable[..., TrainSettings]
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensoraplan.models.step_cache import Calibration, measured, skipping
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.runtime.step_cache import Calibration, measured, skipping
 
 STEPS = 10
 

@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from opensoraplan.train import checkpoint
 from opensoraplan.train.config import OptimizerSettings
-from opensoraplan.train.metrics import Averages
-from opensoraplan.train.optimizer import make_optimizer, optimizer_tensors
-from opensoraplan.train.state import DenoiserState
+from opensoraplan.train.learner.optimizer import make_optimizer, optimizer_tensors
+from opensoraplan.train.log.metrics import Averages
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.state import DenoiserState
 
 
 def save(output: Path, step: int, *, keep: int = 2, keep_every: int | None = None) -> Path:

@@ -10,7 +10,7 @@ from opensoraplan.data.record import Record
 from opensoraplan.data.selection import select
 from opensoraplan.settings import Settings
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.files import (
+from opensoraplan.train.run.files import (
     RESUMABLE_CHANGES,
     is_vae_run,
     read_run,

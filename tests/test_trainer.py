@@ -17,20 +17,20 @@ from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from opensoraplan.convert.assemble import load_vae
 from opensoraplan.data import features
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.flow import loss_weight
+from opensoraplan.formats.assemble import load_vae
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.train import checkpoint
-from opensoraplan.train.building import build
-from opensoraplan.train.cache import write_cache
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.export import export_run
-from opensoraplan.train.gradient_clip import GradientOutlierError
-from opensoraplan.train.objective import draw
-from opensoraplan.train.trainer import train
+from opensoraplan.train.inputs.cache import write_cache
+from opensoraplan.train.learner.building import build
+from opensoraplan.train.learner.gradient_clip import GradientOutlierError
+from opensoraplan.train.methods.flow import draw
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.export import export_run
+from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
 CONFIG = {

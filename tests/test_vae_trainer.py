@@ -13,13 +13,14 @@ import torch
 from torch.nn import functional as F
 
 from opensoraplan.claims import claimed
-from opensoraplan.convert.assemble import load_vae
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.video import fit, read_frames
+from opensoraplan.formats.assemble import load_vae
 from opensoraplan.models.wfvae import WFVAE, haar, haar_levels
-from opensoraplan.train import checkpoint, vae_losses
 from opensoraplan.train.config import VAETrainSettings
-from opensoraplan.train.vae_trainer import export_vae, spread, train_vae
+from opensoraplan.train.methods import vae_losses
+from opensoraplan.train.methods.vae import export_vae, spread, train_vae
+from opensoraplan.train.run import checkpoint
 
 CONFIG = {
     "base_channels": 8,

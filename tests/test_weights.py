@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from opensoraplan.defaults import Weights
-from opensoraplan.memory import needs_of
-from opensoraplan.models.weights import (
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.plan.estimate import Model
+from opensoraplan.runtime.placement import needs_of
+from opensoraplan.runtime.quantisation import (
     FP8,
     LARGEST_FP8,
     Fp8Linear,
@@ -16,8 +18,6 @@ from opensoraplan.models.weights import (
     keep_weights,
     weights_of,
 )
-from opensoraplan.parallel.estimate import Model
-from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 
 def uneven(*, bias: bool, dtype: torch.dtype) -> nn.Linear:

@@ -11,6 +11,7 @@ from opensoraplan.documents import read_json_object
 from opensoraplan.settings import Settings
 
 FILE, INDEX, SCHEDULER = "generate.json", "model_index.json", "scheduler/scheduler_config.json"
+STEP_CACHE_FILE = "step_cache.json"
 
 Solver = Literal["euler", "adams"]
 # Bounds of a video, far beyond what anybody makes: an hour, the longest side of a codec, ...
@@ -22,7 +23,7 @@ Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Fps = Annotated[float, Field(ge=0.001, le=1000)]
 # How a denoiser that is trained from nothing starts: models/initial_weights.py.
 Initialisation = Literal["adaln_zero", "original"]
-# How the denoiser's matrices are kept: models/weights.py.
+# How the denoiser's matrices are kept: runtime/quantisation.py.
 Weights = Literal["whole", "int8", "fp8"]
 
 

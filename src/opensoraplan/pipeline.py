@@ -25,13 +25,12 @@ from torch import Tensor
 from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import FILE as GENERATE_FILE
-from opensoraplan.defaults import INDEX, Solver
+from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver
 from opensoraplan.guidance import Branches
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
-from opensoraplan.models.step_cache import FILE as STEP_CACHE_FILE
 from opensoraplan.models.text import PromptEmbeds, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
@@ -100,7 +99,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     transformer: SparseUMMDiT
     vae: WFVAE
-    # Where it computes, if weights come there only for that; set by memory.py.
+    # Where it computes, if weights come there only for that; set by runtime/placement.py.
     streamed_to: torch.device | None = None
     # Of the call under way, or the last one.
     _guidance_scale = 1.0

@@ -8,9 +8,9 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import DATA, Mesh, MeshSettings
-from opensoraplan.parallel.plan import parallelize
-from opensoraplan.train.gradient_clip import global_norm
+from opensoraplan.train.learner.gradient_clip import global_norm
 
 BATCH, STEPS, TEXT = 4, 5, 6
 CONFIG: dict[str, Any] = {

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from opensoraplan.data.video import read_frames
 from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.branches import share_branches
 from opensoraplan.parallel.collectives import part_of
 from opensoraplan.parallel.decode import _Halo, share_decoding
 from opensoraplan.parallel.mesh import Mesh, MeshSettings
-from opensoraplan.parallel.plan import share_sample
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 
 CLOSE = 1e-4

@@ -30,15 +30,15 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.dataset import Batch
 from opensoraplan.parallel.mesh import Mesh, MeshSettings
 from opensoraplan.parallel.ranks import Ranks as JobRanks
-from opensoraplan.train import checkpoint
-from opensoraplan.train.building import build
-from opensoraplan.train.cache import write_cache
-from opensoraplan.train.cache_ray import write_cache_by_ray
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.metrics import FILE as METRICS
-from opensoraplan.train.sources import Encoded, clips_of_all, open_source, select_clips
-from opensoraplan.train.trainer import train
-from opensoraplan.train.turns import encoded_batches
+from opensoraplan.train.inputs.cache import write_cache
+from opensoraplan.train.inputs.cache_ray import write_cache_by_ray
+from opensoraplan.train.inputs.sources import Encoded, clips_of_all, open_source, select_clips
+from opensoraplan.train.inputs.turns import encoded_batches
+from opensoraplan.train.learner.building import build
+from opensoraplan.train.log.metrics import FILE as METRICS
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
 TIMEOUT = 400

@@ -90,17 +90,17 @@ def data_check(options: DataCheck) -> None:
     if options.global_batch is not None and options.global_batch < 1:
         raise ValueError(f"--global-batch must be at least 1, got {options.global_batch}")
 
-    from opensoraplan.convert.mindspeed_json import read_selection
     from opensoraplan.data.check import check_manifest
-    from opensoraplan.train.caption_check import find_caption_losses
+    from opensoraplan.formats.mindspeed.inference import read_selection
     from opensoraplan.train.config import TextSettings, TrainSettings
+    from opensoraplan.train.inputs.caption_check import find_caption_losses
 
     manifest, root, seed = options.manifest, options.root, options.seed or 0
     changes = [*chain(*options.set)]
     global_batch, need_captions = options.global_batch, options.captions
     text = TextSettings()
     if _is_run(manifest):
-        from opensoraplan.train.sources import global_batch_of
+        from opensoraplan.train.inputs.sources import global_batch_of
 
         run = _read_run(options, changes)
         manifest, root, seed = run.data.manifest, run.data.root, run.seed
@@ -142,7 +142,7 @@ def _is_run(path: Path) -> bool:
 def _read_run(options: DataCheck, changes: list[str]) -> "TrainSettings | VAETrainSettings":
     """The run that is to be checked. What both trainers would take is taken as the denoiser's."""
     from opensoraplan.train.config import TrainSettings, VAETrainSettings
-    from opensoraplan.train.files import read_settings
+    from opensoraplan.train.run.files import read_settings
 
     path = options.manifest
     given = {"--data": options.data, "--root": options.root, "--seed": options.seed}

@@ -22,7 +22,7 @@ from opensoraplan.cli.parts import (
     options_of_parts,
     read_prompt_config,
 )
-from opensoraplan.defaults import SCHEDULER, Solver, Weights
+from opensoraplan.defaults import SCHEDULER, STEP_CACHE_FILE, Solver, Weights
 from opensoraplan.disk import made
 from opensoraplan.documents import read_json_object
 from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights
@@ -33,14 +33,14 @@ from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 if TYPE_CHECKING:
     import torch
 
-    from opensoraplan.convert.assemble import OpenedPipeline
-    from opensoraplan.convert.mindspeed_json import Inference
-    from opensoraplan.memory import Needs, Plan
-    from opensoraplan.models.step_cache import Calibration
+    from opensoraplan.formats.assemble import OpenedPipeline
+    from opensoraplan.formats.mindspeed.inference import Inference
     from opensoraplan.models.wfvae import WFVAE
     from opensoraplan.parallel.mesh import MeshSettings
     from opensoraplan.parallel.ranks import Ranks
     from opensoraplan.pipeline import OpenSoraPlanPipeline
+    from opensoraplan.runtime.placement import Needs, Plan
+    from opensoraplan.runtime.step_cache import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ class _Place:
 
 
 def _checked(options: Generate, inference: "Inference | None", given_names: Collection[str]) -> _Asked:
-    from opensoraplan import generate as job
+    from opensoraplan.generate import job
 
     if not options.prompt.strip():
         raise ValueError('give a prompt or a file of prompts: osp generate "a cat on a beach" --model FOLDER')
@@ -371,7 +371,7 @@ def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | 
         raise ValueError(
             "--step-cache needs a model in one folder, by --model, that `osp calibrate` has seen"
         )
-    from opensoraplan.models.step_cache import Calibration
+    from opensoraplan.runtime.step_cache import Calibration
 
     return Calibration.of(folder)
 
@@ -379,9 +379,9 @@ def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | 
 def _place_of(options: Generate, inference: "Inference | None", asked: _Asked) -> _Place:
     """Where it is made, once device, precision and number of processes are known to go with the options."""
     from opensoraplan.device import prepare, resolve_device, resolve_dtype
-    from opensoraplan.models.weights import check_weights
     from opensoraplan.parallel.generating import generating_mesh
     from opensoraplan.parallel.ranks import device_of_rank, place_in_job
+    from opensoraplan.runtime.quantisation import check_weights
 
     device = device_of_rank(resolve_device(options.device))
     prepare(device, allow_tf32=inference.allow_tf32 if inference else None)
@@ -416,12 +416,12 @@ def _run(
     options: Generate, inference: "Inference | None", asked: _Asked, place: _Place, ranks: "Ranks"
 ) -> None:
     """Plan by the sizes of the model, load it, and make the videos."""
-    from opensoraplan import generate as job
-    from opensoraplan.convert.assemble import open_pipeline
     from opensoraplan.device import explained_memory
-    from opensoraplan.memory import Arrangement
-    from opensoraplan.models.compiling import compile_blocks
+    from opensoraplan.formats.assemble import open_pipeline
+    from opensoraplan.generate import job
     from opensoraplan.parallel.generating import share_generating
+    from opensoraplan.runtime.compiling import compile_blocks
+    from opensoraplan.runtime.placement import Arrangement
 
     device = place.device
     opened = open_pipeline(make_sources(asked.paths, options.parts, inference))
@@ -488,7 +488,7 @@ def _outlook(
     import torch
 
     from opensoraplan.device import free_memory
-    from opensoraplan.memory import MARGIN, fit_decoding, peak_on_host, plans_for
+    from opensoraplan.runtime.placement import MARGIN, fit_decoding, peak_on_host, plans_for
 
     device = place.device
     masked = _masking(empty, options, asked.requests, place)
@@ -516,7 +516,7 @@ def _outlook(
 
 def instead_of_host(resident: "Plan", device: "torch.device", *, whole: int, free: int) -> str:
     """The end of a message that the host has no room for the weights, `whole` bytes: what could be done."""
-    from opensoraplan.memory import MARGIN
+    from opensoraplan.runtime.placement import MARGIN
 
     room = free * (1 - MARGIN)
     if resident.peak <= room and whole <= room:
@@ -571,7 +571,7 @@ def _tune(
 ) -> None:
     """Choose how the denoiser is kept, and computes on the device. Raises ValueError for what it cannot."""
     if options.weights != "whole":
-        from opensoraplan.models.weights import keep_weights
+        from opensoraplan.runtime.quantisation import keep_weights
 
         keep_weights(pipeline.transformer, options.weights)
     if options.attention is not None:
@@ -589,7 +589,7 @@ def _set_decoding(vae: "WFVAE", options: Generate, inference: "Inference | None"
 
 def _needs(pipeline: "OpenSoraPlanPipeline", requests: Sequence[Request]) -> "list[Needs]":
     """Of all sizes of video."""
-    from opensoraplan.memory import needs_of
+    from opensoraplan.runtime.placement import needs_of
 
     sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)) for r in requests}
     return [
@@ -600,7 +600,7 @@ def _needs(pipeline: "OpenSoraPlanPipeline", requests: Sequence[Request]) -> "li
 
 def _plans(needs: "list[Needs]", memory: Memory, device: "torch.device", *, free: int) -> "Sequence[Plan]":
     """Plans by which all these videos fit into the `free` bytes of the device, then leaner ones."""
-    from opensoraplan.memory import PLACEMENTS, first_that_fits, plans_for
+    from opensoraplan.runtime.placement import PLACEMENTS, first_that_fits, plans_for
 
     plans = plans_for(needs, PLACEMENTS if memory == "auto" else (memory,))
     plans = plans[first_that_fits(plans, free=free) :]
@@ -618,8 +618,8 @@ def _load_pipeline(
     device: "torch.device",
 ) -> "tuple[OpenSoraPlanPipeline, str | dict[str, Any]]":
     """The pipeline on `device`, and what its videos say of where it came from."""
-    from opensoraplan.convert import assemble
     from opensoraplan.device import dtype_name
+    from opensoraplan.formats import assemble
     from opensoraplan.models.strict import wrong_types_told
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
@@ -656,13 +656,13 @@ def _load_pipeline(
 def calibrate(options: Calibrate) -> None:
     """`osp calibrate`."""
     from opensoraplan import builtin
-    from opensoraplan import generate as job
     from opensoraplan.defaults import GenerateDefaults
-    from opensoraplan.models import step_cache
+    from opensoraplan.generate import job
+    from opensoraplan.runtime import step_cache
 
     folder = options.model or builtin.folder()
     check_model(folder)
-    out = options.out or folder / step_cache.FILE
+    out = options.out or folder / STEP_CACHE_FILE
     if out.exists():
         raise ValueError(f"{out} exists already: delete it, or give another file by --out")
     usual = {"frames": 57, "height": 288, "width": 512, "steps": 50, "guidance": 8.0}
@@ -676,8 +676,8 @@ def calibrate(options: Calibrate) -> None:
     job.check_folder(out.parent, out.name)
 
     from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype
-    from opensoraplan.memory import Arrangement, peak_on_host
     from opensoraplan.pipeline import OpenSoraPlanPipeline
+    from opensoraplan.runtime.placement import Arrangement, peak_on_host
 
     device = resolve_device(options.device)
     prepare(device)
@@ -716,7 +716,7 @@ def calibrate(options: Calibrate) -> None:
 
 def decode(options: Decode) -> None:
     """`osp decode`."""
-    from opensoraplan import saved
+    from opensoraplan.generate import saved
 
     record, step = saved.read_record(options.latents)
     model = record["model"]
@@ -730,8 +730,6 @@ def decode(options: Decode) -> None:
     stem = options.latents.name.removesuffix(saved.SUFFIX)
     default = options.latents.with_name(stem + (".png" if record["frames"] == 1 else ".mp4"))
 
-    from opensoraplan import generate as job
-    from opensoraplan.convert.assemble import load_vae
     from opensoraplan.device import (
         DTYPES,
         dtype_name,
@@ -740,8 +738,10 @@ def decode(options: Decode) -> None:
         resolve_device,
         resolve_dtype,
     )
-    from opensoraplan.memory import fit_decoding
+    from opensoraplan.formats.assemble import load_vae
+    from opensoraplan.generate import job
     from opensoraplan.pipeline import OpenSoraPlanPipeline
+    from opensoraplan.runtime.placement import fit_decoding
     from opensoraplan.samplers import make_scheduler
 
     request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})  # as checked

@@ -19,7 +19,7 @@ from opensoraplan.cli.parts import (
 )
 
 if TYPE_CHECKING:
-    from opensoraplan.convert.mindspeed_json import Inference
+    from opensoraplan.formats.mindspeed.inference import Inference
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ def convert(options: Convert, inference: "Inference | None") -> None:
             raise ValueError(f"--tp {options.tp} goes with --to megatron")
         sources = make_sources(find_paths(options.parts, inference), options.parts, inference)
 
-        from opensoraplan.convert.assemble import save_diffusers
         from opensoraplan.device import DTYPES
+        from opensoraplan.formats.assemble import save_diffusers
 
         save_diffusers(
             sources,
@@ -124,7 +124,7 @@ def convert(options: Convert, inference: "Inference | None") -> None:
         check_model(options.model)
     check_exists(options.model)
 
-    from opensoraplan.convert.assemble import export_denoiser, export_release
+    from opensoraplan.formats.assemble import export_denoiser, export_release
 
     if options.to == "megatron":
         export_denoiser(options.model, options.out, tensor_parallel=options.tp)
@@ -144,7 +144,7 @@ def _convert_denoiser(options: Convert, inference: "Inference | None") -> None:
         raise ValueError(f"--to {options.to} writes what is in --transformer: leave out {', '.join(given)}")
     check_exists(parts.transformer)
 
-    from opensoraplan.convert.assemble import export_denoiser, merge_denoiser
+    from opensoraplan.formats.assemble import export_denoiser, merge_denoiser
 
     # As in the original's script, the EMA weights only if they are asked for.
     ema = bool(parts.ema)
@@ -161,9 +161,9 @@ def reconstruct(options: Reconstruct) -> None:
 
     from tqdm import tqdm
 
-    from opensoraplan import reconstruct as job
-    from opensoraplan.convert.assemble import load_vae
     from opensoraplan.device import prepare, resolve_device, resolve_dtype
+    from opensoraplan.formats.assemble import load_vae
+    from opensoraplan.generate import reconstruct as job
 
     device = resolve_device(options.device)
     prepare(device)
@@ -197,6 +197,6 @@ def inspect(options: Inspect) -> None:
     whole = (options.path / "model_index.json").is_file()
     paths = [options.path / part for part in ("transformer", "vae")] if whole else [options.path]
 
-    from opensoraplan.convert.describe import describe
+    from opensoraplan.formats.describe import describe
 
     sys.stdout.write("\n\n".join(describe(path) for path in paths) + "\n")

@@ -10,8 +10,8 @@ from opensoraplan.cli.options import Dtype, OptionalPath, check_exists, optional
 from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, check_model_files
 
 if TYPE_CHECKING:
-    from opensoraplan.convert.assemble import Sources
-    from opensoraplan.convert.mindspeed_json import Inference
+    from opensoraplan.formats.assemble import Sources
+    from opensoraplan.formats.mindspeed.inference import Inference
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -73,7 +73,7 @@ def read_config(arguments: list[str]) -> "Inference | None":
         if "=" not in change:
             raise ValueError(f"--set takes KEY=VALUE, got {change!r} (a prompt comes before --set)")
 
-    from opensoraplan.convert.mindspeed_json import read_inference
+    from opensoraplan.formats.mindspeed.inference import read_inference
 
     inference = read_inference(found.config, changes=found.set)
     for key, option in (("weight_dtype", "dtype"), ("ae.dtype", "vae_dtype")):
@@ -145,7 +145,7 @@ def check_parts(paths: dict[str, Path]) -> None:
 
 
 def make_sources(paths: dict[str, Path], parts: Parts, inference: "Inference | None") -> "Sources":
-    from opensoraplan.convert.assemble import Sources
+    from opensoraplan.formats.assemble import Sources
 
     return Sources(
         **paths,

@@ -16,8 +16,8 @@ from opensoraplan.cli.options import Changes, check_exists, optional
 from opensoraplan.defaults import Weights
 
 if TYPE_CHECKING:
-    from opensoraplan.parallel.estimate import Job, Model, Shape
     from opensoraplan.parallel.mesh import MeshSettings
+    from opensoraplan.plan.estimate import Job, Model, Shape
     from opensoraplan.train.config import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -143,8 +143,8 @@ def hint(words: list[str]) -> str | None:
 
 def plan(options: Plan) -> None:
     """`osp plan`."""
-    from opensoraplan.memory import MARGIN
-    from opensoraplan.parallel.estimate import Shape, cheapest_mesh
+    from opensoraplan.plan.estimate import Shape, cheapest_mesh
+    from opensoraplan.runtime.placement import MARGIN
     from opensoraplan.shapes import latent_shape
 
     sizes = ("frames", "height", "width", "text_tokens")
@@ -186,14 +186,14 @@ def plan(options: Plan) -> None:
 
 def _largest_sample(run: "TrainSettings") -> tuple[int, int, int]:
     """Frames, height and width of what the run is trained on at most."""
-    from opensoraplan.train.sources import selection_of_run
+    from opensoraplan.train.inputs.sources import selection_of_run
 
     selection = selection_of_run(run.data) or run.data.selection
     return selection.sample_frames(selection.num_frames), *selection.largest_size
 
 
 def _run_of(options: Plan) -> "TrainSettings | None":
-    from opensoraplan.train.files import read_run
+    from opensoraplan.train.run.files import read_run
 
     changes = [change for group in options.set for change in group]
     if options.model is not None and options.model.suffix == ".toml":
@@ -204,7 +204,7 @@ def _run_of(options: Plan) -> "TrainSettings | None":
 
 
 def _model_of(options: Plan, run: "TrainSettings | None") -> "Model":
-    from opensoraplan.parallel.estimate import Model
+    from opensoraplan.plan.estimate import Model
 
     if run is None and options.model is None:
         return Model({})
@@ -228,9 +228,9 @@ def _model_of(options: Plan, run: "TrainSettings | None") -> "Model":
 
 def _config_in(path: Path, config: dict[str, object] | None = None) -> dict[str, Any]:
     """The config of a denoiser in a config.json, a model's or pipeline's folder, or any checkpoint."""
-    from opensoraplan.convert.assemble import empty_denoiser
-    from opensoraplan.convert.checkpoints import open_checkpoint
     from opensoraplan.documents import read_json_object
+    from opensoraplan.formats.assemble import empty_denoiser
+    from opensoraplan.formats.checkpoints import open_checkpoint
     from opensoraplan.models.strict import plain_config
 
     check_exists(path)
@@ -241,7 +241,7 @@ def _config_in(path: Path, config: dict[str, object] | None = None) -> dict[str,
 
 
 def _job_of(given: PlanJob, run: "TrainSettings | None") -> "Job":
-    from opensoraplan.parallel.estimate import Job
+    from opensoraplan.plan.estimate import Job
 
     optimizer = None if run is None else run.optimizer
     ema = given.ema or "same"
@@ -283,11 +283,11 @@ class _Frozen:
 
 def _frozen_parts(options: Plan, run: "TrainSettings | None") -> _Frozen:
     """Those that the run or the model's folder has; for parts that are not there, the release's."""
-    from opensoraplan.convert.assemble import empty_vae
-    from opensoraplan.convert.checkpoints import open_checkpoint
+    from opensoraplan.formats.assemble import empty_vae
+    from opensoraplan.formats.checkpoints import open_checkpoint
     from opensoraplan.models.text import empty_text_encoder
     from opensoraplan.train.config import TextSettings, VAESettings
-    from opensoraplan.train.encoders import given_paths
+    from opensoraplan.train.inputs.encoders import given_paths
 
     if run is not None:
         paths = given_paths(run.vae, run.text)
@@ -310,8 +310,8 @@ def _frozen_parts(options: Plan, run: "TrainSettings | None") -> _Frozen:
 
 def _encoder_bytes(options: Plan, run: "TrainSettings | None") -> int:
     """Of the VAE and the text encoders, where clips are encoded while training."""
-    from opensoraplan.parallel.estimate import BYTES
-    from opensoraplan.train.sources import validation_encodes
+    from opensoraplan.plan.estimate import BYTES
+    from opensoraplan.train.inputs.sources import validation_encodes
 
     wanted = options.job.encoders
     if wanted is None:
@@ -354,8 +354,8 @@ def _training_lines(
     encoders: int,
     said: str,
 ) -> Iterable[str]:
-    from opensoraplan.memory import MARGIN
-    from opensoraplan.parallel.estimate import (
+    from opensoraplan.parallel.mesh import said as sizes_said
+    from opensoraplan.plan.estimate import (
         cache_bytes,
         devices_of,
         sent_by_step,
@@ -363,8 +363,8 @@ def _training_lines(
         stage_activations,
         training_memory,
     )
-    from opensoraplan.parallel.mesh import said as sizes_said
-    from opensoraplan.train.metrics import training_flops
+    from opensoraplan.runtime.placement import MARGIN
+    from opensoraplan.train.log.metrics import training_flops
 
     memory = training_memory(model, shape, mesh, job)
     devices, samples = devices_of(mesh), mesh.dp_replicate * mesh.dp_shard * shape.batch * job.accumulate
@@ -415,9 +415,9 @@ def _training_lines(
 def _generation_lines(
     model: "Model", parts: _Frozen, shape: "Shape", options: Plan, *, said: str
 ) -> Iterable[str]:
-    from opensoraplan.memory import CHUNKS, MARGIN, Needs, plans_for
-    from opensoraplan.parallel.estimate import BYTES, decoding_memory, forward_memory, vector_bytes
-    from opensoraplan.train.metrics import forward_flops
+    from opensoraplan.plan.estimate import BYTES, decoding_memory, forward_memory, vector_bytes
+    from opensoraplan.runtime.placement import CHUNKS, MARGIN, Needs, plans_for
+    from opensoraplan.train.log.metrics import forward_flops
 
     compute = options.job.compute or "bf16"
     size = BYTES[compute]

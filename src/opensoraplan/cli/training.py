@@ -111,7 +111,7 @@ def hint(words: list[str]) -> str | None:
     if not words[0].startswith("--"):
         return None
     from opensoraplan.train.config import TrainSettings, VAETrainSettings
-    from opensoraplan.train.files import nearest_key
+    from opensoraplan.train.run.files import nearest_key
 
     option, _, value = words[0].removeprefix("--").partition("=")
     value = value or next((word for word in words[1:2] if not word.startswith("-")), "VALUE")
@@ -121,8 +121,8 @@ def hint(words: list[str]) -> str | None:
 
 def train(options: Train) -> None:
     """`osp train`."""
-    from opensoraplan.train.files import read_run
-    from opensoraplan.train.trainer import train as job
+    from opensoraplan.train.run.files import read_run
+    from opensoraplan.train.run.trainer import train as job
 
     files = options.files
     settings = read_run(
@@ -136,8 +136,8 @@ def train_vae(options: TrainVAE) -> None:
     """`osp train-vae`."""
     from opensoraplan.parallel.ranks import place_in_job
     from opensoraplan.train.config import VAETrainSettings
-    from opensoraplan.train.files import read_settings
-    from opensoraplan.train.vae_trainer import train_vae as job
+    from opensoraplan.train.methods.vae import train_vae as job
+    from opensoraplan.train.run.files import read_settings
 
     if (processes := place_in_job()[1]) > 1:
         raise ValueError(f"osp train-vae is one process, torchrun started {processes}")
@@ -153,7 +153,7 @@ def _ends_in_one_sentence() -> Iterator[None]:
     """
     from opensoraplan.device import is_out_of_memory
     from opensoraplan.parallel.ranks import explain
-    from opensoraplan.train.run import RunStoppedError
+    from opensoraplan.train.run.folder import RunStoppedError
 
     try:
         yield
@@ -173,8 +173,8 @@ def _ends_in_one_sentence() -> Iterator[None]:
 def cache(options: Cache) -> None:
     """`osp cache`; of several processes that torchrun started, each writes some of the shards."""
     from opensoraplan.parallel.ranks import place_in_job
-    from opensoraplan.train.cache import write_cache
-    from opensoraplan.train.files import read_run
+    from opensoraplan.train.inputs.cache import write_cache
+    from opensoraplan.train.run.files import read_run
 
     files = options.files
     settings = read_run(
@@ -196,7 +196,7 @@ def cache(options: Cache) -> None:
         return
     if ranks > 1:
         raise ValueError(f"--engine ray starts its own workers: leave out torchrun, which started {ranks}")
-    from opensoraplan.train.cache_ray import write_cache_by_ray
+    from opensoraplan.train.inputs.cache_ray import write_cache_by_ray
 
     write_cache_by_ray(settings, out)
 
@@ -208,14 +208,14 @@ def export(options: Export) -> None:
         raise ValueError(f"--tp {options.tp} goes with --to megatron")
 
     from opensoraplan.device import DTYPES
-    from opensoraplan.train.export import PromptDefaults, export_run
-    from opensoraplan.train.files import is_vae_run
-    from opensoraplan.train.run import CONFIG
+    from opensoraplan.train.run.export import PromptDefaults, export_run
+    from opensoraplan.train.run.files import is_vae_run
+    from opensoraplan.train.run.folder import CONFIG
 
     if (options.run / CONFIG).is_file() and is_vae_run(options.run / CONFIG):
         if options.to != "diffusers" or not options.ema or options.dtype is not None:
             raise ValueError(f"{options.run} is a run of osp train-vae: give --out and --step only")
-        from opensoraplan.train.vae_trainer import export_vae
+        from opensoraplan.train.methods.vae import export_vae
 
         export_vae(options.run, options.out, step=options.step)
         return

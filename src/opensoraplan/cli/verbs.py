@@ -23,7 +23,7 @@ from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
 from opensoraplan.names import did_you_mean
 
 if TYPE_CHECKING:
-    from opensoraplan.convert.mindspeed_json import Inference
+    from opensoraplan.formats.mindspeed.inference import Inference
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 `opensoraplan.models`.
 """
 
-from opensoraplan.convert.checkpoints import load_checkpoint, open_checkpoint
+from opensoraplan.formats.checkpoints import load_checkpoint, open_checkpoint
 
 __all__ = ["load_checkpoint", "open_checkpoint"]

@@ -1,7 +1,7 @@
 """Features that were encoded before training: the folder that `osp cache` fills, and a dataset that reads it.
 
-No models here; encoding is in train/cache.py. C latent channels, L text tokens, D and P the widths of the T5
-and CLIP states. The folder has
+No models here; encoding is in train/inputs/cache.py. C latent channels, L text tokens, D and P the widths of
+the T5 and CLIP states. The folder has
 
     features.json               what it was made from, part by part
     videos-00000.safetensors    posterior moments [2 C, t, h, w] of so many samples in a row; in the header

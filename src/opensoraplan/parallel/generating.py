@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.branches import share_branches
 from opensoraplan.parallel.decode import share_decoding
 from opensoraplan.parallel.mesh import REPLICATE, Mesh, MeshSettings
-from opensoraplan.parallel.plan import share_sample
 
 logger = logging.getLogger(__name__)
 

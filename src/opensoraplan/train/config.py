@@ -17,7 +17,7 @@ from opensoraplan.flow import Weighting
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.requests import Request
 from opensoraplan.settings import Settings
-from opensoraplan.train.gradient_clip import Outlier
+from opensoraplan.train.learner.gradient_clip import Outlier
 
 
 def _builtin(value: object) -> object:

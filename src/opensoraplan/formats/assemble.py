@@ -1,0 +1,366 @@
+"""A whole pipeline from the files in which its parts exist: in memory, or as a diffusers folder, and back."""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, cast
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from opensoraplan.device import free_memory
+from opensoraplan.formats.checkpoints import Checkpoint, open_checkpoint
+from opensoraplan.formats.export import (
+    new_file,
+    new_folder,
+    write_component,
+    write_megatron,
+    write_release,
+    write_release_file,
+)
+from opensoraplan.formats.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, naming
+from opensoraplan.models import original
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.text import empty_text_encoder, load_text_encoder, load_tokenizer
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.pipeline_inputs import check_parts
+from opensoraplan.samplers import make_scheduler
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", SparseUMMDiT, WFVAE)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a pipeline's parts are. `transformer`, `vae`: checkpoints of any dialect; the rest: local
+    folders.
+
+    The configs are our constructors' arguments; None: told from the tensors' shapes. `sparse_n`: Skiparse
+    rates instead of the config's. `ema`: which weights of the denoiser, as in `load_checkpoint`; the VAE's
+    are its EMA weights where there are some.
+    """
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    text_encoder_2: Path
+    tokenizer: Path
+    tokenizer_2: Path
+    transformer_config: dict[str, Any] | None = None
+    vae_config: dict[str, Any] | None = None
+    sparse_n: Sequence[int] | None = None
+    ema: bool | None = None
+
+    def check_exist(self) -> None:
+        """Raise FileNotFoundError that names every part whose path does not exist."""
+        paths = {f.name: getattr(self, f.name) for f in fields(self)}
+        missing = [
+            f"{name}: {path}" for name, path in paths.items() if isinstance(path, Path) and not path.exists()
+        ]
+        if missing:
+            raise FileNotFoundError(f"these paths do not exist: {'; '.join(missing)}")
+
+
+def empty_denoiser(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, rates: Sequence[int] | None = None
+) -> SparseUMMDiT:
+    """A denoiser on the meta device that fits the checkpoint, with Skiparse `rates` (None: the config's).
+
+    `config`: our constructor's arguments; None: what the checkpoint tells. Raises ValueError if it is of a
+    VAE, or if its Skiparse rates are not known.
+    """
+    with naming(checkpoint.path):
+        if kind_of(checkpoint.shapes) != "denoiser":
+            raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
+        arguments = dict(config_of(checkpoint) if config is None else config)
+        if rates is not None:
+            arguments["sparse_n"] = list(rates)
+        stages = list(arguments.get("num_layers", RELEASE_LAYERS))
+        if "sparse_n" not in arguments and stages != RELEASE_LAYERS:
+            raise ValueError(
+                f"the Skiparse rates of stages {stages} are in no tensor: "
+                f"give --config, or --sparse-n with {len(stages)} rates (all 1: dense)"
+            )
+        return cast(SparseUMMDiT, empty_model(checkpoint, arguments))
+
+
+def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE:
+    """A VAE on the meta device that fits the checkpoint; `config` and errors as in `empty_denoiser`, but that
+    it goes before what the checkpoint's own says, and need not be whole: in that are shift and scale.
+    """
+    with naming(checkpoint.path):
+        if kind_of(checkpoint.shapes) != "vae":
+            raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
+        if config is not None and checkpoint.info.config is not None:
+            config = {**config_of(checkpoint), **config}
+        return cast(WFVAE, empty_model(checkpoint, config))
+
+
+@dataclass(frozen=True)
+class Opened(Generic[Model]):
+    """A model on the meta device with the tensors that fit it. `names`: ours to theirs."""
+
+    model: Model
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, str]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Our names and the tensors, each read when it is its turn."""
+        return ((ours, self.tensors[theirs]) for ours, theirs in self.names.items())
+
+
+def open_denoiser(
+    path: Path, config: Mapping[str, Any] | None = None, *, rates: Sequence[int] | None = None
+) -> Opened[SparseUMMDiT]:
+    """A denoiser of any dialect, or that of a diffusers folder, its weights unread."""
+    checkpoint = open_checkpoint(_component(path, "transformer"))
+    denoiser = empty_denoiser(checkpoint, config, rates=rates)
+    return Opened(denoiser, checkpoint, original.match(denoiser, checkpoint))
+
+
+def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVAE]:
+    """A VAE of any dialect, or that of a diffusers folder, its weights unread."""
+    checkpoint = open_checkpoint(_component(path, "vae"))
+    vae = empty_vae(checkpoint, config)
+    return Opened(vae, checkpoint, original.match(vae, checkpoint))
+
+
+@dataclass(frozen=True)
+class OpenedPipeline:
+    """Denoiser and VAE, known to be whole and to fit each other, and where the rest is. No weights are read
+    yet.
+    """
+
+    sources: Sources
+    denoiser: Opened[SparseUMMDiT]
+    vae: Opened[WFVAE]
+
+    def without_weights(
+        self, dtype: torch.dtype, *, vae_dtype: torch.dtype | None = None
+    ) -> OpenSoraPlanPipeline:
+        """What `load_pipeline` would load, on the meta device: its config and sizes, and no tokenizers."""
+        transformer, vae = copy.deepcopy(self.denoiser.model), copy.deepcopy(self.vae.model)
+        text_encoder = empty_text_encoder(self.sources.text_encoder, kind="t5")
+        text_encoder_2 = empty_text_encoder(self.sources.text_encoder_2, kind="clip")
+        for model in (transformer, vae, text_encoder, text_encoder_2):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(vae_dtype or dtype if model is vae else dtype)
+        absent: dict[str, Any] = {"tokenizer": None, "tokenizer_2": None, "scheduler": make_scheduler()}
+        return OpenSoraPlanPipeline(
+            transformer, vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, **absent
+        )
+
+
+def open_pipeline(sources: Sources) -> OpenedPipeline:
+    """A pipeline of these parts. Raises FileNotFoundError for those that do not exist, and ValueError for
+    denoiser and VAE that are not whole or do not fit each other.
+    """
+    sources.check_exist()
+    transformer_file = open_checkpoint(sources.transformer, ema=sources.ema)
+    vae_file = open_checkpoint(sources.vae)
+    transformer = empty_denoiser(transformer_file, sources.transformer_config, rates=sources.sparse_n)
+    vae = empty_vae(vae_file, sources.vae_config)
+    check_parts(transformer, vae, None, None)
+    if sources.vae_config is None and vae_file.info.config is None and vae.config["shift"] is None:
+        logger.warning(
+            "%s: the shift and scale of its latents are in no tensor and nobody gives them: left out",
+            vae_file.path,
+        )
+    return OpenedPipeline(
+        sources,
+        Opened(transformer, transformer_file, original.match(transformer, transformer_file)),
+        Opened(vae, vae_file, original.match(vae, vae_file)),
+    )
+
+
+def load_pipeline(
+    opened: OpenedPipeline,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae_dtype: torch.dtype | None = None,
+    scheduler: Mapping[str, Any] = MappingProxyType({}),
+    max_text_tokens: int = 512,
+) -> OpenSoraPlanPipeline:
+    """The pipeline with its weights, each tensor moved to `device` as it is read; the host needs room for one
+    text encoder at most. The VAE has `vae_dtype` (None: `dtype`).
+
+    Raises what the loading of each text encoder raises, and MemoryError for a CPU without room for the
+    weights, before any is read.
+    """
+    if device.type == "cpu":
+        _check_room(opened.without_weights(dtype, vae_dtype=vae_dtype))
+    sources, transformer, vae = opened.sources, opened.denoiser.model, opened.vae.model
+    text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
+    text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
+    check_parts(transformer, vae, text_encoder, text_encoder_2)
+    original.fill(vae, opened.vae.names, _On(device, opened.vae.tensors), dtype=vae_dtype or dtype)
+    original.fill(transformer, opened.denoiser.names, _On(device, opened.denoiser.tensors), dtype=dtype)
+    return OpenSoraPlanPipeline(
+        transformer=transformer.eval().to(device),  # type: ignore[arg-type]
+        vae=vae.eval().to(device),  # type: ignore[arg-type]
+        text_encoder=text_encoder,
+        tokenizer=load_tokenizer(sources.tokenizer),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=load_tokenizer(sources.tokenizer_2),
+        scheduler=make_scheduler(**scheduler),
+        max_text_tokens=max_text_tokens,
+    )
+
+
+class _On(Mapping[str, Tensor]):
+    """Tensors that go to a device when they are taken out."""
+
+    def __init__(self, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+        self._device = device
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _check_room(pipeline: OpenSoraPlanPipeline) -> None:
+    """Raise MemoryError if the weights of a pipeline like this one do not fit into the host's memory."""
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    needed = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    free = free_memory(torch.device("cpu")) + psutil.swap_memory().free
+    if needed > free:
+        raise MemoryError(
+            f"the weights take {needed / 1e9:.3g} GB of the host's memory, and {free / 1e9:.3g} GB are free, "
+            "swap included"
+        )
+
+
+def save_diffusers(
+    sources: Sources,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    scheduler: Mapping[str, Any] = MappingProxyType({}),
+    max_text_tokens: int = 512,
+) -> None:
+    """Write a pipeline from the original's files as a diffusers folder, with no more than a shard of the
+    denoiser in memory. `dtype`: None keeps that of each tensor, and fp32 for the text encoders.
+
+    Raises what `open_pipeline` and the loading of text encoders raise, and ValueError if `out` exists.
+    Nothing is left behind of a failed attempt.
+    """
+    with new_folder(out) as folder:
+        opened = open_pipeline(sources)
+        write_pipeline(
+            folder,
+            denoiser=opened.denoiser,
+            vae=opened.vae,
+            sources=sources,
+            dtype=dtype,
+            scheduler=scheduler,
+            prompts={"max_text_tokens": max_text_tokens},
+        )
+    logger.info("wrote %s", out)
+
+
+def write_pipeline(
+    folder: Path,
+    *,
+    denoiser: Opened[SparseUMMDiT],
+    vae: Opened[WFVAE],
+    sources: Sources,
+    dtype: torch.dtype | None,
+    scheduler: Mapping[str, Any] = MappingProxyType({}),
+    prompts: Mapping[str, Any] = MappingProxyType({}),
+    max_shard_size: str = "2GB",
+) -> None:
+    """Fill `folder` with a pipeline: these two models and the text encoders of `sources`.
+
+    `prompts`: the pipeline's prompt settings, where they are not the original's. `dtype`: None keeps each
+    tensor's own.
+    """
+    text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
+    pipeline = OpenSoraPlanPipeline(
+        transformer=denoiser.model,
+        vae=vae.model,
+        text_encoder=load_text_encoder(sources.text_encoder, kind="t5", dtype=text_dtype, device=cpu),
+        tokenizer=load_tokenizer(sources.tokenizer),
+        text_encoder_2=load_text_encoder(sources.text_encoder_2, kind="clip", dtype=text_dtype, device=cpu),
+        tokenizer_2=load_tokenizer(sources.tokenizer_2),
+        scheduler=make_scheduler(**scheduler),
+        **prompts,
+    )
+    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
+        pipeline.components[name].save_pretrained(folder / name)
+    for name, part in (("transformer", denoiser), ("vae", vae)):
+        write_component(
+            part.model, part.names, part.tensors, folder / name, dtype=dtype, max_shard_size=max_shard_size
+        )
+    pipeline.save_config(folder)
+
+
+def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:
+    """A VAE from a checkpoint of any dialect, or from a diffusers folder that has one."""
+    checkpoint = open_checkpoint(_component(path, "vae"))
+    vae = empty_vae(checkpoint, None)
+    original.load(vae, checkpoint, dtype=dtype)
+    return vae.eval().to(device)  # type: ignore[arg-type]
+
+
+def export_denoiser(model: Path, out: Path, *, tensor_parallel: int, ema: bool | None = None) -> None:
+    """Write the denoiser of a diffusers folder (or of any checkpoint of one, `ema` as in `load_checkpoint`)
+    as Megatron shards.
+
+    Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
+    """
+    with new_folder(out) as folder:
+        checkpoint = open_checkpoint(_component(model, "transformer"), ema=ema)
+        write_megatron(_empty_of(checkpoint), checkpoint, folder, tensor_parallel=tensor_parallel)
+    logger.info("wrote %s", out)
+
+
+def merge_denoiser(path: Path, out: Path, *, ema: bool) -> None:
+    """Write the denoiser of Megatron shards (or of any checkpoint) as one pickle of a flat dict, as the
+    original's convert_mm_to_ckpt.py does. `out`: the file, or a folder, in which it is model.pt or, of EMA
+    weights, model_ema.pt.
+
+    Raises ValueError if there is that file, and for shards without such weights.
+    """
+    file = out if out.suffix else out / ("model_ema.pt" if ema else "model.pt")
+    with new_file(file) as partial:
+        checkpoint = open_checkpoint(path, ema=ema)
+        write_release_file(_empty_of(checkpoint), checkpoint, partial)
+    weights = "EMA weights" if ema else "weights, not their EMA" if checkpoint.info.has_ema else "weights"
+    logger.info("wrote %s: the %s of %s", file, weights, checkpoint.path)
+
+
+def _empty_of(checkpoint: Checkpoint) -> SparseUMMDiT:
+    denoiser = empty_model(checkpoint)
+    if not isinstance(denoiser, SparseUMMDiT):
+        raise ValueError(f"{checkpoint.path} has the weights of a VAE, and those of a denoiser are needed")
+    return denoiser
+
+
+def export_release(model: Path, out: Path) -> None:
+    """Write denoiser and VAE of a diffusers folder as the release's two pickles. Raises ValueError if `out`
+    exists, or if `model` is no such folder.
+    """
+    if not (model / "model_index.json").is_file():
+        raise ValueError(f"{model} is no diffusers folder with denoiser and VAE: it has no model_index.json")
+    with new_folder(out) as folder:
+        for name in ("transformer", "vae"):
+            checkpoint = open_checkpoint(model / name)
+            write_release(empty_model(checkpoint), checkpoint, folder)
+    logger.info("wrote %s", out)
+
+
+def _component(model: Path, name: str) -> Path:
+    return model / name if (model / "model_index.json").exists() else model

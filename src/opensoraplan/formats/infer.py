@@ -1,0 +1,151 @@
+"""What a checkpoint is a checkpoint of, told from the names and shapes of its tensors (the release's names),
+and an empty model to fit it. No weights are read.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from opensoraplan.formats.checkpoints import Checkpoint
+from opensoraplan.models.original import NESTED
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.strict import Shape
+from opensoraplan.models.wfvae import WFVAE
+
+Kind = Literal["denoiser", "vae"]
+
+BLOCK = re.compile(rf"{NESTED}\.(\d{{1,3}})\.(\d{{1,3}})\.")
+NORM_BIASES = (".norm1.norm.bias", ".norm2.norm.bias", "norm_final.bias")
+RELEASE_LAYERS = [2, 4, 6, 8, 6, 4, 2]
+RELEASE_RATES = [1, 2, 4, 8, 4, 2, 1]
+
+
+def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> SparseUMMDiT | WFVAE:
+    """A model on the meta device to fit the checkpoint.
+
+    `config`: our constructor's arguments; None: `config_of` the checkpoint, and dense where that does not
+    know the Skiparse rates. Raises ValueError, with the path, for tensors of neither model, and for a config
+    that makes none.
+    """
+    with naming(checkpoint.path):
+        arguments: Mapping[str, Any] = config_of(checkpoint) if config is None else config
+        denoiser = kind_of(checkpoint.shapes) == "denoiser"
+        model_class = SparseUMMDiT if denoiser else WFVAE
+        model_class.check_config(arguments, where=f"the config of {model_class.__name__}")
+        if denoiser and config is None:
+            arguments = {"sparse_n": None, **arguments}
+        with torch.device("meta"):
+            return model_class(**arguments)
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Our constructor's arguments: the checkpoint's own config, else what its shapes tell."""
+    if checkpoint.info.config is not None:
+        return {key: value for key, value in checkpoint.info.config.items() if not key.startswith("_")}
+    with naming(checkpoint.path):
+        infer = infer_denoiser_config if kind_of(checkpoint.shapes) == "denoiser" else infer_vae_config
+        return infer(checkpoint.shapes)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path before the text of a ValueError, or of the TypeError that a wrong value in a config
+    makes.
+    """
+    try:
+        yield
+    except ZeroDivisionError:
+        raise ValueError(f"{path}: a tensor that says how wide the model is has a side of 0") from None
+    except (TypeError, ValueError) as error:
+        text = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {text}") from None
+
+
+def kind_of(shapes: Mapping[str, Shape]) -> Kind:
+    """Which of the two models these tensors are of. Raises ValueError for neither."""
+    if "patch_embed.proj.weight" in shapes and any(name.startswith(f"{NESTED}.") for name in shapes):
+        return "denoiser"
+    if "encoder.conv_out.conv.weight" in shapes or "decoder.conv_in.conv.weight" in shapes:
+        return "vae"
+    some = ", ".join(list(shapes)[:4])
+    raise ValueError(f"these are the tensors of neither a SparseUMMDiT nor a WFVAE: {some}, ...")
+
+
+def infer_denoiser_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Our constructor's arguments from the shapes, all but the Skiparse rates, on which no weight depends.
+
+    `sparse_n` is the release's where the stages are its, and missing otherwise. Raises ValueError that names
+    a tensor without which nothing can be told.
+    """
+    found = (BLOCK.match(name) for name in shapes if name.startswith(f"{NESTED}."))
+    blocks = {(int(match[1]), int(match[2])) for match in found if match}
+    if not blocks:
+        raise ValueError(
+            f"the blocks are not nested by stage ({NESTED}.0.0.): of a diffusers component, give the folder"
+        )
+    stages = 1 + max(stage for stage, _ in blocks)
+    num_layers = [1 + max((b for s, b in blocks if s == stage), default=-1) for stage in range(stages)]
+    dim, in_channels, patch, _ = _need(shapes, "patch_embed.proj.weight", dimensions=4)
+    (head_dim,) = _need(shapes, f"{NESTED}.0.0.attn1.norm_q.weight", dimensions=1)
+    embed_dim, pooled_dim = _need(shapes, "time_text_embed.text_embedder.linear_1.weight", dimensions=2)
+
+    def has(start: str) -> bool:  # any will do: one tensor that is missing must not make it another model
+        return any(name.startswith(start) for name in shapes)
+
+    config = {
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "out_channels": _need(shapes, "proj_out.weight", dimensions=2)[0] // patch**2,
+        "num_layers": num_layers,
+        "double_ff": has(f"{NESTED}.0.0.ff_enc."),
+        "caption_channels": _need(shapes, "caption_projection.weight", dimensions=2)[1],
+        "pooled_projection_dim": pooled_dim,
+        "timestep_embed_dim": embed_dim,
+        "patch_size": patch,
+        "norm_cls": "layer_norm" if any(name.endswith(NORM_BIASES) for name in shapes) else "rms_norm",
+        "skip_connection": has("skip_norm_linear."),
+        "skip_connection_zero_init": not has("skip_norm_linear.0.0."),
+    }
+    return config | ({"sparse_n": RELEASE_RATES} if num_layers == RELEASE_LAYERS else {})
+
+
+def infer_vae_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Our constructor's arguments from the shapes, all but `shift` and `scale`, which are in no tensor: the
+    release's where the widths are its, and missing otherwise.
+    """
+    base = _need(shapes, "encoder.down1.0.weight", dimensions=4)[0]
+    config = {
+        "base_channels": base,
+        "latent_channels": _need(shapes, "decoder.conv_in.conv.weight", dimensions=5)[1],
+        "encoder_num_resblocks": _count_resnets(shapes, "encoder.down1"),
+        "decoder_num_resblocks": _count_resnets(shapes, "decoder.up2"),
+        "encoder_energy_flow_hidden_size": _need(shapes, "encoder.connect_l1.weight", dimensions=4)[0],
+        "decoder_energy_flow_hidden_size": _need(shapes, "decoder.mid.2.conv2.conv.weight", dimensions=5)[0]
+        - 4 * base,
+        "connect_res_layer_num": _count_resnets(shapes, "decoder.connect_l1"),
+    }
+    release = base == 160 and config["latent_channels"] == 32
+    return config | ({} if release else {"shift": None, "scale": None})
+
+
+def _need(shapes: Mapping[str, Shape], name: str, *, dimensions: int) -> Shape:
+    if name not in shapes:
+        raise ValueError(f"the tensor {name} is missing")
+    if len(shapes[name]) != dimensions:
+        raise ValueError(f"{name} needs {dimensions} dimensions, got {list(shapes[name])}")
+    return shapes[name]
+
+
+def _count_resnets(shapes: Mapping[str, Shape], part: str) -> int:
+    """How many resnets follow one another in `part`, from the first that there is."""
+    resnet = re.compile(rf"{re.escape(part)}\.(\d+)\.(?:norm|conv)[12]\.")
+    numbers = sorted({int(match[1]) for name in shapes if (match := resnet.match(name))})
+    run = 0
+    while run < len(numbers) and numbers[run] == numbers[0] + run:
+        run += 1
+    return run

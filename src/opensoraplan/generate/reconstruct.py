@@ -1,0 +1,173 @@
+"""A real video through the VAE and back: how much is lost (PSNR, SSIM), and both side by side in an mp4.
+
+The job behind `osp reconstruct`; reading, writing and the model itself are in data/video.py and
+models/wfvae.py.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensoraplan.data.video import (
+    VideoInfo,
+    VideoWriter,
+    count_frames,
+    fit,
+    iter_frames,
+    iter_timed_frames,
+    probe,
+    to_uint8,
+)
+from opensoraplan.disk import made
+from opensoraplan.fidelity import Fidelity
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.runtime.placement import fit_decoding
+from opensoraplan.shapes import (
+    SPATIAL_STRIDE,
+    TEMPORAL_STRIDE,
+    check_frames,
+    check_sides,
+    latent_shape,
+    nearest_frames,
+)
+
+logger = logging.getLogger(__name__)
+
+# SSIM looks through a Gaussian window of 11 pixels; 16 is the first multiple of 8 in which one fits.
+_SMALLEST_SIDE = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What came back: `psnr` in dB and mean `ssim` over `frames` x `height` x `width`; `path` is the mp4."""
+
+    psnr: float
+    ssim: float
+    frames: int
+    height: int
+    width: int
+    path: Path
+
+
+@torch.no_grad()
+def reconstruct(
+    path: str | Path,
+    *,
+    vae: WFVAE,
+    out: str | Path,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    fps: float | Fraction | None = None,
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """Encode the first frames of the video at `path` to the mode of their latents, decode them, compare.
+
+    `vae` decides on device and dtype. `frames` must be 8k + 1; None takes as many as there are. `height` and
+    `width` must be multiples of 8, at least 16; None takes the source's, or goes with the other one, rounded
+    down; the picture is cut to their aspect. `fps` resamples the source; without it, frames of a varying rate
+    keep their times. `out` is the mp4, source left and
+    result right, numbered if it exists; its folder is made. Both metrics compare 8-bit pixels. The source is
+    read twice, so that memory grows with the latents only. `progress(step, done, total)` gets "encode" or
+    "decode" and numbers of frames.
+
+    Raises FileNotFoundError, and ValueError for a file without readable video, too few frames, sizes that
+    cannot be, and a result that is not finite.
+    """
+    if frames is not None:
+        check_frames(frames)
+    info = probe(path)
+    height, width = _size(info, height=height, width=width)
+    frames = _length(path, frames=frames, fps=fps)
+    grid = latent_shape(frames, height, width, multiple=SPATIAL_STRIDE)
+    fit_decoding(vae, [grid], vae.device, more=False)  # it encodes as many, for which nothing is predicted
+
+    def source(pictures: Iterator[Tensor], count: int) -> Tensor:
+        """The next `count` pictures at most, [3, t, H, W] in [-1, 1]."""
+        return fit(torch.stack(list(islice(pictures, count))), height=height, width=width)
+
+    def moments() -> Iterator[Tensor]:
+        pictures = iter_frames(path, count=frames, fps=fps)
+        pieces = (source(pictures, TEMPORAL_STRIDE) for _ in range(0, frames, TEMPORAL_STRIDE))
+        counted = _counted(pieces, "encode", frames, progress)
+        return vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
+
+    out = Path(out)
+    fidelity = Fidelity()
+    title = f"{Path(path).name}: source, WF-VAE"
+    timed = info.variable and fps is None
+    rate = info.fps if fps is None else fps
+    with made(out.parent), VideoWriter(out, fps=rate, title=title, timed=timed) as writer:
+        latents = torch.cat(list(moments()), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
+        times: list[tuple[Fraction, Fraction]] = []
+        again = _noted(path, frames, times) if timed else iter_frames(path, count=frames, fps=fps)
+        pieces = (decoded[0] for decoded in vae.iter_decode(latents))
+        for piece in _counted(pieces, "decode", frames, progress):
+            if not piece.isfinite().all():
+                raise ValueError(f"{path}: the VAE's result is not finite in {vae.dtype}; use float32")
+            before = to_uint8(source(again, piece.shape[1])).to(piece.device)
+            after = to_uint8(piece)
+            fidelity.update(before, after)
+            shown = times[-len(before) :] if timed else None
+            writer.write(torch.cat([before, after], dim=2), times=shown)
+    result = Reconstruction(fidelity.psnr, fidelity.ssim, frames, height, width, writer.path)
+    logger.info(
+        "%s: %d frames of %d x %d, PSNR %.2f dB, SSIM %.4f -> %s",
+        *(path, frames, height, width, result.psnr, result.ssim, result.path),
+    )
+    return result
+
+
+def _noted(path: str | Path, count: int, times: list[tuple[Fraction, Fraction]]) -> Iterator[Tensor]:
+    """The frames of a video; the times of each are appended to `times`."""
+    for picture, time in iter_timed_frames(path, count=count):
+        times.append(time)
+        yield picture
+
+
+def _size(info: VideoInfo, *, height: int | None, width: int | None) -> tuple[int, int]:
+    """The sides to work at, those given or from the source; ValueError if they cannot be."""
+    if height is None:
+        height = _down(info.height if width is None else width * info.height // info.width)
+        width = _down(info.width) if width is None else width
+    elif width is None:
+        width = _down(height * info.width // info.height)
+    check_sides(height, width, multiple=SPATIAL_STRIDE)
+    if min(height, width) < _SMALLEST_SIDE:
+        raise ValueError(f"SSIM needs sides of at least {_SMALLEST_SIDE}, got {height} x {width}")
+    return height, width
+
+
+def _down(side: int) -> int:
+    return side // SPATIAL_STRIDE * SPATIAL_STRIDE
+
+
+def _length(path: str | Path, *, frames: int | None, fps: float | Fraction | None) -> int:
+    """The frames to take, 8k + 1; ValueError if the video has fewer than asked for."""
+    there = count_frames(path, fps=fps, limit=frames)
+    below, _ = nearest_frames(there)
+    if frames is None:
+        if below < there:
+            logger.info("%s: the last %d of %d frames are left out", path, there - below, there)
+        return below
+    if there < frames:
+        raise ValueError(f"{path} has {there} frames, asked for {frames}: use {below} or fewer")
+    return frames
+
+
+def _counted(pieces: Iterable[Tensor], step: str, total: int, progress: Progress | None) -> Iterator[Tensor]:
+    """Pass on pieces [3, t, H, W], telling `progress` of each one that is done."""
+    done = 0
+    for piece in pieces:
+        yield piece
+        done += piece.shape[1]
+        if progress is not None:
+            progress(step, done, total)

@@ -1,0 +1,275 @@
+"""Where a pipeline's parts are kept, on the device or on the host, so that generating fits the device.
+
+The sizes of what is computed are formulas of plan/estimate.py; runtime/streaming.py moves weights to
+and fro. Bytes, unless it says otherwise.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import nn
+
+from opensoraplan.device import free_memory, is_out_of_memory
+from opensoraplan.models.modulation import adaln_layers, keep_on_host
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.plan.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
+from opensoraplan.runtime.quantisation import weights_of
+from opensoraplan.runtime.streaming import SLOTS, InTurn, stream_blocks, stream_layers
+from opensoraplan.shapes import latent_shape
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+# From the fastest to the leanest. "resident": all parts are on the device. "in-turn": each part is while it
+# computes, the denoiser through all steps; its AdaLN layers stay on the host, for what they give to all steps
+# is computed before. "streamed": so are the denoiser's blocks, one after the other, and the next one arrives
+# while one computes.
+Placement = Literal["resident", "in-turn", "streamed"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+# Latent frames that are decoded at a time: the fewer, the more is computed twice.
+CHUNKS = (16, 8, 4, 2, 1)
+# Of the free memory, what is left to allocators and libraries.
+MARGIN = 0.08
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the weights of each part take, `adaln` being a part of the denoiser's; the largest of its blocks
+    without these; what the AdaLN layers give to all steps of a video (`vectors`); the tensors of a denoising
+    step, and those of decoding for each of CHUNKS.
+    """
+
+    encoders: int
+    denoiser: int
+    adaln: int
+    block: int
+    vae: int
+    vectors: int
+    denoising: int
+    decoding: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Of all parts together."""
+        return self.encoders + self.denoiser + self.vae
+
+    def before_decoding(self, placement: Placement) -> int:
+        """The most that is on the device while prompts are encoded and latents denoised."""
+        if placement == "resident":
+            return self.weights + self.denoising
+        denoising = self.vectors + self.denoising
+        if placement == "in-turn":
+            return max(self.encoders, self.denoiser - self.adaln + denoising)
+        return self.vae + SLOTS * self.block + denoising
+
+    def while_decoding(self, placement: Placement, chunk: int) -> int:
+        """The most that is on the device while frames are decoded."""
+        return (self.weights if placement == "resident" else self.vae) + self.decoding[CHUNKS.index(chunk)]
+
+
+def needs_of(
+    pipeline: OpenSoraPlanPipeline,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    steps: int = 50,
+    text_tokens: int = 512,
+    batched: bool = False,
+    step_cache: bool = False,
+) -> Needs:
+    """What a guided video of this size needs; `batched`: both branches of guidance are one batch,
+    `step_cache`: of each it is kept what all blocks began from, and what they added.
+    """
+    transformer, vae = pipeline.transformer, pipeline.vae
+    grid = latent_shape(frames, height, width)
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    model = Model(config)
+    shape = Shape(grid, text_tokens, batch=2 if batched else 1)
+    precision = _PRECISIONS[transformer.dtype]
+    denoising = forward_memory(model, shape, precision, kind=weights_of(transformer))
+    if step_cache:
+        denoising += 2 * 2 * shape.tokens(model.config["patch_size"]) * model.dim * transformer.dtype.itemsize
+    adaln = [layer.linear for layer in adaln_layers(transformer)]
+    in_blocks = _size(*adaln[:-1]) // len(transformer.transformer_blocks)
+    return Needs(
+        encoders=_size(pipeline.text_encoder, pipeline.text_encoder_2),
+        denoiser=_size(transformer),
+        adaln=_size(*adaln),
+        block=max(_size(block) for block in transformer.transformer_blocks) - in_blocks,
+        vae=_size(vae),
+        vectors=vector_bytes(model, precision, steps=steps),
+        denoising=denoising,
+        decoding=tuple(_decoding(vae, grid, chunk) for chunk in CHUNKS),
+    )
+
+
+def fit_decoding(
+    vae: WFVAE,
+    grids: Iterable[tuple[int, int, int]],
+    device: torch.device,
+    *,
+    more: bool = True,
+    free: int | None = None,
+) -> None:
+    """Have a VAE without a plan, beside which `free` bytes of the device are free (None: as many as are),
+    decode as many latent frames of [B, C, *grid] at a time as are predicted to fit, one of CHUNKS. `more`:
+    also more than it would, unless on a CPU, which gains nothing by it. Frames then differ by rounding.
+
+    One that is to decode all at once (`disable_streaming`) is left to do so.
+    """
+    if vae.streaming_latent_frames is None:
+        return
+    room = (free_memory(device) if free is None else free) * (1 - MARGIN)
+    every = list(grids)
+    fits = (chunk for chunk in CHUNKS if all(_decoding(vae, grid, chunk) <= room for grid in every))
+    chunk = next(fits, CHUNKS[-1])
+    if device.type == "cpu" or not more:
+        chunk = min(chunk, vae.streaming_latent_frames)
+    vae.enable_streaming(latent_frames=chunk)
+
+
+def peak_on_host(vae: WFVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, int, int]]) -> int:
+    """The most that videos of these needs and latents [B, C, *grid] are predicted to take where everything is
+    on the host and `vae` decodes as many latent frames at a time as it says.
+    """
+    every = list(needs)
+    decoding = [_decoding(vae, grid, vae.streaming_latent_frames or grid[0]) for grid in grids]
+    return every[0].weights + max(*(one.denoising for one in every), *decoding)
+
+
+def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
+    return decoding_memory(
+        Shape(grid, 0),
+        _PRECISIONS[vae.dtype],
+        base=vae.config["base_channels"],
+        chunk=chunk,
+        tiling=vae.tiling,
+    )
+
+
+def _size(*modules: nn.Module | None) -> int:
+    """Bytes of all parameters and buffers; of None none."""
+    return sum(t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where parts are kept, how many latent frames are decoded at a time, and what that is predicted to take
+    of the device, until frames are decoded and then.
+    """
+
+    placement: Placement
+    chunk: int
+    denoising: int
+    decoding: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.denoising, self.decoding)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.placement}, up to {self.chunk} latent frames decoded at a time, {self.peak / 1e9:.1f} GB"
+        )
+
+
+def plans_for(needs: Iterable[Needs], placements: Sequence[Placement] = PLACEMENTS) -> list[Plan]:
+    """Plans for videos of these needs, the fastest first; each is leaner, in one of its parts at least, than
+    any before it.
+    """
+    every = list(needs)
+    plans: list[Plan] = []
+    for placement in placements:
+        for chunk in CHUNKS:
+            denoising = max(one.before_decoding(placement) for one in every)
+            decoding = max(one.while_decoding(placement, chunk) for one in every)
+            if not any(plan.denoising <= denoising and plan.decoding <= decoding for plan in plans):
+                plans.append(Plan(placement, chunk, denoising, decoding))
+    return plans
+
+
+def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
+    """The place among `plans` of the first that fits into `free` bytes. Raises MemoryError, with both
+    numbers, if none does.
+    """
+    for place, plan in enumerate(plans):
+        if plan.peak <= free * (1 - MARGIN):
+            return place
+    leanest = min(plans, key=lambda plan: plan.peak)
+    tiles = ", or decode in tiles" if leanest.decoding > leanest.denoising else ""
+    raise MemoryError(
+        f"even the leanest plan ({leanest}) does not fit into the {free / 1e9:.1f} GB that are free: ask for "
+        f"fewer or smaller frames{tiles}"
+    )
+
+
+class Arrangement:
+    """The plan that a pipeline follows, and those that come after it when that turns out too large."""
+
+    def __init__(
+        self, pipeline: OpenSoraPlanPipeline, plans: Sequence[Plan], device: torch.device, *, place: int = 0
+    ) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self._left = list(plans[place:])
+        self._in_turn: InTurn | None = None
+        if pipeline.vae.streaming_latent_frames is None:
+            logger.warning(
+                "frames are decoded some at a time, not at once, to fit %s; they differ by rounding", device
+            )
+        self._follow(None)
+
+    @property
+    def plan(self) -> Plan:
+        return self._left[0]
+
+    def run(self, work: Callable[[bool], Result]) -> Result:
+        """What `work(False)` returns. If the device's memory is full, `work(True)` is called under a plan
+        that is leaner in what was going on, as long as there is one; then torch's error is raised.
+        """
+        again = False
+        while True:
+            try:
+                return work(again)
+            except RuntimeError as error:
+                before, part = self.plan, "decoding" if self._pipeline.is_decoding else "denoising"
+                leaner = [plan for plan in self._left if getattr(plan, part) < getattr(before, part)]
+                if not is_out_of_memory(error) or not leaner:
+                    raise
+            # Here, where the error no longer keeps what the work has left.
+            self._left, again = self._left[self._left.index(leaner[0]) :], True
+            logger.warning("out of memory while %s, %s: now %s", part, before, self.plan)
+            self._follow(before)
+
+    def _follow(self, before: Plan | None) -> None:
+        """Keep the parts as the plan says from now on."""
+        pipeline, device = self._pipeline, self._device
+        pipeline.vae.enable_streaming(latent_frames=self.plan.chunk)
+        if before is not None and before.placement == self.plan.placement:
+            return
+        if self.plan.placement == "resident":
+            pipeline.to(device)
+            return
+        transformer, vae = pipeline.transformer, pipeline.vae
+        encoders = [one for one in (pipeline.text_encoder, pipeline.text_encoder_2) if one is not None]
+        if self._in_turn is not None:
+            self._in_turn.end()
+        keep_on_host(transformer)
+        pipeline.to("cpu", silence_dtype_warnings=True)
+        if self.plan.placement == "in-turn":
+            # The VAE is called by its parts; before the denoiser is, its AdaLN is used on the host.
+            doors = [*((model, [model]) for model in (*encoders, transformer)), (vae, [*vae.children()])]
+            self._in_turn = InTurn(doors, device)
+        else:
+            stream_blocks(transformer, device)
+            for encoder in encoders:
+                stream_layers(encoder, device)
+            vae.to(device)  # type: ignore[arg-type]
+        pipeline.streamed_to = device

@@ -1,0 +1,279 @@
+"""`osp cache`: encode the clips and captions of a training run once, into the folder that data/features.py
+describes.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from opensoraplan.data import features
+from opensoraplan.data.buckets import Draw
+from opensoraplan.data.dataset import ClipDataset, all_captions
+from opensoraplan.data.features import Description, Kind, KnownFile, LeftOut
+from opensoraplan.data.selection import Sample
+from opensoraplan.data.video import Reader, installed_reader
+from opensoraplan.device import explained_memory, prepare, resolve_device
+from opensoraplan.parallel.ranks import device_of_rank
+from opensoraplan.train.config import DataSettings, TrainSettings
+from opensoraplan.train.inputs.encoders import check_paths, load_encoders
+from opensoraplan.train.inputs.loading import ignore_signals, iterate
+from opensoraplan.train.inputs.sources import preprocessing_parts, select_clips, warn_of_captions
+
+logger = logging.getLogger(__name__)
+
+_FULL = (
+    "a clip or its caption cannot be encoded, memory is full: lower vae.chunk or the sizes of "
+    'data.selection, or set vae.compute to "bf16"'
+)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What there is after `write_cache`: `samples` and `texts` that the whole cache is of, and shards that
+    this call has `written`, that were there before (`present`), and that other ranks have yet to write
+    (`missing`). `left_out`: the clips of this rank's shards that cannot be read.
+    """
+
+    folder: Path
+    samples: int
+    texts: int
+    written: int
+    present: int
+    missing: int
+    left_out: tuple[LeftOut, ...]
+
+
+def write_cache(
+    settings: TrainSettings,
+    out: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Progress | None = None,
+    videos_per_shard: int = 64,
+    texts_per_shard: int = 1024,
+) -> CacheSummary:
+    """Encode the clips that `settings.data` selects, each at one window, and all their captions.
+
+    Shards that are there already are kept: the same call goes on with a killed one. Those of which a clip was
+    replaced since are written again. Of `ranks` processes each writes the shards of its own `rank`; the files
+    are the same however many there are. A clip that cannot be read is left out; to try it again, delete its
+    shard. Bars show how far this rank is, which `progress(step, done, total)` is told, too, step being
+    "texts" or "videos".
+
+    Raises ValueError, before anything is encoded, for settings that are missing, a manifest without samples
+    or captions, a folder that has something else (of another cache, what differs), and a disk that cannot be
+    written to; later for a full disk, and for more than `data.max_bad_files` unreadable files, naming each.
+    """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"with {ranks} ranks, rank must be in 0 .. {ranks - 1}, got {rank}")
+    job = CacheJob(settings, out, videos_per_shard=videos_per_shard, texts_per_shard=texts_per_shard)
+    written = present = 0
+    left_out: list[LeftOut] = []
+    for kind in features.KINDS:
+        own = range(rank, job.description.shards(kind), ranks)
+        there = job.written(kind, own)
+        to_write = sorted(set(own) - set(there))
+        present, written = present + len(there), written + len(to_write)
+        with _counted(job.description, kind, there, to_write, progress) as one_more:
+            if kind == "texts":
+                job.write_texts(to_write, one_more)
+            else:
+                before = features.read_left_out(out, there)
+                left_out = before + job.write_videos(to_write, one_more, before=before)
+    return job.finish(written=written, present=present, left_out=left_out)
+
+
+@contextmanager
+def _counted(
+    description: Description,
+    kind: Kind,
+    there: Sequence[int],
+    to_write: Sequence[int],
+    progress: Progress | None,
+) -> Iterator[Callable[[], None]]:
+    """A bar over one rank's shards; what comes out is called for each text or clip that is done."""
+    first, more = (
+        sum(len(description.places(kind, shard)) for shard in shards) for shards in (there, to_write)
+    )
+    total, counter = first + more, count(first + 1)
+    with tqdm(total=total, initial=first, desc=f"encoding {kind}", unit=kind[:-1]) as bar:
+
+        def one_more() -> None:
+            bar.update()
+            if progress is not None:
+                progress(kind, next(counter), total)
+
+        yield one_more
+
+
+class CacheJob:
+    """What all processes that fill one cache have in common: samples, texts and encoders, and the folder
+    begun or gone on with. Raises ValueError as `write_cache`, before anything is encoded.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, out: Path, *, videos_per_shard: int = 64, texts_per_shard: int = 1024
+    ) -> None:
+        data = settings.data
+        if data.manifest is None:
+            raise ValueError("data.manifest is missing: there are no clips to encode")
+        check_paths(settings.vae, settings.text)
+        device = device_of_rank(resolve_device(settings.device))
+        prepare(device, allow_tf32=settings.allow_tf32)
+        self.settings = settings
+        self.out = out
+        # Of every shape: how large batches are is for training to say.
+        self.samples = select_clips(data, data.manifest, root=data.root, seed=settings.seed)
+        preprocessing = preprocessing_parts(settings, self.samples)
+        features.check_place(out, preprocessing)
+        warn_of_captions(self.samples, settings.text)
+
+        self.texts = _texts(self.samples)
+        self.encoders = load_encoders(settings.vae, settings.text, device=device)
+        config = {key: value for key, value in self.encoders.vae.config.items() if not key.startswith("_")}
+        self.description = Description(
+            parts=self.encoders.fingerprint() | preprocessing,
+            vae=json.loads(json.dumps(config)),  # as it will be read: lists instead of tuples
+            use_aesthetic=data.use_aesthetic,
+            samples=len(self.samples),
+            texts=len(self.texts),
+            videos_per_shard=videos_per_shard,
+            texts_per_shard=texts_per_shard,
+        )
+        features.begin(out, self.description)
+
+    def written(self, kind: Kind, shards: Sequence[int]) -> list[int]:
+        """Which of these files are there, whole, and made of the clips as they are now."""
+        there = [shard for shard in shards if features.is_written(self.out, kind, shard)]
+        if kind == "texts":
+            return there
+        changed = features.changed_clips(self.out, self.samples, there)
+        for path in sorted({path for paths in changed.values() for path in paths}):
+            logger.info("%s has changed: it is encoded again", path)
+        return [shard for shard in there if shard not in changed]
+
+    def write_texts(self, shards: Sequence[int], one_more: Callable[[], None]) -> None:
+        """Encode and write these files of texts."""
+        for shard in shards:
+            states: dict[str, tuple[Tensor, Tensor]] = {}
+            for place in self.description.places("texts", shard):
+                with explained_memory(_FULL):
+                    encoded = self.encoders.encode_captions([self.texts[place]])
+                states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
+                one_more()
+            features.write_texts(self.out, shard, states)
+
+    def write_videos(
+        self, shards: Sequence[int], one_more: Callable[[], None], *, before: Sequence[LeftOut] = ()
+    ) -> list[LeftOut]:
+        """Encode and write these files of videos. Returns the clips that cannot be read; with those `before`
+        they may be no more than `data.max_bad_files`.
+        """
+        data, left_out = self.settings.data, list[LeftOut]()
+        check_limit(before, limit=data.max_bad_files)
+        loader = DataLoader(
+            _Clips(self.samples, data, seed=self.settings.seed),
+            sampler=[place for shard in shards for place in self.description.places("videos", shard)],
+            batch_size=None,
+            num_workers=data.workers,
+            # A clip of the release's size is 0.9 GB; each worker reads one ahead.
+            prefetch_factor=1 if data.workers else None,
+            worker_init_fn=ignore_signals,
+        )
+        with closing(iterate(loader)) as clips:
+            for shard in shards:
+                moments: list[tuple[Sample, Tensor]] = []
+                files: dict[int, KnownFile] = {}
+                bad: list[LeftOut] = []
+                for place in self.description.places("videos", shard):
+                    read = next(clips)
+                    if isinstance(read, LeftOut):
+                        bad.append(read)
+                        check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
+                    else:
+                        with explained_memory(_FULL):
+                            encoded = self.encoders.encode_videos(read.video[None])[0].cpu()
+                        moments.append((self.samples[place], encoded))
+                        files[place] = read.file
+                    one_more()
+                features.write_videos(self.out, shard, moments, files=files, left_out=bad)
+                left_out += bad
+        return left_out
+
+    def finish(self, *, written: int, present: int, left_out: Sequence[LeftOut]) -> CacheSummary:
+        """Finish the cache if all its shards are there; say what was done."""
+        missing = features.missing_shards(self.out)
+        if not missing:
+            features.finish(self.out)
+        summary = CacheSummary(
+            folder=self.out,
+            samples=len(self.samples),
+            texts=len(self.texts),
+            written=written,
+            present=present,
+            missing=len(missing),
+            left_out=tuple(left_out),
+        )
+        logger.info(
+            "%s: %d samples, %d texts; shards: %d written, %d there before, %d missing; clips left out: %d",
+            *(self.out, summary.samples, summary.texts, written, present, len(missing), len(left_out)),
+        )
+        return summary
+
+
+class _Clip(NamedTuple):
+    """Pixels [3, T, H, W], and the file that they are from."""
+
+    video: Tensor
+    file: KnownFile
+
+
+class _Clips(Dataset[_Clip | LeftOut]):
+    """The sample at a place, or why it cannot be read."""
+
+    def __init__(self, samples: Sequence[Sample], data: DataSettings, *, seed: int) -> None:
+        self._samples = samples
+        self._reader: Reader = installed_reader(data.reader)
+        self._seed = seed
+
+    def __getitem__(self, place: int) -> _Clip | LeftOut:
+        sample = self._samples[place]
+        # By itself, so that none of the same shape can take its place.
+        alone = ClipDataset([sample], seed=self._seed, new_windows=False, reader=self._reader)
+        try:
+            file = KnownFile.of(sample.record.path)
+            return _Clip(alone[Draw(index=0, epoch=0, step=0, slot=0)].video, file)
+        except (OSError, ValueError) as error:
+            return LeftOut(_printable(str(sample.record.path)), _printable(str(error)))
+
+
+def _texts(samples: Sequence[Sample]) -> list[str]:
+    """Every text once, in the order of the samples; first of all the empty one, for dropped captions."""
+    texts = {"": None}
+    for sample in samples:
+        texts |= dict.fromkeys(all_captions(sample))
+    return list(texts)
+
+
+def check_limit(left_out: Sequence[LeftOut], *, limit: int) -> None:
+    """Raise ValueError, naming each, if more than `limit` files cannot be read."""
+    if len(left_out) > limit:
+        listed = "; ".join(error if path in error else f"{path}: {error}" for path, error in left_out)
+        raise ValueError(f"{len(left_out)} files cannot be read, data.max_bad_files is {limit}: {listed}")
+
+
+def _printable(name: str) -> str:
+    """Names of files may hold bytes that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()

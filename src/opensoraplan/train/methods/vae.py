@@ -1,0 +1,439 @@
+"""Training of WF-VAE: L1, wavelet and KL losses, LPIPS and a discriminator if wanted. What `osp train-vae`
+does.
+
+Everything random is drawn from generators seeded by (seed, step), so that a run resumes exactly.
+"""
+
+import logging
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.dataset import ClipDataset, collate, readable
+from opensoraplan.data.selection import Sample
+from opensoraplan.data.video import to_uint8
+from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
+from opensoraplan.fidelity import Fidelity
+from opensoraplan.formats.assemble import open_vae
+from opensoraplan.formats.export import new_folder, write_component
+from opensoraplan.models import original
+from opensoraplan.models.strict import plain_config, wrong_types_told
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
+from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
+from opensoraplan.train.inputs.loading import BadFileAccount, micro_batches, shares_of_steps
+from opensoraplan.train.inputs.sources import check_clips, clip_bytes, clips_of, global_batch_of, select_clips
+from opensoraplan.train.learner.ema import make_ema
+from opensoraplan.train.learner.gradient_clip import global_norm, scale_
+from opensoraplan.train.learner.optimizer import (
+    begin_state,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from opensoraplan.train.log.metrics import Averages
+from opensoraplan.train.methods.adversarial import (
+    PatchDiscriminator3d,
+    adaptive_weight,
+    hinge_loss,
+    load_lpips,
+    perceptual_loss,
+)
+from opensoraplan.train.methods.vae_losses import Reconstruction, reconstruct
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.folder import CONFIG, begun, check_finite, counted, go_on_counting, run_steps
+from opensoraplan.train.run.state import VAEState
+from opensoraplan.train.run.writers import Writer
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+FINISHED = "vae"
+# How many clips tell the latents' shift and scale.
+_MEASURED = 256
+# So many steps in a row may be left out.
+_PATIENCE = 20
+_FULL = "pieces of this size do not fit into memory: lower data.batch_size, frames, height or width"
+
+
+def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
+    """Train in the folder `settings.output` for `optimizer.steps` steps, or until a signal asks to stop.
+
+    Returns the folder of the finished VAE (diffusers' format: EMA weights, the latents' shift and scale).
+    Raises ValueError for settings, data and disks that cannot be, RunStoppedError for a signal. What was
+    learned until then is saved.
+    """
+    piece = settings.data
+    latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
+    device = resolve_device(settings.device)
+    prepare(device, allow_tf32=settings.allow_tf32)
+    with begun(settings.output, settings, resume=resume) as start:
+        samples = _samples_to_train_on(settings)
+        _check_pieces(samples, settings.data)
+        held_out = _held_out_samples(settings) if settings.validation.every else ()
+        job = _Job(settings, samples, held_out, start=start, device=device)
+        if start:
+            job.load(start)
+        with closing(job.batches):
+            run_steps(job, settings, start=start)
+        return job.finish(samples)
+
+
+def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
+    """Write the VAE of a run's checkpoint, as the run does after its last step, to the new folder `out`. The
+    latents' shift and scale are measured on the run's clips, which a run with a frozen encoder does not need.
+    Raises ValueError for a step that is not there.
+    """
+    settings = VAETrainSettings.read_file(run / CONFIG)
+    start = checkpoint.find(run, step)
+    with new_folder(out) as folder:
+        model = WFVAE(**checkpoint.read_state(run, start, VAEState).architecture)
+        parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict()}
+        if settings.optimizer.ema_decay is not None:  # over the last weights
+            parts["ema"] = _learned(model, settings.model)
+        checkpoint.read_into(run, start, parts)
+        samples: Sequence[Sample] = ()
+        if not settings.model.freeze_encoder:
+            device = resolve_device(settings.device)
+            prepare(device, allow_tf32=settings.allow_tf32)
+            samples = _samples_to_train_on(settings)
+            model.to(device)  # type: ignore[arg-type]
+        _write(model, folder, settings, samples)
+    logger.info("wrote the VAE of step %d to %s", start, out)
+
+
+class _Adversary:
+    """The discriminator, with its optimizer; it plays against the VAE from `start` on."""
+
+    def __init__(self, settings: VAETrainSettings, *, device: torch.device) -> None:
+        self.start = settings.loss.adversarial_start or 0
+        self.factor = settings.loss.adversarial
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed + 1)
+            self.model = PatchDiscriminator3d().to(device).train()
+        self.parameters = dict(self.model.named_parameters())
+        rate = settings.loss.discriminator_lr
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, fused=True)
+        begin_state(self.optimizer)
+
+    def loss(self, made: Reconstruction, l1: Tensor, last_layer: Tensor) -> Tensor:
+        """What the VAE pays for pixels that are told from real ones, weighted against `l1`."""
+        self.model.requires_grad_(False)
+        fooled = -self.model(made.pixels).mean()
+        return adaptive_weight(l1, fooled, last_layer, factor=self.factor) * fooled
+
+    def learn(self, real: Tensor, made: Tensor) -> Tensor:
+        """Take a step towards telling them apart; returns the hinge loss."""
+        self.model.requires_grad_(True)
+        loss = hinge_loss(self.model(real), self.model(made.detach()))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+class _Job:
+    """Model, optimizer and average of one run, with what is done to them."""
+
+    def __init__(
+        self,
+        settings: VAETrainSettings,
+        samples: Sequence[Sample],
+        held_out: Sequence[Sample],
+        *,
+        start: int,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.clips = clips_of(samples)
+        self.held_out = held_out
+        self.device = device
+        data, accumulate = settings.data, settings.optimizer.accumulate
+        sampler = BucketSampler(
+            [sample.shape for sample in samples],
+            global_batch=data.batch_size * accumulate,
+            seed=settings.seed,
+        )
+        self.batches = micro_batches(
+            ClipDataset(samples, seed=settings.seed, new_windows=data.new_windows, reader=data.reader),
+            lambda: shares_of_steps(sampler, range(start, settings.optimizer.steps), accumulate=accumulate),
+            workers=data.workers,
+            collate=collate,
+            batch_bytes=data.batch_size * max(clip_bytes(sample.shape) for sample in samples),
+        )
+        self.bad_files = BadFileAccount(data.max_bad_files)
+        self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
+        self.parameters = _learned(self.model, settings.model)
+        self.optimizer = make_optimizer(self.parameters, settings.optimizer)
+        self.ema = make_ema(self.parameters, settings.optimizer)
+        self.lpips = load_lpips(device) if settings.loss.perceptual else None
+        adversarial = settings.loss.adversarial_start is not None
+        self.adversary = _Adversary(settings, device=device) if adversarial else None
+        self.not_finite = 0
+        self.intact = True
+        self.averages = Averages()
+        self.writer = Writer(settings.output, settings.checkpoint)
+
+    def step(self, step: int) -> None:
+        """Do optimizer step number `step`, from 1."""
+        settings, began, waited = self.settings, time.perf_counter(), 0.0
+        rate = learning_rate(step - 1, settings.optimizer)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        played: list[tuple[Tensor, Tensor]] = []
+        for micro in range(settings.optimizer.accumulate):
+            asked = time.perf_counter()
+            batch = next(self.batches)
+            waited += time.perf_counter() - asked
+            self.bad_files.add(batch.failures)
+            chance = f"{settings.seed} {step} {micro}"
+            x = _pieces(batch.video, settings.data, chance=chance).to(self.device)
+            with explained_memory(_FULL):
+                values, pixels = self._accumulate(x, step, chance=chance)
+            played.append((x, pixels))
+            for name, value in values.items():
+                self.averages.add(name, value)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = global_norm(gradients).item()
+        if not math.isfinite(norm):
+            self._skip(step, rate)
+            return
+        self.not_finite = 0
+        if norm > settings.max_grad_norm:
+            scale_(gradients, settings.max_grad_norm / norm)
+        # What users can help is raised above, so that a failed step leaves the state before it: the
+        # discriminator, too, learns only now. (Its norms have running statistics that nothing reads.)
+        self.intact = False
+        self.optimizer.step()
+        if (adversary := self._adversary_at(step)) is not None:
+            for real, made in played:
+                self.averages.add("discriminator", adversary.learn(real, made))
+        if self.ema is not None:
+            self.ema.update(step)
+        self.intact = True
+        seconds = time.perf_counter() - began
+        for name, value in (("grad_norm", norm), ("lr", rate), ("seconds", seconds)):
+            self.averages.add(name, value)
+        self.averages.add("data_wait", waited / seconds)
+
+    def _skip(self, step: int, rate: float) -> None:
+        """Leave a step out whose gradient is not finite: nothing learns. Too many in a row are an error."""
+        self.not_finite += 1
+        logger.warning("step %d: the gradient is not finite: the step is left out", step)
+        if self.not_finite >= _PATIENCE:
+            raise FloatingPointError(
+                f"step {step}: {_PATIENCE} gradients in a row are not finite: begin another run with a lower "
+                f"optimizer.lr than {rate:g}, and with model.pretrained to go on from what osp export gives"
+            )
+
+    def _adversary_at(self, step: int) -> _Adversary | None:
+        return self.adversary if self.adversary is not None and step >= self.adversary.start else None
+
+    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of one micro-batch of pixels; returns what is logged, and the pixels made of it. Nothing
+        waits for the device.
+        """
+        weights, frozen = self.settings.loss, self.settings.model.freeze_encoder
+        generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
+        grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
+        noise = torch.randn(len(x), self.model.config["latent_channels"], *grid, generator=generator)
+        compute = DTYPES[self.settings.model.compute]
+        made = reconstruct(self.model, x, noise.to(self.device), freeze_encoder=frozen, compute=compute)
+        loss = made.l1
+        logged = {"l1": made.l1, "wavelet": made.wavelet, "kl": made.kl}
+        if self.lpips is not None:
+            logged["lpips"] = perceptual_loss(self.lpips, x, made.pixels)
+            loss = loss + weights.perceptual * logged["lpips"]
+        adversary = self._adversary_at(step)
+        total = loss + weights.wavelet * made.wavelet + weights.kl * made.kl
+        if adversary is not None:
+            total = total + adversary.loss(made, loss, self.model.decoder.conv_out.weight)
+        (total / self.settings.optimizer.accumulate).backward()
+        pixels = made.pixels.detach()
+        error = (pixels.clamp(-1, 1) - x).square().mean() / 4
+        return {**logged, "loss": total, "psnr": -10 * error.clamp_min(1e-10).log10()}, pixels
+
+    def report(self) -> dict[str, float]:
+        """What is logged of the steps since the last report."""
+        return self.averages.take() | {"bad_files": len(self.bad_files)}
+
+    @torch.no_grad()
+    def validate(self, step: int, check: Callable[[], None]) -> dict[str, float]:  # noqa: ARG002 (everyone's)
+        """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
+        fidelity = Fidelity()
+        with explained_memory(_FULL), self._averaged():
+            for video in _videos(self.held_out, self.settings):
+                check()
+                (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
+                (result,) = self.model.decode(posterior.mode(), return_dict=False)
+                fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
+        return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
+
+    def learned(self) -> Iterator[Tensor]:
+        """The weights and their averages."""
+        yield from self.model.parameters()
+        yield from () if self.ema is None else self.ema.values.values()
+
+    def save(self, step: int) -> None:
+        state = {"model_config": plain_config(self.model), "clips": self.clips, **counted(self)}
+        self.writer.save(step, parts=self._parts(), state=state)
+
+    def _parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors that a checkpoint has; reading one fills them in place."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+        }
+        if self.ema is not None:
+            parts["ema"] = self.ema.values
+        if self.adversary is not None:
+            parts["discriminator"] = self.adversary.model.state_dict()
+            parts["discriminator_optimizer"] = optimizer_tensors(
+                self.adversary.optimizer, self.adversary.parameters
+            )
+        return parts
+
+    def load(self, step: int) -> None:
+        """Go on from a checkpoint of the same run."""
+        state = checkpoint.read_state(self.settings.output, step, VAEState)
+        check_clips(state.clips, self.clips, others=self.settings.data.other_clips)
+        checkpoint.read_into(self.settings.output, step, self._parts())
+        go_on_counting(self, state)
+
+    def finish(self, samples: Sequence[Sample]) -> Path:
+        """Write the VAE into the run's folder."""
+        out = self.settings.output / FINISHED
+        fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
+        shutil.rmtree(fresh, ignore_errors=True)
+        with new_folder(fresh) as folder, self._averaged():
+            _write(self.model, folder, self.settings, samples)
+        if out.exists():  # left by a run that was extended: there until the new one is whole
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        fresh.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        logger.info("wrote the finished VAE to %s", out)
+        return out
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+
+def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
+    if settings.pretrained is not None:
+        opened = open_vae(settings.pretrained, settings.config)
+        original.fill(opened.model, opened.names, opened.tensors, dtype=torch.float32)
+        return opened.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
+        WFVAE.check_config(config, where="model.config")
+        with wrong_types_told("model.config"):
+            return WFVAE(**config)
+
+
+def _write(model: WFVAE, folder: Path, settings: VAETrainSettings, samples: Sequence[Sample]) -> None:
+    """The VAE for use, with the shift and scale of its latents, measured unless the encoder was frozen."""
+    check_finite(model.parameters())
+    if not settings.model.freeze_encoder:
+        shift, scale = _measured(model, settings, samples)
+        model.register_to_config(shift=shift, scale=scale)
+    tensors = model.state_dict()
+    write_component(model, {name: name for name in tensors}, tensors, folder)
+
+
+@torch.no_grad()
+def _measured(
+    model: WFVAE, settings: VAETrainSettings, samples: Sequence[Sample]
+) -> tuple[list[float], list[float]]:
+    """Per channel the mean of the latents and 1 / their standard deviation, over clips of the data."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for video in _videos(spread(samples, most=_MEASURED), settings):
+        (posterior,) = model.encode(video.to(model.device), return_dict=False)
+        mean, variance = posterior.mean.float().cpu(), posterior.var.float().cpu()
+        count += mean.numel() // mean.shape[1]
+        total = total + mean.sum((0, 2, 3, 4))
+        squares = squares + (mean.square() + variance).sum((0, 2, 3, 4))
+    shift = total / count
+    scale = (squares / count - shift.square()).clamp_min(1e-12).rsqrt()
+    return [round(value, 4) for value in shift.tolist()], [round(value, 4) for value in scale.tolist()]
+
+
+def spread(items: Sequence[Item], *, most: int) -> list[Item]:
+    """So many of the items at most, evenly from all of them, in order."""
+    count = min(most, len(items))
+    return [items[n * len(items) // count] for n in range(count)]
+
+
+def _videos(samples: Sequence[Sample], settings: VAETrainSettings) -> Iterator[Tensor]:
+    """Each sample whole, [1, 3, T, H, W]."""
+    reader = settings.data.reader
+    clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=reader, replace=False)
+    for _, clip in readable(clips, len(samples)):
+        yield clip.video[None]
+
+
+def _learned(model: WFVAE, settings: VAEModelSettings) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name; the others are frozen."""
+    model.encoder.requires_grad_(not settings.freeze_encoder)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _samples_to_train_on(settings: VAETrainSettings) -> tuple[Sample, ...]:
+    data = settings.data
+    assert data.manifest is not None
+    return select_clips(
+        data,
+        data.manifest,
+        root=data.root,
+        seed=settings.seed,
+        global_batch=global_batch_of(settings),
+        need_captions=False,
+    )
+
+
+def _held_out_samples(settings: VAETrainSettings) -> tuple[Sample, ...]:
+    wanted = settings.validation
+    assert wanted.manifest is not None
+    samples = select_clips(
+        settings.data, wanted.manifest, root=wanted.root, seed=settings.seed, need_captions=False
+    )
+    return samples[: wanted.samples]
+
+
+def _check_pieces(samples: Sequence[Sample], data: VAEClipSettings) -> None:
+    """Raise ValueError if pieces of the wanted size cannot be cut from one of the clips."""
+    piece = (data.frames, data.height, data.width)
+    for sample in samples:
+        if any(have < wanted for have, wanted in zip(sample.shape, piece, strict=True)):
+            have, wanted = (" x ".join(map(str, shape)) for shape in (sample.shape, piece))
+            raise ValueError(
+                f"{sample.record.path} gives {have} (frames x height x width), pieces are to be {wanted}: "
+                "lower data.frames, data.height or data.width, or raise data.selection"
+            )
+
+
+def _pieces(video: Tensor, data: VAEClipSettings, *, chance: str) -> Tensor:
+    """A random piece of every clip of [B, 3, T, H, W], in half of the cases mirrored."""
+    rng = random.Random(chance)
+    pieces = []
+    for clip in video:
+        starts = [
+            rng.randint(0, have - wanted)
+            for have, wanted in zip(clip.shape[1:], (data.frames, data.height, data.width), strict=True)
+        ]
+        t, y, x = starts
+        piece = clip[:, t : t + data.frames, y : y + data.height, x : x + data.width]
+        pieces.append(piece.flip(3) if data.flip and rng.random() < 0.5 else piece)
+    return torch.stack(pieces)

@@ -1,0 +1,334 @@
+"""Reading what describes a training run: TOML files that extend each other, a run's own config.json, the
+guide's pair of JSON files, and changes of single values; and comparing two runs. What the settings mean is in
+config.py, the guide's keys are in guide_json.py.
+"""
+
+import datetime
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opensoraplan.data.selection import SelectionSettings
+from opensoraplan.documents import DocumentError, parse_toml, read_json_object, read_toml
+from opensoraplan.formats.mindspeed.training import launch_defaults, read_guide
+from opensoraplan.names import did_you_mean
+from opensoraplan.settings import Settings
+from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
+
+logger = logging.getLogger(__name__)
+
+Run = TypeVar("Run", bound=Settings)
+
+EXTENDS = "extends"
+# What stands for no value, which TOML cannot write otherwise.
+NOTHING = ("none", "null")
+# Sections that only the guide's files have.
+OF_THE_GUIDE = ("predictor", "dataset_param", "dataloader_param")
+
+# What describes which run, for messages.
+KINDS: Mapping[type[Settings], str] = {
+    TrainSettings: "a denoiser's run, which is for osp train and osp cache",
+    VAETrainSettings: "a VAE's run, which is for osp train-vae",
+}
+# To begin with one's own.
+EXAMPLE = "configs/finetune.toml"
+
+# What may be different when a run is resumed: it changes how long, how fast and how loud, not what is
+# learned at a step. What happens to outliers is the remedy for a run that they have stopped. Clips may lie
+# elsewhere: that they are the same ones is known from the checkpoint.
+RESUMABLE_CHANGES = (
+    "output",
+    "device",
+    "model.attention",
+    "vae.chunk",
+    "data.manifest",
+    "data.root",
+    "data.workers",
+    "data.reader",
+    "data.max_bad_files",
+    "data.other_clips",
+    "optimizer.steps",
+    "optimizer.ema_device",
+    "clip.outlier",
+    "clip.patience",
+    "memory.*",
+    "parallel.*",
+    "log.*",
+    "validation.*",
+    "checkpoint.*",
+)
+
+
+# A denoiser's checkpoints know how many samples a step has, in all processes; what makes them up may change.
+KNOWN_TO_CHECKPOINTS = ("data.batch_size", "optimizer.accumulate")
+
+
+def read_run(
+    path: Path | None,
+    *,
+    model_json: Path | None = None,
+    data_json: Path | None = None,
+    changes: Sequence[str] = (),
+    to_cache: bool = False,
+) -> TrainSettings:
+    """The run that `path` (.toml, or the config.json of a run) describes, or the guide's two files, or both:
+    then `path` goes before them. `changes` go before all: see `read_settings`. `to_cache`, for `osp cache`:
+    the guide's files name clips also where they say that features are loaded.
+
+    Raises one ValueError for files that are missing or wrong, which names every key that is. Whether the
+    paths in it exist is not looked at.
+    """
+    if model_json is not None and model_json.is_dir():
+        raise ValueError(
+            f"{model_json} is a folder, --model takes the guide's JSON: to begin from weights in a folder, "
+            f"give --set model.pretrained={model_json}"
+        )
+    if (model_json is None) != (data_json is None):
+        given, other = ("--model", "--data") if data_json is None else ("--data", "--model")
+        raise ValueError(f"{given} {model_json or data_json} needs {other}: the guide's files go together")
+    if model_json is None or data_json is None:
+        if path is None:
+            raise ValueError(
+                f"which run? Give a .toml file such as {EXAMPLE}, or the guide's two files: --model and "
+                "--data"
+            )
+        return read_settings(TrainSettings, path, changes=changes)
+    values, notes = read_guide(model_json, data_json, to_cache=to_cache)
+    for note in notes:
+        logger.info("%s", note)
+    where = f"{model_json} and {data_json}"
+    if path is not None:
+        over, names = _read_file(path, kind=TrainSettings)
+        values = _merged(values, over)
+        where = f"{where} and {names}"
+    values = _changed(values, changes, kind=TrainSettings)
+    defaults, note = launch_defaults(values)
+    values = _merged(defaults, values)
+    logger.info("%s", note)
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("features") is None and data.get("manifest") is None:
+        raise ValueError(
+            f"{where}: features are to be loaded, but from where? Give data.features=FOLDER, which osp cache "
+            "writes with the same two files, or set load_video_features, load_text_features and "
+            "use_feature_data to false"
+        )
+    return TrainSettings.read(values, where=_with_changes(where, changes))
+
+
+def read_settings(kind: type[Run], path: Path, *, changes: Sequence[str] = ()) -> Run:
+    """The settings of this kind that a .toml or .json file has, and the file that it `extends`, with
+    `changes` as "section.key=value": the value is TOML, or else text. "none" is no value.
+    """
+    values, where = _read_file(path, kind=kind)
+    return kind.read(_changed(values, changes, kind=kind), where=_with_changes(where, changes))
+
+
+def is_vae_run(config: Path) -> bool:
+    """Whether a run's config.json is that of `osp train-vae`."""
+    values = _load(config)
+    return bool(_unknown(values, TrainSettings)) and not _unknown(values, VAETrainSettings)
+
+
+def nearest_key(name: str, *kinds: type[Settings]) -> str | None:
+    """The setting, with its section, that is called `name` or nearly so: "optimizer.lr" for "lr"."""
+    keys = [f"{section}{key}" for kind in kinds for section, keys in _sections(kind) for key in keys]
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
+    near = difflib.get_close_matches(name, last, n=1, cutoff=0.8)
+    return last[near[0]] if near else None
+
+
+def refuse_changes(old: Settings, new: Settings) -> None:
+    """Raise ValueError if `new` cannot go on with what `old` began: something but RESUMABLE_CHANGES
+    differs, or the end of a schedule that tells the learning rate of every step before it.
+    """
+    allowed = RESUMABLE_CHANGES + (KNOWN_TO_CHECKPOINTS if isinstance(new, TrainSettings) else ())
+    lines = [
+        f"  {name}: {before} -> {after}"
+        for name, (before, after) in _different(old, new).items()
+        if not any(fnmatchcase(name, pattern) for pattern in allowed)
+    ]
+    steps = _different(old, new).get("optimizer.steps")
+    if steps is not None and dict(_flat(old.model_dump())).get("optimizer.schedule") == "cosine":
+        lines.append(
+            f"  optimizer.steps: {steps[0]} -> {steps[1]}, with which optimizer.schedule cosine has another "
+            "learning rate at every step"
+        )
+    if lines:
+        raise ValueError(
+            "this run was begun with other settings, and would not be the same run any more:\n"
+            + "\n".join(lines)
+            + "\nResume it with the old ones, or begin another: without --resume, in another output folder, "
+            "and with model.pretrained to go on from this one's weights"
+        )
+
+
+def _different(old: Settings, new: Settings) -> dict[str, tuple[str, str]]:
+    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    return {
+        name: (_shown(before.get(name)), _shown(after.get(name)))
+        for name in before | after
+        if before.get(name) != after.get(name)
+    }
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, value
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def _read_file(path: Path, *, kind: type[Settings], chain: Sequence[Path] = ()) -> tuple[dict[str, Any], str]:
+    """The values of a file over those of the file that it extends, and the names of both for messages.
+
+    `chain`: the files, resolved, that lead here.
+    """
+    content = _load(path)
+    base = content.pop(EXTENDS, None)
+    if problems := _unknown(content, kind):
+        for other, name in KINDS.items():
+            if not _unknown(content, other):
+                raise ValueError(f"{path} has {', '.join(problems)}: settings of {name}")
+        raise ValueError(f"{path}: " + "; ".join(problems.values()))
+    if base is None:
+        return content, str(path)
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: {EXTENDS} must be the name of one other file, got {base!r}")
+    chain = [*chain, path.resolve()]
+    found = path.parent / base
+    if found.resolve() in chain:
+        circle = ", ".join(file.name for file in chain[chain.index(found.resolve()) :])
+        raise ValueError(f"{path} {EXTENDS} {base}, which is a circle: {circle}, {found.name}")
+    if not found.is_file():
+        raise ValueError(f"{path} {EXTENDS} {base}, but {found} does not exist")
+    values, names = _read_file(found, kind=kind, chain=chain)
+    return _merged(values, content), f"{path} over {names}"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The content of one file."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix not in (".toml", ".json") or not path.is_file():
+        raise ValueError(
+            f"{path}: a run is described by a .toml file such as {EXAMPLE}, or by the config.json of a run"
+        )
+    if path.suffix == ".json":
+        content = _given(read_json_object(path, comments=True))
+    else:
+        content = _with_nothing(read_toml(path))
+    if any(key in content for key in OF_THE_GUIDE):
+        raise ValueError(f"{path} is one of the guide's two files: give them as --model and --data")
+    return content
+
+
+def _given(content: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json, which has every value, as if defaults of the selection and the reader had not been
+    given where features without clips are held against what is given (`open_source`).
+    """
+    data = content.get("data")
+    if not isinstance(data, dict) or data.get("features") is None or data.get("manifest") is not None:
+        return content
+    data = dict(data)
+    if data.get("reader") == DataSettings.model_fields["reader"].default:
+        del data["reader"]
+    if isinstance(data.get("selection"), dict):
+        defaults = SelectionSettings().model_dump(mode="json")
+        data["selection"] = {
+            key: value
+            for key, value in data["selection"].items()
+            if key not in defaults or value != defaults[key]
+        }
+    return {**content, "data": data}
+
+
+def _with_nothing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """None where "none" is written, as deep as tables go."""
+    return {
+        key: _with_nothing(value) if isinstance(value, dict) else None if _is_nothing(value) else value
+        for key, value in values.items()
+    }
+
+
+def _is_nothing(value: object) -> bool:
+    return isinstance(value, str) and value.lower() in NOTHING
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables key by key, anything else as `over` has it."""
+    values = dict(base)
+    for key, value in over.items():
+        below = values.get(key)
+        values[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return values
+
+
+def _with_changes(where: str, changes: Sequence[str]) -> str:
+    return " with ".join([where, *([" ".join(changes)] if changes else [])])
+
+
+def _changed(values: dict[str, Any], changes: Sequence[str], *, kind: type[Settings]) -> dict[str, Any]:
+    for change in changes:
+        name, equals, text = change.partition("=")
+        keys = name.strip().split(".")
+        if not equals or not all(keys):
+            raise ValueError(f"a change is written section.key=value, got {change!r}")
+        if not text.strip():
+            raise ValueError(f'{change!r} has no value: write none for nothing, "" for empty text')
+        nested: Any = _value(text.strip())
+        for key in reversed(keys):
+            nested = {key: nested}
+        if problems := _unknown(nested, kind):
+            raise ValueError(f"{change!r}: " + "; ".join(problems.values()))
+        values = _merged(values, nested)
+    return values
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 (a TOML value)
+    """A value as TOML has it; what is not TOML, such as a path, is text. So is a date."""
+    try:
+        content = _with_nothing(parse_toml(f"value = {text}", where=text))
+    except DocumentError:
+        return None if _is_nothing(text) else text
+    value = content["value"]
+    return text if len(content) > 1 or isinstance(value, datetime.date | datetime.time) else value
+
+
+def _unknown(values: Mapping[str, Any], kind: type[Settings]) -> dict[str, str]:
+    """The keys that the settings do not have, and what is said of each, with the nearest that they have."""
+    known = dict(_sections(kind))
+    problems: dict[str, str] = {}
+
+    def look(section: Mapping[str, Any], before: str) -> None:
+        for key, value in section.items():
+            name = before + key
+            if key not in known[before]:
+                problems[name] = f"unknown key {name!r}{_hint(key, before, known)}"
+            elif isinstance(value, Mapping) and f"{name}." in known:
+                look(value, f"{name}.")
+
+    look(values, "")
+    return problems
+
+
+def _sections(kind: type[Settings], before: str = "") -> Iterator[tuple[str, list[str]]]:
+    """The keys of the settings and of each section in them, whose name ends in a dot."""
+    yield before, list(kind.model_fields)
+    for key, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from _sections(field.annotation, f"{before}{key}.")
+
+
+def _hint(key: str, before: str, known: Mapping[str, list[str]]) -> str:
+    elsewhere = [f"{section}{key}" for section, keys in known.items() if key in keys]
+    if elsewhere:
+        return f" (did you mean {elsewhere[0]!r}?)"
+    return did_you_mean(key, [*known[before], *([] if before else [EXTENDS])])
