@@ -2,7 +2,7 @@
 nearest known one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin
@@ -45,9 +45,30 @@ class Settings(BaseModel):
             places: dict[tuple[type[BaseModel], tuple[Any, ...]], list[Any]] = {}
             for problem in error.errors():
                 places.setdefault(_located(cls, problem["loc"]), []).append(problem)
-            problems = [_explain(*place, found) for place, found in places.items()]
+            problems = [_explain(cls, *place, found) for place, found in places.items()]
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             raise ValueError(f"{where}: " + "; ".join(problems[:_NAMED]) + more) from None
+
+    @classmethod
+    def unknown_keys(cls, values: Mapping[str, Any], *, also: Sequence[str] = ()) -> dict[str, str]:
+        """The keys of a mapping, as a user writes them, that these settings do not have, and what to say of
+        each. Values are not looked at, and keys may be missing. `also`: names to suggest besides.
+        """
+        try:
+            cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = [problem for problem in error.errors() if problem["type"] == "extra_forbidden"]
+            places = [_located(cls, problem["loc"]) for problem in problems]
+            return {_dotted(place): _unknown_key(cls, section, place, also) for section, place in places}
+        return {}
+
+    @classmethod
+    def sections(cls, before: str = "") -> Iterator[tuple[str, list[str]]]:
+        """The keys of these settings and of each section in them, whose name ends in a dot."""
+        yield before, list(cls.model_fields)
+        for key, field in cls.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                yield from field.annotation.sections(f"{before}{key}.")
 
     @classmethod
     def read_file(cls, path: Path) -> Self:
@@ -69,17 +90,35 @@ def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[Ba
     return model, location
 
 
-def _explain(section: type[BaseModel], location: tuple[Any, ...], problems: list[Any]) -> str:
+def _explain(
+    model: type[Settings], section: type[BaseModel], location: tuple[Any, ...], problems: list[Any]
+) -> str:
     """What is wrong at one place: one problem, or one with each type that a field may have."""
-    name, first = ".".join(map(str, location)), problems[0]
+    name, first = _dotted(location), problems[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {name!r}{did_you_mean(str(location[-1]), section.model_fields)}"
+        return _unknown_key(model, section, location)
     messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
     message = " or ".join([messages[0], *(text.removeprefix("Input should be ") for text in messages[1:])])
     # What contradicts itself in a section is in the message; the whole section would bury it.
     silent = first["type"] == "missing" or isinstance(first["input"], Mapping)
     got = "" if silent else f", got {shown(first['input'])}"
     return f"{name}: {message}{got}" if name else message
+
+
+def _unknown_key(
+    model: type[Settings], section: type[BaseModel], location: tuple[Any, ...], also: Sequence[str] = ()
+) -> str:
+    """A key that is unknown, with the section of the model that has it, or the nearest of its own section."""
+    key = str(location[-1])
+    elsewhere = next((f"{before}{key}" for before, keys in model.sections() if key in keys), None)
+    if elsewhere is not None:
+        return f"unknown key {_dotted(location)!r} (did you mean {elsewhere!r}?)"
+    known = [*section.model_fields, *([] if location[:-1] else also)]
+    return f"unknown key {_dotted(location)!r}{did_you_mean(key, known)}"
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(map(str, location))
 
 
 def shown(value: Any) -> str:  # noqa: ANN401 (whatever is given)

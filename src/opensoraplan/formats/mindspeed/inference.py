@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
+from opensoraplan.changes import apply_changes
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.defaults import Fps
-from opensoraplan.documents import DocumentError, parse_json, read_json_object
+from opensoraplan.documents import read_json_object
 from opensoraplan.formats.mindspeed.inference_mm import is_mindspeed_mm, to_guide
 from opensoraplan.models import original
-from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,7 @@ def read_inference(path: Path, *, changes: Sequence[str] = ()) -> Inference:
 
     Raises ValueError for unknown keys, and for values that v1.5.0 does not have.
     """
-    content = read_json_object(path, comments=True)
-    for change in changes:
-        _apply(change, content)
+    content = apply_changes(read_json_object(path, comments=True), changes)
     if of_mindspeed_mm := is_mindspeed_mm(content):
         content, idle = to_guide(content, where=str(path))
         logger.info("%s is MindSpeed-MM's own inference file, not the guide's", path)
@@ -208,24 +206,4 @@ def read_selection(path: Path | None, *, changes: Sequence[str] = ()) -> Selecti
         values = {key: value for key, value in section.items() if key not in NOT_OF_SELECTION}
         if isinstance(most := values.get("max_hxw"), int) and "min_hxw" not in values:
             values["min_hxw"] = most // 4  # as in the original
-    for change in changes:
-        _apply(change, values)
-    return SelectionSettings.read(values, where=where)
-
-
-def _apply(change: str, content: dict[str, Any]) -> None:
-    """Put one "section.key=value" into `content`; the value is JSON, or else text."""
-    name, equals, text = change.partition("=")
-    *sections, key = name.split(".")
-    if not equals or not key:
-        raise ValueError(f"a change is written section.key=value, got {change!r}")
-    for section in sections:
-        known = [name for name, inner in content.items() if isinstance(inner, dict)]
-        if section not in known:
-            hint = did_you_mean(section, known) or f"; there are {', '.join(known) or 'none'}"
-            raise ValueError(f"{change!r}: there is no section {section!r}{hint}")
-        content = content[section]
-    try:
-        content[key] = parse_json(text, where=change)
-    except DocumentError:
-        content[key] = text
+    return SelectionSettings.read(apply_changes(values, changes, kind=SelectionSettings), where=where)

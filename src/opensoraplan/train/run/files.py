@@ -3,7 +3,6 @@ guide's pair of JSON files, and changes of single values; and comparing two runs
 config.py, the guide's keys are in guide_json.py.
 """
 
-import datetime
 import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opensoraplan.changes import apply_changes, merge, replace_nothing
 from opensoraplan.data.selection import SelectionSettings
-from opensoraplan.documents import DocumentError, parse_toml, read_json_object, read_toml
+from opensoraplan.documents import read_json_object, read_toml
 from opensoraplan.formats.mindspeed.training import launch_defaults, read_guide
-from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
 
@@ -23,8 +22,6 @@ logger = logging.getLogger(__name__)
 Run = TypeVar("Run", bound=Settings)
 
 EXTENDS = "extends"
-# What stands for no value, which TOML cannot write otherwise.
-NOTHING = ("none", "null")
 # Sections that only the guide's files have.
 OF_THE_GUIDE = ("predictor", "dataset_param", "dataloader_param")
 
@@ -102,11 +99,11 @@ def read_run(
     where = f"{model_json} and {data_json}"
     if path is not None:
         over, names = _read_file(path, kind=TrainSettings)
-        values = _merged(values, over)
+        values = merge(values, over)
         where = f"{where} and {names}"
-    values = _changed(values, changes, kind=TrainSettings)
+    values = apply_changes(values, changes, kind=TrainSettings)
     defaults, note = launch_defaults(values)
-    values = _merged(defaults, values)
+    values = merge(defaults, values)
     logger.info("%s", note)
     data = values.get("data")
     if isinstance(data, dict) and data.get("features") is None and data.get("manifest") is None:
@@ -120,21 +117,21 @@ def read_run(
 
 def read_settings(kind: type[Run], path: Path, *, changes: Sequence[str] = ()) -> Run:
     """The settings of this kind that a .toml or .json file has, and the file that it `extends`, with
-    `changes` as "section.key=value": the value is TOML, or else text. "none" is no value.
+    `changes` as "section.key=value" (see changes.py).
     """
     values, where = _read_file(path, kind=kind)
-    return kind.read(_changed(values, changes, kind=kind), where=_with_changes(where, changes))
+    return kind.read(apply_changes(values, changes, kind=kind), where=_with_changes(where, changes))
 
 
 def is_vae_run(config: Path) -> bool:
     """Whether a run's config.json is that of `osp train-vae`."""
     values = _load(config)
-    return bool(_unknown(values, TrainSettings)) and not _unknown(values, VAETrainSettings)
+    return bool(TrainSettings.unknown_keys(values)) and not VAETrainSettings.unknown_keys(values)
 
 
 def nearest_key(name: str, *kinds: type[Settings]) -> str | None:
     """The setting, with its section, that is called `name` or nearly so: "optimizer.lr" for "lr"."""
-    keys = [f"{section}{key}" for kind in kinds for section, keys in _sections(kind) for key in keys]
+    keys = [f"{section}{key}" for kind in kinds for section, keys in kind.sections() for key in keys]
     last = {key.rpartition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
     near = difflib.get_close_matches(name, last, n=1, cutoff=0.8)
     return last[near[0]] if near else None
@@ -193,9 +190,9 @@ def _read_file(path: Path, *, kind: type[Settings], chain: Sequence[Path] = ()) 
     """
     content = _load(path)
     base = content.pop(EXTENDS, None)
-    if problems := _unknown(content, kind):
+    if problems := kind.unknown_keys(content, also=[EXTENDS]):
         for other, name in KINDS.items():
-            if not _unknown(content, other):
+            if not other.unknown_keys(content):
                 raise ValueError(f"{path} has {', '.join(problems)}: settings of {name}")
         raise ValueError(f"{path}: " + "; ".join(problems.values()))
     if base is None:
@@ -210,7 +207,7 @@ def _read_file(path: Path, *, kind: type[Settings], chain: Sequence[Path] = ()) 
     if not found.is_file():
         raise ValueError(f"{path} {EXTENDS} {base}, but {found} does not exist")
     values, names = _read_file(found, kind=kind, chain=chain)
-    return _merged(values, content), f"{path} over {names}"
+    return merge(values, content), f"{path} over {names}"
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -224,7 +221,7 @@ def _load(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         content = _given(read_json_object(path, comments=True))
     else:
-        content = _with_nothing(read_toml(path))
+        content = replace_nothing(read_toml(path))
     if any(key in content for key in OF_THE_GUIDE):
         raise ValueError(f"{path} is one of the guide's two files: give them as --model and --data")
     return content
@@ -250,85 +247,5 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "data": data}
 
 
-def _with_nothing(values: Mapping[str, Any]) -> dict[str, Any]:
-    """None where "none" is written, as deep as tables go."""
-    return {
-        key: _with_nothing(value) if isinstance(value, dict) else None if _is_nothing(value) else value
-        for key, value in values.items()
-    }
-
-
-def _is_nothing(value: object) -> bool:
-    return isinstance(value, str) and value.lower() in NOTHING
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables key by key, anything else as `over` has it."""
-    values = dict(base)
-    for key, value in over.items():
-        below = values.get(key)
-        values[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return values
-
-
 def _with_changes(where: str, changes: Sequence[str]) -> str:
     return " with ".join([where, *([" ".join(changes)] if changes else [])])
-
-
-def _changed(values: dict[str, Any], changes: Sequence[str], *, kind: type[Settings]) -> dict[str, Any]:
-    for change in changes:
-        name, equals, text = change.partition("=")
-        keys = name.strip().split(".")
-        if not equals or not all(keys):
-            raise ValueError(f"a change is written section.key=value, got {change!r}")
-        if not text.strip():
-            raise ValueError(f'{change!r} has no value: write none for nothing, "" for empty text')
-        nested: Any = _value(text.strip())
-        for key in reversed(keys):
-            nested = {key: nested}
-        if problems := _unknown(nested, kind):
-            raise ValueError(f"{change!r}: " + "; ".join(problems.values()))
-        values = _merged(values, nested)
-    return values
-
-
-def _value(text: str) -> Any:  # noqa: ANN401 (a TOML value)
-    """A value as TOML has it; what is not TOML, such as a path, is text. So is a date."""
-    try:
-        content = _with_nothing(parse_toml(f"value = {text}", where=text))
-    except DocumentError:
-        return None if _is_nothing(text) else text
-    value = content["value"]
-    return text if len(content) > 1 or isinstance(value, datetime.date | datetime.time) else value
-
-
-def _unknown(values: Mapping[str, Any], kind: type[Settings]) -> dict[str, str]:
-    """The keys that the settings do not have, and what is said of each, with the nearest that they have."""
-    known = dict(_sections(kind))
-    problems: dict[str, str] = {}
-
-    def look(section: Mapping[str, Any], before: str) -> None:
-        for key, value in section.items():
-            name = before + key
-            if key not in known[before]:
-                problems[name] = f"unknown key {name!r}{_hint(key, before, known)}"
-            elif isinstance(value, Mapping) and f"{name}." in known:
-                look(value, f"{name}.")
-
-    look(values, "")
-    return problems
-
-
-def _sections(kind: type[Settings], before: str = "") -> Iterator[tuple[str, list[str]]]:
-    """The keys of the settings and of each section in them, whose name ends in a dot."""
-    yield before, list(kind.model_fields)
-    for key, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            yield from _sections(field.annotation, f"{before}{key}.")
-
-
-def _hint(key: str, before: str, known: Mapping[str, list[str]]) -> str:
-    elsewhere = [f"{section}{key}" for section, keys in known.items() if key in keys]
-    if elsewhere:
-        return f" (did you mean {elsewhere[0]!r}?)"
-    return did_you_mean(key, [*known[before], *([] if before else [EXTENDS])])
