@@ -11,6 +11,7 @@ from opensoraplan.data.buckets import BucketSampler, Draw, Shape
 IMAGE, SHORT, LONG = (1, 32, 32), (9, 32, 32), (17, 32, 48)
 # 13, 10 and 25 samples; mixed up, and with 8 to a batch 1 + 1 + 3 steps and a remainder of each.
 SHAPES: list[Shape] = [(IMAGE, SHORT, LONG, LONG)[i * 7 % 4] for i in range(40)] + [IMAGE] * 3 + [LONG] * 5
+STEPS = 5  # of an epoch
 
 
 def sampler(*, global_batch: int = 8, seed: int = 0) -> BucketSampler:
@@ -18,14 +19,14 @@ def sampler(*, global_batch: int = 8, seed: int = 0) -> BucketSampler:
 
 
 def epoch_of(one: BucketSampler, epoch: int) -> list[Draw]:
-    steps = range(epoch * one.steps_per_epoch, (epoch + 1) * one.steps_per_epoch)
+    steps = range(epoch * STEPS, (epoch + 1) * STEPS)
     return [draw for step in steps for draw in one.global_batch(step)]
 
 
 def test_an_epoch_has_what_it_promises() -> None:
     one = sampler()
     assert Counter(SHAPES) == {IMAGE: 13, SHORT: 10, LONG: 25}
-    assert one.steps_per_epoch == 5
+    assert [one.epoch_of(step) for step in (STEPS - 1, STEPS)] == [0, 1]
     assert one.dropped_per_epoch == {IMAGE: 5, SHORT: 2, LONG: 1}
     left_out = set()
     for epoch in range(6):

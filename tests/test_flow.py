@@ -47,14 +47,6 @@ def test_adams_is_exact_where_the_velocity_is_linear() -> None:
     torch.testing.assert_close(step, between)
 
 
-def test_masked_loss_counts_valid_cells_only() -> None:
-    prediction, target = torch.randn(2, 1, 4, 2, 4, 4)
-    mask = torch.zeros(1, 2, 4, 4)
-    mask[:, 0] = 1
-    expected = flow.velocity_loss(prediction[:, :, :1], target[:, :, :1])
-    torch.testing.assert_close(flow.velocity_loss(prediction, target, mask), expected)
-
-
 def test_no_guidance_is_the_conditional_velocity() -> None:
     uncond, cond = torch.randn(2, 2, 4, 1, 2, 2)
     torch.testing.assert_close(flow.guide(uncond, cond, 1.0, 0.7), cond)

@@ -94,17 +94,6 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def velocity_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error in fp32 of [B, C, T, H, W], over the cells where mask [B, T, H, W] is not 0.
-    Scalar.
-    """
-    error = (prediction.float() - target.float()) ** 2
-    if mask is None:
-        return error.mean()
-    mask = mask.unsqueeze(1).to(error.dtype).expand_as(error)
-    return (error * mask).sum() / mask.sum()
-
-
 def guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance of two velocities [B, ...], with the rescale of arXiv 2305.08891.
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,10 +61,10 @@ def test_training_step(case: Case, recompute: dict[str, int]) -> None:
     model.train().set_recompute(**recompute)
     output = model(outputs["train.noised"], **conditions).sample
     target = flow.velocity_target(inputs["hidden_states"], inputs["noise"])
-    loss = flow.velocity_loss(output, target, inputs["attention_mask"])
+    valid = inputs["attention_mask"].unsqueeze(1)
+    loss = F.mse_loss(output, target, weight=valid.to(target.dtype).expand_as(target))
     loss.backward()
 
-    valid = inputs["attention_mask"].unsqueeze(1)
     assert relative(output * valid, outputs["train.output"] * valid) < TOLERANCE
     assert relative(loss, outputs["train.loss"][0]) < TOLERANCE
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()

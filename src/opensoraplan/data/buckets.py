@@ -68,10 +68,6 @@ class BucketSampler:
         self._batches: NDArray[np.int64] = np.empty((0, global_batch), np.int64)
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self._steps
-
-    @property
     def size(self) -> int:
         """How many samples a step has."""
         return self._size
