@@ -448,6 +448,8 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     page = runpy.run_path(str(docs / "make_settings.py"))["page"]()
     assert (docs / "settings.md").read_text(encoding="utf-8") == page, "run python docs/make_settings.py"
     assert "| `accumulate` | `1` | whole number >= 1, <= 1e+06 |" in page
+    keys = [row for row in page.splitlines() if row.startswith("| `")]
+    assert [row for row in keys if row.endswith("|  |")] == []  # each has a description
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

@@ -62,46 +62,52 @@ _SENTENCES: Mapping[Reason, str] = {
 
 
 class SelectionSettings(Settings):
-    """What to train on. Names as in the guide's `preprocess_parameters`; the defaults are its data.json."""
+    """Which clips to train on, at which size. Names and defaults are those of the guide's data.json."""
 
     num_frames: int = Field(default=121, ge=1, le=2**16)
-    """Most frames of a sample; longer clips give a random window of that many."""
+    """Most frames of a sample, 8k + 1. Longer clips give a random window of this many frames."""
     frame_interval: Literal[1] = 1
-    """The original has the key; frames are thinned by train_fps instead."""
+    """Kept for the original's files, must be 1. `train_fps` reduces the frame rate."""
     train_fps: float = Field(default=24, gt=0, le=1000)
-    """Clips of a higher rate are thinned to it, those of a lower one dropped."""
+    """Frame rate to train at. Faster clips are reduced to it, slower ones dropped."""
     speed_factor: float = Field(default=1.0, ge=1, le=1000)
-    """How much faster a long clip may be played to show more of it."""
+    """Most that a long clip may be sped up to show more of it. 1 is real time."""
     too_long_factor: float = Field(default=5.0, ge=1, le=10**6)
-    """Clips of more than that many times num_frames are dropped."""
+    """Clips longer than this many times `num_frames` are dropped. Raise it to keep long clips."""
     drop_short_ratio: float = Field(default=1.0, ge=0, le=1)
-    """Probability that a clip shorter than num_frames is dropped."""
+    """Probability of dropping a clip shorter than `num_frames`. 0 keeps them all."""
     min_num_frames: int = Field(default=29, ge=1, le=2**16)
-    """Fewest frames of a sample that is not an image."""
+    """Fewest frames of a video sample. Images always have 1."""
     max_height: int = Field(default=576, ge=1, le=2**16)
-    """With force_resolution, the height of every sample."""
+    """Height of every sample, with `force_resolution`. Otherwise part of the default of `max_hxw`."""
     max_width: int = Field(default=1024, ge=1, le=2**16)
-    """With force_resolution, the width of every sample."""
+    """Width of every sample, with `force_resolution`. Otherwise part of the default of `max_hxw`."""
     max_hxw: int | None = Field(default=None, ge=1, le=2**32)
-    """Without force_resolution, most pixels of a frame; None is max_height * max_width."""
+    """Most pixels of a frame, without `force_resolution`; None is max_height * max_width."""
     min_hxw: int | None = Field(default=None, ge=1, le=2**32)
     """Fewest pixels of a frame, before and after scaling; None is max_height * max_width with
-    force_resolution, else no limit.
+    `force_resolution`, else no limit. Lower it to keep small clips.
     """
     force_resolution: bool = True
-    """One size, max_height x max_width, for all."""
+    """Scale and crop all clips to max_height x max_width. Switch it off to keep aspect ratios."""
     force_5_ratio: bool = False
-    """Sizes of the five ratios 9:16, 3:4, 1:1, 4:3 and 16:9."""
+    """Scale and crop each clip to the nearest of the ratios 9:16, 3:4, 1:1, 4:3 and 16:9."""
     max_h_div_w_ratio: float = Field(default=1.0, gt=0, le=1000)
+    """Largest height / width of a clip; others are dropped. Raise it to keep portrait clips."""
     min_h_div_w_ratio: float = Field(default=0.42, gt=0, le=1000)
+    """Smallest height / width of a clip; others are dropped. Lower it to keep very wide clips."""
     hw_stride: int = Field(default=SIDE_MULTIPLE, ge=1, le=2**16)
-    """Sides are multiples of it; without force_resolution frames are scaled first and then cut to it."""
+    """Sides of samples are multiples of this. Without `force_resolution`, frames are scaled, then cropped."""
     ae_stride_t: int = Field(default=TEMPORAL_STRIDE, ge=1, le=2**16)
-    """Frames are 1 + a multiple of it."""
+    """Frames of samples are 1 + a multiple of this, which is the VAE's temporal stride."""
     sequence_parallel: int = Field(default=1, ge=1, le=2**16)
-    """Latent frames of a video are a multiple of it."""
+    """Latent frames of a video are a multiple of this. Kept for the original's files; `parallel.sp` needs no
+    change of it.
+    """
     min_batches: int = Field(default=4, ge=1, le=10**6)
-    """Shapes that fill fewer global batches are dropped; if all do, those that do not fill one."""
+    """Shapes with fewer global batches are dropped; if that drops all, only those with less than one. Lower
+    it for small data sets.
+    """
 
     @property
     def smallest_area(self) -> int:

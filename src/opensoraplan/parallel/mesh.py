@@ -24,14 +24,16 @@ Size = Annotated[int, Field(ge=-1, le=10**6)]
 
 
 class MeshSettings(Settings):
-    """Sizes of the mesh's dimensions; one of them may be -1, which is then what the number of processes
-    leaves.
-    """
+    """Sizes of the mesh's dimensions. One of them may be -1, which means all remaining processes."""
 
     dp_replicate: Size = 1
+    """Groups of processes that each hold all weights (HSDP). Raise it if FSDP over all machines is slow."""
     dp_shard: Size = -1
+    """Processes that share weights, gradients and optimizer state (FSDP), each with its own samples."""
     sp: Size = 1
+    """Processes that share the tokens of a sample (Ulysses). Raise it if long videos do not fit."""
     tp: Size = 1
+    """Processes that share every layer of a sample. Raise it, within a machine, if `sp` is not enough."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -54,22 +54,29 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSettings(Settings):
-    """The denoiser. `pretrained`: a checkpoint of any dialect to go on from; `config`: constructor arguments
-    of SparseUMMDiT, for a new model or for a checkpoint without config; `init`: how a new model starts:
-    "adaln_zero" (every block as the identity, arXiv 2212.09748) or "original" (as Open-Sora Plan v1.5.0:
-    normal(0, 0.02), nothing zero but the skip connections). `sparse_n`: Skiparse rates instead of the
-    config's (all 1: dense). `compute` is the precision of the forward and backward pass, `master` that of
-    the weights which the optimizer changes. `attention`: the implementation, one of diffusers' backends, such
-    as "flash" (None: torch's own); some take no mask, which captions of several lengths in a batch need.
-    """
+    """The denoiser: where its weights come from, and the precision of training."""
 
     pretrained: ModelPath | None = None
+    """Checkpoint of any format to start from, or "builtin". Leave it out to train a new model."""
     config: dict[str, object] | None = None
+    """Constructor arguments of SparseUMMDiT, for a new model or for a checkpoint without a config."""
     init: Initialisation = "adaln_zero"
+    """How a new model starts. "adaln_zero": every block is the identity (arXiv 2212.09748). "original": as
+    Open-Sora Plan v1.5.0 does, normal(0, 0.02) with only the skip connections at zero.
+    """
     sparse_n: tuple[Positive, ...] | None = None
+    """Skiparse rate of each stage, instead of the config's. All 1 is dense. Weights do not depend on it, so
+    train dense first and sparse later.
+    """
     compute: Precision = "bf16"
+    """Precision of the forward and backward pass. Use "fp32" on CPUs without bf16 instructions."""
     master: Precision = "fp32"
+    """Precision of the weights that the optimizer updates. "bf16" saves memory, but small updates are lost.
+    """
     attention: str | None = None
+    """Attention backend of diffusers, such as "flash"; None is torch's own. Some backends take no mask, which
+    batches of captions of several lengths need.
+    """
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -83,63 +90,84 @@ class ModelSettings(Settings):
 
 
 class VAESettings(Settings):
-    """The frozen VAE. `config` for a checkpoint without one. `chunk`: how many latent frames, each of 8
-    frames, are encoded or decoded at a time; fewer need less memory and give the same result up to rounding.
-    """
+    """The frozen VAE that encodes clips and decodes sample videos."""
 
     pretrained: ModelPath | None = None
+    """VAE checkpoint, model folder or "builtin". Needed unless the run trains on `data.features`."""
     config: dict[str, object] | None = None
+    """Constructor arguments of WFVAE, for a checkpoint without a config."""
     compute: Precision = "fp32"
+    """Precision of encoding and decoding. "bf16" is faster and slightly less exact."""
     chunk: Side = 4
+    """Latent frames, of 8 frames each, that are encoded or decoded at a time. Fewer need less memory and give
+    the same result up to rounding.
+    """
 
 
 class TextSettings(Settings):
-    """The frozen text encoders: folders of a T5 encoder and a CLIP text model with projection, and of their
-    tokenizers (None: in the encoder's folder). `clean` captions as the original does, which removes Chinese
-    characters unless `keep_chinese` is on.
-    """
+    """The frozen text encoders and how captions are prepared for them."""
 
     t5: ModelPath | None = None
+    """Folder of the T5 encoder, a model folder or "builtin". Needed unless the run trains on `data.features`.
+    """
     clip: ModelPath | None = None
+    """Folder of the CLIP text model with projection, a model folder or "builtin". Needed as `t5` is."""
     t5_tokenizer: ModelPath | None = None
+    """Folder of T5's tokenizer, if it is not in the encoder's folder."""
     clip_tokenizer: ModelPath | None = None
+    """Folder of CLIP's tokenizer, if it is not in the encoder's folder."""
     max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
+    """Most T5 tokens of a caption; longer captions are cut. Lower it to save memory if captions are short."""
     clean: bool = True
+    """Clean captions as the original does. Switch it off for captions with identifiers or markup to keep."""
     keep_chinese: bool = False
+    """Keep Chinese characters when cleaning. The original removes them."""
     compute: Precision = "bf16"
+    """Precision of the text encoders. Use "fp32" on CPUs without bf16 instructions."""
 
 
 class ClipSourceSettings(Settings):
-    """Where clips come from. `manifest`: anything that `osp data check` reads. `batch_size` is that of a
-    micro-batch in the processes that share samples. `new_windows`: draw another window of a long clip each
-    epoch. `max_bad_files`: how many unreadable files are replaced by others before the run stops.
-    `other_clips`: a run may be resumed with other clips than it was begun with, since some are gone or have
-    come; its steps then have other ones than they would have had.
-    """
+    """Where clips come from and how they are read."""
 
     manifest: Path | None = None
+    """Folder or manifest of clips: anything that `osp data check` reads."""
     root: Path | None = None
+    """Folder that the manifest's relative paths start from, if it is not the manifest's own."""
     selection: SelectionSettings = SelectionSettings()
     batch_size: Samples = 1
+    """Samples of a micro-batch, in each group of processes that share samples. Raise it until memory is full.
+    """
     new_windows: bool = True
+    """Draw another window of a long clip in each epoch. Switch it off to train on the windows that
+    `osp cache` encodes.
+    """
     reader: Reader = "pyav"
+    """Library that decodes videos. "decord" and "torchcodec" have to be installed."""
     workers: Workers = 4
+    """Processes of each rank that decode clips. Raise it if `data_wait` in metrics.jsonl is more than
+    a few percent.
+    """
     max_bad_files: Count = 20
+    """Unreadable files that are replaced by other clips before the run stops."""
     other_clips: bool = False
+    """Allow resuming with other clips than the run began with, if some are gone or new. The losses then
+    differ from those of an undisturbed run.
+    """
 
 
 class DataSettings(ClipSourceSettings):
-    """What a denoiser is trained on: clips of `manifest`, or `features` of them, a folder that `osp cache`
-    wrote (it has one window of each clip). `caption_dropout`: how often the caption is the empty one.
-    `use_aesthetic`: captions of clips with a very low or high aesthetic score say so.
-    `repeat`: how many times more an epoch has clips with a caption in which a regular expression is found;
-    for several of them these add up.
-    """
+    """What the denoiser is trained on: clips, or their features."""
 
     features: Path | None = None
+    """Folder written by `osp cache`, to train on instead of clips. It has one window of each clip."""
     repeat: dict[Expression, Repeats] = Field(default={})
+    """Regular expressions and how many more times an epoch has the clips whose captions match. Counts of
+    several matches add up.
+    """
     caption_dropout: Fraction = 0.1
+    """Fraction of captions that are replaced by the empty one, which guidance needs."""
     use_aesthetic: bool = False
+    """Add a sentence on quality to captions of clips with a very low or very high aesthetic score."""
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -149,30 +177,46 @@ class DataSettings(ClipSourceSettings):
 
 
 class FlowSettings(Settings):
-    """How sigmas are drawn and losses weighted. `shift`: "dynamic" (by the frame's tokens) or a number."""
+    """How sigmas are drawn and losses weighted."""
 
     weighting: Weighting = "logit_normal"
+    """Distribution of sigmas and weight of their losses. "logit_normal", the original's, draws
+    mostly medium noise.
+    """
     shift: Literal["dynamic"] | Shift = "dynamic"
+    """Timestep shift: higher values train more on high noise. "dynamic" computes it from the number of tokens
+    of a frame.
+    """
 
 
 class OptimizerSettings(Settings):
-    """AdamW. `steps` of `accumulate` batches each; the learning rate rises over `warmup_steps`, then stays or
-    falls on a cosine to `final_lr`.
-
-    `ema_decay` None: no EMA of the weights; `ema_device` "cpu" keeps it out of the accelerator's memory.
-    """
+    """AdamW, its learning rate and the EMA of the weights."""
 
     steps: Positive = 1000
+    """Optimizer steps of the whole run."""
     accumulate: Samples = 1
+    """Micro-batches per step (gradient accumulation). Raise it for a larger global batch without more memory.
+    """
     lr: LearningRate = 1e-5
+    """Learning rate after the warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """"constant", or "cosine", which falls to `final_lr` at the last step."""
     warmup_steps: Count = 0
+    """Steps in which the learning rate rises from 0 to `lr`."""
     final_lr: Fraction = 0.0
+    """Learning rate at the end of the cosine."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moments."""
     eps: Epsilon = 1e-15
+    """AdamW's epsilon. The default is the original's."""
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 1e-4
+    """AdamW's decoupled weight decay."""
     ema_decay: Decay | None = 0.9999
+    """Decay of the EMA of the weights per step; None is no EMA. Lower it for short runs: 0.9999 averages
+    about 10,000 steps.
+    """
     ema_device: Literal["same", "cpu"] = "same"
+    """Where the EMA is kept. "cpu" saves 4 bytes per parameter on the accelerator."""
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -184,27 +228,33 @@ class OptimizerSettings(Settings):
 
 
 class GradientClipSettings(Settings):
-    """Gradients clipped at mean + 3 sigma of the norms so far, as in the original (`ema_decay`: of both).
-    `outlier` is what happens to a step whose norm is not finite or beyond max(mean + 5 sigma, 5). "skip"
-    leaves the step out and, after `patience` such steps in a row, goes back to the last checkpoint that was
-    made before them.
-    """
+    """Adaptive gradient clipping at mean + 3 sigma of past gradient norms, as in the original."""
 
     ema_decay: Decay = 0.99
+    """Decay of the averages of the norm and its variance. Higher values follow changes more slowly."""
     outlier: Outlier = "skip"
+    """What happens to a step whose norm is not finite or above max(mean + 5 sigma, 5). "skip": leave it out.
+    "clip": scale it down. "stop": stop the run, as the original does.
+    """
     patience: Positive = 5
+    """With "skip": after so many outliers in a row, go back to the last checkpoint before them."""
 
 
 class MemorySettings(Settings):
-    """What is computed again in the backward pass instead of kept: whole `recompute_blocks`, or only the
-    feed-forwards of the first `recompute_feed_forwards` blocks. `keep_attention`: of the former, what
-    attention gives is kept, which takes much of the time. `compile`: torch.compile of each block.
-    """
+    """What trades memory for time."""
 
     recompute_blocks: Count = 0
+    """Number of blocks that are recomputed in the backward pass instead of keeping their activations. Raise
+    it if memory is full; all blocks cost about a third more time.
+    """
     recompute_feed_forwards: Count = 0
+    """Number of blocks of which only the feed-forward is recomputed. Saves less memory than
+    `recompute_blocks`, and costs less time.
+    """
     keep_attention: bool = False
+    """Keep the output of attention in recomputed blocks: more memory, less time."""
     compile: bool = False
+    """Compile each block with torch.compile. The first step takes minutes, later ones less time."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -219,50 +269,67 @@ class MemorySettings(Settings):
 
 
 class ParallelSettings(MeshSettings):
-    """How several processes, started by torchrun or `osp launch`, are arranged.
-
-    `cpu_offload` keeps shards, gradients and optimizer state in host memory. `encoder_dp`: processes that
-    work on the same sample encode different ones in turn, instead of the first all. `timeout_s`: how long a
-    process waits for the others, also for them to write a checkpoint, before it takes the job down.
-    """
+    """How several processes, started by torchrun or `osp launch`, are arranged."""
 
     cpu_offload: bool = False
+    """Keep weight shards, gradients and optimizer state in host memory. Needs two processes at least. Slow.
+    """
     encoder_dp: bool = True
+    """Processes of one sample take turns in encoding clips and captions. Switched off, the first of
+    them encodes all.
+    """
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600
+    """Seconds that a process waits for the others, also for a checkpoint, before the job is stopped. Raise it
+    for slow disks.
+    """
 
 
 class LogSettings(Settings):
-    """A line of metrics.jsonl every `every` steps, and the same to TensorBoard or wandb if wanted.
-
-    `peak_tflops` (osp train) of the device in the model's precision, for MFU; None: measured at the start.
-    """
+    """What is logged besides the terminal."""
 
     every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
+    """Also write TensorBoard files. Needs the extra `tensorboard`."""
     wandb_project: str | None = None
+    """Project of Weights & Biases to log to, too. Needs the extra `wandb`."""
     peak_tflops: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """TFLOP/s of the device in the model's precision, for the MFU of `osp train`; None measures it
+    at the start.
+    """
 
 
 class ValidationSettings(Settings):
-    """Every `every` steps (0: never) the EMA's loss on `samples` held-out clips of `manifest` (with `root`,
-    as in `data`) or `features`, at fixed sigmas and noise, and a video of each of `prompts` (`frames` x
-    `height` x `width`), or one of both.
-    """
+    """Held-out losses of the EMA weights, at fixed sigmas and noise, and sample videos."""
 
     every: Count = 0
+    """Steps between validations; 0 is never."""
     manifest: Path | None = None
+    """Folder or manifest of held-out clips."""
     root: Path | None = None
+    """Folder that the manifest's relative paths start from, as in `data`."""
     features: Path | None = None
+    """Folder of held-out features from `osp cache`, instead of `manifest`."""
     samples: Positive = 16
+    """Number of held-out clips."""
     sigmas: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.2, 0.5, 0.8)
+    """Noise levels at which the loss is measured."""
     prompts: tuple[str, ...] = ()
+    """Prompts of the sample videos; none if empty."""
     frames: Side = 33
+    """Number of frames of a sample video, 8k + 1."""
     height: Side = 288
+    """Height of a sample video in pixels, a multiple of 16."""
     width: Side = 512
+    """Width of a sample video in pixels, a multiple of 16."""
     sampling_steps: Annotated[int, Field(ge=1, le=10**4)] = 50
+    """Denoising steps of a sample video. Lower it to spend less time on samples."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 8.0
+    """Classifier-free guidance scale of the sample videos."""
     shift: Shift | None = None
+    """Timestep shift of the sample videos; None is the model's."""
     fps: Fps = 24.0
+    """Frames per second of the sample videos' files."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -282,22 +349,29 @@ class ValidationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """A checkpoint every `every` steps and at the end; the newest `keep` stay, and every `keep_every`th."""
+    """When checkpoints are saved, and which are kept. The last step always has one."""
 
     every: Positive = 500
+    """Steps between checkpoints, which is the most that a crash can cost."""
     keep: Positive = 2
+    """Number of the newest checkpoints that are kept."""
     keep_every: Positive | None = None
+    """Also keep each checkpoint whose step is a multiple of this; None keeps only the newest."""
 
 
 class TrainSettings(Settings):
-    """A whole run of `osp train`; `output` is its folder. `device` None: the best there is. `allow_tf32`: run
-    fp32 matrix products and convolutions in TF32 on CUDA (None: torch's own default).
-    """
+    """A whole run of `osp train`."""
 
     output: Path
+    """Folder of the run: settings, metrics, checkpoints and samples."""
     seed: Seed = 0
+    """Seed of the order of clips, of noise, sigmas and the weights of a new model."""
     device: str | None = None
+    """Device such as "cpu", "cuda" or "npu"; None is the first accelerator there is, else the CPU."""
     allow_tf32: bool | None = None
+    """Run fp32 matrix products and convolutions in TF32 on CUDA, faster and less exact; None is
+    torch's own default.
+    """
     model: ModelSettings
     vae: VAESettings = VAESettings()
     text: TextSettings = TextSettings()
@@ -313,16 +387,18 @@ class TrainSettings(Settings):
 
 
 class VAEModelSettings(Settings):
-    """The VAE to train. `pretrained`: a checkpoint to go on from; `config`: constructor arguments of WFVAE,
-    for a new one or for a checkpoint without config. `freeze_encoder` trains the decoder alone, so that
-    latents, shift and scale stay what they are. `compute` is the precision of convolutions and attention;
-    weights and losses are in fp32.
-    """
+    """The VAE to train. Weights and losses are in fp32."""
 
     pretrained: ModelPath | None = None
+    """Checkpoint of any format to start from, or "builtin". Leave it out to train a new VAE."""
     config: dict[str, object] | None = None
+    """Constructor arguments of WFVAE, for a new VAE or for a checkpoint without a config."""
     freeze_encoder: bool = False
+    """Train the decoder alone. Latents, shift and scale stay as they are, and so do denoisers
+    trained on them.
+    """
     compute: Precision = "fp32"
+    """Precision of convolutions and attention. "bf16" is faster where the device supports it."""
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -334,27 +410,35 @@ class VAEModelSettings(Settings):
 
 
 class VAEClipSettings(ClipSourceSettings):
-    """Clips to train a VAE on, of which random pieces of `frames` x `height` x `width` are cut; `flip`
-    mirrors half of them.
-    """
+    """Random pieces of clips to train a VAE on."""
 
     frames: Side = 25
+    """Frames of a piece, 8k + 1. Train on pieces as long as the clips will be."""
     height: Side = 256
+    """Height of a piece in pixels, a multiple of 8."""
     width: Side = 256
+    """Width of a piece in pixels, a multiple of 8."""
     flip: bool = True
+    """Mirror half of the pieces. Switch it off if text or left and right matter."""
 
 
 class VAELossSettings(Settings):
-    """Weights beside the L1 loss of the pixels (arXiv 2411.17459). `adversarial_start`: the first step, from
-    1, in which a discriminator takes part, with `adversarial` times the adaptive weight; None: never.
-    """
+    """Weights of the losses besides the L1 loss of the pixels (arXiv 2411.17459)."""
 
     kl: Weight = 1e-6
+    """Weight of the KL term. Higher values give smoother latents and blurrier frames."""
     wavelet: Weight = 0.1
+    """Weight of the L1 loss between wavelet coefficients of encoder and decoder."""
     perceptual: Weight = 0.0
+    """Weight of LPIPS, which gives sharper frames. Needs the extra `lpips` and its weights."""
     adversarial: Weight = 0.5
+    """Weight of the adversarial loss, times the adaptive weight. Needs `adversarial_start`."""
     adversarial_start: Count | None = None
+    """First step, counted from 1, in which the discriminator takes part; None is never. Start when PSNR
+    has levelled off.
+    """
     discriminator_lr: LearningRate = 1e-5
+    """Learning rate of the discriminator."""
 
     @model_validator(mode="after")
     def _begun(self) -> Self:
@@ -366,14 +450,16 @@ class VAELossSettings(Settings):
 
 
 class VAEValidationSettings(Settings):
-    """Every `every` steps (0: never) PSNR and SSIM of `samples` whole clips of `manifest` (and `root`, as in
-    `data`).
-    """
+    """PSNR and SSIM of the EMA weights on whole held-out clips."""
 
     every: Count = 0
+    """Steps between validations; 0 is never."""
     manifest: Path | None = None
+    """Folder or manifest of held-out clips."""
     root: Path | None = None
+    """Folder that the manifest's relative paths start from, as in `data`."""
     samples: Positive = 16
+    """Number of held-out clips."""
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -383,26 +469,31 @@ class VAEValidationSettings(Settings):
 
 
 class VAEOptimizerSettings(OptimizerSettings):
-    """As for the denoiser, but for two defaults."""
+    """Two defaults differ from those of the denoiser."""
 
     eps: Epsilon = 1e-8
+    """AdamW's epsilon."""
     ema_decay: Decay | None = 0.999
+    """Decay of the EMA of the weights per step; None is no EMA. 0.999 averages about 1,000 steps."""
 
 
 class VAETrainSettings(Settings):
-    """A whole run of `osp train-vae`. `max_grad_norm` bounds the gradient's norm. `device` and
-    `allow_tf32`: as for `osp train`.
-    """
+    """A whole run of `osp train-vae`."""
 
     output: Path
+    """Folder of the run: settings, metrics, checkpoints and at the end the VAE."""
     seed: Seed = 0
+    """Seed of the pieces of clips, of noise and the weights of a new VAE."""
     device: str | None = None
+    """As for `osp train`."""
     allow_tf32: bool | None = None
+    """As for `osp train`."""
     model: VAEModelSettings
     data: VAEClipSettings
     loss: VAELossSettings = VAELossSettings()
     optimizer: VAEOptimizerSettings = VAEOptimizerSettings()
     max_grad_norm: Annotated[float, Field(gt=0, le=10**6)] = 1.0
+    """Norm at which gradients are clipped."""
     log: LogSettings = LogSettings()
     validation: VAEValidationSettings = VAEValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
