@@ -30,6 +30,7 @@ from opensoraplan.formats.stored import (
 )
 from opensoraplan.models.original import NESTED, denoiser_name
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.splits import split_dimension
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.settings import shown
 
@@ -353,7 +354,7 @@ def _merge_tensor_parallel(shards: list[Checkpoint], folder: Path) -> dict[str, 
         if any((piece.shape, piece.dtype) != (tensor.shape, tensor.dtype) for piece in pieces):
             kinds = ", ".join(f"{list(piece.shape)} {piece.dtype}" for piece in pieces)
             raise ValueError(f"{folder}: the tensor-parallel ranks do not agree about {name}: {kinds}")
-        dim = keys.split_dimension(name)
+        dim = split_dimension(name)
         if dim is None or dim >= len(tensor.shape):
             merged[name] = _alike(name, pieces, unlike)
         else:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from opensoraplan.claims import claimed
 from opensoraplan.disk import made, named_errors, permit, workplace
-from opensoraplan.formats import keys
 from opensoraplan.formats.checkpoints import SHARD_FILE, TRACKER
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.splits import split_dimension
 from opensoraplan.models.wfvae import WFVAE
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -191,7 +191,7 @@ def _save_pickle(content: object, path: Path) -> None:
 
 
 def _part(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    dim = keys.split_dimension(name)
+    dim = split_dimension(name)
     return tensor if dim is None else tensor.chunk(ranks, dim)[rank].clone()
 
 

@@ -19,16 +19,6 @@ MINDSPEED_ATTENTION = {
 }
 ATTENTION = ".attn1."
 
-# How tensor parallelism splits the release's tensors: by output rows, by input columns, or not at all.
-SPLIT_ROWS = (
-    *(f"{ATTENTION}{name}." for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
-    ".net.0.proj.",
-    ".norm1.linear.",
-    ".norm2.linear.",
-)
-SPLIT_ROWS_AT_TOP = ("norm_out.linear.",)
-SPLIT_COLUMNS = (f"{ATTENTION}to_out.0.weight", f"{ATTENTION}to_add_out.weight", ".net.2.weight")
-
 
 def release_name(name: str) -> str:
     """The release's name of a tensor that may have MindSpeed-MM's name."""
@@ -43,12 +33,3 @@ def is_mindspeed(name: str) -> bool:
     """Whether this is a name that only MindSpeed-MM 2.x writes."""
     before, found, rest = name.partition(ATTENTION)
     return bool(before and found) and rest.rpartition(".")[0] in MINDSPEED_ATTENTION
-
-
-def split_dimension(name: str) -> int | None:
-    """The dimension in which tensor parallelism splits a tensor of this release name; None: every rank has it
-    whole.
-    """
-    if name.startswith(SPLIT_ROWS_AT_TOP) or any(part in name for part in SPLIT_ROWS):
-        return 0
-    return 1 if name.endswith(SPLIT_COLUMNS) else None

@@ -1,12 +1,11 @@
 """Tensor parallelism of the denoiser's blocks, with Megatron-style sequence parallelism of their norms (arXiv
 2205.05198).
 
-Weights become DTensors on the tp mesh, split as the original splits them: attention by heads, feed-forwards
-by their inner width, AdaLN by its outputs. Between attention and feed-forward each rank has a part of the
-video tokens (from `sequence.share_tokens`) and a copy of the text. Layers compute with the local shards; what
-crosses ranks is written out here: video tokens are gathered before attention and feed-forward and
-reduce-scattered after it, the text is summed. Weights that are whole but see a part of the tokens or heads
-have gradients that are summed over ranks.
+Weights become DTensors on the tp mesh, split as models/splits.py says. Between attention and feed-forward
+each rank has a part of the video tokens (from `sequence.share_tokens`) and a copy of the text. Layers compute
+with the local shards; what crosses ranks is written out here: video tokens are gathered before attention and
+feed-forward and reduce-scattered after it, the text is summed. Weights that are whole but see a part of the
+tokens or heads have gradients that are summed over ranks.
 """
 
 import copy
@@ -28,6 +27,7 @@ from opensoraplan.models.sparse_ummdit import (
     SparseUMMDiT,
     SparseUMMDiTBlock,
 )
+from opensoraplan.models.splits import split_dimension
 from opensoraplan.parallel.collectives import (
     Group,
     all_gather,
@@ -47,34 +47,33 @@ def shard_blocks(model: SparseUMMDiT, mesh: DeviceMesh) -> None:
     All ranks must have the same weights. Tokens have to be shared out by `share_tokens`, too.
     """
     group = mesh.get_group()
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
+        match split_dimension(f"{name}.weight"):
+            case 0:
+                _split_outputs(cast(nn.Linear, module), mesh)
+            case 1:
+                _split_inputs(cast(nn.Linear, module), mesh, group)
         if isinstance(module, JointAttention):
-            _shard_attention(module, mesh, group)
+            _share_attention(module, mesh, group)
         elif isinstance(module, FeedForward):
-            _shard_feed_forward(module, mesh, group)
+            module.register_forward_pre_hook(lambda _module, args: (_enter(args[0], group),))
         elif isinstance(module, AdaNormZero):
-            _shard_modulation(module.linear, mesh, group, video_share=0.5)
+            _join_modulation(module.linear, group, video_share=0.5)
             _see_a_part(module.norm, mesh)
     for block in cast(Iterable[SparseUMMDiTBlock], model.transformer_blocks):
         if block.skip is not None:
             _see_a_part(block.skip.linear, mesh)
             if block.skip.norm is not None:
                 _see_a_part(block.skip.norm, mesh)
-    _shard_modulation(model.norm_out.linear, mesh, group, video_share=1.0)
+    _join_modulation(model.norm_out.linear, group, video_share=1.0)
     for module in (model.norm_final, model.norm_out.norm, model.proj_out):
         _see_a_part(module, mesh)
 
 
-def _shard_attention(attention: JointAttention, mesh: DeviceMesh, group: Group) -> None:
-    for linear in (attention.to_q, attention.to_k, attention.to_v):
-        _split_outputs(linear, mesh)
-    for linear in (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj):
-        _split_outputs(linear, mesh)
+def _share_attention(attention: JointAttention, mesh: DeviceMesh, group: Group) -> None:
+    """Give attention whole inputs; its q/k norms see the heads of this rank alone."""
     for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
         _see_a_part(norm, mesh)
-    _split_inputs(cast(nn.Linear, attention.to_out[0]), mesh, group)
-    if attention.to_add_out is not None:
-        _split_inputs(attention.to_add_out, mesh, group)
 
     def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         video, text, layout = args
@@ -83,15 +82,8 @@ def _shard_attention(attention: JointAttention, mesh: DeviceMesh, group: Group) 
     attention.register_forward_pre_hook(enter)
 
 
-def _shard_feed_forward(ff: FeedForward, mesh: DeviceMesh, group: Group) -> None:
-    _split_outputs(cast(Any, ff.net[0]).proj, mesh)
-    _split_inputs(cast(nn.Linear, ff.net[2]), mesh, group)
-    ff.register_forward_pre_hook(lambda _module, args: (_enter(args[0], group),))
-
-
-def _shard_modulation(linear: nn.Linear, mesh: DeviceMesh, group: Group, *, video_share: float) -> None:
-    """Split the outputs and join them again; the first `video_share` modulate a part of the tokens."""
-    _split_outputs(linear, mesh)
+def _join_modulation(linear: nn.Linear, group: Group, *, video_share: float) -> None:
+    """Join the outputs again, which are split; the first `video_share` modulate a part of the tokens."""
     video_width = int(linear.out_features * video_share)
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:

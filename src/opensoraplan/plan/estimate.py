@@ -18,6 +18,7 @@ import torch
 from opensoraplan.defaults import Weights
 from opensoraplan.models.chunks import latents_at_a_time, tile_starts
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.splits import ADALN, split_dimension
 from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.models.wfvae import COLOURS
 from opensoraplan.parallel.mesh import MeshSettings, said
@@ -27,14 +28,6 @@ from opensoraplan.shapes import SPATIAL_STRIDE
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ROOT = -1  # the unit of what is outside of all blocks
-
-_ADALN = ("norm1.linear", "norm2.linear", "norm_out.linear")
-# Layers whose outputs, or inputs, tensor parallelism splits: as parallel/tensor.py does it.
-_SPLIT_OUTPUTS = (
-    *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "net.0.proj"),
-    *_ADALN,
-)
-_SPLIT_INPUTS = ("to_out.0.weight", "to_add_out.weight", "net.2.weight")
 
 
 @dataclass(frozen=True)
@@ -135,9 +128,8 @@ def _weight(name: str, shape: tuple[int, ...]) -> Weight:
     parts = name.split(".")
     unit = int(parts[1]) if parts[0] == "transformer_blocks" else ROOT
     layer = name.rpartition(".")[0]
-    split = 1 if name.endswith(_SPLIT_INPUTS) else 0 if layer.endswith(_SPLIT_OUTPUTS) else None
     feed_forward = unit != ROOT and parts[2] in ("ff", "ff_enc")
-    return Weight(unit, shape, split, adaln=layer.endswith(_ADALN), feed_forward=feed_forward)
+    return Weight(unit, shape, split_dimension(name), adaln=layer.endswith(ADALN), feed_forward=feed_forward)
 
 
 @dataclass(frozen=True)
