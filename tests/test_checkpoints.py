@@ -919,6 +919,18 @@ def test_tensors_are_read_when_they_are_taken(few: Weights, tmp_path: Path) -> N
     assert checkpoint["proj_out.bias"] is not checkpoint["proj_out.bias"]
 
 
+def test_a_file_larger_than_memory_is_opened(tmp_path: Path) -> None:
+    """Training checkpoints are: their optimizer's states are not read. Nothing but names is written here."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    states = {index: torch.empty(memory // 8, dtype=torch.int8) for index in range(20)}
+    path = tmp_path / "model.pt"
+    with torch.serialization.skip_data():
+        torch.save({"model": {"w": torch.empty(4, 4)}, "optimizer": states}, path)
+    assert path.stat().st_size > 2 * memory
+    assert_same(load_checkpoint(path), {"w": torch.zeros(4, 4)})
+    path.unlink()
+
+
 MEASURE = """
 import json, os, resource, sys
 

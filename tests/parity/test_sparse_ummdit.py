@@ -4,11 +4,10 @@ gradient.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,13 +55,13 @@ def test_output(case: Case) -> None:
 
 
 @pytest.mark.parametrize("recompute", [{}, {"feed_forwards": 2}, {"blocks": 4}])
-def test_training_step(case: Case, recompute: dict[str, int]) -> None:
+def test_training_step(case: Case, recompute: dict[str, Any]) -> None:
     model, inputs, outputs, conditions = case
     model.train().set_recompute(**recompute)
     output = model(outputs["train.noised"], **conditions).sample
     target = flow.velocity_target(inputs["hidden_states"], inputs["noise"])
     valid = inputs["attention_mask"].unsqueeze(1)
-    loss = F.mse_loss(output, target, weight=valid.to(target.dtype).expand_as(target))
+    loss = (output - target).square()[valid.expand_as(target) != 0].mean()
     loss.backward()
 
     assert relative(output * valid, outputs["train.output"] * valid) < TOLERANCE

@@ -206,7 +206,11 @@ def _data_offset(file: IO[bytes], header: int) -> int:
 
 
 def _add_globals(file: IO[bytes], names: set[str]) -> None:
-    """Add the names of classes and functions in the pickle at the file's position, which ends behind it."""
+    """Add the names of classes and functions in the pickle at the file's position, which ends behind it.
+
+    `torch.serialization.get_unsafe_globals_in_checkpoint` reads neither the legacy format nor pickles of
+    other protocols than torch's. Code in those must be named, too.
+    """
     texts: list[str] = []  # the last ones, of which STACK_GLOBAL takes two
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
@@ -282,8 +286,11 @@ def _stored_in_zip(path: Path, meta: Tensor, start: int) -> Stored:
 
 
 def read_span(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-    """`count` values of `dtype` from byte `offset` of a file, [count]. The file is not memory-mapped: mapped
-    pages would count as memory of the process for as long as the file is open.
+    """`count` values of `dtype` from byte `offset` of a file, [count].
+
+    The file is not mapped, as `torch.load(mmap=True)` would: pages of a mapping count as memory of the
+    process, Linux refuses to map a file that is larger than memory and swap, and reading a mapped file that
+    has shrunk ends the process.
     """
     end = offset + count * dtype.itemsize
     if path.stat().st_size < end:
@@ -305,6 +312,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if size < OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has no such flag
         return torch.empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # of a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)  # a third of the page faults
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
