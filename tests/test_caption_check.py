@@ -76,6 +76,7 @@ def test_a_run_says_it_before_it_begins(
     assert said(keep_chinese=True)[0].startswith("2 captions are empty")
     assert said(clean=False) == []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert said() == []
 
 

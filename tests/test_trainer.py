@@ -623,7 +623,7 @@ def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
         ({"data": {"batch_size": 9}}, "9"),
         (
             {"model": {"pretrained": None, "config": {"num_layers": 4}}},
-            r"model\.config has a value of",
+            r"model\.config: num_layers: .*got 4",
         ),
         ({"validation": {"every": 1, "sigmas": []}}, r"validation\.sigmas"),
         ({"parallel": {"cpu_offload": True}}, r"parallel\.cpu_offload is for several processes"),
