@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from opensoraplan.documents import read_json
+from opensoraplan.formats.mindspeed.meaning import Idle, To, find_rows
+from opensoraplan.formats.mindspeed.table import DataFile, ModelFile
 from opensoraplan.formats.mindspeed.training import read_guide
+from opensoraplan.train.config import TrainSettings
 
 GOLDEN = Path(__file__).parent / "golden"  # both exactly as printed in the guide
 GUIDE = {"model": GOLDEN / "guide_model.json", "data": GOLDEN / "guide_data.json"}
@@ -450,3 +453,45 @@ def test_the_docs_tell_of_every_flag_of_the_guides_scripts() -> None:
     left = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
     named = {flag for cell in left for flag in re.findall(r"--[\w-]+", cell)}
     assert [flag for flag in FLAGS.split() if flag not in named] == []
+
+
+TABLES = {"model_opensoraplan1_5": ModelFile, "data": DataFile}
+
+
+def rows_of_the_docs(file: str) -> list[tuple[set[str], str]]:
+    """The names in the left column of a file's table of keys, and the right column."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    table = page.partition(f"| key of {file}.json | here |\n")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1:3] for line in table.splitlines()]
+    return [(set(re.findall(r"`([\w.]+)`", left)), right) for left, right in cells]
+
+
+@pytest.mark.parametrize("file", TABLES)
+def test_the_docs_tell_what_every_key_is(file: str) -> None:
+    rows = rows_of_the_docs(file)
+    for key, meaning in find_rows(TABLES[file]):
+        parts = key.split(".")
+        names = {".".join(parts[start:]) for start in range(len(parts))} | set(parts)
+        told = " ".join(right for left, right in rows if left & names)
+        assert told, f"{key} is not in the docs"
+        if isinstance(meaning, Idle):
+            assert "no meaning" in told, key
+        elif isinstance(meaning, To):
+            section, _, name = meaning.subject.rpartition(".")
+            chosen = f"the same names in `{section}`" in told and name == parts[-1]
+            assert f"`{meaning.subject}`" in told or chosen, (key, meaning.subject)
+        elif meaning is None:
+            assert "one value each" in told, key
+
+
+def test_the_docs_tell_of_no_other_keys() -> None:
+    for file, table in TABLES.items():
+        keys = {part for key, _ in find_rows(table) for part in key.split(".")}
+        named = {part for left, _ in rows_of_the_docs(file) for name in left for part in name.split(".")}
+        assert named - keys == set()
+
+
+def test_keys_become_settings_that_there_are() -> None:
+    known = {f"{section}{key}" for section, keys in TrainSettings.sections() for key in keys}
+    for table in TABLES.values():
+        assert {m.subject for _, m in find_rows(table) if isinstance(m, To)} <= known

@@ -4,12 +4,15 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 from opensoraplan.documents import read_json, read_json_object
 from opensoraplan.formats.mindspeed.inference import Inference, read_inference
+from opensoraplan.formats.mindspeed.meaning import find_rows
+from opensoraplan.formats.mindspeed.table import DataFile, InferenceFile, ModelFile
+from opensoraplan.settings import Settings
 
 GUIDE = Path(__file__).parent / "golden" / "inference_t2v_model1_5.json"  # exactly as printed there
 
@@ -419,3 +422,15 @@ def test_mistakes_in_the_file_of_mindspeed_mm_itself(
     with pytest.raises(ValueError, match=message) as caught:
         read_inference(write(own_file, tmp_path))
     assert "inference.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("table", [InferenceFile, ModelFile, DataFile])
+def test_a_key_without_a_meaning_has_one_value(table: type[Settings]) -> None:
+    for key, meaning in find_rows(table):
+        if meaning is None:
+            *sections, name = key.split(".")
+            kind: Any = table
+            for section in sections:
+                kind = kind.model_fields[section].annotation
+            annotation = kind.model_fields[name].annotation
+            assert Literal in {get_origin(part) for part in (annotation, *get_args(annotation))}, key

@@ -2,6 +2,7 @@
 nearest known one.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,8 @@ from opensoraplan.names import did_you_mean
 
 # Of a message: faults that are named, and characters of a value.
 _NAMED, _SHOWN = 5, 80
+# What pydantic says of classes, which no user knows.
+_CLASS = re.compile(r" or instance of \w+$")
 
 
 class Settings(BaseModel):
@@ -81,7 +84,11 @@ def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[Ba
     pydantic's own location goes on with the one that was tried.
     """
     for depth, part in enumerate(location[:-1]):
+        if isinstance(part, int):
+            continue  # an entry of a list
         kinds = _kinds(model.model_fields[part].annotation) if part in model.model_fields else []
+        if get_origin(kinds[0] if kinds else None) is list:
+            kinds = list(get_args(kinds[0]))
         if len(kinds) > 1:
             return model, location[: depth + 1]
         if not kinds or not (isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel)):
@@ -97,7 +104,7 @@ def _explain(
     name, first = _dotted(location), problems[0]
     if first["type"] == "extra_forbidden":
         return _unknown_key(model, section, location)
-    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    messages = [_CLASS.sub("", problem["msg"].removeprefix("Value error, ")) for problem in problems]
     message = " or ".join([messages[0], *(text.removeprefix("Input should be ") for text in messages[1:])])
     # What contradicts itself in a section is in the message; the whole section would bury it.
     silent = first["type"] == "missing" or isinstance(first["input"], Mapping)

@@ -1,11 +1,11 @@
 """MindSpeed-MM 2.x's own inference_model.json for Open-Sora Plan v1.5, put into the form of the guide's file,
-which is of the branch mindspeed_mmdit of Open-Sora Plan. What the guide's keys mean is in mindspeed_json.py.
+which is of the branch mindspeed_mmdit of Open-Sora Plan. What the guide's keys mean is in table.py.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from opensoraplan.settings import Settings
+from opensoraplan.formats.mindspeed.table import TextPart
 
 # The guide's names of the same norms, by section and key.
 _NORMS = {
@@ -17,26 +17,17 @@ _CHUNKS = ("t_chunk_enc", "t_chunk_dec")
 _CLIP_TOKENS = 77
 
 
-class _Part(Settings):
-    """What text encoders and tokenizers have in common with the guide's."""
-
-    from_pretrained: str
-    hub_backend: Literal["hf"] = "hf"
-    low_cpu_mem_usage: bool = False
-
-
-Part = TypeVar("Part", bound=_Part)
-
-
-class _Encoder(_Part):
-    model_id: Literal["T5", "CLIPWithProjection"]
+class _Encoder(TextPart):
+    model_id: Literal["T5", "CLIPWithProjection"]  # type: ignore[reportIncompatibleVariableOverride]
     output_key: Literal["text_embeds"] | None = None
     dtype: str | None = None
 
 
-class _Tokenizer(_Part):
-    autotokenizer_name: Literal["AutoTokenizer"] = "AutoTokenizer"
+class _Tokenizer(TextPart):
     model_max_length: int | None = None
+
+
+Part = TypeVar("Part", bound=TextPart)
 
 
 def is_mindspeed_mm(content: Mapping[str, Any]) -> bool:

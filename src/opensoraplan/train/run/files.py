@@ -1,6 +1,6 @@
 """Reading what describes a training run: TOML files that extend each other, a run's own config.json, the
 guide's pair of JSON files, and changes of single values; and comparing two runs. What the settings mean is in
-config.py, the guide's keys are in guide_json.py.
+config.py, the guide's keys are in formats/mindspeed/table.py.
 """
 
 import difflib
@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from opensoraplan.changes import apply_changes, merge, replace_nothing
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.documents import read_json_object, read_toml
-from opensoraplan.formats.mindspeed.training import launch_defaults, read_guide
+from opensoraplan.formats.mindspeed.table import LAUNCH_SCRIPT, RECOMPUTED_FEED_FORWARDS
+from opensoraplan.formats.mindspeed.training import read_guide
 from opensoraplan.settings import Settings
-from opensoraplan.train.config import DataSettings, TrainSettings, VAETrainSettings
+from opensoraplan.train.config import DataSettings, OptimizerSettings, TrainSettings, VAETrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def read_run(
         values = merge(values, over)
         where = f"{where} and {names}"
     values = apply_changes(values, changes, kind=TrainSettings)
-    defaults, note = launch_defaults(values)
+    defaults, note = _launch_defaults(values)
     values = merge(defaults, values)
     logger.info("%s", note)
     data = values.get("data")
@@ -249,3 +250,34 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
 
 def _with_changes(where: str, changes: Sequence[str]) -> str:
     return " with ".join([where, *([" ".join(changes)] if changes else [])])
+
+
+def _launch_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the original's start of a new model and the guide's launch script set for a run of these values,
+    to go below them, and a note that names it, and what of the script is not taken over.
+    """
+
+    def given(section: str) -> Mapping[str, Any]:
+        return found if isinstance(found := values.get(section), dict) else {}
+
+    defaults: dict[str, Any] = dict(LAUNCH_SCRIPT)
+    if not given("memory").get("recompute_blocks"):
+        config = given("model").get("config")
+        layers = config.get("num_layers") if isinstance(config, dict) else None
+        depth = RECOMPUTED_FEED_FORWARDS
+        if isinstance(layers, list) and all(isinstance(count, int) for count in layers):
+            depth = min(depth, sum(layers))
+        defaults["memory"] = {"recompute_feed_forwards": depth}
+    if not given("model").get("pretrained"):
+        defaults["model"] = {"init": "original"}
+    taken = [f"seed = {defaults['seed']}"] if "seed" not in values else []
+    for section in ("checkpoint", "log", "memory", "model"):
+        new = {key: value for key, value in defaults.get(section, {}).items() if key not in given(section)}
+        taken += [f"{section}.{key} = {value}" for key, value in new.items()]
+    steps = given("optimizer").get("steps", OptimizerSettings().steps)
+    accumulate = given("optimizer").get("accumulate", OptimizerSettings().accumulate)
+    return defaults, (
+        f"as the original and its launch script have it: {', '.join(taken) or 'nothing'}; not as there: "
+        f"optimizer.steps is {steps} (there one epoch), optimizer.accumulate is {accumulate} (there 1: the "
+        "number in data.json only reaches the sampler), parallel.tp is for you to set (there 8)"
+    )
