@@ -30,13 +30,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan import OpenSoraPlanPipeline, cli
 from opensoraplan.cli import generating
-from opensoraplan.cli.generating import _tell_peak, instead_of_host
 from opensoraplan.cli.verbs import VERBS
 from opensoraplan.data.video import read_frames
 from opensoraplan.fingerprint import fingerprint_parts
 from opensoraplan.formats.checkpoints import load_checkpoint
 from opensoraplan.generate import saved
 from opensoraplan.generate.job import run
+from opensoraplan.generate.planning import instead_of_host, tell_peak
+from opensoraplan.generate.session import Session
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import Plan
@@ -406,11 +407,10 @@ def test_latents_of_a_failed_decode_become_the_video(osp: Command, tiny_model: P
     pipeline = OpenSoraPlanPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     pipeline.vae.decoder.register_forward_hook(full)
     request = Request(prompt="a cat", frames=9, height=32, width=32, steps=1)
+    fingerprints = fingerprint_parts({"vae": tiny_model / "vae"})
+    session = Session(pipeline, str(tiny_model), fingerprints=fingerprints)
     with pytest.raises(OSError, match="No space left"):
-        run(
-            pipeline, [request], [tmp_path / "a.mp4"], model=str(tiny_model), resume=False,
-            fingerprints=fingerprint_parts({"vae": tiny_model / "vae"}),
-        )  # fmt: skip
+        run(session, [request], [tmp_path / "a.mp4"], resume=False)
     assert names(tmp_path) == ["a.latents.safetensors"]
     outcome = osp("decode", "a.latents.safetensors")  # in the precision of the run
     assert (outcome.code, "another VAE" in outcome.log) == (0, False)
@@ -928,7 +928,7 @@ def test_a_size_beyond_memory(osp: Command, tiny_model: Path) -> None:
 
 def test_more_memory_than_there_ever_is_is_refused() -> None:
     with pytest.raises(MemoryError, match=r"take 100,000\.0 GB of memory, cpu has .* GB, swap included: ask"):
-        _tell_peak(10**14, torch.device("cpu"), free=10**15)
+        tell_peak(10**14, torch.device("cpu"), free=10**15)
 
 
 def test_help_of_generate_is_in_groups(osp: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from opensoraplan.data.video import read_frames
 from opensoraplan.generate import saved
-from opensoraplan.generate.job import Targets, check_targets, make_record, run, stem_of, stored_record
+from opensoraplan.generate.job import Targets, check_targets, run, stem_of, stored_record
+from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 
@@ -68,10 +69,8 @@ def make(
     paths = check_targets(requests, out)
     paths[0].parent.mkdir(parents=True, exist_ok=True)  # as the command does
     ratios = [1.0] * requests[0].steps
-    return run(
-        *(pipeline, requests, paths),
-        model=model, resume=resume, save_every=save_every, step_ratios=ratios, fingerprints=fingerprints,
-    )  # fmt: skip
+    session = Session(pipeline, model, fingerprints=fingerprints, step_ratios=ratios)
+    return run(session, requests, paths, resume=resume, save_every=save_every)
 
 
 def names(folder: Path) -> list[str]:
@@ -483,14 +482,14 @@ def test_a_video_from_before_fingerprints_is_told_by_the_path(
 def test_another_config_and_other_ratios_are_another_model(pipeline: OpenSoraPlanPipeline) -> None:
     request = requests_of("a cat", step_cache=0.1)[0]
     first, other = (
-        make_record(pipeline, request, "tiny", fingerprints=OLD, step_ratios=ratios)
+        Session(pipeline, "tiny", fingerprints=OLD, step_ratios=ratios).record(request)
         for ratios in ([1.0, 0.9], [1.0, 0.8])
     )
     assert saved.other_weights(first, other) == ["step_cache"]
     shift = pipeline.vae.config["shift"]
     pipeline.vae.register_to_config(shift=[0.5] * 32)
     try:
-        moved = make_record(pipeline, request, "tiny", fingerprints=OLD, step_ratios=[1.0, 0.9])
+        moved = Session(pipeline, "tiny", fingerprints=OLD, step_ratios=[1.0, 0.9]).record(request)
     finally:
         pipeline.vae.register_to_config(shift=shift)
     assert saved.other_weights(first, moved) == ["configs"]
@@ -632,7 +631,7 @@ def test_a_folder_that_went_away(pipeline: OpenSoraPlanPipeline, tmp_path: Path)
     requests = requests_of("a cat")
     paths = check_targets(requests, tmp_path / "out")
     with pytest.raises(FileNotFoundError):
-        run(pipeline, requests, paths, model="tiny", resume=False)
+        run(Session(pipeline, "tiny"), requests, paths, resume=False)
 
 
 def test_a_size_beyond_memory(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from opensoraplan.data.reading import read_frames
 from opensoraplan.defaults import Weights
 from opensoraplan.formats.assemble import load_pipeline, open_pipeline
 from opensoraplan.generate import job as generate
+from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.plan.estimate import Shape, decoding_memory
 from opensoraplan.requests import Request
@@ -122,6 +123,8 @@ def test_plans_are_the_same_before_weights_are_read(tiny_release: Path, kind: We
     opened = open_pipeline(sources_of(tiny_release))
     empty = opened.without_weights(torch.bfloat16)
     loaded = load_pipeline(opened, dtype=torch.bfloat16, device=CPU)
+    weights = [weight for model in _models(loaded) for weight in model.parameters()]
+    assert opened.weight_bytes(torch.bfloat16) == sum(weight.nbytes for weight in weights)
     for pipeline in (empty, loaded):
         keep_weights(pipeline.transformer, kind)
     size = {"frames": 9, "height": 32, "width": 32}
@@ -280,7 +283,7 @@ def test_full_memory_is_met_by_what_needs_less_there_until_there_is_nothing(
 
 def test_a_video_goes_on_where_memory_was_full(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
     request = Request(prompt="a red ball", frames=9, height=32, width=32, steps=4, seed=3)
-    (whole,) = generate.run(pipeline, [request], [tmp_path / "whole.mp4"], model="tiny", resume=False)
+    (whole,) = generate.run(Session(pipeline, "tiny"), [request], [tmp_path / "whole.mp4"], resume=False)
     arrangement = Arrangement(pipeline, plans_for([RELEASE]), CPU)
     first, calls = arrangement.plan, []
 
@@ -290,15 +293,8 @@ def test_a_video_goes_on_where_memory_was_full(pipeline: OpenSoraPlanPipeline, t
             raise torch.OutOfMemoryError("the device is full")
 
     pipeline.transformer.patch_embed.register_forward_pre_hook(full, with_kwargs=True)
-    (path,) = generate.run(
-        pipeline,
-        [request],
-        [tmp_path / "broken.mp4"],
-        model="tiny",
-        resume=False,
-        save_every=1,
-        arrangement=arrangement,
-    )
+    session = Session(pipeline, "tiny", arrangement=arrangement)
+    (path,) = generate.run(session, [request], [tmp_path / "broken.mp4"], resume=False, save_every=1)
     assert calls.count(first) == 6
     assert len(calls) == 6 + 2 * 2  # the first two steps were not done again
     assert torch.equal(read_frames(path), read_frames(whole))

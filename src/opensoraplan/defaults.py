@@ -25,6 +25,8 @@ Fps = Annotated[float, Field(ge=0.001, le=1000)]
 Initialisation = Literal["adaln_zero", "original"]
 # How the denoiser's matrices are kept: runtime/quantisation.py.
 Weights = Literal["whole", "int8", "fp8"]
+# Where weights are kept: runtime/placement.py; "auto": the fastest placement that fits.
+Memory = Literal["auto", "resident", "in-turn", "streamed"]
 
 
 class GenerateDefaults(Settings):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from opensoraplan.cli import data, generating, models, plan, training
+from opensoraplan.cli import data, decoding, generating, models, plan, training
 from opensoraplan.cli.effects import given_options
 from opensoraplan.cli.help import Groups, grouped, ungrouped
 from opensoraplan.cli.options import check_exists, option_names
@@ -50,8 +50,8 @@ GROUPS = {
         "generate": Verb(
             generating.Generate, generating.generate, True, generating.GROUPS, hint=generating.hint
         ),
-        "decode": Verb(generating.Decode, generating.decode),
-        "calibrate": Verb(generating.Calibrate, generating.calibrate),
+        "decode": Verb(decoding.Decode, decoding.decode),
+        "calibrate": Verb(decoding.Calibrate, decoding.calibrate),
         "reconstruct": Verb(models.Reconstruct, models.reconstruct),
     },
     "Train": {

@@ -3,10 +3,10 @@
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 import psutil
 import torch
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", SparseUMMDiT, WFVAE)
 
+# The parts of a pipeline that are files.
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -57,12 +60,18 @@ class Sources:
     sparse_n: Sequence[int] | None = None
     ema: bool | None = None
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """Those of a diffusers folder."""
+        return cls(**{name: folder / name for name in COMPONENTS})
+
+    def paths(self) -> dict[str, Path]:
+        """Where each part is, by its name."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
     def check_exist(self) -> None:
         """Raise FileNotFoundError that names every part whose path does not exist."""
-        paths = {f.name: getattr(self, f.name) for f in fields(self)}
-        missing = [
-            f"{name}: {path}" for name, path in paths.items() if isinstance(path, Path) and not path.exists()
-        ]
+        missing = [f"{name}: {path}" for name, path in self.paths().items() if not path.exists()]
         if missing:
             raise FileNotFoundError(f"these paths do not exist: {'; '.join(missing)}")
 
@@ -156,6 +165,18 @@ class OpenedPipeline:
             transformer, vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, **absent
         )
 
+    def weight_bytes(self, dtype: torch.dtype, *, vae_dtype: torch.dtype | None = None) -> int:
+        """What the weights take that `load_parts` would load."""
+        text_encoder = empty_text_encoder(self.sources.text_encoder, kind="t5")
+        text_encoder_2 = empty_text_encoder(self.sources.text_encoder_2, kind="clip")
+        in_dtype = sum(_count(model) for model in (self.denoiser.model, text_encoder, text_encoder_2))
+        return in_dtype * dtype.itemsize + _count(self.vae.model) * (vae_dtype or dtype).itemsize
+
+
+def _count(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
 
 def open_pipeline(sources: Sources) -> OpenedPipeline:
     """A pipeline of these parts. Raises FileNotFoundError for those that do not exist, and ValueError for
@@ -179,6 +200,37 @@ def open_pipeline(sources: Sources) -> OpenedPipeline:
     )
 
 
+def load_parts(
+    opened: OpenedPipeline,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """COMPONENTS by their names, each tensor moved to `device` as it is read; the host needs room for one
+    text encoder at most. The VAE has `vae_dtype` (None: `dtype`). The models of `opened` get their weights.
+
+    Raises what the loading of each text encoder raises, and MemoryError for a CPU without room for the
+    weights, before any is read.
+    """
+    if device.type == "cpu":
+        _check_room(opened.weight_bytes(dtype, vae_dtype=vae_dtype))
+    sources, transformer, vae = opened.sources, opened.denoiser.model, opened.vae.model
+    text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
+    text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
+    check_parts(transformer, vae, text_encoder, text_encoder_2)
+    original.fill(vae, opened.vae.names, _On(device, opened.vae.tensors), dtype=vae_dtype or dtype)
+    original.fill(transformer, opened.denoiser.names, _On(device, opened.denoiser.tensors), dtype=dtype)
+    return {
+        "transformer": transformer.eval().to(device),  # type: ignore[arg-type]
+        "vae": vae.eval().to(device),  # type: ignore[arg-type]
+        "text_encoder": text_encoder,
+        "tokenizer": load_tokenizer(sources.tokenizer),
+        "text_encoder_2": text_encoder_2,
+        "tokenizer_2": load_tokenizer(sources.tokenizer_2),
+    }
+
+
 def load_pipeline(
     opened: OpenedPipeline,
     *,
@@ -188,29 +240,10 @@ def load_pipeline(
     scheduler: Mapping[str, Any] = MappingProxyType({}),
     max_text_tokens: int = 512,
 ) -> OpenSoraPlanPipeline:
-    """The pipeline with its weights, each tensor moved to `device` as it is read; the host needs room for one
-    text encoder at most. The VAE has `vae_dtype` (None: `dtype`).
-
-    Raises what the loading of each text encoder raises, and MemoryError for a CPU without room for the
-    weights, before any is read.
-    """
-    if device.type == "cpu":
-        _check_room(opened.without_weights(dtype, vae_dtype=vae_dtype))
-    sources, transformer, vae = opened.sources, opened.denoiser.model, opened.vae.model
-    text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
-    text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
-    check_parts(transformer, vae, text_encoder, text_encoder_2)
-    original.fill(vae, opened.vae.names, _On(device, opened.vae.tensors), dtype=vae_dtype or dtype)
-    original.fill(transformer, opened.denoiser.names, _On(device, opened.denoiser.tensors), dtype=dtype)
+    """A pipeline of `load_parts`, which says the rest, with the default scheduler."""
+    parts = load_parts(opened, dtype=dtype, device=device, vae_dtype=vae_dtype)
     return OpenSoraPlanPipeline(
-        transformer=transformer.eval().to(device),  # type: ignore[arg-type]
-        vae=vae.eval().to(device),  # type: ignore[arg-type]
-        text_encoder=text_encoder,
-        tokenizer=load_tokenizer(sources.tokenizer),
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=load_tokenizer(sources.tokenizer_2),
-        scheduler=make_scheduler(**scheduler),
-        max_text_tokens=max_text_tokens,
+        **parts, scheduler=make_scheduler(**scheduler), max_text_tokens=max_text_tokens
     )
 
 
@@ -231,10 +264,8 @@ class _On(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def _check_room(pipeline: OpenSoraPlanPipeline) -> None:
-    """Raise MemoryError if the weights of a pipeline like this one do not fit into the host's memory."""
-    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    needed = sum(parameter.nbytes for model in models for parameter in model.parameters())
+def _check_room(needed: int) -> None:
+    """Raise MemoryError if weights of so many bytes do not fit into the host's memory."""
     free = free_memory(torch.device("cpu")) + psutil.swap_memory().free
     if needed > free:
         raise MemoryError(

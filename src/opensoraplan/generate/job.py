@@ -1,7 +1,7 @@
 """The job behind `osp generate`: requests in, one mp4 (or png) and one json for each video out; resumable.
 
-What is asked for is read in requests.py; the sampling itself is in pipeline.py, reading and writing video in
-data/video.py.
+What is asked for is read in requests.py; the model is a session's (session.py), reading and writing video are
+in data/video.py.
 """
 
 import hashlib
@@ -9,12 +9,10 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
@@ -22,18 +20,14 @@ from opensoraplan.ahead import one_ahead
 from opensoraplan.claims import claim, holder, share_out
 from opensoraplan.disk import numbered, workplace, write_new
 from opensoraplan.documents import parse_json
-from opensoraplan.fingerprint import hash_text
 from opensoraplan.requests import Request
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from opensoraplan.generate.saved import SavedLatents
-    from opensoraplan.models.prompts import PromptSettings
-    from opensoraplan.models.text import PromptEmbeds
-    from opensoraplan.parallel.ranks import Ranks
+    from opensoraplan.generate.session import Session
     from opensoraplan.pipeline import OpenSoraPlanPipeline
-    from opensoraplan.runtime.placement import Arrangement
 
 logger = logging.getLogger(__name__)
 
@@ -105,56 +99,27 @@ def check_targets(requests: list[Request], out: Path) -> list[Path]:
     return [targets.path(index, request) for index, request in enumerate(requests)]
 
 
-def check_prompts(requests: list[Request], settings: "PromptSettings") -> list[str]:
-    """Warnings of what cleaning removes from prompts, one for each that loses words. Raises ValueError for
-    the first of which next to nothing is left.
-    """
-    prompts = dict.fromkeys((request.prompt, False) for request in requests)
-    prompts |= dict.fromkeys((request.negative_prompt, True) for request in requests if request.guidance > 1)
-    found = (settings.check(text, negative=negative) for text, negative in prompts)
-    return [warning for warning in found if warning is not None]
-
-
 def run(
-    pipeline: "OpenSoraPlanPipeline",
-    requests: list[Request],
-    paths: list[Path],
-    *,
-    model: str | dict[str, Any],
-    resume: bool,
-    save_every: int = 0,
-    ranks: "Ranks | None" = None,
-    all_decode: bool = False,
-    batched: bool = False,
-    arrangement: "Arrangement | None" = None,
-    step_ratios: Sequence[float] = (),
-    fingerprints: Mapping[str, str] = MappingProxyType({}),
+    session: "Session", requests: list[Request], paths: list[Path], *, resume: bool, save_every: int = 0
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
     No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
     already among those is passed over, one whose latents were saved (see `make_video`) goes on from them, and
     one that another process is making is left to it: several processes share the requests, and each waits
-    until all are made. Without it, that is a ValueError.
-    `model`, a folder or the files of its parts, goes into the metadata, and so do their `fingerprints`, by
-    which videos and latents of other weights are known (without, by `model`). Of several `ranks`, which all
-    call this, the first writes; `all_decode`: the others have a share in decoding; `batched`: they share out
-    the branches of guidance, whatever the requests say.
+    until all are made. Without it, that is a ValueError. Videos and latents of other weights are known by the
+    session's fingerprints (without, by its `model`). Of several ranks, which all call this, the first writes.
 
     Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
     MemoryError for a size that does not fit.
     """
-    from opensoraplan.device import explained_memory
-    from opensoraplan.parallel.ranks import ALONE
-
-    ranks = ranks or ALONE
+    ranks = session.ranks
     written: dict[int, Path] = {}
-    embeds = PromptCache(pipeline)
     total = len(requests)
 
     def make_one(numbered_request: tuple[int, tuple[Request, Path]]) -> bool:
         number, (request, wanted) = numbered_request
-        record = make_record(pipeline, request, model, fingerprints=fingerprints, step_ratios=step_ratios)
+        record = session.record(request)
         with ExitStack() as stack:
             if not ranks.agree(partial(_take, stack, wanted, record, others_wait=not resume)):
                 return False
@@ -166,17 +131,8 @@ def run(
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
             if request.step_cache:
                 logger.info("with a step cache, its latents are kept only once all steps are done")
-            make = partial(
-                _make, pipeline, request, embeds, wanted, record,
-                ranks=ranks, save_every=save_every, all_decode=all_decode, batched=batched,
-                step_ratios=step_ratios,
-            )  # fmt: skip
-            size = f"{request.frames} frames of {request.width} x {request.height}"
-            with explained_memory(f"{size} do not fit into memory: ask for fewer or smaller ones"):
-                if arrangement is None:
-                    path = make(go_on=resume)
-                else:
-                    path = arrangement.run(lambda again: make(go_on=resume or again))
+            make = partial(_make, session, request, wanted, record, save_every=save_every)
+            path = session.attempt(request, lambda again: make(go_on=resume or again))
             if path is not None:
                 logger.info("wrote %s", path)
                 written[number] = path
@@ -212,138 +168,42 @@ def _take(stack: ExitStack, wanted: Path, record: dict[str, Any], *, others_wait
 
 
 def _make(
-    pipeline: "OpenSoraPlanPipeline",
+    session: "Session",
     request: Request,
-    embeds: "PromptCache",
     wanted: Path,
     record: dict[str, Any],
     *,
-    ranks: "Ranks",
     save_every: int,
-    all_decode: bool,
-    batched: bool,
-    step_ratios: Sequence[float],
     go_on: bool,
 ) -> Path | None:
     """One video, from the latents that were saved of it if there are any (`go_on`); in other processes than
     the first, which writes it, their share of it.
     """
-    start = ranks.agree(partial(find_latents, pipeline, wanted, record)) if go_on else None
+    ranks = session.ranks
+    start = ranks.agree(partial(find_latents, session, request, wanted, record)) if go_on else None
     if start is not None:
         logger.info("going on after step %d of %d", start.step, request.steps)
-        embeds.put(request, start)
+        session.embeds.put(request, start)
     if ranks.first:
         if start is None:
             set_latents_aside(wanted, record)
         with _latents_claimed(wanted, record) as place:
             return make_video(
-                pipeline,
-                request,
-                embeds,
-                wanted,
-                record,
-                place=place,
-                start=start,
-                save_every=save_every,
-                batched=batched,
-                step_ratios=step_ratios,
+                session, request, wanted, record, place=place, start=start, save_every=save_every
             )
-    latents = denoise(pipeline, request, embeds, start=start, batched=batched, step_ratios=step_ratios)
-    for _ in pipeline.iter_decode(latents) if all_decode else ():
-        pass
+    session.share_decoding(session.denoise(request, start=start))
     return None
 
 
-def make_record(
-    pipeline: "OpenSoraPlanPipeline",
-    request: Request,
-    model: str | dict[str, Any],
-    *,
-    fingerprints: Mapping[str, str] = MappingProxyType({}),
-    step_ratios: Sequence[float] = (),
-) -> dict[str, Any]:
-    """All that decides how a video looks, to be stored with it. Values are those of JSON."""
-    from opensoraplan.device import dtype_name
-    from opensoraplan.runtime.quantisation import weights_of
-
-    scheduler, prompts = pipeline.scheduler.config, pipeline.prompt_settings
-    guided = request.guidance > 1
-    shifts = ("shift", "flow_shift", "use_dynamic_shifting")
-    record = {
-        "model": model,
-        **request.model_dump(mode="json"),
-        "prompt_settings": vars(prompts),
-        "encoded_prompt": prompts.positive(request.prompt),
-        "encoded_negative_prompt": prompts.negative(request.negative_prompt) if guided else None,
-        "max_text_tokens": pipeline.config["max_text_tokens"],
-        "scheduler": {
-            "name": type(pipeline.scheduler).__name__,
-            **{key: scheduler[key] for key in shifts if key in scheduler},
-        },
-        "sparse_n": pipeline.transformer.config["sparse_n"],
-        "dtype": dtype_name(pipeline.transformer.dtype),
-        "weights": weights_of(pipeline.transformer),
-        "vae_dtype": dtype_name(pipeline.vae.dtype),
-        "vae_tiling": pipeline.vae.tiling,
-        "opensoraplan": version("opensoraplan"),
-    }
-    if fingerprints:
-        record["fingerprint"] = {**fingerprints, "configs": _hash_configs(pipeline)}
-        if request.step_cache:
-            record["fingerprint"]["step_cache"] = hash_text(json.dumps(list(step_ratios)))
-    return json.loads(json.dumps(record))
-
-
-def _hash_configs(pipeline: "OpenSoraPlanPipeline") -> str:
-    """Of the configs of denoiser and VAE, which need not be those of their files."""
-    models = (pipeline.transformer, pipeline.vae)
-    configs = [{k: v for k, v in model.config.items() if not k.startswith("_")} for model in models]
-    return hash_text(json.dumps(configs, sort_keys=True))
-
-
-class PromptCache:
-    """The last prompt and the last negative prompt of a run, encoded: requests in a row often share one."""
-
-    def __init__(self, pipeline: "OpenSoraPlanPipeline") -> None:
-        self.pipeline = pipeline
-        self.kept: dict[tuple[str, bool], PromptEmbeds] = {}
-
-    def of(self, request: Request) -> "tuple[PromptEmbeds, PromptEmbeds | None]":
-        """Embeddings of a request's prompt, and of its negative one if it is guided."""
-        negative = self.get(request.negative_prompt, negative=True) if request.guidance > 1 else None
-        return self.get(request.prompt), negative
-
-    def put(self, request: Request, start: "SavedLatents") -> None:
-        """Take over what was encoded for a request before."""
-        for key, embeds in (
-            ((request.prompt, False), start.prompt),
-            ((request.negative_prompt, True), start.negative),
-        ):
-            if embeds is not None:
-                self.kept[key] = embeds
-
-    def get(self, text: str, *, negative: bool = False) -> "PromptEmbeds":
-        """Embeddings of a prompt, or of a negative one."""
-        if (text, negative) not in self.kept:
-            self.kept = {key: value for key, value in self.kept.items() if key[1] != negative}
-            settings = self.pipeline.prompt_settings
-            whole = settings.negative(text) if negative else settings.positive(text)
-            self.kept[text, negative] = self.pipeline.encode_texts([whole])
-        return self.kept[text, negative]
-
-
 def make_video(
-    pipeline: "OpenSoraPlanPipeline",
+    session: "Session",
     request: Request,
-    embeds: PromptCache,
     wanted: Path,
     record: dict[str, Any],
     *,
     place: Path,
     start: "SavedLatents | None" = None,
     save_every: int = 0,
-    batched: bool = False,
-    step_ratios: Sequence[float] = (),
 ) -> Path:
     """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
 
@@ -353,10 +213,10 @@ def make_video(
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
-    save = partial(save_latents, place, record=record, embeds=embeds, request=request)
+    save = partial(save_latents, place, record=record, session=session, request=request)
 
     # Other schedulers may have more calls than steps, and cannot begin in the middle.
-    possible = bool(save_every) and pipeline.has_default_scheduler and not request.step_cache
+    possible = bool(save_every) and session.can_continue(request)
     save_newest: Callable[[], None] | None = None
 
     def keep(latents: "Tensor", step: int, velocity: "Tensor") -> None:
@@ -370,9 +230,7 @@ def make_video(
                 save_newest = None
 
     try:
-        latents = denoise(
-            pipeline, request, embeds, start=start, batched=batched, step_ratios=step_ratios, after_step=keep
-        )
+        latents = session.denoise(request, start=start, after_step=keep)
     except NonFiniteLatentsError as error:
         save(error.last_good, min(error.step, request.steps) - 1)
         logger.error(_describe_kept(place, record))
@@ -385,73 +243,12 @@ def make_video(
     if start is None or start.step < request.steps:
         save(latents, request.steps)
     try:
-        path = write_frames(pipeline, latents, wanted, record, fps=request.fps)
+        path = write_frames(session.pipeline, latents, wanted, record, fps=request.fps)
     except BaseException:
         logger.error(_describe_kept(place, record))
         raise
     place.unlink(missing_ok=True)
     return path
-
-
-def denoise(
-    pipeline: "OpenSoraPlanPipeline",
-    request: Request,
-    embeds: PromptCache,
-    *,
-    start: "SavedLatents | None" = None,
-    batched: bool = False,
-    step_ratios: Sequence[float] = (),
-    after_step: Callable[["Tensor", int, "Tensor"], None] | None = None,
-) -> "Tensor":
-    """Normalised latents [1, C, T, H, W] of a request, from noise or from where it was stopped. `after_step`
-    gets the latents, how many steps are done, and the last one's velocity.
-    """
-    from torch import Tensor
-
-    from opensoraplan.pipeline import VideoOutput
-    from opensoraplan.runtime.step_cache import skipping
-
-    if start is not None and start.step == request.steps:
-        return start.latents
-    pipeline.is_decoding = False  # of an earlier video that was broken off
-
-    def tell(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
-        if after_step is not None:
-            after_step(tensors["latents"], index + 1, tensors["velocity"])
-
-    prompt, negative = embeds.of(request)
-    cached = nullcontext()
-    if request.step_cache:
-        cached = skipping(
-            pipeline.transformer, step_ratios, threshold=request.step_cache, steps=request.steps
-        )
-    with cached:
-        output = pipeline(
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
-            num_frames=request.frames,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            guidance_rescale=request.guidance_rescale,
-            guidance_interval=request.guidance_interval,
-            batched_guidance=request.batched_guidance or batched,
-            shift=request.shift,
-            use_dynamic_shifting=request.dynamic_shift,
-            use_linear_quadratic_schedule=request.linear_quadratic,
-            solver=request.solver,
-            seed=request.seed,
-            latents=None if start is None else start.latents,
-            first_step=0 if start is None else start.step,
-            previous_velocity=None if start is None else start.velocity,
-            output_type="latent",
-            callback_on_step_end=tell,
-            callback_on_step_end_tensor_inputs=("latents", "velocity"),
-        )
-    assert isinstance(output, VideoOutput)
-    assert isinstance(output.frames, Tensor)
-    return output.frames
 
 
 def place_of_latents(wanted: Path, record: dict[str, Any]) -> Path:
@@ -504,11 +301,9 @@ def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
 
 
 def find_latents(
-    pipeline: "OpenSoraPlanPipeline", wanted: Path, record: dict[str, Any]
+    session: "Session", request: Request, wanted: Path, record: dict[str, Any]
 ) -> "SavedLatents | None":
-    """Latents that a run that was stopped has left of this video, if the pipeline can go on from them: in the
-    middle, neither other schedulers can, nor a step cache, which would have nothing cached.
-    """
+    """Latents that a run that was stopped has left of this video, if the session can go on from them."""
     from opensoraplan.generate import saved
 
     place = place_of_latents(wanted, record)
@@ -516,8 +311,7 @@ def find_latents(
         _tell_other_latents(wanted, record)
         return None
     found = saved.read(place)
-    possible = pipeline.has_default_scheduler and not record["step_cache"]
-    return found if found.step == record["steps"] or possible else None
+    return found if found.step == request.steps or session.can_continue(request) else None
 
 
 def _tell_other_latents(wanted: Path, record: dict[str, Any]) -> None:
@@ -542,7 +336,7 @@ def save_latents(
     step: int,
     *,
     record: dict[str, Any],
-    embeds: PromptCache,
+    session: "Session",
     request: Request,
     velocity: "Tensor | None" = None,
 ) -> None:
@@ -551,10 +345,10 @@ def save_latents(
 
     from opensoraplan.generate import saved
 
-    config = embeds.pipeline.vae.config
+    config = session.pipeline.vae.config
     scaling = {key: None if config[key] is None else list(config[key]) for key in ("shift", "scale")}
     try:
-        prompt, negative = embeds.of(request)
+        prompt, negative = session.embeds.of(request)
         kept = saved.SavedLatents(latents, step, record, scaling, prompt, negative, velocity)
         saved.write(place, kept)
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 The rules of cleaning are in captions.py, the encoders in text.py. No torch here, for quick checks of options.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from opensoraplan.models.captions import clean_caption, find_loss, is_chinese
@@ -73,6 +74,12 @@ class PromptSettings:
         removed = ", ".join(loss.removed[:_MOST_LISTED]) + more
         left = self._cleaned(prompt) if negative else encoded  # the default negative prompt is long
         return f"cleaning removes {removed} from the {name}: the model reads {_shown(left)}; {keep}"
+
+    def check_all(self, prompts: Iterable[str], negatives: Iterable[str] = ()) -> list[str]:
+        """`check` of prompts and negative prompts, each once: the warnings of those that lose words."""
+        found = [self.check(prompt) for prompt in dict.fromkeys(prompts)]
+        found += [self.check(prompt, negative=True) for prompt in dict.fromkeys(negatives)]
+        return [warning for warning in found if warning is not None]
 
     def _cleaned(self, text: str) -> str:
         return clean_caption(text, keep_chinese=self.keep_chinese) if self.clean else text

@@ -1,0 +1,271 @@
+"""What a session works out before it reads weights: where it computes, what fits, what attention has to mask.
+
+The sizes are formulas of plan/estimate.py, the plans those of runtime/placement.py.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from opensoraplan.defaults import Memory, Weights
+from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dtype, total_memory
+from opensoraplan.documents import read_json_object
+from opensoraplan.formats.assemble import Sources
+from opensoraplan.models.attention import set_backend
+from opensoraplan.models.prompts import PromptSettings
+from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.generating import generating_mesh
+from opensoraplan.parallel.mesh import MeshSettings
+from opensoraplan.parallel.ranks import device_of_rank, place_in_job
+from opensoraplan.parallel.sequence import padded_tokens
+from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.requests import Request
+from opensoraplan.runtime.placement import (
+    MARGIN,
+    PLACEMENTS,
+    Needs,
+    Plan,
+    first_that_fits,
+    fit_decoding,
+    needs_of,
+    peak_on_host,
+    plans_for,
+)
+from opensoraplan.runtime.quantisation import check_weights, keep_weights
+from opensoraplan.shapes import latent_shape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """Which model a session loads, and how it computes: what is the same for all of its videos."""
+
+    model: Path | Sources
+    """Model folder, as written by `osp convert`, or the files of its parts."""
+    device: str | None = None
+    """Device to run on: cpu, cuda, cuda:1, npu, ...; None: a card if there is one."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the denoiser and the text encoders."""
+    vae_dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Precision of the VAE; None: that of `dtype`."""
+    memory: Memory = "auto"
+    """Where the weights are kept: on a card, the fastest placement that fits, or one of
+    runtime/placement.py.
+    """
+    weights: Weights = "whole"
+    """Precision in which the denoiser's weights are stored, see runtime/quantisation.py."""
+    attention: str | None = None
+    """Attention backend of diffusers; None: torch's own."""
+    compile: bool = False
+    """Compile the denoiser's blocks."""
+    streaming: bool = True
+    """Decode frames chunk by chunk, not all at once."""
+    tiling: bool = False
+    """Decode in blended tiles."""
+    prompts: PromptSettings | None = None
+    """What is done to prompts; None: what the model's folder says, or the release."""
+    scheduler: Mapping[str, object] = field(default_factory=dict)
+    """Config of the default scheduler, for a model in parts. A folder has its own."""
+    max_text_tokens: int = 512
+    """Length of a prompt in T5 tokens, for a model in parts."""
+    allow_tf32: bool | None = None
+    """Whether fp32 may be multiplied in TF32; None: as torch is set."""
+    branch_ranks: Literal[1, 2] = 1
+    """2: half of the processes compute the branch with the prompt, half the one without."""
+    tp: int = 1
+    """Tensor-parallel size. The remaining processes split the video's tokens."""
+    progress: bool = True
+    """Show a progress bar of the denoising steps."""
+    fingerprints: Mapping[str, str] | None = None
+    """Of the model's weights, where they are known already."""
+    step_ratios: Sequence[float] | None = None
+    """What the model was calibrated to, for a step cache, where that is read already."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's folder; None for one in parts."""
+        return self.model if isinstance(self.model, Path) else None
+
+    @property
+    def sources(self) -> Sources:
+        """Where the parts of the model are."""
+        return self.model if isinstance(self.model, Sources) else Sources.of_folder(self.model)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes, in which precision (the VAE in `vae_dtype`), and how the job's `processes`
+    are arranged.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    processes: int
+    mesh: MeshSettings
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether it may be a choice what is on the device: only with a card, and one."""
+        return self.device.type != "cpu" and self.processes == 1
+
+
+def resolve_place(options: SessionOptions, requests: Sequence[Request]) -> Place:
+    """Where it is computed, once device, precision and number of processes are known to go with the options.
+    Raises ValueError if they do not.
+    """
+    device = device_of_rank(resolve_device(options.device))
+    prepare(device, allow_tf32=options.allow_tf32)
+    dtype = vae_dtype = resolve_dtype(options.dtype, device)
+    if options.vae_dtype not in (None, options.dtype):
+        vae_dtype = resolve_dtype(options.vae_dtype, device, use="decoding")
+    check_weights(options.weights, device, dtype)
+    branches, tp = options.branch_ranks, options.tp
+    processes = place_in_job()[1]
+    if tp < 1 or processes % (branches * tp):
+        raise ValueError(f"{processes} processes are no multiple of --branch-ranks {branches} x --tp {tp}")
+    mesh = generating_mesh(branches=branches, tp=tp).filled(processes)
+    if options.folder is not None:
+        config = read_json_object(options.folder / "transformer" / "config.json")
+        mesh.check_model(config.get("num_attention_heads", 24))
+    if options.memory not in ("auto", "resident"):
+        if processes > 1:
+            raise ValueError(f"--memory {options.memory} is for one device, there are {processes} processes")
+        if device.type == "cpu":
+            raise ValueError(f"--memory {options.memory} is for a card: on a CPU everything is on the host")
+    if branches > 1:
+        for request in requests:
+            request.model_copy(update={"batched_guidance": True}).check_step_cache()
+    if tp > 1 and options.weights != "whole":
+        raise ValueError(
+            f"--weights {options.weights} cannot be shared out by --tp {tp}: leave one of them out"
+        )
+    return Place(device, dtype, vae_dtype, processes, mesh)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before the model is loaded: where to, `plans` for keeping it on a card (none: no choice),
+    what helps if the host has no room for it, and why attention will mask keys, if it will.
+    """
+
+    loaded_on: torch.device
+    plans: Sequence[Plan]
+    advice: str
+    masked: str | None
+
+
+def look_ahead(
+    empty: OpenSoraPlanPipeline, options: SessionOptions, requests: Sequence[Request], place: Place
+) -> Outlook:
+    """From the sizes of a pipeline without weights. Sets its VAE's decoding as it is to be, and raises what
+    `tune` would, on the model with its weights: ValueError, and MemoryError for what fits under no plan.
+    """
+    device = place.device
+    masked = why_masked(empty, options, requests, place)
+    whole = needs_of_all(empty, requests)[0].weights
+    tune(empty, options, device, masked=masked)
+    set_decoding(empty.vae, options)
+    needs, free = needs_of_all(empty, requests), free_memory(device)
+    plans: Sequence[Plan] = []
+    advice = ""
+    resident = min(plans_for(needs, ["resident"]), key=lambda plan: plan.peak)
+    if place.has_plans and options.memory == "resident":
+        tell_peak(resident.peak, device, free=free)
+    elif place.has_plans:
+        plans = plans_that_fit(needs, options.memory, device, free=free)
+        advice = instead_of_host(resident, device, whole=whole, free=free)
+    elif device.type == "cpu" and place.processes == 1:  # several have to decode the same chunks
+        grids = [latent_shape(r.frames, r.height, r.width) for r in requests]
+        fit_decoding(empty.vae, grids, device, free=free - needs[0].weights)
+        tell_peak(peak_on_host(empty.vae, needs, grids), device, free=free)
+    # What is to be moved to and fro begins on the host, and so does what has to become smaller to fit.
+    direct = not plans or plans[0].placement == "resident"
+    fits = whole <= free * (1 - MARGIN) if plans or options.weights != "whole" else True
+    return Outlook(device if direct and fits else torch.device("cpu"), plans, advice, masked)
+
+
+def instead_of_host(resident: Plan, device: torch.device, *, whole: int, free: int) -> str:
+    """The end of a message that the host has no room for the weights, `whole` bytes: what could be done."""
+    room = free * (1 - MARGIN)
+    if resident.peak <= room and whole <= room:
+        return f"; {device} has room for all of it: --memory resident loads it straight there"
+    less = ": ask for fewer or smaller frames" if whole <= room else ""
+    return (
+        f"; it would be loaded straight onto {device} if {max(resident.peak, whole) / 1e9:.3g} GB and some "
+        f"more were free there, and {free / 1e9:.3g} GB are{less}"
+    )
+
+
+def tell_peak(peak: int, device: torch.device, *, free: int) -> None:
+    """Log what generating is predicted to take, of what is free. Raises MemoryError for more than the device
+    ever has.
+    """
+    if peak > (total := total_memory(device)):
+        swap = ", swap included" if device.type == "cpu" else ""
+        raise MemoryError(
+            f"generating is predicted to take {peak / 1e9:,.1f} GB of memory, {device} has "
+            f"{total / 1e9:,.1f} GB{swap}: ask for fewer or smaller frames"
+        )
+    level = logging.WARNING if peak > free else logging.INFO
+    less = ": the system may end it; fewer or smaller frames need less" if peak > free else ""
+    said = "generating is predicted to take %.3g GB of memory, %.3g GB are free%s"
+    logger.log(level, said, peak / 1e9, free / 1e9, less)
+
+
+def why_masked(
+    pipeline: OpenSoraPlanPipeline, options: SessionOptions, requests: Sequence[Request], place: Place
+) -> str | None:
+    """What makes attention mask some keys in any of the videos; None if nothing does."""
+    config, mesh = pipeline.transformer.config, place.mesh
+    rates = config["sparse_n"] or [1]
+    for request in requests:
+        if request.batched_guidance and request.guidance > 1 and options.branch_ranks == 1:
+            return "--batched-guidance pads the shorter of its prompts"
+        frames, rows, columns = latent_shape(request.frames, request.height, request.width)
+        tokens = frames * rows * columns // config["patch_size"] ** 2
+        padded = padded_tokens(tokens, ranks=mesh.sp * mesh.tp, rates=rates)
+        if padded != tokens:
+            size = f"{request.frames} x {request.height} x {request.width}"
+            return f"the tokens of {size} are padded from {tokens} to {padded}"
+    return None
+
+
+def tune(
+    pipeline: OpenSoraPlanPipeline, options: SessionOptions, device: torch.device, *, masked: str | None
+) -> None:
+    """Choose how the denoiser is kept, and computes on the device. Raises ValueError for what it cannot."""
+    if options.weights != "whole":
+        keep_weights(pipeline.transformer, options.weights)
+    if options.attention is not None:
+        set_backend(pipeline.transformer, options.attention, device, masked=masked)
+
+
+def set_decoding(vae: WFVAE, options: SessionOptions) -> None:
+    """Have a VAE decode all at once, or in tiles, if the options say so."""
+    if not options.streaming:
+        vae.disable_streaming()
+    if options.tiling:
+        vae.enable_tiling()
+
+
+def needs_of_all(pipeline: OpenSoraPlanPipeline, requests: Sequence[Request]) -> list[Needs]:
+    """What the pipeline needs for each size of video."""
+    sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)) for r in requests}
+    return [
+        needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached)
+        for t, h, w, steps, batched, cached in sizes
+    ]
+
+
+def plans_that_fit(needs: list[Needs], memory: Memory, device: torch.device, *, free: int) -> Sequence[Plan]:
+    """Plans by which all these videos fit into the `free` bytes of the device, then leaner ones."""
+    plans = plans_for(needs, PLACEMENTS if memory == "auto" else (memory,))
+    plans = plans[first_that_fits(plans, free=free) :]
+    logger.info("of %s, %.1f GB are free; the model is %s (predicted)", device, free / 1e9, plans[0])
+    return plans
