@@ -38,7 +38,6 @@ from opensoraplan.generate import saved
 from opensoraplan.generate.job import run
 from opensoraplan.generate.planning import instead_of_host, tell_peak
 from opensoraplan.generate.session import Session
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import Plan
 
@@ -904,17 +903,18 @@ def test_a_host_short_of_memory_is_warned(
     )
 
 
-def test_full_memory_where_nothing_was_prepared_for_it(
-    osp: Command, tiny_model: Path, tmp_path: Path
-) -> None:
-    def full(module: torch.nn.Module, _arguments: object) -> None:
-        if isinstance(module, SparseUMMDiT):
-            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+def test_full_memory_is_told(osp: Command, tiny_model: Path, tiny_clips: Path, tmp_path: Path) -> None:
+    def full(_module: torch.nn.Module, _arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
 
+    clip = next(tiny_clips.parent.rglob("*.mp4"))
+    with register_module_forward_pre_hook(full):  # nothing was prepared for it
+        said = mistake(osp("reconstruct", clip, "--vae", tiny_model, "--device", "cpu", "--out", "a.mp4"))
+    assert said == "memory is full: CUDA out of memory."
     command = ["calibrate", "--model", tiny_model, *SMALL[:6], "--out"]
     with register_module_forward_pre_hook(full):
         said = mistake(osp(*command, tmp_path / "new" / "ratios.json"))
-    assert said == "memory is full: CUDA out of memory."
+    assert said == "9 frames of 32 x 32 do not fit into memory: ask for fewer or smaller ones"
     (tmp_path / "file").touch()
     assert "cannot write to" in mistake(osp(*command, tmp_path / "file" / "ratios.json"))
 

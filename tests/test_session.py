@@ -167,7 +167,7 @@ def test_requests_that_a_session_was_not_opened_for(session: Session) -> None:
 def test_a_model_that_is_none_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="transformer"):
         Session.open(options_of(tmp_path / "none"), LARGEST)
-    with pytest.raises(FileNotFoundError, match="`osp calibrate --model .*` writes it"):
+    with pytest.raises(FileNotFoundError, match=r"`osp calibrate --model .*` writes it"):
         Session.open(options_of(tiny_model), Request(prompt="a cat", **SMALL, step_cache=0.1))
     with pytest.raises(ValueError, match="--memory streamed is for a card"):
         Session.open(options_of(tiny_model, memory="streamed"), LARGEST)

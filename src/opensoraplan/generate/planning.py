@@ -23,6 +23,7 @@ from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.parallel.ranks import device_of_rank, place_in_job
 from opensoraplan.parallel.sequence import padded_tokens
 from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.plan.estimate import Model
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import (
     MARGIN,
@@ -34,6 +35,7 @@ from opensoraplan.runtime.placement import (
     needs_of,
     peak_on_host,
     plans_for,
+    weight_bytes,
 )
 from opensoraplan.runtime.quantisation import check_weights, keep_weights
 from opensoraplan.shapes import latent_shape
@@ -168,10 +170,10 @@ def look_ahead(
     """
     device = place.device
     masked = why_masked(empty, options, requests, place)
-    whole = needs_of_all(empty, requests)[0].weights
+    whole, model = weight_bytes(empty), Model.of(empty.transformer)
     tune(empty, options, device, masked=masked)
     set_decoding(empty.vae, options)
-    needs, free = needs_of_all(empty, requests), free_memory(device)
+    needs, free = needs_of_all(empty, requests, model), free_memory(device)
     plans: Sequence[Plan] = []
     advice = ""
     resident = min(plans_for(needs, ["resident"]), key=lambda plan: plan.peak)
@@ -254,13 +256,16 @@ def set_decoding(vae: WFVAE, options: SessionOptions) -> None:
         vae.enable_tiling()
 
 
-def needs_of_all(pipeline: OpenSoraPlanPipeline, requests: Sequence[Request]) -> list[Needs]:
-    """What the pipeline needs for each size of video."""
+def needs_of_all(pipeline: OpenSoraPlanPipeline, requests: Sequence[Request], model: Model) -> list[Needs]:
+    """What the pipeline, whose denoiser has the sizes of `model`, needs for each size of video."""
     sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)) for r in requests}
     return [
-        needs_of(pipeline, frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached)
+        needs_of(
+            pipeline, model=model,
+            frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached,
+        )
         for t, h, w, steps, batched, cached in sizes
-    ]
+    ]  # fmt: skip
 
 
 def plans_that_fit(needs: list[Needs], memory: Memory, device: torch.device, *, free: int) -> Sequence[Plan]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -72,6 +72,16 @@ class Model:
         SparseUMMDiT.check_config(config, where="the model's config")
         with torch.device("meta"), wrong_types_told("the model's config"):
             model = SparseUMMDiT(**config)
+        self._measure(model)
+
+    @classmethod
+    def of(cls, model: SparseUMMDiT) -> Self:
+        """Sizes of a denoiser that exists, whose weights are whole (runtime/quantisation.py)."""
+        sizes = cls.__new__(cls)
+        sizes._measure(model)
+        return sizes
+
+    def _measure(self, model: SparseUMMDiT) -> None:
         self.config: dict[str, Any] = {k: v for k, v in model.config.items() if not k.startswith("_")}
         self.heads: int = self.config["num_attention_heads"]
         self.head_dim: int = self.config["attention_head_dim"]

@@ -14,6 +14,7 @@ from torch import nn
 
 from opensoraplan.device import free_memory, is_out_of_memory
 from opensoraplan.models.modulation import adaln_layers, keep_on_host
+from opensoraplan.models.strict import plain_config
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.plan.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
@@ -82,14 +83,15 @@ def needs_of(
     text_tokens: int = 512,
     batched: bool = False,
     step_cache: bool = False,
+    model: Model | None = None,
 ) -> Needs:
     """What a guided video of this size needs; `batched`: both branches of guidance are one batch,
-    `step_cache`: of each it is kept what all blocks began from, and what they added.
+    `step_cache`: of each it is kept what all blocks began from, and what they added. `model`: sizes of the
+    denoiser, where they are known.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
     grid = latent_shape(frames, height, width)
-    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-    model = Model(config)
+    model = model or Model(plain_config(transformer))
     shape = Shape(grid, text_tokens, batch=2 if batched else 1)
     precision = _PRECISIONS[transformer.dtype]
     denoising = forward_memory(model, shape, precision, kind=weights_of(transformer))
@@ -151,6 +153,11 @@ def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
         chunk=chunk,
         tiling=vae.tiling,
     )
+
+
+def weight_bytes(pipeline: OpenSoraPlanPipeline) -> int:
+    """Of all parts of a pipeline together."""
+    return _size(pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
 
 
 def _size(*modules: nn.Module | None) -> int:
