@@ -24,6 +24,7 @@ from timing import resident
 
 from opensoraplan import flow
 from opensoraplan.device import DTYPES
+from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
@@ -132,7 +133,7 @@ def measure(rank: int, case: Case, meeting: str) -> None:
             )
             sigma = flow.sigmas_from_normal(torch.randn(batch))
             loss = objective.losses(
-                model, latents, prompt, sigma=sigma, noise=noise, dtype=dtype, weighting="uniform"
+                model, latents, Conditions(prompt), sigma=sigma, noise=noise, dtype=dtype, weighting="uniform"
             ).mean()
             loss.backward()
             master.take_gradients()

@@ -3,10 +3,12 @@ prompts as well. The formula is in flow.py.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor
 
+from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.text import PromptEmbeds
 
 
@@ -20,8 +22,8 @@ class Branches:
 
     def __init__(
         self,
-        positive: PromptEmbeds,
-        encode_negative: Callable[[], PromptEmbeds],
+        positive: Conditions,
+        encode_negative: Callable[[], Conditions],
         *,
         guided: range,
         batched: bool,
@@ -31,7 +33,7 @@ class Branches:
         self.batched = batched
         self._encode_negative = encode_negative
 
-    def of(self, step: int, *, scale: float) -> dict[str, PromptEmbeds]:
+    def of(self, step: int, *, scale: float) -> dict[str, Conditions]:
         """What a step, counted from 0, runs the denoiser on at this guidance scale."""
         if not self.is_guided(step, scale=scale):
             return {"cond": self.positive}
@@ -45,18 +47,19 @@ class Branches:
 
     def replace(self, *, sequence: Tensor | None = None, pooled: Tensor | None = None) -> None:
         """Go on with other T5 states [B, L, D] or CLIP vectors [B, P] of the prompts."""
-        before = self.positive
-        self.positive = PromptEmbeds(
-            before.sequence if sequence is None else sequence.to(before.sequence),
-            before.mask,
-            before.pooled if pooled is None else pooled.to(before.pooled),
+        text = self.positive.text
+        changed = PromptEmbeds(
+            text.sequence if sequence is None else sequence.to(text.sequence),
+            text.mask,
+            text.pooled if pooled is None else pooled.to(text.pooled),
         )
+        self.positive = replace(self.positive, text=changed)
         self.__dict__.pop("_both", None)
 
     @cached_property
-    def _negative(self) -> PromptEmbeds:
+    def _negative(self) -> Conditions:
         return self._encode_negative()
 
     @cached_property
-    def _both(self) -> PromptEmbeds:
-        return PromptEmbeds.cat([self._negative, self.positive])
+    def _both(self) -> Conditions:
+        return Conditions.cat([self._negative, self.positive])

@@ -27,6 +27,7 @@ from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import FILE as GENERATE_FILE
 from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver
 from opensoraplan.guidance import Branches
+from opensoraplan.models.conditions import Conditions, denoise
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
@@ -349,9 +350,9 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             texts = self._prepare_prompts(prompts)
             negative_texts = self._prepare_prompts(negatives, negative=True) if guided_at_first else None
             device, dtype = self._execution_device, self.transformer.dtype
-            positive = prompt_embeds if prompt_embeds is not None else self.encode_texts(texts)
+            text = prompt_embeds if prompt_embeds is not None else self.encode_texts(texts)
 
-            def encode_negative() -> PromptEmbeds:
+            def encode_negative() -> Conditions:
                 if negative_prompt_embeds is None:
                     given = negative_texts or self._prepare_prompts(negatives, negative=True)
                     negative = self.encode_texts(given)
@@ -359,9 +360,11 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                     negative = negative_prompt_embeds.repeat(
                         len(prompts) // negative_prompt_embeds.batch_size
                     )
-                return negative.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+                negative = negative.repeat(num_videos_per_prompt).trimmed()
+                return Conditions(negative.to(device, dtype))
 
-            positive = positive.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+            text = text.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
+            positive = Conditions(text)
             branches = Branches(positive, encode_negative, guided=guided, batched=batched_guidance)
 
             # 2. Noise
@@ -402,8 +405,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Latents [B, C, T, H, W] in fp32 after the steps from `first_step` on."""
         steps, told = len(sampler.timesteps), False
-        planned: tuple[float, PromptEmbeds] | None = None
-        calls: list[dict[str, PromptEmbeds]] = []
+        planned: tuple[float, Conditions] | None = None
+        calls: list[dict[str, Conditions]] = []
         vectors: list[dict[str, Modulation]] | None = None
         names: Collection[str] | None = None
         take_overflows(self.transformer.transformer_blocks)  # of what was computed before
@@ -451,12 +454,12 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         """Call a callback after a step with the tensors of these names. Returns the latents to go on from;
         other changes are made in `branches`.
         """
-        positive = branches.positive
+        text = branches.positive.text
         given = {
             "latents": latents,
             "velocity": velocity,
-            "prompt_embeds": positive.sequence,
-            "pooled_prompt_embeds": positive.pooled,
+            "prompt_embeds": text.sequence,
+            "pooled_prompt_embeds": text.pooled,
         }
         scale = self._guidance_scale
         changed = changed_tensors(
@@ -515,7 +518,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         self,
         latents: Tensor,
         timestep: Tensor,
-        branches: dict[str, PromptEmbeds],
+        branches: dict[str, Conditions],
         modulation: dict[str, Modulation] | None,
         context: dict[str, int],
     ) -> Tensor:
@@ -523,21 +526,18 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         run this is, for caches.
         """
         outputs = []
-        for name, embeds in branches.items():
-            batch = embeds.batch_size
-            hidden = latents.to(self.transformer.dtype)
-            sigma = float(timestep) / flow.TIMESTEP_SCALE
+        sigma = float(timestep) / flow.TIMESTEP_SCALE
+        for name, conditions in branches.items():
+            batch = conditions.batch_size
             with self.transformer.cache_context(name, sigma=sigma, **context):
-                velocity = self.transformer(
-                    hidden_states=torch.cat([hidden] * (batch // len(hidden))),
-                    timestep=timestep.to(latents.device).expand(batch),
-                    encoder_hidden_states=embeds.sequence,
-                    pooled_projections=embeds.pooled,
-                    encoder_attention_mask=embeds.key_mask,
+                velocity = denoise(
+                    self.transformer,
+                    latents.repeat(batch // len(latents), 1, 1, 1, 1),
+                    timestep.to(latents.device).expand(batch),
+                    conditions,
                     modulation=modulation[name] if modulation else None,
-                    return_dict=False,
-                )[0]
-            outputs.append(velocity.float())
+                )
+            outputs.append(velocity)
         return torch.cat(outputs)
 
     def _warn_of_overflow(self, step: int, *, steps: int) -> bool:
@@ -554,15 +554,15 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return bool(blocks)
 
     def _modulations(
-        self, timesteps: Tensor, calls: Sequence[dict[str, PromptEmbeds]]
+        self, timesteps: Tensor, calls: Sequence[dict[str, Conditions]]
     ) -> list[dict[str, Modulation]]:
         """Of each branch of each step. Of all steps, also where a run goes on in the middle: it then gets the
         bits of a run that was not broken off.
         """
         conditions = [
-            (timestep.expand(embeds.batch_size), embeds.pooled)
+            (timestep.expand(told.batch_size), told.text.pooled)
             for timestep, branches in zip(timesteps, calls, strict=True)
-            for embeds in branches.values()
+            for told in branches.values()
         ]
         made = iter(modulations(self.transformer, conditions, device=self._execution_device))
         return [{name: next(made) for name in branches} for branches in calls]

@@ -11,6 +11,7 @@ from torch import Tensor
 from opensoraplan.data.dataset import readable
 from opensoraplan.data.video import VideoWriter
 from opensoraplan.device import DTYPES
+from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
@@ -96,7 +97,7 @@ class Validation:
                 loss = objective.losses(
                     model,
                     latents,
-                    encoded.prompt,
+                    Conditions(encoded.prompt),
                     sigma=torch.full_like(drawn.sigma, sigma),
                     noise=drawn.noise,
                     dtype=dtype,

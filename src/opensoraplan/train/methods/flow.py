@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensoraplan import flow
 from opensoraplan.data.buckets import Draw
-from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.models.conditions import Conditions, denoise
 from opensoraplan.train.config import FlowSettings
 
 
@@ -51,7 +51,7 @@ def _sigma(settings: FlowSettings, generator: torch.Generator) -> Tensor:
 def losses(
     model: torch.nn.Module,
     latents: Tensor,
-    prompt: PromptEmbeds,
+    conditions: Conditions,
     *,
     sigma: Tensor,
     noise: Tensor,
@@ -61,16 +61,8 @@ def losses(
     """Weighted mean squared error of each sample's velocity, [B] in fp32: what is minimised and logged.
     Latents [B, C, T, H, W] are normalised and in fp32, as are sigma and noise; the model runs in `dtype`.
     """
-    noisy = flow.add_noise(latents, noise, sigma).to(dtype)
-    prompt = prompt.to(latents.device, dtype)
-    timestep = sigma * flow.TIMESTEP_SCALE
-    (velocity,) = model(
-        noisy,
-        timestep,
-        prompt.sequence,
-        prompt.pooled,
-        encoder_attention_mask=prompt.key_mask,
-        return_dict=False,
-    )
-    error = (velocity.float() - flow.velocity_target(latents, noise)).square()
+    noisy = flow.add_noise(latents, noise, sigma)
+    told = conditions.to(latents.device, dtype)
+    velocity = denoise(model, noisy, sigma * flow.TIMESTEP_SCALE, told)
+    error = (velocity - flow.velocity_target(latents, noise)).square()
     return error.flatten(1).mean(1) * flow.loss_weight(sigma, weighting)

@@ -16,6 +16,7 @@ from torch import Tensor
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
 from opensoraplan.models.attention import check_backend
+from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.apply import forget_gathered
@@ -166,7 +167,7 @@ class _Job:
                 losses = objective.losses(
                     self.model,
                     latents,
-                    encoded.prompt,
+                    Conditions(encoded.prompt),
                     sigma=drawn.sigma,
                     noise=drawn.noise,
                     dtype=self.dtype,

@@ -1,0 +1,78 @@
+"""What a denoiser is told, and the call of it that training and sampling share."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opensoraplan.models.conditions import Conditions, denoise
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.text import PromptEmbeds
+
+
+def text(batch: int, tokens: int, *, real: int | None = None) -> PromptEmbeds:
+    mask = torch.arange(tokens).expand(batch, -1) < (tokens if real is None else real)
+    return PromptEmbeds(torch.randn(batch, tokens, 24), mask, torch.randn(batch, 20))
+
+
+def with_frames(batch: int) -> Conditions:
+    return Conditions(text(batch, 3), torch.randn(batch, 4, 2, 4, 4), torch.ones(batch, 1, 2, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def model() -> SparseUMMDiT:
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    widths = {"caption_channels": 24, "pooled_projection_dim": 20, "timestep_embed_dim": 16}
+    return SparseUMMDiT(**sizes, **widths, num_layers=(2, 2, 2), sparse_n=(1, 2, 1)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("real", [3, 5], ids=["masked", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_denoise_is_the_model_on_the_text_in_its_dtype(
+    model: SparseUMMDiT, dtype: torch.dtype, real: int
+) -> None:
+    model.to(dtype)
+    conditions = Conditions(text(2, 5, real=real)).to(dtype=dtype)
+    latents, timestep = torch.randn(2, 4, 2, 4, 4), torch.tensor([900.0, 100.0])
+    told = conditions.text
+    wanted = model(latents.to(dtype), timestep, told.sequence, told.pooled, told.mask).sample
+    found = denoise(model, latents, timestep, conditions)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted.float())
+
+
+def test_frames_go_with_the_text() -> None:
+    conditions = with_frames(2)
+    assert conditions.frames is not None
+    moved = conditions.to(dtype=torch.bfloat16)
+    assert {moved.text.sequence.dtype, moved.frames.dtype, moved.frames_mask.dtype} == {torch.bfloat16}
+    assert moved.text.mask.dtype == torch.bool
+    both = Conditions.cat([conditions, with_frames(1)])
+    assert both.batch_size == 3
+    assert torch.equal(both.frames[:2], conditions.frames)
+    twice = conditions.repeat(2)
+    assert torch.equal(twice.frames[1], conditions.frames[0])
+    assert torch.equal(twice.text.pooled[2], conditions.text.pooled[1])
+
+
+def test_text_alone_has_no_frames_anywhere() -> None:
+    alone = Conditions(text(1, 3))
+    joined = Conditions.cat([alone, Conditions(text(2, 5))])
+    assert joined.text.sequence.shape == (3, 5, 24)
+    for conditions in (alone.to("cpu", torch.bfloat16), alone.repeat(3), joined):
+        assert conditions.frames is None
+        assert conditions.frames_mask is None
+
+
+def test_what_does_not_belong_together(model: SparseUMMDiT) -> None:
+    conditions = with_frames(2)
+    with pytest.raises(ValueError, match="give both, or neither"):
+        replace(conditions, frames_mask=None)
+    with pytest.raises(ValueError, match="frames are of 2 samples, the text of 1"):
+        replace(conditions, text=text(1, 3))
+    with pytest.raises(ValueError, match="1 of 2 parts have clean frames"):
+        Conditions.cat([conditions, Conditions(text(1, 3))])
+    with pytest.raises(ValueError, match="takes no clean frames"):
+        denoise(model, torch.randn(2, 4, 2, 4, 4), torch.tensor([1.0, 2.0]), conditions)
