@@ -5,6 +5,8 @@ overwritten.
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,59 @@ def test_killed_and_gone_on_with_by_two_ranks(settings: TrainSettings, cache: Pa
     second = write(settings, out, rank=0, ranks=2)
     assert (second.written, second.present, second.missing) == (1, 2, 0)
     assert contents(out) == contents(cache)
+
+
+_SLOW = """
+import sys
+from pathlib import Path
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.inputs.cache import write_cache
+
+def wait(step, done, total):
+    if (step, done) == ("videos", 1):
+        print("at the first video", flush=True)
+        sys.stdin.readline()
+
+settings = TrainSettings.model_validate_json(sys.argv[1])
+summary = write_cache(settings, Path(sys.argv[2]), progress=wait, videos_per_shard=2, texts_per_shard=4)
+print(summary.written, summary.present)
+"""
+
+
+@pytest.mark.parametrize(("workers", "dies"), [(0, False), (1, True)])
+def test_two_processes_share_the_shards(
+    settings: TrainSettings, cache: Path, tmp_path: Path, workers: int, dies: bool
+) -> None:
+    """Without torchrun, started one after the other: nothing is encoded twice, but what a dead one was at."""
+    settings, out = changed(settings, workers=workers), tmp_path / "cache"
+    command = [sys.executable, "-c", _SLOW, settings.model_dump_json(), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "at the first video\n"
+
+        def end_the_wait(step: str, done: int, _total: int) -> None:
+            if (step, done) == ("videos", 3):  # all but the shard that the other is at
+                if dies:
+                    other.kill()
+                else:
+                    print(file=other.stdin, flush=True)
+
+        mine = write_cache(settings, out, progress=end_the_wait, videos_per_shard=2, texts_per_shard=4)
+        assert dies or other.wait(timeout=60) == 0
+    assert (mine.written, mine.present, mine.missing) == ((3, 2, 0) if dies else (2, 3, 0))
+    shards, expected = contents(out), contents(cache)
+    del shards["features.json"], expected["features.json"]  # which has train_fps as 24.0
+    assert shards == expected
+
+
+def test_a_number_of_the_settings_is_the_same_however_it_is_written(
+    settings: TrainSettings, cache: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache, tmp_path / "cache")
+    assert settings.data.selection.train_fps == 24
+    other = settings.data.selection.model_copy(update={"train_fps": 24.0})
+    assert write(changed(settings, selection=other), tmp_path / "cache").present == 5
 
 
 def test_unreadable_clips_are_left_out(settings: TrainSettings, clips: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ write_whole(Path(sys.argv[1]), write)
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_who_may_read_a_file_is_for_the_umask_to_say(tmp_path: Path, umask: int) -> None:
+    tmp_path.chmod(0o775)  # a folder that a group shares
     before = os.umask(umask)
     try:
         write_whole(tmp_path / "a", lambda file: save_file({"x": torch.zeros(1)}, file))

@@ -3,9 +3,12 @@
 import argparse
 import json
 import logging
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -535,3 +538,17 @@ def test_ema_is_chosen(sources: Sources, released: Weights, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"transformer has one set of weights and no EMA"):
         save_diffusers(replace(sources, ema=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_that_convert_into_one_folder(tiny_model: Path, tmp_path: Path) -> None:
+    """One writes it, the other says why not, and nothing else is there."""
+    words = ["convert", "--model", str(tiny_model), "--to", "release", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "opensoraplan", *words]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    messages = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both)[0] == 0
+    refused = next(message for one, message in zip(both, messages, strict=True) if one.returncode)
+    assert "another process (" in refused or "exists and is not empty" in refused
+    assert "Traceback" not in refused
+    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["model_ema.pt", "wfvae_888_dim32.ckpt"]

@@ -1,6 +1,7 @@
 """The pipeline: the original's sampling runs, one seed one video, guidance, schedules, and its errors."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -767,3 +768,23 @@ def test_text_encoders_that_do_not_fit(texts: OpenSoraPlanPipeline, key: str, gi
     parts: dict[str, Any] = texts.components | {"transformer": wider}
     with pytest.raises(ValueError, match=rf"made for 32 channels \({key}\), but {gives}"):
         OpenSoraPlanPipeline(**parts)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("model_index.json", '{"_class_name": "OpenSoraPlanPipeline", "vae": 3}', "vae: "),
+        ("scheduler/scheduler_config.json", '{"shift": -1}', "shift: .*greater than 0"),
+        ("text_encoder_2/config.json", '{"a": NaN', "not valid JSON"),
+        ("vae/config.json", "[]", "must hold one JSON object"),
+    ],
+)
+def test_damaged_files_of_a_folder_are_named_in_python(
+    tiny_model: Path, tmp_path: Path, file: str, text: str, fault: str
+) -> None:
+    """As by the command."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(text)
+    with pytest.raises(ValueError, match=fault) as error:
+        OpenSoraPlanPipeline.from_pretrained(tmp_path / "model")
+    assert str(tmp_path / "model" / file) in str(error.value)

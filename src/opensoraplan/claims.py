@@ -96,6 +96,14 @@ def claimed(path: Path, *, doing: str) -> Iterator[None]:
         yield
 
 
+def is_claimed(path: Path) -> bool:
+    """Whether `path` is claimed at this moment."""
+    own = claim(path)
+    if own is not None:
+        own.release()
+    return own is None
+
+
 def lock_of(path: Path) -> Path:
     """The hidden file that is locked by who claims `path`. Its name is short, however long that of `path`."""
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
@@ -126,10 +134,15 @@ def share_out(items: Iterable[Item], work: Callable[[Item], bool], *, what: str)
     """Let `work` do each item, or return False for one that another process is at. Those are tried again
     after all others, until every item is done by some process. `what`: the items, for the log.
     """
+    share_in_passes(items, lambda left: [item for item in left if not work(item)], what=what)
+
+
+def share_in_passes(items: Iterable[Item], work: Callable[[list[Item]], list[Item]], *, what: str) -> None:
+    """As `share_out`, for work on many items at a time: it returns those that other processes are at."""
     left = list(items)
     waiting = False
     while left:
-        others = [item for item in left if not work(item)]
+        others = work(left)
         if others and len(others) == len(left):
             if not waiting:
                 logger.info("waiting for %d %s that other processes are making", len(others), what)

@@ -24,7 +24,9 @@ from opensoraplan.claims import claim, clear_dead_claims
 
 # Seconds without a change after which nobody works there any more, where the file system has no locks.
 _ABANDONED = 3600
-_PARTIAL = ".osp-*.partial"
+# How the names begin of unfinished files and claims.
+OWN = ".osp-"
+_PARTIAL = f"{OWN}*.partial"
 
 
 def user_cache_folder() -> Path:
@@ -70,7 +72,7 @@ def workplace(folder: Path) -> Iterator[Path]:
     removed at the end of the block with what is left in it. Raises OSError if it cannot be made.
     """
     _clear_dead_once(folder.absolute())
-    place = folder / f".osp-{secrets.token_hex(8)}.partial"
+    place = folder / f"{OWN}{secrets.token_hex(8)}.partial"
     own = claim(place)
     assert own is not None, "a random name that another process has, too"
     with own:
@@ -99,10 +101,15 @@ _clear_dead_once = cache(clear_dead)
 
 
 def permit(path: Path) -> None:
-    """Let those read a new file, or the files of a new folder, who may read the folder that it is in: after
-    the umask. safetensors lets the user alone read what it writes.
+    """Let those read a new file, or the files of a new folder, who may read what this process makes as usual:
+    the umask says who. safetensors lets the user alone read what it writes.
     """
-    usual = path.parent.stat().st_mode & 0o666
+    # The umask itself cannot be asked without being changed, for other threads, too.
+    probe = (path if path.is_dir() else path.parent) / f"{OWN}{secrets.token_hex(8)}"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    usual = os.fstat(descriptor).st_mode & 0o666
+    os.close(descriptor)
+    probe.unlink()
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and not file.is_symlink():
             file.chmod(usual)
@@ -181,7 +188,7 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or not (error.filename is None or ".osp-" in str(error.filename)):
+        if error.errno is None or not (error.filename is None or OWN in str(error.filename)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     except SafetensorError as error:

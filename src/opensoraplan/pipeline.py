@@ -25,14 +25,14 @@ from torch import Tensor
 from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import FILE as GENERATE_FILE
-from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver
+from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver, check_model_files
 from opensoraplan.guidance import Branches
 from opensoraplan.models.conditions import Conditions, denoise
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds, unknown_words
+from opensoraplan.models.text import PromptEmbeds, check_json, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline_inputs import (
@@ -143,6 +143,18 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             keep_chinese=keep_chinese,
             max_text_tokens=max_text_tokens,
         )
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **options: Any) -> Any:  # noqa: ANN401
+        """As in diffusers, but a local folder's JSON files are read and checked first. Raises ValueError
+        for damaged ones, which names file and key.
+        """
+        folder = Path(path)
+        if (folder / INDEX).is_file():
+            check_model_files(folder)
+            for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+                check_json(folder / part)
+        return super().from_pretrained(path, **options)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:  # noqa: ANN401
         """As in diffusers, and with it what the folder that this was loaded from says of generating:

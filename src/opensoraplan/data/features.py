@@ -34,7 +34,7 @@ from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import Failure, caption_of
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample, samples_needed
-from opensoraplan.disk import clear_dead, plain_errors, write_whole
+from opensoraplan.disk import OWN, clear_dead, plain_errors, write_whole
 from opensoraplan.documents import as_object, parse_json
 from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
@@ -149,7 +149,7 @@ def check_place(folder: Path, parts: Mapping[str, str]) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"cannot write to {there}: give another folder")
     # Another process may be beginning the same cache: what is there is looked at before its description.
-    strangers = folder.exists() and any(not e.name.startswith(f".{DESCRIPTION}.") for e in folder.iterdir())
+    strangers = folder.exists() and any(not entry.name.startswith(OWN) for entry in folder.iterdir())
     if (folder / DESCRIPTION).exists():
         _refuse_other_parts(folder, _read_description(folder), parts)
     elif strangers:
@@ -172,6 +172,8 @@ def begin(folder: Path, description: Description) -> None:
     clear_dead(folder)
     for name in type(description).model_fields:
         was, now = getattr(there, name), getattr(description, name)
+        if name == "parts":  # their values are compared above
+            was, now = sorted(was), sorted(now)
         if name != "left_out" and was != now:
             raise ValueError(f"{folder} has a cache with {name} {was}, not {now}: give another folder")
 
@@ -521,13 +523,23 @@ def _refuse_other_parts(folder: Path, description: Description, parts: Mapping[s
     changed = [
         f"{name} (was {_short(description.parts.get(name, 'not there'))}, is {_short(now)})"
         for name, now in parts.items()
-        if description.parts.get(name) != now
+        if not _same(description.parts.get(name), now)
     ]
     if changed:
         raise ValueError(
             f"{folder} is stale, it was written with another {', '.join(changed)}: write a new cache with "
             "`osp cache` into another folder, or go back to what this one was written with"
         )
+
+
+def _same(was: str | None, now: str) -> bool:
+    """Whether a part is the same: 24 is 24.0, however the settings have it."""
+    if was is None or was == now:
+        return was == now
+    try:
+        return float(was) == float(now)
+    except ValueError:
+        return False
 
 
 def _short(value: str) -> str:

@@ -388,7 +388,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
     from transformers import AutoTokenizer
 
-    _check_json(folder)
+    check_json(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
@@ -407,7 +407,7 @@ def _existing_folder(folder: Path | str) -> Path:
 def _model_type(folder: Path, kind: Kind) -> str:
     """The `model_type` of the folder's config, if it is one that `kind` can have."""
     found = str(_read_json(folder / "config.json").get("model_type"))
-    _check_json(folder)
+    check_json(folder)
     if found in _MODEL_TYPES[kind]:
         return found
     component, wanted = _ROLES[kind]
@@ -427,7 +427,7 @@ def _check_weight_files(folder: Path) -> None:
             raise FileNotFoundError(f"{folder / first} names files that are not there: {', '.join(absent)}")
 
 
-def _check_json(folder: Path) -> None:
+def check_json(folder: Path) -> None:
     """Read the folder's JSON files by our own reader before transformers does: its errors name no file."""
     for path in (folder / name for name in _JSON_FILES if (folder / name).exists()):
         read_json(path)

@@ -4,10 +4,12 @@ describes.
 
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from opensoraplan.claims import Claim, claim, share_in_passes
 from opensoraplan.data import features
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import ClipDataset, all_captions
@@ -41,8 +44,9 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class CacheSummary:
     """What there is after `write_cache`: `samples` and `texts` that the whole cache is of, and shards that
-    this call has `written`, that were there before (`present`), and that other ranks have yet to write
-    (`missing`). `left_out`: the clips of this rank's shards that cannot be read.
+    this call has `written`, that were there before or that other processes have written meanwhile
+    (`present`), and that other ranks have yet to write (`missing`). `left_out`: the clips of this rank's
+    shards that cannot be read.
     """
 
     folder: Path
@@ -67,10 +71,11 @@ def write_cache(
     """Encode the clips that `settings.data` selects, each at one window, and all their captions.
 
     Shards that are there already are kept: the same call goes on with a killed one. Those of which a clip was
-    replaced since are written again. Of `ranks` processes each writes the shards of its own `rank`; the files
-    are the same however many there are. A clip that cannot be read is left out; to try it again, delete its
-    shard. Bars show how far this rank is, which `progress(step, done, total)` is told, too, step being
-    "texts" or "videos".
+    replaced since are written again. Of `ranks` processes each writes the shards of its own `rank`, which it
+    shares with other processes that were started with the same settings and folder; the files are the same
+    however many there are. A clip that cannot be read is left out; to try it again, delete its shard. Bars
+    show how far this rank is, which `progress(step, done, total)` is told, too, step being "texts" or
+    "videos".
 
     Raises ValueError, before anything is encoded, for settings that are missing, a manifest without samples
     or captions, a folder that has something else (of another cache, what differs), and a disk that cannot be
@@ -79,20 +84,16 @@ def write_cache(
     if not 0 <= rank < ranks:
         raise ValueError(f"with {ranks} ranks, rank must be in 0 .. {ranks - 1}, got {rank}")
     job = CacheJob(settings, out, videos_per_shard=videos_per_shard, texts_per_shard=texts_per_shard)
-    written = present = 0
-    left_out: list[LeftOut] = []
+    shards = 0
     for kind in features.KINDS:
         own = range(rank, job.description.shards(kind), ranks)
+        shards += len(own)
         there = job.written(kind, own)
         to_write = sorted(set(own) - set(there))
-        present, written = present + len(there), written + len(to_write)
         with _counted(job.description, kind, there, to_write, progress) as one_more:
-            if kind == "texts":
-                job.write_texts(to_write, one_more)
-            else:
-                before = features.read_left_out(out, there)
-                left_out = before + job.write_videos(to_write, one_more, before=before)
-    return job.finish(written=written, present=present, left_out=left_out)
+            write = partial(job.write, kind, one_more=one_more)
+            share_in_passes(to_write, write, what=f"shards of {kind}")
+    return job.finish(written=job.encoded, present=shards - job.encoded)
 
 
 @contextmanager
@@ -121,6 +122,9 @@ def _counted(
 class CacheJob:
     """What all processes that fill one cache have in common: samples, texts and encoders, and the folder
     begun or gone on with. Raises ValueError as `write_cache`, before anything is encoded.
+
+    Attributes: `encoded`, the number of shards that this process has written; `left_out`, the clips that
+    cannot be read, of all shards that it has looked at.
     """
 
     def __init__(
@@ -153,66 +157,135 @@ class CacheJob:
             texts_per_shard=texts_per_shard,
         )
         features.begin(out, self.description)
+        self.encoded = 0
+        self.left_out: list[LeftOut] = []
+        self._told: set[Path] = set()
 
     def written(self, kind: Kind, shards: Sequence[int]) -> list[int]:
-        """Which of these files are there, whole, and made of the clips as they are now."""
+        """Which of these files are there, whole, and made of the clips as they are now. Raises ValueError if
+        more than `data.max_bad_files` clips are left out.
+        """
         there = [shard for shard in shards if features.is_written(self.out, kind, shard)]
         if kind == "texts":
             return there
         changed = features.changed_clips(self.out, self.samples, there)
-        for path in sorted({path for paths in changed.values() for path in paths}):
+        paths = {path for paths in changed.values() for path in paths}
+        for path in sorted(paths - self._told):
             logger.info("%s has changed: it is encoded again", path)
-        return [shard for shard in there if shard not in changed]
+        self._told |= paths
+        there = [shard for shard in there if shard not in changed]
+        self.leave_out(features.read_left_out(self.out, there))
+        return there
 
-    def write_texts(self, shards: Sequence[int], one_more: Callable[[], None]) -> None:
-        """Encode and write these files of texts."""
-        for shard in shards:
-            states: dict[str, tuple[Tensor, Tensor]] = {}
-            for place in self.description.places("texts", shard):
-                with explained_memory(_FULL):
-                    encoded = self.encoders.encode_captions([self.texts[place]])
-                states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
-                one_more()
-            features.write_texts(self.out, shard, states)
+    def write(self, kind: Kind, shards: Sequence[int], *, one_more: Callable[[], None]) -> list[int]:
+        """Encode and write these files, but those that another process has written since they were looked at.
+        `one_more` is called for each text or clip that is done.
 
-    def write_videos(
-        self, shards: Sequence[int], one_more: Callable[[], None], *, before: Sequence[LeftOut] = ()
-    ) -> list[LeftOut]:
-        """Encode and write these files of videos. Returns the clips that cannot be read; with those `before`
-        they may be no more than `data.max_bad_files`.
+        Returns those that other processes are writing now. Raises ValueError if more than
+        `data.max_bad_files` clips cannot be read.
         """
-        data, left_out = self.settings.data, list[LeftOut]()
-        check_limit(before, limit=data.max_bad_files)
+        busy: list[int] = []
+        claims = self._claim(kind, shards, one_more, busy)
+        if kind == "videos":
+            self._write_videos(claims, one_more)
+        else:
+            for shard, own in claims:
+                with own:
+                    self._write_texts(shard, one_more)
+        return busy
+
+    def _claim(
+        self, kind: Kind, shards: Sequence[int], one_more: Callable[[], None], busy: list[int]
+    ) -> Iterator[tuple[int, Claim]]:
+        """Claim the files that are to be written, each when it is asked for; add to `busy` those that other
+        processes have claimed.
+        """
+        for shard in shards:
+            own = claim(features.shard_path(self.out, kind, shard))
+            if own is None:
+                busy.append(shard)
+                continue
+            try:
+                is_written = bool(self.written(kind, [shard]))  # until just now
+            except BaseException:
+                own.release()
+                raise
+            if not is_written:
+                yield shard, own
+                continue
+            own.release()
+            for _ in self.description.places(kind, shard):
+                one_more()
+
+    def _write_texts(self, shard: int, one_more: Callable[[], None]) -> None:
+        states: dict[str, tuple[Tensor, Tensor]] = {}
+        for place in self.description.places("texts", shard):
+            with explained_memory(_FULL):
+                encoded = self.encoders.encode_captions([self.texts[place]])
+            states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
+            one_more()
+        features.write_texts(self.out, shard, states)
+        self.encoded += 1
+
+    def _write_videos(self, claims: Iterator[tuple[int, Claim]], one_more: Callable[[], None]) -> None:
+        """Write the files that `claims` gives. The next ones are claimed when their clips are read ahead."""
+        first = next(claims, None)
+        if first is None:
+            return
+        ahead: deque[tuple[int, Claim]] = deque()
+
+        def places() -> Iterator[int]:
+            for shard, own in chain([first], claims):
+                ahead.append((shard, own))
+                yield from self.description.places("videos", shard)
+
+        data = self.settings.data
         loader = DataLoader(
             _Clips(self.samples, data, seed=self.settings.seed),
-            sampler=[place for shard in shards for place in self.description.places("videos", shard)],
+            sampler=places(),  # type: ignore[arg-type]  (it is iterated once)
             batch_size=None,
             num_workers=data.workers,
             # A clip of the release's size is 0.9 GB; each worker reads one ahead.
             prefetch_factor=1 if data.workers else None,
             worker_init_fn=ignore_signals,
         )
-        with closing(iterate(loader)) as clips:
-            for shard in shards:
-                moments: list[tuple[Sample, Tensor]] = []
-                files: dict[int, KnownFile] = {}
-                bad: list[LeftOut] = []
-                for place in self.description.places("videos", shard):
-                    read = next(clips)
-                    if isinstance(read, LeftOut):
-                        bad.append(read)
-                        check_limit([*before, *left_out, *bad], limit=data.max_bad_files)
-                    else:
-                        with explained_memory(_FULL):
-                            encoded = self.encoders.encode_videos(read.video[None])[0].cpu()
-                        moments.append((self.samples[place], encoded))
-                        files[place] = read.file
-                    one_more()
-                features.write_videos(self.out, shard, moments, files=files, left_out=bad)
-                left_out += bad
-        return left_out
+        try:
+            with closing(iterate(loader)) as clips:
+                for clip in clips:
+                    shard, own = ahead[0]
+                    self._write_videos_of(shard, chain([clip], clips), one_more)
+                    ahead.popleft()
+                    own.release()
+        finally:
+            for _, own in ahead:
+                own.release()
 
-    def finish(self, *, written: int, present: int, left_out: Sequence[LeftOut]) -> CacheSummary:
+    def _write_videos_of(
+        self, shard: int, clips: Iterator["_Clip | LeftOut"], one_more: Callable[[], None]
+    ) -> None:
+        moments: list[tuple[Sample, Tensor]] = []
+        files: dict[int, KnownFile] = {}
+        bad: list[LeftOut] = []
+        for place in self.description.places("videos", shard):
+            read = next(clips)
+            if isinstance(read, LeftOut):
+                bad.append(read)
+                self.leave_out([read])
+            else:
+                with explained_memory(_FULL):
+                    encoded = self.encoders.encode_videos(read.video[None])[0].cpu()
+                moments.append((self.samples[place], encoded))
+                files[place] = read.file
+            one_more()
+        features.write_videos(self.out, shard, moments, files=files, left_out=bad)
+        self.encoded += 1
+
+    def leave_out(self, clips: Sequence[LeftOut]) -> None:
+        """Add to `left_out`. Raises ValueError if it gets more than `data.max_bad_files`."""
+        self.left_out += clips
+        check_limit(self.left_out, limit=self.settings.data.max_bad_files)
+
+    def finish(self, *, written: int, present: int) -> CacheSummary:
         """Finish the cache if all its shards are there; say what was done."""
         missing = features.missing_shards(self.out)
         if not missing:
@@ -224,11 +297,11 @@ class CacheJob:
             written=written,
             present=present,
             missing=len(missing),
-            left_out=tuple(left_out),
+            left_out=tuple(self.left_out),
         )
         logger.info(
             "%s: %d samples, %d texts; shards: %d written, %d there before, %d missing; clips left out: %d",
-            *(self.out, summary.samples, summary.texts, written, present, len(missing), len(left_out)),
+            *(self.out, summary.samples, summary.texts, written, present, len(missing), len(self.left_out)),
         )
         return summary
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from opensoraplan.claims import is_claimed, share_in_passes
 from opensoraplan.data import features
 from opensoraplan.data.features import LeftOut
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.inputs.cache import CacheJob, CacheSummary, check_limit
+from opensoraplan.train.inputs.cache import CacheJob, CacheSummary
 
 Row = dict[str, Any]
 # What a worker computes on: how Ray counts it, and what one worker takes of it.
@@ -38,39 +39,34 @@ def write_cache_by_ray(
     sizes = {"videos_per_shard": videos_per_shard, "texts_per_shard": texts_per_shard}
     # This process only asks what there is to do.
     job = CacheJob(settings.model_copy(update={"device": "cpu"}), out, **sizes)
-    left_out, to_write, present = _looked_at(job)
-    limit = settings.data.max_bad_files
-    check_limit(left_out, limit=limit)
+    to_write: list[Row] = []
+    total = 0
+    for kind in features.KINDS:
+        shards = range(job.description.shards(kind))
+        there = set(job.written(kind, shards))
+        to_write += [{"kind": kind, "shard": shard} for shard in shards if shard not in there]
+        total += len(shards)
+
+    def write(left: list[Row]) -> list[Row]:
+        free = [row for row in left if not is_claimed(features.shard_path(out, row["kind"], row["shard"]))]
+        busy = [row for row in left if row not in free]
+        for row in _encoded(ray, settings, out, sizes, free, total=total) if free else ():
+            if row["busy"]:
+                busy.append({"kind": row["kind"], "shard": row["shard"]})
+            job.encoded += row["encoded"]
+            job.leave_out([LeftOut(*one) for one in json.loads(row["left_out"])])
+        return busy
+
     if to_write:
         began = not ray.is_initialized()
         if began:
             ray.init(log_to_driver=False)
         try:
-            for row in _encoded(ray, settings, out, sizes, to_write, present=present):
-                left_out += [LeftOut(*one) for one in json.loads(row["left_out"])]
-                check_limit(left_out, limit=limit)
+            share_in_passes(to_write, write, what="shards")
         finally:
             if began:
                 ray.shutdown()
-    return job.finish(written=len(to_write), present=present, left_out=left_out)
-
-
-def _looked_at(job: CacheJob) -> tuple[list[LeftOut], list[Row], int]:
-    """What shards that are there have left out; those that are not; how many there are."""
-    left_out: list[LeftOut] = []
-    to_write: list[Row] = []
-    present = 0
-    for kind in features.KINDS:
-        shards = range(job.description.shards(kind))
-        there = set(job.written(kind, shards))
-        for shard in shards:
-            if shard not in there:
-                to_write.append({"kind": kind, "shard": shard})
-                continue
-            present += 1
-            if kind == "videos":
-                left_out += features.read_left_out(job.out, [shard])
-    return left_out, to_write, present
+    return job.finish(written=job.encoded, present=total - job.encoded)
 
 
 def _encoded(
@@ -80,7 +76,7 @@ def _encoded(
     sizes: dict[str, int],
     to_write: list[Row],
     *,
-    present: int,
+    total: int,
 ) -> Iterator[Row]:
     """The rows of shards as workers finish them. Raises ValueError for what a user can help."""
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -97,8 +93,7 @@ def _encoded(
     # A block for each shard, so that no worker's death costs more than one.
     rows = ray.data.from_items(to_write, override_num_blocks=len(to_write))
     done = rows.map(_Worker, fn_constructor_args=worker, compute=pool, **needs)
-    total = present + len(to_write)
-    with tqdm(total=total, initial=present, desc="encoding", unit="shard") as bar:
+    with tqdm(total=total, initial=total - len(to_write), desc="encoding", unit="shard") as bar:
         for row in done.iter_rows():
             if row["error"]:
                 raise ValueError(row["error"])
@@ -118,16 +113,20 @@ class _Worker:
             self.error = str(error) or "memory is full"
 
     def __call__(self, row: Row) -> Row:
-        """Write one shard."""
-        left_out: list[LeftOut] = []
+        """Write one shard, unless another process is at it."""
+        done: Row = {**row, "busy": False, "encoded": 0, "left_out": "[]", "error": self.error}
+        if self.error:
+            return done
+        encoded, left_out = self.job.encoded, len(self.job.left_out)
         try:
-            if not self.error and row["kind"] == "texts":
-                self.job.write_texts([row["shard"]], _nothing)
-            elif not self.error:
-                left_out = self.job.write_videos([row["shard"]], _nothing)
+            busy = self.job.write(row["kind"], [row["shard"]], one_more=_nothing)
         except (ValueError, OSError, MemoryError) as error:
-            return {**row, "left_out": "[]", "error": str(error) or "memory is full"}
-        return {**row, "left_out": json.dumps(left_out), "error": self.error}
+            return done | {"error": str(error) or "memory is full"}
+        return done | {
+            "busy": bool(busy),
+            "encoded": self.job.encoded - encoded,
+            "left_out": json.dumps(self.job.left_out[left_out:]),
+        }
 
 
 def _nothing() -> None:
