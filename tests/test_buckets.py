@@ -105,7 +105,7 @@ def test_what_cannot_be_divided() -> None:
 def test_rare_shapes_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         one = sampler(global_batch=12)
-    assert caplog.messages == ["shapes with fewer samples than a global batch are left out: 10 of 9x32x32"]
+    assert caplog.messages == ["shapes with fewer samples than a global batch are dropped: 10 of 9x32x32"]
     assert one.dropped_per_epoch == {IMAGE: 1, SHORT: 10, LONG: 1}
     assert SHORT not in {SHAPES[draw.index] for draw in epoch_of(one, 0)}
     with pytest.raises(

@@ -606,7 +606,10 @@ QUICK = {
     ),
     "a file": ("generate cat --model {model} --out {guide}", "cannot write to .*json: it is a file"),
     "convert what": ("convert --out x", "not given: --transformer, --vae, "),
-    "convert a model": ("convert --model {model} --out x", "diffusers folder already: give --to megatron or"),
+    "convert a model": (
+        "convert --model {model} --out x",
+        "already a diffusers folder: give --to megatron or",
+    ),
     "convert back what": ("convert --to megatron --out x", "--to megatron needs --model"),
     "merge and convert": (
         "convert --to release --transformer {release} --vae {model} --out x.pt",

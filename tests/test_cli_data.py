@@ -46,7 +46,7 @@ def test_the_default_selection_names_why_all_are_dropped(
     printed = capsys.readouterr()
     assert "kept     0" in printed.out
     assert "too small  1  fewer pixels than min_hxw asks for" in printed.out
-    assert f"osp: error: nothing of {tmp_path / 'data.txt'} would be used: the table says why" in printed.err
+    assert f"osp: error: no clip of {tmp_path / 'data.txt'} would be used: the table shows why" in printed.err
 
 
 DENOISER = """
@@ -136,7 +136,7 @@ def test_selection_from_the_guides_file(tmp_path: Path) -> None:
         (["{clips}", "--set", "train_fps"], "a change is written section.key=value, got 'train_fps'"),
         (["{clips}"], "clips"),
         (["{run}", "--global-batch", "0"], "--global-batch must be at least 1, got 0"),
-        (["{run}", "--seed", "1"], "is a run, which says that itself: use --set .* instead of --seed"),
+        (["{run}", "--seed", "1"], "is a run, whose settings decide this: use --set .* instead of --seed"),
         (["{run}", "--set", "num_frames=9"], "neither a run of osp train .*'data.selection.num_frames'.*"),
         (["{run}", "--set", "data.manifest=none", "data.features=x"], "has no data.manifest"),
     ],

@@ -134,7 +134,7 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train", r"which run\? Give a \.toml file"),
+        ("train", r"no run is given: use a \.toml file"),
         ("train nowhere.toml", "nowhere.toml does not exist"),
         ("train --model m.json", "needs --data"),
         ("train {run} --set optimizer.steps=0", "optimizer.steps: .*got 0"),
@@ -152,7 +152,7 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
         ("train {run} --set memory.keep_attention=true", "about recompute_blocks, which is 0"),
         ("train {run} --resume 5", "no checkpoint to resume from"),
         ("train {run} --set data.features=nowhere", "nowhere is no feature cache"),
-        ("cache {run}", "where to. Give --out FOLDER"),
+        ("cache {run}", "no output folder is given: use --out FOLDER"),
         ("train-vae nowhere.toml", "nowhere.toml does not exist"),
         ("export nowhere --out a", "nowhere does not exist"),
         ("export . --out a", "not the output folder of a training run"),
@@ -296,7 +296,7 @@ def test_the_guides_files_make_the_features_that_they_load(
     assert code == 0, err
     code, err = osp("train", *files, "--set", *changes)
     assert code == 2
-    assert "from where?" in err
+    assert "data.features is missing" in err
     changes.append("data.features=features")
     code, err = osp("cache", *files, "--set", *changes)
     assert code == 0, err

@@ -27,7 +27,7 @@ def test_a_folder_with_a_list_is_read_by_it(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / "data.txt").write_text("\n clips,list.json\n")
     caplog.set_level(logging.INFO)
     assert [record.captions for record in read_manifest(tmp_path)] == [("of the list",)]
-    assert f"the clips of {tmp_path} are those of its data.txt" in caplog.text
+    assert f"{tmp_path}: using the clips listed in its data.txt" in caplog.text
     # A caption, or a note, is no list.
     write_clip(tmp_path / "data.mp4")
     (tmp_path / "data.txt").write_text("a clip, of data")

@@ -561,7 +561,7 @@ def test_probing_is_remembered_until_the_file_changes(
         cache.write_text(nonsense)
         caplog.clear()
         assert read_manifest(data)[0].num_frames == 12
-        assert "what was remembered of clips is not used" in caplog.text, nonsense
+        assert "the cache of clip properties is ignored" in caplog.text, nonsense
         assert str(cache) in caplog.text
         assert json.loads(cache.read_text()) == whole
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "m.jsonl"]
@@ -644,5 +644,5 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(
     # A folder in the cache's place stops root, too, whom no permission stops.
     (cache_of(data) / "full").mkdir(parents=True)
     assert read_manifest(data)[0].num_frames == 12
-    assert "is not kept for the next time" in caplog.text
+    assert "the cache of clip properties cannot be written" in caplog.text
     assert os.listdir(cache_of(data).parent) == [cache_of(data).name]

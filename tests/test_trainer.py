@@ -149,7 +149,7 @@ def test_resumed_after_a_signal_equals_undisturbed(slow_run: MakeRun) -> None:
     assert 2 <= final(stopped).step < 6
     message = process.stderr.read().decode() if process.stderr else ""
     assert f"stopped after step {final(stopped).step} of 6, saved in {stopped.output}" in message
-    assert "--resume latest goes on" in message
+    assert "continue with --resume latest" in message
     train(stopped, resume="latest")
     assert_equal_runs(stopped, undisturbed)
 
@@ -220,7 +220,7 @@ def test_new_checkpoints_stay_when_older_ones_have_higher_numbers(tiny_run: Make
     train(run)
     shorter = tiny_run(optimizer={"steps": 3}, checkpoint={"every": 1, "keep": 1})
     with pytest.raises(
-        ValueError, match=r"step 6 of .* is beyond optimizer\.steps 3: .* \(there are: \[2\]\)"
+        ValueError, match=r"step 6 of .* is beyond optimizer\.steps 3: .* \(available: \[2\]\)"
     ):
         train(shorter, resume="latest")
     assert checkpoint.steps(run.output) == [2, 4, 6]
@@ -241,7 +241,7 @@ def test_longer_run_can_be_resumed_but_another_learning_rate_is_refused(tiny_run
 def test_existing_run_is_not_overwritten(tiny_run: MakeRun) -> None:
     run = tiny_run(optimizer={"steps": 2})
     train(run)
-    with pytest.raises(ValueError, match="has a training run already: go on with --resume latest"):
+    with pytest.raises(ValueError, match="already has a training run: continue with --resume latest"):
         train(run)
 
 
@@ -275,9 +275,9 @@ def test_resume_latest_begins_a_run_that_is_not_there(
         run = tiny_run(optimizer={"steps": 2})
         train(run, resume="latest")
         assert checkpoint.steps(run.output) == [2]
-        assert "going on after" not in caplog.text
+        assert "resuming after" not in caplog.text
         train(tiny_run(optimizer={"steps": 3}), resume="latest")
-        assert "going on after step 2 of 3" in caplog.text
+        assert "resuming after step 2 of 3" in caplog.text
 
 
 def test_resume_of_a_step_that_is_not_there_is_refused(tiny_run: MakeRun) -> None:
@@ -458,7 +458,7 @@ def test_rewind_passes_over_checkpoints_made_between_outliers(
         train(run)
     assert logged(run, "skipped") == [0, 1, 1, 0]
     assert [checkpoint.load(run.output, step).state["outliers_in_a_row"] for step in (1, 2, 3)] == [0, 1, 2]
-    assert "2 outliers in a row: going on from the weights of step 1" in caplog.messages
+    assert "2 outliers in a row: restored the weights of step 1" in caplog.messages
 
 
 def test_a_run_that_ends_in_outliers_has_failed(tiny_run: MakeRun, tmp_path: Path) -> None:
@@ -600,7 +600,10 @@ def test_held_out_clips_that_cannot_be_read_are_left_out(
     run = tiny_run(optimizer={"steps": 2}, validation=held_out)
     train(run)
     assert len(logged(run, "validation_loss")) == 1
-    assert sum("a clip is left out: " in message and gone.name in message for message in caplog.messages) == 1
+    assert (
+        sum("skipped an unreadable clip: " in message and gone.name in message for message in caplog.messages)
+        == 1
+    )
     none = tiny_run("none", optimizer={"steps": 2}, validation={**held_out, "samples": 1})
     with pytest.raises(ValueError, match="none of the 1 clips can be read"):
         train(none)
@@ -626,7 +629,7 @@ def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
             r"model\.config: num_layers: .*got 4",
         ),
         ({"validation": {"every": 1, "sigmas": []}}, r"validation\.sigmas"),
-        ({"parallel": {"cpu_offload": True}}, r"parallel\.cpu_offload is for several processes"),
+        ({"parallel": {"cpu_offload": True}}, r"parallel\.cpu_offload needs several processes"),
         ({"model": {"attention": "flahs"}}, r"no attention 'flahs' .did you mean 'flash'"),
     ],
 )
@@ -650,7 +653,7 @@ def test_resume_with_other_clips_is_for_those_who_ask_for_it(
     train(run)
     write(records[1:])
     longer = tiny_run(data={"manifest": manifest}, optimizer={"steps": 4})
-    with pytest.raises(ValueError, match=r"not the clips that the run was begun with \(8 then, 7 now"):
+    with pytest.raises(ValueError, match=r"not the clips that the run was started with \(8 then, 7 now"):
         train(longer, resume="latest")
     manifest = tmp_path / "moved.json"
     write(records)
@@ -659,7 +662,7 @@ def test_resume_with_other_clips_is_for_those_who_ask_for_it(
     others = {"manifest": manifest, "other_clips": True}
     train(tiny_run(data=others, optimizer={"steps": 6}), resume="latest")
     assert len(logged(run)) == 6
-    assert "not the clips that the run was begun with (8 then, 7 now" in caplog.text
+    assert "not the clips that the run was started with (8 then, 7 now" in caplog.text
 
 
 def test_memory_that_is_full_is_told_and_the_last_step_saved(tiny_run: MakeRun) -> None:

@@ -299,7 +299,7 @@ def test_a_short_matroska_file_is_warned_about(tmp_path: Path, caplog: pytest.Lo
         assert count_frames(clip) == 40
         assert not caplog.messages
         assert 10 < count_frames(cut(clip, share=0.5)) < 30
-    assert "of 1.60 s; is it cut off?" in caplog.text
+    assert "of 1.60 s: is the file truncated?" in caplog.text
 
 
 # --- Reading by number --------------------------------------------------------------------------------------

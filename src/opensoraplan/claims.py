@@ -92,7 +92,7 @@ def claimed(path: Path, *, doing: str) -> Iterator[None]:
         raise ValueError(f"another process ({holder(path)}) is {doing}: wait for it or stop it")
     with own:
         if not own.is_certain:
-            logger.warning("nothing can be locked in %s: do not use it from two processes", path.parent)
+            logger.warning("%s does not support file locks: do not use it from two processes", path.parent)
         yield
 
 

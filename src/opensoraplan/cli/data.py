@@ -128,7 +128,7 @@ def data_check(options: DataCheck) -> None:
     )
     sys.stdout.write(report.text + "\n")
     if not report.kept:
-        raise ValueError(f"nothing of {manifest} would be used: the table says why")
+        raise ValueError(f"no clip of {manifest} would be used: the table shows why")
 
 
 def _is_run(path: Path) -> bool:
@@ -149,7 +149,7 @@ def _read_run(options: DataCheck, changes: list[str]) -> "TrainSettings | VAETra
     twice = [name for name, value in given.items() if value is not None]
     if twice:
         raise ValueError(
-            f"{path} is a run, which says that itself: use --set data.root=..., seed=... or "
+            f"{path} is a run, whose settings decide this: use --set data.root=..., seed=... or "
             f"data.selection.KEY=... instead of {', '.join(twice)}"
         )
     try:

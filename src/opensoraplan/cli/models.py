@@ -94,7 +94,7 @@ def convert(options: Convert, inference: "Inference | None") -> None:
     if options.to == "diffusers":
         if options.model is not None:
             raise ValueError(
-                f"{options.model} is a diffusers folder already: give --to megatron or --to release"
+                f"{options.model} is already a diffusers folder: give --to megatron or --to release"
             )
         if options.tp != 1:
             raise ValueError(f"--tp {options.tp} goes with --to megatron")
@@ -112,9 +112,9 @@ def convert(options: Convert, inference: "Inference | None") -> None:
         )
         return
     if options.dtype is not None:
-        raise ValueError("--dtype goes with --to diffusers; the way back keeps every tensor as it is")
+        raise ValueError("--dtype goes with --to diffusers; other formats keep the precision of every tensor")
     if options.to == "release" and options.tp != 1:
-        raise ValueError(f"--tp {options.tp} goes with --to megatron; the release is in one piece")
+        raise ValueError(f"--tp {options.tp} goes with --to megatron; the release has no shards")
     if options.model is None:
         _convert_denoiser(options, inference)
         return

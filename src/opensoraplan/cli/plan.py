@@ -508,7 +508,7 @@ def launch_line(options: Launch) -> list[str]:
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not options.command:
-        raise ValueError("what is to be run? For example: osp launch --processes 8 -- train RUN.toml")
+        raise ValueError("no command is given, for example: osp launch --processes 8 -- train RUN.toml")
     line = ["env", f"{SHUTDOWN}=300", *([f"{OWN_STORE}=1"] if options.max_restarts else [])]
     line += [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
     if options.nodes == 1:

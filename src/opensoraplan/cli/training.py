@@ -140,7 +140,7 @@ def train_vae(options: TrainVAE) -> None:
     from opensoraplan.train.run.files import read_settings
 
     if (processes := place_in_job()[1]) > 1:
-        raise ValueError(f"osp train-vae is one process, torchrun started {processes}")
+        raise ValueError(f"osp train-vae runs in one process, but torchrun started {processes}")
     settings = read_settings(VAETrainSettings, options.config, changes=[*chain(*options.set)])
     with _ends_in_one_sentence():
         logger.info("wrote %s", job(settings, resume=options.resume))
@@ -186,7 +186,9 @@ def cache(options: Cache) -> None:
     )
     out = options.out or settings.data.features
     if out is None:
-        raise ValueError("where to? Give --out FOLDER, or data.features in the run's settings")
+        raise ValueError(
+            "no output folder is given: use --out FOLDER, or data.features in the run's settings"
+        )
     rank, ranks = place_in_job()
     if options.engine == "torchrun":
         if rank:
@@ -195,7 +197,9 @@ def cache(options: Cache) -> None:
             write_cache(settings, out, rank=rank, ranks=ranks)
         return
     if ranks > 1:
-        raise ValueError(f"--engine ray starts its own workers: leave out torchrun, which started {ranks}")
+        raise ValueError(
+            f"--engine ray starts its own workers: run it without torchrun, which started {ranks}"
+        )
     from opensoraplan.train.inputs.cache_ray import write_cache_by_ray
 
     write_cache_by_ray(settings, out)

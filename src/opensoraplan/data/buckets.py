@@ -59,7 +59,7 @@ class BucketSampler:
                 f"{_counts(rare)}; use a global batch of at most {max(count for _, count in rare)}"
             )
         if rare:
-            logger.warning("shapes with fewer samples than a global batch are left out: %s", _counts(rare))
+            logger.warning("shapes with fewer samples than a global batch are dropped: %s", _counts(rare))
         self._dropped = dict(rare) | {
             shape: len(part) % global_batch for shape, part in self._buckets if len(part) % global_batch
         }

@@ -190,7 +190,7 @@ def readable(
         try:
             item = dataset[place]
         except UnreadableClipError as error:
-            logger.warning("a clip is left out: %s", error)
+            logger.warning("skipped an unreadable clip: %s", error)
         if agree(item is None):
             continue
         assert item is not None
@@ -225,7 +225,7 @@ class BadFiles:
         for path, message in failures:
             if path not in self._messages:
                 self._messages[path] = message
-                logger.warning("another clip takes the place of one that cannot be read: %s", message)
+                logger.warning("replaced an unreadable clip by another one: %s", message)
         if len(self) > self._limit:
             raise ValueError(
                 f"{len(self)} files cannot be read, {self._limit} are allowed: "

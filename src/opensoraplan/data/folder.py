@@ -35,7 +35,7 @@ def list_in(folder: Path) -> Path | None:
     _, comma, annotation = first.rpartition(",")
     if not comma or not annotation.strip().lower().endswith(_ANNOTATION_SUFFIXES):
         return None
-    logger.info("the clips of %s are those of its %s", folder, _LIST)
+    logger.info("%s: using the clips listed in its %s", folder, _LIST)
     return path
 
 

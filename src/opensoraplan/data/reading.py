@@ -273,7 +273,7 @@ def timed_shots(path: str | Path, container: InputContainer, stream: VideoStream
     promised = _promised(container, stream, origin=origin)
     if promised is not None and end < promised * Fraction(9, 10):
         # No error: a last frame may rightly stay on screen for long, and Matroska counts no frames.
-        logger.warning("%s: frames end after %.2f s of %.2f s; is it cut off?", path, end, promised)
+        logger.warning("%s: frames end after %.2f s of %.2f s: is the file truncated?", path, end, promised)
 
 
 def _resampled(shots: Iterable[Shot], rate: Fraction) -> Iterator[Shot]:

@@ -100,7 +100,7 @@ def probe_cache(manifest: Path) -> Path | None:
     try:
         return user_cache_folder() / "probed" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
     except RuntimeError as error:
-        logger.info("what is found is not kept for the next time: %s", error)
+        logger.info("the cache of clip properties cannot be written: %s", error)
         return None
 
 
@@ -125,7 +125,9 @@ def complete(
         return list(records)
     known = _load(cache)
     fresh: dict[str, _Probed] = {}
-    logger.info("looking at %d of %d files for what the manifest does not say", len(wanted), len(records))
+    logger.info(
+        "probing %d of %d files for values that the manifest does not give", len(wanted), len(records)
+    )
 
     def look(index: int) -> tuple[int, str, _Probed | str]:
         path = records[index].path
@@ -235,7 +237,7 @@ def _load(cache: Path | None) -> Mapping[str, _Probed]:
             return {}
         return _ProbeCache.read(content, where=str(cache)).files
     except (OSError, ValueError) as error:
-        logger.warning("what was remembered of clips is not used: %s", error)
+        logger.warning("the cache of clip properties is ignored: %s", error)
         return {}
 
 
@@ -248,4 +250,4 @@ def _save(cache: Path | None, known: Mapping[str, _Probed]) -> None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(cache, lambda file: file.write_text(content, encoding="utf-8"))
     except OSError as error:
-        logger.info("what was found is not kept for the next time: %s", error)
+        logger.info("the cache of clip properties cannot be written: %s", error)

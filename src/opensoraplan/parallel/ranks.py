@@ -207,7 +207,7 @@ def joined(settings: MeshSettings, device: torch.device, *, timeout: float = TIM
     if device.type not in _BACKENDS:
         raise ValueError(f"several processes need a device of {', '.join(_BACKENDS)}, got {device.type}")
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
-        logger.warning("set %s=1 for torchrun, or processes that it starts again may wait in vain", OWN_STORE)
+        logger.warning("set %s=1 for torchrun, or processes that it restarts may hang", OWN_STORE)
     if device.type != "cpu":
         getattr(torch, device.type).set_device(device)
     with _meeting_told():

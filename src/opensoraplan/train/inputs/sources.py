@@ -282,11 +282,11 @@ def check_clips(before: ClipsState | None, now: Mapping[str, Any], *, others: bo
         return
     what = f"{before.count} then, {now['count']} now, or other captions or sizes"
     if others:
-        logger.warning("these are not the clips that the run was begun with (%s)", what)
+        logger.warning("these are not the clips that the run was started with (%s)", what)
         return
     raise ValueError(
-        f"these are not the clips that the run was begun with ({what}): a step would have other ones. "
-        "Restore the manifest, or set data.other_clips to go on with these"
+        f"these are not the clips that the run was started with ({what}): its steps would use other clips. "
+        "Restore the manifest, or set data.other_clips to continue with these"
     )
 
 

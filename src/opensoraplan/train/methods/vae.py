@@ -230,10 +230,10 @@ class _Job:
     def _skip(self, step: int, rate: float) -> None:
         """Leave a step out whose gradient is not finite: nothing learns. Too many in a row are an error."""
         self.not_finite += 1
-        logger.warning("step %d: the gradient is not finite: the step is left out", step)
+        logger.warning("step %d: the gradient is not finite: the step is skipped", step)
         if self.not_finite >= _PATIENCE:
             raise FloatingPointError(
-                f"step {step}: {_PATIENCE} gradients in a row are not finite: begin another run with a lower "
+                f"step {step}: {_PATIENCE} gradients in a row are not finite: start a new run with a lower "
                 f"optimizer.lr than {rate:g}, and with model.pretrained to go on from what osp export gives"
             )
 

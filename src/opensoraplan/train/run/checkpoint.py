@@ -219,7 +219,9 @@ def set_aside(output: Path, *, after: int) -> None:
         path_of(output, step).rename(_renamed(output, step, _SUPERSEDED))
     if later:
         logger.info(
-            "going on from step %d: checkpoints of %s are set aside until the next one is saved", after, later
+            "resuming from step %d: the later checkpoints %s are set aside until the next one is saved",
+            after,
+            later,
         )
 
 

@@ -81,8 +81,8 @@ def read_run(
     """
     if model_json is not None and model_json.is_dir():
         raise ValueError(
-            f"{model_json} is a folder, --model takes the guide's JSON: to begin from weights in a folder, "
-            f"give --set model.pretrained={model_json}"
+            f"{model_json} is a folder, --model takes the guide's JSON: to start from weights in a folder, "
+            f"use --set model.pretrained={model_json}"
         )
     if (model_json is None) != (data_json is None):
         given, other = ("--model", "--data") if data_json is None else ("--data", "--model")
@@ -90,7 +90,7 @@ def read_run(
     if model_json is None or data_json is None:
         if path is None:
             raise ValueError(
-                f"which run? Give a .toml file such as {EXAMPLE}, or the guide's two files: --model and "
+                f"no run is given: use a .toml file such as {EXAMPLE}, or the guide's two files: --model and "
                 "--data"
             )
         return read_settings(TrainSettings, path, changes=changes)
@@ -109,8 +109,8 @@ def read_run(
     data = values.get("data")
     if isinstance(data, dict) and data.get("features") is None and data.get("manifest") is None:
         raise ValueError(
-            f"{where}: features are to be loaded, but from where? Give data.features=FOLDER, which osp cache "
-            "writes with the same two files, or set load_video_features, load_text_features and "
+            f"{where} load features, but data.features is missing: give data.features=FOLDER, which "
+            "osp cache writes with the same two files, or set load_video_features, load_text_features and "
             "use_feature_data to false"
         )
     return TrainSettings.read(values, where=_with_changes(where, changes))
@@ -151,15 +151,15 @@ def refuse_changes(old: Settings, new: Settings) -> None:
     steps = _different(old, new).get("optimizer.steps")
     if steps is not None and dict(_flat(old.model_dump())).get("optimizer.schedule") == "cosine":
         lines.append(
-            f"  optimizer.steps: {steps[0]} -> {steps[1]}, with which optimizer.schedule cosine has another "
-            "learning rate at every step"
+            f"  optimizer.steps: {steps[0]} -> {steps[1]}, which changes the learning rate of every "
+            "step with optimizer.schedule cosine"
         )
     if lines:
         raise ValueError(
-            "this run was begun with other settings, and would not be the same run any more:\n"
+            "this run was started with other settings and cannot be resumed with these:\n"
             + "\n".join(lines)
-            + "\nResume it with the old ones, or begin another: without --resume, in another output folder, "
-            "and with model.pretrained to go on from this one's weights"
+            + "\nResume it with the old settings, or start a new run: without --resume, in another "
+            "output folder, and with model.pretrained to start from this run's weights"
         )
 
 

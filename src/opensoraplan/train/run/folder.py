@@ -72,7 +72,7 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
     if began_before:
         if resume is None:
             raise ValueError(
-                f"{output} has a training run already: go on with --resume latest, or choose another output"
+                f"{output} already has a training run: continue with --resume latest, or use another output"
             )
         refuse_changes(read_settings(type(settings), config), settings)
         if resume != "latest" or checkpoint.steps(output):
@@ -80,8 +80,8 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
         if step > total:
             earlier = [there for there in checkpoint.steps(output) if there <= total]
             raise ValueError(
-                f"step {step} of {output} is beyond optimizer.steps {total}: raise optimizer.steps to go on, "
-                f"or --resume an earlier step (there are: {earlier or 'none'})"
+                f"step {step} of {output} is beyond optimizer.steps {total}: raise optimizer.steps, "
+                f"or --resume an earlier step (available: {earlier or 'none'})"
             )
     else:
         _refuse_foreign(config)
@@ -96,7 +96,7 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
         checkpoint.remove_unfinished(output)
         clear_dead(output)
         if step:
-            logger.info("%s: going on after step %d of %d", output, step, total)
+            logger.info("%s: resuming after step %d of %d", output, step, total)
         yield step
 
 
@@ -108,7 +108,7 @@ def _refuse_foreign(config: Path) -> None:
         read_settings(VAETrainSettings if is_vae_run(config) else TrainSettings, config)
     except ValueError:
         raise ValueError(
-            f"{config} is not the {CONFIG} of a training run, and would be replaced: choose another output"
+            f"{config} is not the {CONFIG} of a training run, and would be overwritten: use another output"
         ) from None
 
 
@@ -274,8 +274,8 @@ class _Loop:
         diverged = self.job.not_finite
         if diverged >= 2 or diverged == self.done > 0:
             raise FloatingPointError(
-                f"the run has failed: the gradients of its last steps ({diverged}) are not finite. Begin "
-                "another with a lower optimizer.lr; osp export gives the weights from before these steps"
+                f"the run has failed: the gradients of its last steps ({diverged}) are not finite. Start "
+                "a new one with a lower optimizer.lr; osp export writes the weights from before these steps"
             )
 
     def _validate(self) -> None:
@@ -290,7 +290,7 @@ class _Loop:
             with _saved_on_error(self.job, self.done, saved=self.saved, ranks=self.ranks):
                 found = self.job.validate(self.done, self._check)
         except ValidationStoppedError:
-            logger.warning("the validation of step %d is left for when the run goes on", self.done)
+            logger.warning("the validation of step %d is postponed until the run is resumed", self.done)
         else:
             self.owes_validation = False
             self.metrics.log(self.done, {**found, VALIDATED: round(time.monotonic() - began, 3)})
@@ -306,8 +306,8 @@ def check_finite(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
     """Raise FloatingPointError in all processes if some of these weights are not finite in one."""
     if ranks.any(not all(bool(local(tensor).isfinite().all()) for tensor in tensors)):
         raise FloatingPointError(
-            "the weights are not finite: the run has diverged, and what it has learned is not written. Go on "
-            "from an earlier checkpoint, or begin another run with a lower optimizer.lr"
+            "the weights are not finite: the run has diverged, and its weights are not saved. Resume "
+            "from an earlier checkpoint, or start a new run with a lower optimizer.lr"
         )
 
 
@@ -339,9 +339,9 @@ def _save_in_spite(job: Job, step: int, *, saved: int, ranks: Ranks) -> None:
         logger.warning("step %d cannot be saved: %s", step, explain(error))
         return
     if step > saved and not job.intact:
-        logger.warning("the error came in the middle of changing the weights: step %d cannot be saved", step)
+        logger.warning("the error occurred during the optimizer step: step %d cannot be saved", step)
     elif step > saved:
-        logger.warning("the run ends early; step %d is saved, --resume latest goes on after it", step)
+        logger.warning("the run ends early; step %d is saved: continue with --resume latest", step)
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
         begun_together(settings.output, settings, resume=resume, ranks=ranks) as start,
     ):
         if settings.parallel.cpu_offload and ranks.mesh is None:
-            raise ValueError("parallel.cpu_offload is for several processes (FSDP): start them by osp launch")
+            raise ValueError(
+                "parallel.cpu_offload needs several processes (FSDP): start them with osp launch"
+            )
         global_batch = global_batch_of(settings) * ranks.data_ranks
         source, encoders = open_source(settings, device=device, global_batch=global_batch)
         sampler = BucketSampler(source.shapes, global_batch=global_batch, seed=settings.seed)
@@ -81,7 +83,7 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
             left = ", ".join(
                 f"{n} of {'x'.join(map(str, shape))}" for shape, n in sampler.dropped_per_epoch.items()
             )
-            logger.info("each epoch leaves out other clips that fill no whole step: %s", left)
+            logger.info("clips that do not fill a whole step are skipped, other ones in each epoch: %s", left)
         validation = None
         if settings.validation.every:
             validation = Validation(settings, encoders=encoders, device=device, ranks=ranks)
@@ -206,17 +208,17 @@ class _Job:
     def _skip(self, step: int, norm: float) -> None:
         """Leave the step out; after `clip.patience` of them in a row, go back to the last good state."""
         outliers, patience = self.outliers_in_a_row + 1, self.settings.clip.patience
-        logger.warning("step %d: gradient norm %.4g is an outlier: the step is left out", step, norm)
+        logger.warning("step %d: gradient norm %.4g is an outlier: the step is skipped", step, norm)
         if outliers % patience == 0:
             self.writer.wait()  # or processes see different checkpoints while one is being finished
             good = self.ranks.agree(self._last_before_outliers)
             if good is None or outliers >= 3 * patience:
                 raise GradientOutlierError(
                     f"step {step}: {outliers} gradient norms in a row are outliers, the last one {norm:.4g}, "
-                    "and there is no checkpoint that helps: look at the data, resume with clip.outlier="
-                    '"clip", which scales such gradients down, or begin again with a lower optimizer.lr'
+                    "and no checkpoint is older than these: check the data, resume with clip.outlier="
+                    '"clip", which scales such gradients down, or start again with a lower optimizer.lr'
                 )
-            logger.warning("%d outliers in a row: going on from the weights of step %d", outliers, good)
+            logger.warning("%d outliers in a row: restored the weights of step %d", outliers, good)
             self._restore(good)
         self.outliers_in_a_row = outliers
 
