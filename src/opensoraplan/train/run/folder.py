@@ -43,7 +43,7 @@ class RunStoppedError(Exception):
     def __init__(self, by: signal.Signals, *, step: int, steps: int, saved: Path) -> None:
         super().__init__(
             f"{by.name}: stopped after step {step} of {steps}, saved in {saved}: the same command with "
-            "--resume latest goes on"
+            "continue with --resume latest"
         )
         self.signal = by
 
