@@ -1,4 +1,5 @@
-"""Adaptive gradient clipping: a bound that follows the gradient norm of the run, and what to do beyond it.
+"""Gradient clipping, to a bound that follows the gradient norms of the run or to a fixed one, and what to do
+beyond it.
 
 Not here: going back to a checkpoint after repeated outliers, which is the trainer's.
 """
@@ -6,7 +7,7 @@ Not here: going back to a checkpoint after repeated outliers, which is the train
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -31,14 +32,44 @@ class Clipping:
     """What to do with the gradients of a step. `scale` is the factor for them (1.0: leave them alone).
 
     action: "step" with the gradients as they are, "clipped" (step after scaling), or "skip" (no step).
-    `mean` and `std` are the statistics after this norm, `threshold` the bound that it was held against.
+    `mean` and `std` are the statistics after this norm (0 without statistics), `threshold` the bound that it
+    was held against.
     """
 
     action: Literal["step", "clipped", "skip"]
     scale: float
     threshold: float
-    mean: float
-    std: float
+    mean: float = 0.0
+    std: float = 0.0
+
+
+class Clip(Protocol):
+    """Decides about the gradients of each step by their global norm; what it remembers fits into JSON."""
+
+    def decide(self, norm: float) -> Clipping: ...
+    def state_dict(self) -> Mapping[str, float | None]: ...
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None: ...
+
+
+class FixedClip:
+    """Scales gradients down to `max_norm`; a step whose norm is not finite is skipped. Remembers nothing."""
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+
+    def decide(self, norm: float) -> Clipping:
+        """Decide about gradients of this global norm, before any clipping."""
+        if not math.isfinite(norm):
+            return Clipping("skip", scale=1.0, threshold=self.max_norm)
+        if norm > self.max_norm:
+            return Clipping("clipped", scale=self.max_norm / norm, threshold=self.max_norm)
+        return Clipping("step", scale=1.0, threshold=self.max_norm)
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        assert not state
 
 
 class AdaptiveClip:

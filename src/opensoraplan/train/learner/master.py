@@ -5,20 +5,24 @@ from torch import Tensor, nn
 
 
 class MasterWeights:
-    """Copies of a model's weights in `master` precision; the model itself goes over to `compute`.
+    """The parameters of `module` that require gradients, in `master` precision, by name; the module itself,
+    with what is frozen, goes over to `compute`.
 
     Gradients are summed up in the master precision over micro-batches. Where both precisions are the same,
-    `parameters` are the model's own and nothing is copied.
+    `parameters` are the module's own and nothing is copied.
     """
 
-    def __init__(self, model: nn.Module, *, master: torch.dtype, compute: torch.dtype) -> None:
-        nn.Module.to(model, master)  # diffusers' own warns of modules to keep in fp32, of which we have none
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._computing: dict[str, nn.Parameter] | None = None
+    def __init__(self, module: nn.Module, *, master: torch.dtype, compute: torch.dtype) -> None:
+        self.module = module
+        copies: dict[str, nn.Parameter] | None = None
         if master != compute:
-            self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in self.parameters.items()}
-            nn.Module.to(model, compute)
-            self._computing = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            trained = _trained(module)
+            copies = {name: nn.Parameter(p.detach().to(master, copy=True)) for name, p in trained.items()}
+        nn.Module.to(
+            module, compute
+        )  # diffusers' own warns of modules to keep in fp32, of which we have none
+        self.parameters = _trained(module) if copies is None else copies
+        self._computing = None if copies is None else _trained(module)
 
     @torch.no_grad()
     def take_gradients(self) -> None:
@@ -40,3 +44,7 @@ class MasterWeights:
             weights: list[Tensor] = list(self._computing.values())
             masters: list[Tensor] = list(self.parameters.values())
             torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

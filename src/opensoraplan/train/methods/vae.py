@@ -5,17 +5,16 @@ Everything random is drawn from generators seeded by (seed, step), so that a run
 """
 
 import logging
-import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.dataset import ClipDataset, collate, readable
@@ -32,15 +31,10 @@ from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
 from opensoraplan.train.inputs.loading import BadFileAccount, micro_batches, shares_of_steps
 from opensoraplan.train.inputs.sources import check_clips, clip_bytes, clips_of, global_batch_of, select_clips
-from opensoraplan.train.learner.ema import make_ema
-from opensoraplan.train.learner.gradient_clip import global_norm, scale_
-from opensoraplan.train.learner.optimizer import (
-    begin_state,
-    learning_rate,
-    make_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from opensoraplan.train.learner.gradient_clip import FixedClip
+from opensoraplan.train.learner.learner import Learner
+from opensoraplan.train.learner.master import MasterWeights
+from opensoraplan.train.learner.optimizer import begin_state
 from opensoraplan.train.log.metrics import Averages
 from opensoraplan.train.methods.adversarial import (
     PatchDiscriminator3d,
@@ -101,7 +95,8 @@ def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
         model = WFVAE(**checkpoint.read_state(run, start, VAEState).architecture)
         parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict()}
         if settings.optimizer.ema_decay is not None:  # over the last weights
-            parts["ema"] = _learned(model, settings.model)
+            _freeze(model, settings.model)
+            parts["ema"] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         checkpoint.read_into(run, start, parts)
         samples: Sequence[Sample] = ()
         if not settings.model.freeze_encoder:
@@ -114,7 +109,7 @@ def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
 
 
 class _Adversary:
-    """The discriminator, with its optimizer; it plays against the VAE from `start` on."""
+    """The discriminator, which plays against the VAE from step `start` on, and its learner."""
 
     def __init__(self, settings: VAETrainSettings, *, device: torch.device) -> None:
         self.start = settings.loss.adversarial_start or 0
@@ -122,10 +117,11 @@ class _Adversary:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed + 1)
             self.model = PatchDiscriminator3d().to(device).train()
-        self.parameters = dict(self.model.named_parameters())
+        weights = MasterWeights(self.model, master=torch.float32, compute=torch.float32)
         rate = settings.loss.discriminator_lr
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, fused=True)
-        begin_state(self.optimizer)
+        optimizer = torch.optim.AdamW(weights.parameters.values(), lr=rate, fused=True)
+        begin_state(optimizer)
+        self.learner = Learner(weights, optimizer, name="discriminator")
 
     def loss(self, made: Reconstruction, l1: Tensor, last_layer: Tensor) -> Tensor:
         """What the VAE pays for pixels that are told from real ones, weighted against `l1`."""
@@ -133,18 +129,18 @@ class _Adversary:
         fooled = -self.model(made.pixels).mean()
         return adaptive_weight(l1, fooled, last_layer, factor=self.factor) * fooled
 
-    def learn(self, real: Tensor, made: Tensor) -> Tensor:
+    def learn(self, step: int, real: Tensor, made: Tensor) -> Tensor:
         """Take a step towards telling them apart; returns the hinge loss."""
         self.model.requires_grad_(True)
+        self.learner.begin_step(step)
         loss = hinge_loss(self.model(real), self.model(made.detach()))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.learner.backward(loss)
+        self.learner.finish_step(step)
         return loss.detach()
 
 
 class _Job:
-    """Model, optimizer and average of one run, with what is done to them."""
+    """The learners and clips of one run, with what is done to them in a step."""
 
     def __init__(
         self,
@@ -174,9 +170,11 @@ class _Job:
         )
         self.bad_files = BadFileAccount(data.max_bad_files)
         self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
-        self.parameters = _learned(self.model, settings.model)
-        self.optimizer = make_optimizer(self.parameters, settings.optimizer)
-        self.ema = make_ema(self.parameters, settings.optimizer)
+        _freeze(self.model, settings.model)
+        # Checkpoints have a frozen encoder, too: an export needs nothing else.
+        self.learner = Learner.from_settings(
+            self.model, settings.optimizer, clip=FixedClip(settings.max_grad_norm), save_frozen=True
+        )
         self.lpips = load_lpips(device) if settings.loss.perceptual else None
         adversarial = settings.loss.adversarial_start is not None
         self.adversary = _Adversary(settings, device=device) if adversarial else None
@@ -188,9 +186,7 @@ class _Job:
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
         settings, began, waited = self.settings, time.perf_counter(), 0.0
-        rate = learning_rate(step - 1, settings.optimizer)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.begin_step(step)
         played: list[tuple[Tensor, Tensor]] = []
         for micro in range(settings.optimizer.accumulate):
             asked = time.perf_counter()
@@ -204,37 +200,33 @@ class _Job:
             played.append((x, pixels))
             for name, value in values.items():
                 self.averages.add(name, value)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = global_norm(gradients).item()
-        if not math.isfinite(norm):
-            self._skip(step, rate)
+        norm, clipping = self.learner.clip_gradients()
+        if clipping.action == "skip":
+            self._skip(step)
             return
         self.not_finite = 0
-        if norm > settings.max_grad_norm:
-            scale_(gradients, settings.max_grad_norm / norm)
         # What users can help is raised above, so that a failed step leaves the state before it: the
         # discriminator, too, learns only now. (Its norms have running statistics that nothing reads.)
         self.intact = False
-        self.optimizer.step()
+        self.learner.finish_step(step)
         if (adversary := self._adversary_at(step)) is not None:
             for real, made in played:
-                self.averages.add("discriminator", adversary.learn(real, made))
-        if self.ema is not None:
-            self.ema.update(step)
+                self.averages.add("discriminator", adversary.learn(step, real, made))
         self.intact = True
         seconds = time.perf_counter() - began
-        for name, value in (("grad_norm", norm), ("lr", rate), ("seconds", seconds)):
+        for name, value in (("grad_norm", norm), ("lr", self.learner.rate), ("seconds", seconds)):
             self.averages.add(name, value)
         self.averages.add("data_wait", waited / seconds)
 
-    def _skip(self, step: int, rate: float) -> None:
+    def _skip(self, step: int) -> None:
         """Leave a step out whose gradient is not finite: nothing learns. Too many in a row are an error."""
         self.not_finite += 1
         logger.warning("step %d: the gradient is not finite: the step is skipped", step)
         if self.not_finite >= _PATIENCE:
             raise FloatingPointError(
                 f"step {step}: {_PATIENCE} gradients in a row are not finite: start a new run with a lower "
-                f"optimizer.lr than {rate:g}, and with model.pretrained to go on from what osp export gives"
+                f"optimizer.lr than {self.learner.rate:g}, and with model.pretrained to go on from what osp "
+                "export gives"
             )
 
     def _adversary_at(self, step: int) -> _Adversary | None:
@@ -259,7 +251,7 @@ class _Job:
         total = loss + weights.wavelet * made.wavelet + weights.kl * made.kl
         if adversary is not None:
             total = total + adversary.loss(made, loss, self.model.decoder.conv_out.weight)
-        (total / self.settings.optimizer.accumulate).backward()
+        self.learner.backward(total / self.settings.optimizer.accumulate)
         pixels = made.pixels.detach()
         error = (pixels.clamp(-1, 1) - x).square().mean() / 4
         return {**logged, "loss": total, "psnr": -10 * error.clamp_min(1e-10).log10()}, pixels
@@ -272,7 +264,7 @@ class _Job:
     def validate(self, step: int, check: Callable[[], None]) -> dict[str, float]:  # noqa: ARG002 (everyone's)
         """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
         fidelity = Fidelity()
-        with explained_memory(_FULL), self._averaged():
+        with explained_memory(_FULL), self.learner.averaged():
             for video in _videos(self.held_out, self.settings):
                 check()
                 (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
@@ -282,8 +274,7 @@ class _Job:
 
     def learned(self) -> Iterator[Tensor]:
         """The weights and their averages."""
-        yield from self.model.parameters()
-        yield from () if self.ema is None else self.ema.values.values()
+        return self.learner.learned()
 
     def save(self, step: int) -> None:
         state = {"model_config": plain_config(self.model), "clips": self.clips, **counted(self)}
@@ -291,18 +282,8 @@ class _Job:
 
     def _parts(self) -> dict[str, Mapping[str, Tensor]]:
         """All tensors that a checkpoint has; reading one fills them in place."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
-        }
-        if self.ema is not None:
-            parts["ema"] = self.ema.values
-        if self.adversary is not None:
-            parts["discriminator"] = self.adversary.model.state_dict()
-            parts["discriminator_optimizer"] = optimizer_tensors(
-                self.adversary.optimizer, self.adversary.parameters
-            )
-        return parts
+        adversarial = {} if self.adversary is None else self.adversary.learner.parts()
+        return {**self.learner.parts(), **adversarial}
 
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run."""
@@ -316,7 +297,7 @@ class _Job:
         out = self.settings.output / FINISHED
         fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
         shutil.rmtree(fresh, ignore_errors=True)
-        with new_folder(fresh) as folder, self._averaged():
+        with new_folder(fresh) as folder, self.learner.averaged():
             _write(self.model, folder, self.settings, samples)
         if out.exists():  # left by a run that was extended: there until the new one is whole
             shutil.rmtree(old, ignore_errors=True)
@@ -325,9 +306,6 @@ class _Job:
         shutil.rmtree(old, ignore_errors=True)
         logger.info("wrote the finished VAE to %s", out)
         return out
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.ema is None else self.ema.applied()
 
 
 def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
@@ -384,10 +362,9 @@ def _videos(samples: Sequence[Sample], settings: VAETrainSettings) -> Iterator[T
         yield clip.video[None]
 
 
-def _learned(model: WFVAE, settings: VAEModelSettings) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name; the others are frozen."""
+def _freeze(model: WFVAE, settings: VAEModelSettings) -> None:
+    """Freeze the encoder if it is to stay as it is."""
     model.encoder.requires_grad_(not settings.freeze_encoder)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _samples_to_train_on(settings: VAETrainSettings) -> tuple[Sample, ...]:

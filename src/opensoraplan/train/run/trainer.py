@@ -6,8 +6,8 @@ come from (seed, step, slot), so that a resumed run continues bit for bit on the
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -17,9 +17,7 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
 from opensoraplan.models.attention import check_backend
 from opensoraplan.models.conditions import Conditions
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
-from opensoraplan.parallel.apply import forget_gathered
 from opensoraplan.parallel.ranks import Ranks, device_of_rank, joined
 from opensoraplan.runtime.compiling import compile_blocks
 from opensoraplan.train.config import TrainSettings
@@ -28,15 +26,8 @@ from opensoraplan.train.inputs.loading import BadFileAccount
 from opensoraplan.train.inputs.sources import Source, check_clips, clips_of_all, global_batch_of, open_source
 from opensoraplan.train.inputs.turns import encoded_batches
 from opensoraplan.train.learner.building import build
-from opensoraplan.train.learner.ema import make_ema
-from opensoraplan.train.learner.gradient_clip import AdaptiveClip, GradientOutlierError, global_norm, scale_
-from opensoraplan.train.learner.master import MasterWeights
-from opensoraplan.train.learner.optimizer import (
-    learning_rate,
-    make_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from opensoraplan.train.learner.gradient_clip import AdaptiveClip, GradientOutlierError
+from opensoraplan.train.learner.learner import Learner
 from opensoraplan.train.log.metrics import Averages
 from opensoraplan.train.log.speed import Speed
 from opensoraplan.train.log.validation import Validation
@@ -96,7 +87,7 @@ def train(settings: TrainSettings, *, resume: str | None = None) -> Path:
 
 
 class _Job:
-    """Model, optimizer, average and clip of one run, with what is done to them in a step."""
+    """The denoiser's learner and the clips of one run, with what is done to them in a step."""
 
     def __init__(
         self,
@@ -117,8 +108,9 @@ class _Job:
         self.ranks = ranks
         self.device = device
         self.dtype = DTYPES[settings.model.compute]
-        self.model, self.master = self._weights()
+        self.model = build(settings, device=device, mesh=ranks.mesh).train()
         source.check_fits(self.model)
+        self.learner = self._learner()
         self.bad_files = BadFileAccount(settings.data.max_bad_files)
         self.batches = encoded_batches(
             source,
@@ -128,9 +120,6 @@ class _Job:
             start=start,
             account=lambda failures: self.bad_files.add(failures),  # which may be another account by then
         )
-        self.optimizer = make_optimizer(self.master.parameters, settings.optimizer)
-        self.ema = make_ema(self.master.parameters, settings.optimizer)
-        self.clip = AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier)
         self.outliers_in_a_row = 0
         self.not_finite = 0
         self.intact = True
@@ -140,21 +129,26 @@ class _Job:
         if ranks.mesh is not None:
             self.writer = ShardedWriter(settings.output, settings.checkpoint, ranks)
 
-    def _weights(self) -> tuple[SparseUMMDiT, MasterWeights]:
-        """The model where it computes, and what the optimizer changes, which may be more precise."""
-        master = DTYPES[self.settings.model.master]
-        model = build(self.settings, device=self.device, mesh=self.ranks.mesh).train()
-        if self.ranks.mesh is not None:  # FSDP casts the weights that it gathers
-            return model, MasterWeights(model, master=master, compute=master)
-        if self.settings.memory.compile:
-            compile_blocks(model)
-        return model, MasterWeights(model, master=master, compute=self.dtype)
+    def _learner(self) -> Learner:
+        """What trains the model, in the precision of the optimizer and in that of the model."""
+        settings = self.settings
+        master = compute = DTYPES[settings.model.master]
+        if self.ranks.mesh is None:  # on a mesh, FSDP casts the weights that it gathers, and compiles blocks
+            compute = self.dtype
+            if settings.memory.compile:
+                compile_blocks(self.model)
+        return Learner.from_settings(
+            self.model,
+            settings.optimizer,
+            clip=AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier),
+            master=master,
+            compute=compute,
+        )
 
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
         settings, accumulate = self.settings, self.settings.optimizer.accumulate
-        set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.begin_step(step)
         for _ in range(accumulate):
             turn = next(self.batches)
             self.speed.waited(turn.waited, encoding=turn.encoding)
@@ -175,34 +169,26 @@ class _Job:
                     dtype=self.dtype,
                     weighting=settings.flow.weighting,
                 )
-                (losses.mean() / accumulate).backward()
-                self.master.take_gradients()
+                self.learner.backward(losses.mean() / accumulate)
             self.averages.add_losses(losses, drawn.sigma)
             self.speed.count(self.model, latents, encoded.prompt)
         self._update(step)
 
     def _update(self, step: int) -> None:
         """Take the gradients in, unless their norm is an outlier."""
-        gradients = [p.grad for p in self.master.parameters.values() if p.grad is not None]
-        norm = global_norm(gradients).item()
+        norm, clipping = self.learner.clip_gradients()
         self.not_finite = 0 if math.isfinite(norm) else self.not_finite + 1
-        clipping = self.clip.decide(norm)
         self.averages.add("grad_norm", norm)
         self.averages.add("clip_threshold", clipping.threshold)
-        self.averages.add("lr", self.optimizer.param_groups[0]["lr"])
+        self.averages.add("lr", self.learner.rate)
         self.averages.add("clipped", float(clipping.action == "clipped"))
         self.averages.add("skipped", float(clipping.action == "skip"))
         if clipping.action == "skip":
             self._skip(step, norm)
             return
         self.outliers_in_a_row = 0
-        if clipping.action == "clipped":
-            scale_(gradients, clipping.scale)
         self.intact = False
-        self.optimizer.step()
-        self.master.publish()
-        if self.ema is not None:
-            self.ema.update(step)
+        self.learner.finish_step(step)
         self.intact = True
 
     def _skip(self, step: int, norm: float) -> None:
@@ -238,29 +224,20 @@ class _Job:
 
     def learned(self) -> Iterator[Tensor]:
         """The weights and their averages."""
-        yield from self.master.parameters.values()
-        yield from () if self.ema is None else self.ema.values.values()
+        return self.learner.learned()
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         state = {
             "model_config": plain_config(self.model),
-            "clip": self.clip.state_dict(),
+            **self.learner.state_dict(),
             "outliers_in_a_row": self.outliers_in_a_row,
             "global_batch": self.sampler.size,
             "clips": self.clips,
             **counted(self, self.ranks),
         }
         with self.speed.apart():
-            self.writer.save(step, parts=self._parts(), state=state)
-
-    def _parts(self) -> dict[str, Mapping[str, Tensor]]:
-        """All tensors that a checkpoint has; reading one fills them in place."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "model": self.master.parameters,
-            "optimizer": optimizer_tensors(self.optimizer, self.master.parameters),
-        }
-        return parts if self.ema is None else {**parts, "ema": self.ema.values}
+            self.writer.save(step, parts=self.learner.parts(), state=state)
 
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run, made by any number of processes."""
@@ -275,9 +252,8 @@ class _Job:
         state = checkpoint.read_state(self.settings.output, step, DenoiserState)
         self._check_global_batch(state.global_batch)
         self.intact = False
-        checkpoint.read_into(self.settings.output, step, self._parts())
-        self.master.publish()
-        self.clip.load_state_dict(state.clip.model_dump())
+        checkpoint.read_into(self.settings.output, step, self.learner.parts())
+        self.learner.load_state_dict({"clip": state.clip.model_dump()})
         self.intact = True
         return state
 
@@ -300,21 +276,5 @@ class _Job:
     def validate(self, step: int, check: Callable[[], None]) -> dict[str, float]:
         """Losses of the averaged weights on held-out clips; videos are written on the way."""
         assert self.validation is not None
-        with explained_memory(_VALIDATING), self.speed.apart(), self._averaged():
+        with explained_memory(_VALIDATING), self.speed.apart(), self.learner.averaged():
             return self.validation.run(self.model, step, check)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model has the EMA's weights inside the block."""
-        if self.ema is None:
-            yield
-            return
-        with self.ema.applied():
-            self._publish()
-            yield
-        self._publish()
-
-    def _publish(self) -> None:
-        """Let the model compute with the weights that there are now."""
-        self.master.publish()
-        forget_gathered(self.model)
