@@ -2,11 +2,11 @@
 why. A field without a mark has a fixed value. And files that are read by such a table.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.settings import Settings
@@ -50,24 +50,19 @@ class Own:
     what: str
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys of a section that models/original.py checks, which are not only of the architecture."""
-
-    meanings: Mapping[str, "Meaning"]
-
-
 Meaning = Same | Idle | Own
 
 
 def find_rows(table: type[Settings], before: str = "") -> Iterator[tuple[str, Meaning | None]]:
-    """Each key, with its sections, and what it means; None for one with a fixed value."""
+    """Each key, with its sections, and what it means; None for one with a fixed value. A field that is marked
+    with a dict is a section that models/original.py checks; the dict has its keys that mean more.
+    """
     for name, field in table.model_fields.items():
         key, kind = before + name, field.annotation
         rows: list[tuple[str, Meaning | None]] = []
         for mark in field.metadata:
-            if isinstance(mark, Keys):
-                rows += [(f"{key}.{inner}", meaning) for inner, meaning in mark.meanings.items()]
+            if isinstance(mark, dict):
+                rows += [(f"{key}.{inner}", meaning) for inner, meaning in mark.items()]
             elif isinstance(mark, Meaning):
                 inner = isinstance(mark, To) and mark.inner
                 rows.append((f"{key}.{inner}" if inner else key, mark))
@@ -121,63 +116,48 @@ class Document(Generic[File]):
         return [note for reason, keys in reasons.items() for note in self.note(keys, reason)]
 
 
-class _Place(NamedTuple):
-    """A key in one of the files."""
-
-    document: Document
-    key: str
-    meaning: Same
-
-    @property
-    def setting(self) -> Any:  # noqa: ANN401 (any value)
-        value = _find(self.document.values, self.key)
-        convert = self.meaning.convert if isinstance(self.meaning, To) else None
-        return value if value is None or convert is None else convert(value)
-
-
-def _group(documents: tuple[Document, ...]) -> dict[str, list[_Place]]:
-    """The places of each subject, in the order of files and tables."""
-    groups: dict[str, list[_Place]] = {}
+def _group(documents: tuple[Document, ...]) -> Iterator[tuple[str, list[tuple[Document, str, Same]]]]:
+    """Each subject with its keys, in the order of files and tables."""
+    groups: dict[str, list[tuple[Document, str, Same]]] = {}
     for document in documents:
         for key, meaning in document.rows:
             if isinstance(meaning, Same):
-                groups.setdefault(meaning.subject, []).append(_Place(document, key, meaning))
-    return groups
+                groups.setdefault(meaning.subject, []).append((document, key, meaning))
+    yield from groups.items()
 
 
 def translate(*documents: Document) -> dict[str, Any]:
     """Our settings, in their sections; None where no key says anything."""
     settings: dict[str, Any] = {}
-    for subject, group in _group(documents).items():
-        places = [(place, place.meaning) for place in group if isinstance(place.meaning, To)]
-        given = [place for place, _ in places if place.document.has(place.key)]
-        usual = [place for place, meaning in places if meaning.default]
-        if not given and not usual:
-            continue
-        *sections, name = subject.split(".")
-        inside = settings
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        values = (place.setting for place in [*given, *usual])
-        inside[name] = next((value for value in values if value is not None), None)
+    for subject, group in _group(documents):
+        given: list[Any] = []
+        usual: list[Any] = []
+        for document, key, meaning in group:
+            if isinstance(meaning, To) and (document.has(key) or meaning.default):
+                value = _find(document.values, key)
+                converted = value if value is None or meaning.convert is None else meaning.convert(value)
+                (given if document.has(key) else usual).append(converted)
+        if given or usual:
+            *sections, name = subject.split(".")
+            inside = settings
+            for section in sections:
+                inside = inside.setdefault(section, {})
+            inside[name] = next((value for value in [*given, *usual] if value is not None), None)
     return settings
 
 
 def find_contradictions(*documents: Document) -> list[str]:
     """What to say of each subject that keys give different values."""
     problems: list[str] = []
-    for places in _group(documents).values():
-        places = [place for place in places if not isinstance(place.meaning, To) or place.meaning.agree]
-        given = [(document, key) for document, key, _ in places if document.has(key)]
-        told = {document.tell(key): document.get(key) for document, key in given}
-        left_out = next(
-            (place.meaning.left_out for place in places if place.meaning.left_out is not None), None
-        )
+    for _, group in _group(documents):
+        places = [place for place in group if not isinstance(place[2], To) or place[2].agree]
+        told = {document.tell(key): document.get(key) for document, key, _ in places if document.has(key)}
+        left_out = next((same.left_out for _, _, same in places if same.left_out is not None), None)
         if told and left_out is not None:
-            without = [(document, key) for document, key, _ in places if not document.has(key)]
-            told |= {f"{document.name(key)} is left out": left_out for document, key in without}
+            without = [document.name(key) for document, key, _ in places if not document.has(key)]
+            told |= {f"{name} is left out": left_out for name in without}
         if any(value != other for value, other in pairwise(told.values())):
-            problems.append(f"{', '.join(told)}: {places[0].meaning.remedy}")
+            problems.append(f"{', '.join(told)}: {places[0][2].remedy}")
     return problems
 
 

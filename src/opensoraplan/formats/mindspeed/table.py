@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.defaults import Fps
 from opensoraplan.flow import Weighting
-from opensoraplan.formats.mindspeed.meaning import Idle, Keys, Own, Same, To
+from opensoraplan.formats.mindspeed.meaning import Idle, Own, Same, To
 from opensoraplan.settings import Settings
 from opensoraplan.shapes import TEMPORAL_STRIDE
 
@@ -90,13 +90,11 @@ class PipelineConfig(Settings):
 class InferenceFile(Settings):
     ae: Annotated[
         dict[str, Any],
-        Keys(
-            {
-                "from_pretrained": To("sources.vae", convert=_path),
-                "dtype": To("generate.vae_dtype"),
-                "use_tiling": To("streaming"),
-            }
-        ),
+        {
+            "from_pretrained": To("sources.vae", convert=_path),
+            "dtype": To("generate.vae_dtype"),
+            "use_tiling": To("streaming"),
+        },
     ]
     text_encoder: Annotated[TextPart, _folder("sources.text_encoder")]
     text_encoder_2: Annotated[TextPart, _folder("sources.text_encoder_2")]
@@ -104,13 +102,11 @@ class InferenceFile(Settings):
     tokenizer_2: Annotated[TextPart, _folder("sources.tokenizer_2")]
     predictor: Annotated[
         dict[str, Any],
-        Keys(
-            {
-                "from_pretrained": To("sources.transformer", convert=_path),
-                "dtype": Idle("the denoiser computes in weight_dtype"),
-                "norm_elementwise_affine": _NORMS,
-            }
-        ),
+        {
+            "from_pretrained": To("sources.transformer", convert=_path),
+            "dtype": Idle("the denoiser computes in weight_dtype"),
+            "norm_elementwise_affine": _NORMS,
+        },
     ]
     diffusion: Sampling
     pipeline_config: PipelineConfig
@@ -148,30 +144,26 @@ class ModelFile(Settings):
     enable_encoder_dp: Annotated[bool, To("parallel.encoder_dp")] = False
     ae: Annotated[
         dict[str, Any],
-        Keys(
-            {
-                "latent_dim": _CHANNELS,
-                "from_pretrained": To("vae.pretrained", convert=_text),
-                "dtype": To("vae.compute"),
-                "use_tiling": Idle("the VAE always streams, with the same result"),
-            }
-        ),
+        {
+            "latent_dim": _CHANNELS,
+            "from_pretrained": To("vae.pretrained", convert=_text),
+            "dtype": To("vae.compute"),
+            "use_tiling": Idle("the VAE always streams, with the same result"),
+        },
     ]
     text_encoder: Annotated[TextPart, _folder("text.t5", _text)]
     text_encoder_2: Annotated[TextPart, _folder("text.clip", _text)]
     predictor: Annotated[
         dict[str, Any],
-        Keys(
-            {
-                "in_channels": _CHANNELS,
-                "out_channels": _CHANNELS,
-                "patch_size": _PATCH,
-                "patch_size_t": _PATCH_T,
-                "from_pretrained": To("model.pretrained", convert=_text),
-                "dtype": To("model.compute", agree=False),
-                "norm_elementwise_affine": _NORMS,
-            }
-        ),
+        {
+            "in_channels": _CHANNELS,
+            "out_channels": _CHANNELS,
+            "patch_size": _PATCH,
+            "patch_size_t": _PATCH_T,
+            "from_pretrained": To("model.pretrained", convert=_text),
+            "dtype": To("model.compute", agree=False),
+            "norm_elementwise_affine": _NORMS,
+        },
     ]
     # After predictor.dtype, which goes before it.
     weight_dtype: Annotated[str, To("text.compute"), To("model.compute", agree=False)] = "bf16"
