@@ -125,7 +125,7 @@ def measure(rank: int, case: Case, meeting: str) -> None:
     for step in range(1, STEPS + 1):
         optimizer.zero_grad(set_to_none=True)
         for _ in range(job.accumulate):
-            latents, noise = torch.randn(2, batch, config["in_channels"], *grid)
+            latents, noise = torch.randn(2, batch, config["out_channels"], *grid)
             prompt = PromptEmbeds(
                 torch.randn(batch, text, config["caption_channels"]),
                 torch.ones(batch, text, dtype=torch.bool),

@@ -25,6 +25,7 @@ from opensoraplan.plan.estimate import (
     Job,
     Model,
     Shape,
+    cache_bytes,
     cheapest_mesh,
     collectives_of_block,
     collectives_outside,
@@ -324,3 +325,8 @@ def test_memory_that_no_mesh_fits_into_says_what_is_needed() -> None:
 def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_cache_holds_latents_whatever_else_a_denoiser_takes() -> None:
+    shape = Shape(GRID, TEXT)
+    assert cache_bytes(Model({**TINY, "in_channels": 9}), shape) == cache_bytes(Model(TINY), shape)

@@ -758,6 +758,15 @@ def test_parts_that_do_not_fit(changes: dict[str, int], message: str) -> None:
         build(changes=changes)
 
 
+def test_a_denoiser_of_more_than_latents_is_refused_without_a_vae() -> None:
+    pipeline = build(changes={})
+    parts: dict[str, Any] = {**pipeline.components, "vae": None}
+    OpenSoraPlanPipeline(**parts)
+    wider = SparseUMMDiT(**DENOISER | {"in_channels": 9})
+    with pytest.raises(ValueError, match=r"made for 9 channels \(in_channels\), but its velocity has 4"):
+        OpenSoraPlanPipeline(**parts | {"transformer": wider})
+
+
 @pytest.mark.parametrize(
     ("key", "gives"),
     [("caption_channels", "the T5 encoder gives 24"), ("pooled_projection_dim", "CLIP gives 20")],

@@ -174,6 +174,8 @@ def test_a_denoiser_of_other_widths_is_refused_with_both_numbers(
     channels = replace(source, vae_config={**source.vae_config, "latent_channels": 16})
     with pytest.raises(ValueError, match="latents of 16 channels, the denoiser has in_channels 4"):
         Source.check_fits(channels, SparseUMMDiT(**CONFIG))
+    with pytest.raises(ValueError, match=r"^the VAE makes latents of 4 channels, .* out_channels 8$"):
+        source.check_fits(SparseUMMDiT(**{**CONFIG, "out_channels": 8}))
 
 
 def test_features_name_the_reader_that_read_them(mixed_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,7 +381,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
             # 2. Noise
             if latents is None:
-                shape = (self.transformer.config["in_channels"], *grid)
+                shape = (self.transformer.config["out_channels"], *grid)
                 latents = torch.stack([draw(shape, source) for source in sources])
             latents = latents.to(device, torch.float32)
 
@@ -599,7 +599,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             raise ValueError(f"the {name} may remember earlier steps: it cannot begin at step {first_step}")
 
     def _latent_grid(self, latents: Tensor) -> tuple[int, int, int]:
-        channels, patch = self.transformer.config["in_channels"], self.transformer.config["patch_size"]
+        channels, patch = self.transformer.config["out_channels"], self.transformer.config["patch_size"]
         if (
             latents.ndim != 5
             or latents.shape[1] != channels

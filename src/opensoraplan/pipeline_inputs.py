@@ -23,10 +23,13 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: A
     """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass, is not
     checked.
     """
-    latent_channels = vae and vae.config["latent_channels"]
+    latents, gives = vae and vae.config["latent_channels"], "the VAE's latents have"
+    if transformer is not None and vae is None:
+        latents, gives = transformer.config["out_channels"], "its velocity has"
     widths = [
-        ("in_channels", "the VAE's latents have", latent_channels),
-        ("out_channels", "the VAE's latents have", latent_channels),
+        # Of noisy latents alone: no conditions are put beside them.
+        ("in_channels", gives, latents),
+        ("out_channels", gives, latents),
         ("caption_channels", "the T5 encoder gives", text_encoder and text_encoder.config.d_model),
         ("pooled_projection_dim", "CLIP gives", text_encoder_2 and text_encoder_2.config.projection_dim),
     ]

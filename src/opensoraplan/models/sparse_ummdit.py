@@ -494,10 +494,11 @@ class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCache
         num_attention_heads, attention_head_dim: their product is the width D. The head width is a multiple of
         16,
             and of 32 / gcd with the shares 4:6:6, so that each of the rotary parts is even.
-        in_channels, out_channels: latent channels. num_layers: blocks of each stage: an odd number of stages,
-        each with an even number of blocks. sparse_n: the Skiparse rate of each stage; None: dense. Weights do
-        not depend on it: see `set_sparsity`. double_ff: a feed-forward for each stream instead of one for
-        both. caption_channels, pooled_projection_dim: widths of the T5 states and of the CLIP vector.
+        in_channels: of the noisy latents and what is put beside them. out_channels: of the latents.
+        num_layers: blocks of each stage, an odd number of stages, each with an even number of blocks.
+        sparse_n: the Skiparse rate of each stage; None: dense. Weights do not depend on it: see
+        `set_sparsity`. double_ff: a feed-forward for each stream instead of one for both.
+        caption_channels, pooled_projection_dim: widths of the T5 states and of the CLIP vector.
         timestep_embed_dim: width of the condition vector. patch_size: latent cells on a token's side.
         norm_cls: "layer_norm" or "rms_norm". `norm_eps` is the eps of every norm, the q/k norms included.
         skip_connection: stages after the middle take the outputs of those before it.

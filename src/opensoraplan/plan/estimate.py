@@ -645,7 +645,7 @@ def cheapest_mesh(
 
 def cache_bytes(model: Model, shape: Shape, *, moments: str = "fp32", states: str = "bf16") -> int:
     """What one sample takes in the feature cache: posterior moments, and the states of one caption."""
-    video = 2 * model.config["in_channels"] * math.prod(shape.grid) * BYTES[moments]
+    video = 2 * model.config["out_channels"] * math.prod(shape.grid) * BYTES[moments]
     text = shape.text * model.config["caption_channels"] + model.config["pooled_projection_dim"]
     return video + text * BYTES[states]
 

@@ -98,8 +98,10 @@ class Source:
     def check_fits(self, model: SparseUMMDiT) -> None:
         """Raise ValueError, with both numbers, unless the denoiser takes these latents and this text."""
         t5, clip = self.text_widths
+        latents = self.vae_config["latent_channels"], "the VAE makes latents of {} channels"
         wanted = {
-            "in_channels": (self.vae_config["latent_channels"], "the VAE makes latents of {} channels"),
+            "in_channels": latents,  # of noisy latents alone: no conditions are put beside them
+            "out_channels": latents,
             "caption_channels": (t5, "T5 makes states of width {}"),
             "pooled_projection_dim": (clip, "CLIP makes a pooled state of width {}"),
         }
