@@ -194,7 +194,7 @@ def test_two_processes_share_the_shards(
                     print(file=other.stdin, flush=True)
 
         mine = write_cache(settings, out, progress=end_the_wait, videos_per_shard=2, texts_per_shard=4)
-        assert dies or other.wait(timeout=60) == 0
+        assert dies or other.wait(timeout=300) == 0
     assert (mine.written, mine.present, mine.missing) == ((3, 2, 0) if dies else (2, 3, 0))
     shards, expected = contents(out), contents(cache)
     del shards["features.json"], expected["features.json"]  # which has train_fps as 24.0
