@@ -42,7 +42,7 @@ class RunStoppedError(Exception):
 
     def __init__(self, by: signal.Signals, *, step: int, steps: int, saved: Path) -> None:
         super().__init__(
-            f"{by.name}: stopped after step {step} of {steps}, saved in {saved}: the same command with "
+            f"{by.name}: stopped after step {step} of {steps}, saved in {saved}: "
             "continue with --resume latest"
         )
         self.signal = by
