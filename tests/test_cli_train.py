@@ -184,7 +184,7 @@ def test_a_config_that_is_no_runs_is_not_replaced(osp: Osp, tiny_run: MakeRun, t
     before = contents(run.output)
     code, err = osp("train", toml_of(run, tmp_path / "run.json"), "--set", "optimizer.steps=1")
     assert code == 2
-    assert "model/config.json is not the config.json of a training run, and would be replaced" in err
+    assert "model/config.json is not the config.json of a training run, and would be overwritten" in err
     assert contents(run.output) == before
 
 

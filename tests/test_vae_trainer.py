@@ -293,7 +293,7 @@ def test_held_out_clips_may_be_smaller_than_pieces(
 
 def test_a_folder_that_has_a_run_is_refused_before_clips_are_read(vae_run: MakeRun, tmp_path: Path) -> None:
     train_vae(vae_run(optimizer={"steps": 1}))
-    with pytest.raises(ValueError, match="has a training run already"):
+    with pytest.raises(ValueError, match="already has a training run"):
         train_vae(vae_run(data={"manifest": tmp_path / "nowhere.txt"}))
 
 

@@ -87,7 +87,7 @@ def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[Ba
         if isinstance(part, int):
             continue  # an entry of a list
         kinds = _kinds(model.model_fields[part].annotation) if part in model.model_fields else []
-        if get_origin(kinds[0] if kinds else None) is list:
+        if len(kinds) == 1 and get_origin(kinds[0]) is list:
             kinds = list(get_args(kinds[0]))
         if len(kinds) > 1:
             return model, location[: depth + 1]

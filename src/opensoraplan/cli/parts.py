@@ -139,7 +139,7 @@ def find_paths(parts: Parts, inference: "Inference | None") -> dict[str, Path]:
 
 
 def check_parts(paths: dict[str, Path]) -> None:
-    absent = [f"{name} {path}" for name, path in paths.items() if not path.exists()]
+    absent = [f"{name} {paths[name]}" for name in PARTS if name in paths and not paths[name].exists()]
     if absent:
         raise FileNotFoundError(f"these parts of the model do not exist: {', '.join(absent)}")
 
