@@ -80,7 +80,16 @@ def workplace(folder: Path) -> Iterator[Path]:
             place.mkdir()
             yield place
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            _remove(place)
+
+
+def _remove(place: Path) -> None:
+    """Remove a folder with what is in it, also if a signal comes in the middle of that."""
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 def clear_dead(folder: Path) -> None:
