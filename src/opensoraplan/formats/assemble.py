@@ -63,7 +63,8 @@ class Sources:
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
         """Those of a diffusers folder."""
-        return cls(**{name: folder / name for name in COMPONENTS})
+        paths: dict[str, Any] = {name: folder / name for name in COMPONENTS}
+        return cls(**paths)
 
     def paths(self) -> dict[str, Path]:
         """Where each part is, by its name."""
