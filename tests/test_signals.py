@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from opensoraplan.cli.surroundings import limit_spinning
 from opensoraplan.generate import saved
 
 OSP = [sys.executable, "-m", "opensoraplan"]
@@ -200,3 +201,21 @@ def test_launch_looks_at_the_command_first(tmp_path: Path, command: str, message
     assert made.returncode == 2
     assert told.startswith(f"osp: error: {message}")
     assert len(told.splitlines()) == 1, told
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [
+        (0.5, {}, {"GOMP_SPINCOUNT": "10000"}),
+        (999.0, {}, {"OMP_WAIT_POLICY": "passive"}),
+        (999.0, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        (0.5, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_spin_less_on_busy_cores(
+    monkeypatch: pytest.MonkeyPatch, load: float, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "environ", dict(given))
+    limit_spinning()
+    assert os.environ == expected

@@ -23,8 +23,9 @@ def main() -> None:
     if is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # for now: it ends without a traceback
     try:
-        from opensoraplan.cli.surroundings import settled
+        from opensoraplan.cli.surroundings import limit_spinning, settled
 
+        limit_spinning()
         with settled() as stop:
             code = _run(stop)
     finally:

@@ -1,5 +1,5 @@
 """What the command finds around it: signals, streams that are closed or cannot write every letter, terminals
-too narrow for a word.
+too narrow for a word, cores that are busy.
 """
 
 import codecs
@@ -76,6 +76,21 @@ def settled() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.stdout, sys.stderr = streams
+
+
+def limit_spinning() -> None:
+    """Set how threads of GNU OpenMP wait for each other, unless the user has. Call it before importing torch.
+
+    By default they spin for a long time, which makes small models ten times slower on busy cores
+    (`docs/log.md`). A short spin costs nothing on idle cores; on busy ones it is best not to spin at all.
+    """
+    if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        return
+    with suppress(OSError, AttributeError):  # Windows has no load average
+        if os.getloadavg()[0] > len(os.sched_getaffinity(0)):
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+            return
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def _columns() -> int:
