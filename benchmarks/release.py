@@ -21,10 +21,12 @@ from load_release import fill
 from timing import machine, ready, resident_peak, seconds, wait
 
 from opensoraplan.defaults import Weights
+from opensoraplan.generate.planning import needs_of
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.requests import Request
 from opensoraplan.runtime.compiling import compile_blocks
 from opensoraplan.runtime.placement import (
     CHUNKS,
@@ -33,7 +35,6 @@ from opensoraplan.runtime.placement import (
     Arrangement,
     Placement,
     fit_decoding,
-    needs_of,
     plans_for,
 )
 from opensoraplan.runtime.quantisation import check_weights, keep_weights
@@ -120,8 +121,10 @@ def placement(options: argparse.Namespace, device: torch.device, *, kind: Placem
         models = [model.to("cpu") for model in models]
     pipeline = OpenSoraPlanPipeline(*models, None, None, None, None, make_scheduler())
     pipeline.set_progress_bar_config(disable=True)
-    size = {"frames": options.frames, "height": options.height, "width": options.width}
-    plan = plans_for([needs_of(pipeline, steps=STEPS, text_tokens=TEXT_TOKENS, **size)], (kind,))[-1]
+    request = Request(
+        prompt="any", frames=options.frames, height=options.height, width=options.width, steps=STEPS
+    )
+    plan = plans_for([needs_of(pipeline, request, text_tokens=TEXT_TOKENS)], (kind,))[-1]
     if device.type == "cuda":
         torch.cuda.empty_cache()
         total = torch.cuda.mem_get_info(device)[1]

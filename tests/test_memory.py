@@ -12,6 +12,7 @@ from opensoraplan.data.reading import read_frames
 from opensoraplan.defaults import Weights
 from opensoraplan.formats.assemble import load_pipeline, open_pipeline
 from opensoraplan.generate import job as generate
+from opensoraplan.generate.planning import needs_of
 from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.plan.estimate import Shape, decoding_memory
@@ -23,7 +24,6 @@ from opensoraplan.runtime.placement import (
     Needs,
     first_that_fits,
     fit_decoding,
-    needs_of,
     peak_on_host,
     plans_for,
 )
@@ -33,6 +33,9 @@ from opensoraplan.runtime.streaming import stream_blocks
 
 GB = 10**9
 CPU = torch.device("cpu")
+SIZE = {"prompt": "a", "frames": 9, "height": 32, "width": 32}
+SMALL = Request(**SIZE)
+LARGE = Request(prompt="a")  # 121 x 576 x 1024
 # About what the release needs for 121 x 576 x 1024.
 RELEASE = Needs(
     encoders=4 * GB,
@@ -84,7 +87,7 @@ def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
 
 def test_a_card_decodes_the_largest_chunk_that_fits(pipeline: OpenSoraPlanPipeline) -> None:
     vae, grid, card = pipeline.vae, (16, 72, 128), torch.device("cuda")
-    needs = needs_of(pipeline, frames=121, height=576, width=1024)
+    needs = needs_of(pipeline, LARGE)
     room = [int(need / 0.92) + 1 for need in needs.decoding]
     for free, chunk in zip((*room, 0), (*CHUNKS, CHUNKS[-1]), strict=True):
         vae.enable_streaming(latent_frames=4)
@@ -96,7 +99,7 @@ def test_a_card_decodes_the_largest_chunk_that_fits(pipeline: OpenSoraPlanPipeli
 
 def test_a_host_short_of_memory_decodes_less_at_a_time(pipeline: OpenSoraPlanPipeline) -> None:
     vae, grid = pipeline.vae, (16, 72, 128)
-    needs = needs_of(pipeline, frames=121, height=576, width=1024)
+    needs = needs_of(pipeline, LARGE)
     for most, fits in ((4, 16), (4, 4), (4, 1), (2, 16), (8, 8)):
         free = int(needs.decoding[CHUNKS.index(fits)] / 0.92) + 1
         vae.enable_streaming(latent_frames=most)
@@ -109,7 +112,7 @@ def test_a_host_short_of_memory_decodes_less_at_a_time(pipeline: OpenSoraPlanPip
 
 def test_the_peak_on_a_host_is_of_what_it_decodes_at_a_time(pipeline: OpenSoraPlanPipeline) -> None:
     vae, grid = pipeline.vae, (16, 72, 128)
-    needs = needs_of(pipeline, frames=121, height=576, width=1024)
+    needs = needs_of(pipeline, LARGE)
     for frames, decoding in ((4, needs.decoding[CHUNKS.index(4)]), (1, needs.decoding[-1])):
         vae.enable_streaming(latent_frames=frames)
         expected = needs.weights + max(needs.denoising, decoding)
@@ -127,27 +130,27 @@ def test_plans_are_the_same_before_weights_are_read(tiny_release: Path, kind: We
     assert opened.weight_bytes(torch.bfloat16) == sum(weight.nbytes for weight in weights)
     for pipeline in (empty, loaded):
         keep_weights(pipeline.transformer, kind)
-    size = {"frames": 9, "height": 32, "width": 32}
-    assert needs_of(empty, **size) == needs_of(loaded, **size)
+    assert needs_of(empty, SMALL) == needs_of(loaded, SMALL)
 
 
 def test_a_plan_for_several_videos_fits_the_largest(pipeline: OpenSoraPlanPipeline) -> None:
-    small = needs_of(pipeline, frames=9, height=32, width=32)
-    large = needs_of(pipeline, frames=17, height=64, width=64)
+    small = needs_of(pipeline, SMALL)
+    large = needs_of(pipeline, Request(prompt="a", frames=17, height=64, width=64))
     assert small.weights == large.weights == sum(map(_bytes, _models(pipeline)))
     assert [p.peak for p in plans_for([small, large])] == [p.peak for p in plans_for([large])]
-    assert needs_of(pipeline, frames=9, height=32, width=32, batched=True).denoising > small.denoising
+    assert needs_of(pipeline, Request(**SIZE, batched_guidance=True)).denoising > small.denoising
 
 
 def test_a_plan_knows_tiles_and_step_caches(pipeline: OpenSoraPlanPipeline) -> None:
-    size = {"frames": 121, "height": 512, "width": 1024}
-    whole = needs_of(pipeline, **size)
+    size = {"prompt": "a", "frames": 121, "height": 512, "width": 1024}
+    request = Request(**size)
+    whole = needs_of(pipeline, request)
     config = pipeline.transformer.config
     tokens, width = 16 * 32 * 64, config["num_attention_heads"] * config["attention_head_dim"]
-    kept = needs_of(pipeline, **size, step_cache=True).denoising - whole.denoising
+    kept = needs_of(pipeline, Request(**size, step_cache=0.1)).denoising - whole.denoising
     assert kept == 4 * tokens * width * pipeline.transformer.dtype.itemsize
     pipeline.vae.enable_tiling()
-    tiled = needs_of(pipeline, **size)
+    tiled = needs_of(pipeline, request)
     pipeline.vae.disable_tiling()
     base, shape = pipeline.vae.config["base_channels"], Shape((16, 64, 128), 0)
     for chunk, need in zip(CHUNKS, tiled.decoding, strict=True):
@@ -167,7 +170,7 @@ def _bytes(model: nn.Module) -> int:
 def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placement: str) -> None:
     expected = latents_of(pipeline)
     frames = torch.cat(list(pipeline.iter_decode(expected)), dim=2)
-    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
+    plans = plans_for([needs_of(pipeline, SMALL)], [placement])  # type: ignore[list-item]
     Arrangement(pipeline, plans, CPU)
     assert torch.equal(latents_of(pipeline), expected)
     assert torch.allclose(torch.cat(list(pipeline.iter_decode(expected)), dim=2), frames, atol=1e-5)
@@ -183,13 +186,13 @@ def test_every_plan_takes_smaller_weights(
     keep_weights(pipeline.transformer, kind)
     near = latents_of(pipeline)
     assert 0 < (near - exact).norm() < 0.1 * exact.norm()
-    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], [placement])  # type: ignore[list-item]
+    plans = plans_for([needs_of(pipeline, SMALL)], [placement])  # type: ignore[list-item]
     Arrangement(pipeline, plans, CPU)
     assert torch.equal(latents_of(pipeline), near)
 
 
 def test_models_are_on_the_device_in_turn_and_never_come_back(pipeline: OpenSoraPlanPipeline) -> None:
-    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)], ["in-turn"])
+    plans = plans_for([needs_of(pipeline, SMALL)], ["in-turn"])
     text, denoiser, vae = pipeline.text_encoder.encoder, pipeline.transformer, pipeline.vae
     watched = {
         "text": text.embed_tokens.weight,
@@ -215,7 +218,7 @@ def test_models_are_on_the_device_in_turn_and_never_come_back(pipeline: OpenSora
 def test_frames_that_were_to_be_decoded_at_once_are_said_not_to_be(
     pipeline: OpenSoraPlanPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plans = plans_for([needs_of(pipeline, frames=9, height=32, width=32)])
+    plans = plans_for([needs_of(pipeline, SMALL)])
     Arrangement(pipeline, plans, CPU)
     assert not caplog.records
     pipeline.vae.disable_streaming()

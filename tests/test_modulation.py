@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.defaults import Weights
+from opensoraplan.generate.planning import needs_of
 from opensoraplan.models.modulation import (
     HostLayer,
     adaln_layers,
@@ -14,7 +15,7 @@ from opensoraplan.models.modulation import (
 )
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.pipeline import OpenSoraPlanPipeline
-from opensoraplan.runtime.placement import needs_of
+from opensoraplan.requests import Request
 from opensoraplan.runtime.quantisation import keep_weights
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_each_condition_has_the_bits_of_its_own_forward_pass(
 
 def test_the_layers_do_not_move_with_the_model(pipeline: OpenSoraPlanPipeline) -> None:
     model = pipeline.transformer
-    needs = needs_of(pipeline, frames=9, height=32, width=32)
+    needs = needs_of(pipeline, Request(prompt="a", frames=9, height=32, width=32))
     assert not is_kept_on_host(model)
     keep_on_host(model)
     keep_on_host(model)  # once more changes nothing
@@ -74,7 +75,7 @@ def test_vectors_take_what_is_predicted(pipeline: OpenSoraPlanPipeline) -> None:
     conditions = [(call["timestep"], call["pooled_projections"])] * 6  # three guided steps
     made = modulations(pipeline.transformer, conditions, device=CPU)
     tensors = [t for one in made for t in (*(t for pair in one.blocks for t in pair), one.out)]
-    needs = needs_of(pipeline, frames=9, height=32, width=32, steps=3)
+    needs = needs_of(pipeline, Request(prompt="a", frames=9, height=32, width=32, steps=3))
     assert sum(t.numel() * t.element_size() for t in tensors) == needs.vectors
 
 

@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from opensoraplan.defaults import Weights
+from opensoraplan.generate.planning import needs_of
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.plan.estimate import Model
-from opensoraplan.runtime.placement import needs_of
+from opensoraplan.requests import Request
 from opensoraplan.runtime.quantisation import (
     FP8,
     LARGEST_FP8,
@@ -18,6 +19,8 @@ from opensoraplan.runtime.quantisation import (
     keep_weights,
     weights_of,
 )
+
+SMALL = Request(prompt="a", frames=9, height=32, width=32)
 
 
 def uneven(*, bias: bool, dtype: torch.dtype) -> nn.Linear:
@@ -67,10 +70,10 @@ def test_fp8_is_off_by_a_sixteenth_of_each_factor_at_most() -> None:
 @pytest.mark.parametrize("kind", ["whole", "int8", "fp8"])
 def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline, kind: Weights) -> None:
     transformer = pipeline.transformer.to(torch.bfloat16)
-    before = needs_of(pipeline, frames=9, height=32, width=32)
+    before = needs_of(pipeline, SMALL)
     keep_weights(transformer, kind)
     assert weights_of(transformer) == kind
-    needs = needs_of(pipeline, frames=9, height=32, width=32)
+    needs = needs_of(pipeline, SMALL)
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     model = Model(config)
     units = range(len(model.blocks))

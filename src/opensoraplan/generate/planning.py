@@ -16,28 +16,33 @@ from opensoraplan.device import free_memory, prepare, resolve_device, resolve_dt
 from opensoraplan.documents import read_json_object
 from opensoraplan.formats.assemble import Sources
 from opensoraplan.models.attention import set_backend
+from opensoraplan.models.modulation import adaln_layers
 from opensoraplan.models.prompts import PromptSettings
+from opensoraplan.models.strict import plain_config
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.generating import generating_mesh
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.parallel.ranks import device_of_rank, place_in_job
 from opensoraplan.parallel.sequence import padded_tokens
 from opensoraplan.pipeline import OpenSoraPlanPipeline
-from opensoraplan.plan.estimate import Model
+from opensoraplan.plan.estimate import Model, Shape, forward_memory, vector_bytes
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import (
+    CHUNKS,
     MARGIN,
     PLACEMENTS,
+    PRECISIONS,
     Needs,
     Plan,
+    decoding_bytes,
     first_that_fits,
     fit_decoding,
-    needs_of,
+    module_bytes,
     peak_on_host,
     plans_for,
     weight_bytes,
 )
-from opensoraplan.runtime.quantisation import check_weights, keep_weights
+from opensoraplan.runtime.quantisation import check_weights, keep_weights, weights_of
 from opensoraplan.shapes import latent_shape
 
 logger = logging.getLogger(__name__)
@@ -256,16 +261,45 @@ def set_decoding(vae: WFVAE, options: SessionOptions) -> None:
         vae.enable_tiling()
 
 
+def needs_of(
+    pipeline: OpenSoraPlanPipeline,
+    request: Request,
+    *,
+    text_tokens: int = 512,
+    model: Model | None = None,
+) -> Needs:
+    """What the guided video of a request needs. With batched guidance both branches are one batch; a step
+    cache keeps of each branch what all blocks began from, and what they added. `model`: sizes of the
+    denoiser, where they are known.
+    """
+    transformer, vae = pipeline.transformer, pipeline.vae
+    grid = latent_shape(request.frames, request.height, request.width)
+    model = model or Model(plain_config(transformer))
+    shape = Shape(grid, text_tokens, batch=2 if request.batched_guidance else 1)
+    precision = PRECISIONS[transformer.dtype]
+    denoising = forward_memory(model, shape, precision, kind=weights_of(transformer))
+    if request.step_cache:
+        denoising += 2 * 2 * shape.tokens(model.config["patch_size"]) * model.dim * transformer.dtype.itemsize
+    adaln = [layer.linear for layer in adaln_layers(transformer)]
+    in_blocks = module_bytes(*adaln[:-1]) // len(transformer.transformer_blocks)
+    return Needs(
+        encoders=module_bytes(pipeline.text_encoder, pipeline.text_encoder_2),
+        denoiser=module_bytes(transformer),
+        adaln=module_bytes(*adaln),
+        block=max(module_bytes(block) for block in transformer.transformer_blocks) - in_blocks,
+        vae=module_bytes(vae),
+        vectors=vector_bytes(model, precision, steps=request.steps),
+        denoising=denoising,
+        decoding=tuple(decoding_bytes(vae, grid, chunk) for chunk in CHUNKS),
+    )
+
+
 def needs_of_all(pipeline: OpenSoraPlanPipeline, requests: Sequence[Request], model: Model) -> list[Needs]:
     """What the pipeline, whose denoiser has the sizes of `model`, needs for each size of video."""
-    sizes = {(r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)) for r in requests}
-    return [
-        needs_of(
-            pipeline, model=model,
-            frames=t, height=h, width=w, steps=steps, batched=batched, step_cache=cached,
-        )
-        for t, h, w, steps, batched, cached in sizes
-    ]  # fmt: skip
+    sizes = {
+        (r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)): r for r in requests
+    }
+    return [needs_of(pipeline, request, model=model) for request in sizes.values()]
 
 
 def plans_that_fit(needs: list[Needs], memory: Memory, device: torch.device, *, free: int) -> Sequence[Plan]:

@@ -13,14 +13,11 @@ import torch
 from torch import nn
 
 from opensoraplan.device import free_memory, is_out_of_memory
-from opensoraplan.models.modulation import adaln_layers, keep_on_host
-from opensoraplan.models.strict import plain_config
+from opensoraplan.models.modulation import keep_on_host
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
-from opensoraplan.plan.estimate import Model, Shape, decoding_memory, forward_memory, vector_bytes
-from opensoraplan.runtime.quantisation import weights_of
+from opensoraplan.plan.estimate import Shape, decoding_memory
 from opensoraplan.runtime.streaming import SLOTS, InTurn, stream_blocks, stream_layers
-from opensoraplan.shapes import latent_shape
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -35,7 +32,7 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 CHUNKS = (16, 8, 4, 2, 1)
 # Of the free memory, what is left to allocators and libraries.
 MARGIN = 0.08
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -73,44 +70,6 @@ class Needs:
         return (self.weights if placement == "resident" else self.vae) + self.decoding[CHUNKS.index(chunk)]
 
 
-def needs_of(
-    pipeline: OpenSoraPlanPipeline,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    steps: int = 50,
-    text_tokens: int = 512,
-    batched: bool = False,
-    step_cache: bool = False,
-    model: Model | None = None,
-) -> Needs:
-    """What a guided video of this size needs; `batched`: both branches of guidance are one batch,
-    `step_cache`: of each it is kept what all blocks began from, and what they added. `model`: sizes of the
-    denoiser, where they are known.
-    """
-    transformer, vae = pipeline.transformer, pipeline.vae
-    grid = latent_shape(frames, height, width)
-    model = model or Model(plain_config(transformer))
-    shape = Shape(grid, text_tokens, batch=2 if batched else 1)
-    precision = _PRECISIONS[transformer.dtype]
-    denoising = forward_memory(model, shape, precision, kind=weights_of(transformer))
-    if step_cache:
-        denoising += 2 * 2 * shape.tokens(model.config["patch_size"]) * model.dim * transformer.dtype.itemsize
-    adaln = [layer.linear for layer in adaln_layers(transformer)]
-    in_blocks = _size(*adaln[:-1]) // len(transformer.transformer_blocks)
-    return Needs(
-        encoders=_size(pipeline.text_encoder, pipeline.text_encoder_2),
-        denoiser=_size(transformer),
-        adaln=_size(*adaln),
-        block=max(_size(block) for block in transformer.transformer_blocks) - in_blocks,
-        vae=_size(vae),
-        vectors=vector_bytes(model, precision, steps=steps),
-        denoising=denoising,
-        decoding=tuple(_decoding(vae, grid, chunk) for chunk in CHUNKS),
-    )
-
-
 def fit_decoding(
     vae: WFVAE,
     grids: Iterable[tuple[int, int, int]],
@@ -129,7 +88,7 @@ def fit_decoding(
         return
     room = (free_memory(device) if free is None else free) * (1 - MARGIN)
     every = list(grids)
-    fits = (chunk for chunk in CHUNKS if all(_decoding(vae, grid, chunk) <= room for grid in every))
+    fits = (chunk for chunk in CHUNKS if all(decoding_bytes(vae, grid, chunk) <= room for grid in every))
     chunk = next(fits, CHUNKS[-1])
     if device.type == "cpu" or not more:
         chunk = min(chunk, vae.streaming_latent_frames)
@@ -141,14 +100,15 @@ def peak_on_host(vae: WFVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, 
     on the host and `vae` decodes as many latent frames at a time as it says.
     """
     every = list(needs)
-    decoding = [_decoding(vae, grid, vae.streaming_latent_frames or grid[0]) for grid in grids]
+    decoding = [decoding_bytes(vae, grid, vae.streaming_latent_frames or grid[0]) for grid in grids]
     return every[0].weights + max(*(one.denoising for one in every), *decoding)
 
 
-def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
+def decoding_bytes(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
+    """The memory of decoding latents [1, C, *grid], `chunk` latent frames at a time."""
     return decoding_memory(
         Shape(grid, 0),
-        _PRECISIONS[vae.dtype],
+        PRECISIONS[vae.dtype],
         base=vae.config["base_channels"],
         chunk=chunk,
         tiling=vae.tiling,
@@ -157,10 +117,10 @@ def _decoding(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
 
 def weight_bytes(pipeline: OpenSoraPlanPipeline) -> int:
     """Of all parts of a pipeline together."""
-    return _size(pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
+    return module_bytes(pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
 
 
-def _size(*modules: nn.Module | None) -> int:
+def module_bytes(*modules: nn.Module | None) -> int:
     """Bytes of all parameters and buffers; of None none."""
     return sum(t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
 
