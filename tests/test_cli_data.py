@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from opensoraplan import cli
+from opensoraplan.data.video import VideoWriter
 from opensoraplan.formats.mindspeed.inference import read_selection
 
 SMALL = ["num_frames=25", "min_num_frames=25", "train_fps=12", "max_height=96", "max_width=128"]
@@ -47,6 +49,33 @@ def test_the_default_selection_names_why_all_are_dropped(
     assert "kept     0" in printed.out
     assert "too small  1  fewer pixels than min_hxw asks for" in printed.out
     assert f"osp: error: no clip of {tmp_path / 'data.txt'} would be used: the table shows why" in printed.err
+
+
+def test_a_folder_of_clips_is_checked_with_and_without_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, frames in (("long.mp4", 20), ("short.mp4", 4), ("silent.mp4", 20)):
+        with VideoWriter(tmp_path / name, fps=24) as writer:
+            writer.write(torch.zeros(frames, 32, 48, 3, dtype=torch.uint8))
+        (tmp_path / name).with_suffix(".txt").write_text("" if name == "silent.mp4" else "a clip")
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    rules = ["num_frames=17", "min_num_frames=9", "drop_short_ratio=0", "force_resolution=false"]
+    small = ["--set", *rules, "max_hxw=4096", "min_hxw=1"]
+    osp(monkeypatch, "data", "check", str(tmp_path), "--csv", str(tmp_path / "table.csv"), *small)
+    table = capsys.readouterr().out
+    assert "kept     1" in table
+    assert "17 x 32 x 48" in table
+    assert "short.mp4: 4 frames give 1, min_num_frames is 9" in table
+    assert table.count(str(tmp_path / "broken.mp4")) == 1
+    assert table.endswith(f"every record: {tmp_path / 'table.csv'}\n")
+    with pytest.raises(SystemExit):
+        osp(monkeypatch, "data", "check", str(tmp_path), "--no-captions", "--global-batch", "3", *small)
+    again = capsys.readouterr().out
+    assert "kept     0" in again
+    assert "2 samples of 17x32x48, 3 needed" in again
+    assert "no caption" not in again
+    assert "Shapes" not in again
+    assert "every record" not in again
 
 
 DENOISER = """

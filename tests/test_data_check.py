@@ -6,12 +6,10 @@ import resource
 from pathlib import Path
 
 import pytest
-import torch
 
-from opensoraplan.data.check import check, check_manifest, write_csv
+from opensoraplan.data.check import table_of, write_csv
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Selection, SelectionSettings, select
-from opensoraplan.data.video import VideoWriter
 
 SETTINGS = SelectionSettings(
     num_frames=17, min_num_frames=9, drop_short_ratio=0.0, force_resolution=False, max_hxw=64 * 64
@@ -39,7 +37,7 @@ def selection() -> Selection:
 
 def test_table(selection: Selection) -> None:
     # 17 + 9 + 17 frames at 24 a second, of 1 s, 9/24 s and 1 s; the image has no length.
-    assert check(selection).splitlines() == [
+    assert table_of(selection).splitlines() == [
         "  records  11",
         "  kept      4  3 videos and 1 images: 44 frames, 0.000498 h of 0.00066 h",
         "  dropped   7",
@@ -63,10 +61,10 @@ def test_table(selection: Selection) -> None:
 
 
 def test_table_when_all_or_nothing_is_kept() -> None:
-    whole = check(select([record("a.mp4")], SETTINGS))
+    whole = table_of(select([record("a.mp4")], SETTINGS))
     assert "Dropped" not in whole
     assert "17 x 64 x 64" in whole
-    nothing = check(select([record("a.mp4", caption="")], SETTINGS, allow_empty=True))
+    nothing = table_of(select([record("a.mp4", caption="")], SETTINGS, allow_empty=True))
     assert "Shapes" not in nothing
     assert "no caption" in nothing
 
@@ -112,23 +110,3 @@ def test_csv_takes_names_that_are_not_utf8(tmp_path: Path) -> None:
     odd = Record(Path(os.fsdecode(b"gr\xf6\xdfe.mp4")), ("x",), error="gone")
     path = write_csv(select([odd], SETTINGS, allow_empty=True), tmp_path / "table.csv")
     assert "gr\\udcf6\\udcdfe.mp4" in path.read_text()
-
-
-def test_check_of_real_files(tmp_path: Path) -> None:
-    for name, frames in (("long.mp4", 20), ("short.mp4", 4), ("silent.mp4", 20)):
-        with VideoWriter(tmp_path / name, fps=24) as writer:
-            writer.write(torch.zeros(frames, 32, 48, 3, dtype=torch.uint8))
-        (tmp_path / name).with_suffix(".txt").write_text("" if name == "silent.mp4" else "a clip")
-    (tmp_path / "broken.mp4").write_bytes(b"nothing")
-    table, kept = check_manifest(tmp_path, settings=SETTINGS, csv_path=tmp_path / "table.csv")
-    assert kept == 1
-    assert "17 x 32 x 48" in table
-    assert "short.mp4: 4 frames give 1, min_num_frames is 9" in table
-    assert table.count(str(tmp_path / "broken.mp4")) == 1
-    assert table.endswith(f"every record: {tmp_path / 'table.csv'}")
-    again, none = check_manifest(tmp_path, settings=SETTINGS, global_batch=3, need_captions=False)
-    assert none == 0
-    assert "2 samples of 17x32x48, 3 needed" in again
-    assert "no caption" not in again
-    assert "Shapes" not in again
-    assert "every record" not in again

@@ -90,7 +90,9 @@ def data_check(options: DataCheck) -> None:
     if options.global_batch is not None and options.global_batch < 1:
         raise ValueError(f"--global-batch must be at least 1, got {options.global_batch}")
 
-    from opensoraplan.data.check import check_manifest
+    from opensoraplan.data.check import table_of, write_csv
+    from opensoraplan.data.manifest import read_manifest
+    from opensoraplan.data.selection import select
     from opensoraplan.formats.mindspeed.inference import read_selection
     from opensoraplan.train.config import TextSettings, TrainSettings
     from opensoraplan.train.inputs.caption_check import find_caption_losses
@@ -108,26 +110,29 @@ def data_check(options: DataCheck) -> None:
             raise ValueError(
                 f"{options.manifest} has no data.manifest: its features were selected by osp cache"
             )
-        selection = run.data.selection
+        settings = run.data.selection
         global_batch = global_batch_of(run) if global_batch is None else global_batch
         text = run.text if isinstance(run, TrainSettings) else text
         need_captions = need_captions and isinstance(run, TrainSettings)
         logger.info("%s: clips of %s, %d a step", options.manifest, manifest, global_batch)
     else:
-        selection = read_selection(options.data, changes=changes)
-    report = check_manifest(
-        manifest,
-        settings=selection,
-        root=root,
-        csv_path=options.csv,
+        settings = read_selection(options.data, changes=changes)
+    records = read_manifest(manifest, root=root, probing="all" if options.all_files else "missing")
+    selection = select(
+        records,
+        settings,
+        seed=seed,
         global_batch=global_batch,
         need_captions=need_captions,
-        probing="all" if options.all_files else "missing",
-        seed=seed,
-        describe_captions=(lambda kept: find_caption_losses(kept, text).table()) if need_captions else None,
+        allow_empty=True,  # the table says why
     )
-    sys.stdout.write(report.text + "\n")
-    if not report.kept:
+    blocks = [table_of(selection)]
+    if need_captions and (losses := find_caption_losses(selection.kept, text).table()):
+        blocks.append(losses)
+    if options.csv is not None:
+        blocks.append(f"every record: {write_csv(selection, options.csv)}")
+    sys.stdout.write("\n\n".join(blocks) + "\n")
+    if not selection.kept:
         raise ValueError(f"no clip of {manifest} would be used: the table shows why")
 
 

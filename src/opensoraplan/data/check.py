@@ -1,65 +1,16 @@
-"""What a training run would use of a manifest: a table to read and a CSV of every record.
-
-The job behind `osp data check`; the decisions themselves are in selection.py.
+"""What `osp data check` tells of a selection: a table to read and a CSV of every record. The decisions
+themselves are in selection.py.
 """
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import EXAMPLES, Sample, Selection, SelectionSettings, select
+from opensoraplan.data.selection import EXAMPLES, Selection
 from opensoraplan.disk import write_new
 
 
-class Report(NamedTuple):
-    """What there is to read, and how many records are kept."""
-
-    text: str
-    kept: int
-
-
-def check_manifest(
-    manifest: str | Path,
-    *,
-    settings: SelectionSettings,
-    root: str | Path | None = None,
-    probing: Literal["missing", "all", "none"] = "missing",
-    seed: int = 0,
-    global_batch: int | None = None,
-    need_captions: bool = True,
-    csv_path: str | Path | None = None,
-    describe_captions: Callable[[Sequence[Sample]], str] | None = None,
-) -> Report:
-    """Read and select as training would, write the CSV if wanted, and return the table.
-
-    With `probing` "all" the manifest is held against every file, which training does not do: what the table
-    then drops as unreadable, or counts fewer frames of, would fail there or be wrongly cropped.
-
-    `describe_captions` adds to the table what there is to say of the captions of what is kept.
-
-    Dropping everything is no error here, for the table says why. Arguments and errors are otherwise those
-    of `read_manifest`, `select` and `write_csv`.
-    """
-    records = read_manifest(manifest, root=root, probing=probing)
-    selection = select(
-        records,
-        settings,
-        seed=seed,
-        global_batch=global_batch,
-        need_captions=need_captions,
-        allow_empty=True,
-    )
-    text = check(selection)
-    if describe_captions is not None and (described := describe_captions(selection.kept)):
-        text += f"\n\n{described}"
-    if csv_path is not None:
-        text += f"\n\nevery record: {write_csv(selection, csv_path)}"
-    return Report(text, len(selection.kept))
-
-
-def check(selection: Selection) -> str:
+def table_of(selection: Selection) -> str:
     """The table: what is kept, what is dropped by reason with examples, and the shapes of what is kept."""
     kept, dropped = len(selection.kept), len(selection.dropped)
     blocks = [
