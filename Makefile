@@ -25,11 +25,11 @@ demo: $(BIN)/.installed
 # Everything that makes the built-in model, in some hours on two CPU cores; stop it whenever you like, the same
 # command goes on. With instructions for it (avx512_bf16, amx_bf16) or a GPU: make train-demo COMPUTE=bf16.
 train-demo: $(BIN)/.installed
-	$(BIN)/osp data render $(TRAIN)/clips --count 3200
-	$(BIN)/osp data render $(TRAIN)/held_out --held-out --count 24 --seed 1
+	$(BIN)/python examples/render_clips.py $(TRAIN)/clips --count 3200
+	$(BIN)/python examples/render_clips.py $(TRAIN)/held_out --held-out --count 24 --seed 1
 	$(BIN)/python examples/builtin_text.py $(TRAIN)/text
 	$(BIN)/osp train-vae examples/builtin/vae.toml --set model.compute=$(COMPUTE) --resume latest
-	$(BIN)/osp data render $(TRAIN)/clips --count 8000
+	$(BIN)/python examples/render_clips.py $(TRAIN)/clips --count 8000
 	$(BIN)/osp cache examples/builtin/denoiser.toml
 	$(BIN)/osp train examples/builtin/denoiser.toml --set model.compute=$(COMPUTE) --resume latest
 	$(BIN)/osp export $(TRAIN)/denoiser --out $(TRAIN)/model --dtype bf16 --max-shard-size 15MB \

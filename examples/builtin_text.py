@@ -18,22 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from moving_shapes.captions import caption
+from moving_shapes.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, scene_for
 from tiny_text import byte_pairs, sentence_pieces
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
-from opensoraplan.data.shapes_demo import (
-    BACKGROUNDS,
-    COLOURS,
-    MOTIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    caption,
-    scene_for,
-)
 from opensoraplan.models.captions import clean_caption
 from opensoraplan.models.text import load_tokenizer
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from moving_shapes.writing import write_dataset
 from tiny_release import sources_of, write_release
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opensoraplan.data.shapes_demo import write_dataset
 from opensoraplan.formats.assemble import save_diffusers
 from opensoraplan.formats.mindspeed.inference import read_inference
 from opensoraplan.models.original import aligned
@@ -92,7 +92,7 @@ def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
 def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of eight captioned clips of 9 x 64 x 64."""
     folder = tmp_path_factory.mktemp("tiny") / "clips"
-    return write_dataset(folder, count=8, seed=0, frames=9, height=64, width=64)
+    return write_dataset(folder, count=8, size=(9, 64, 64))
 
 
 @pytest.fixture(scope="session")

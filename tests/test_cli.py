@@ -667,7 +667,7 @@ def test_quick_mistakes(
     [
         ("", r"Generate:\n  generate "),
         ("generat cat", r"there is no verb 'generat' \(did you mean 'generate'\?\)"),
-        ("data", "osp data needs one of check, render, sheet"),
+        ("data", "osp data needs one of check, sheet"),
         ("generate cat --heigth 32", r"osp generate has no option --heigth \(did you mean '--height'\?\)$"),
         ("generate cat --tp 2 --expert 3", r"osp generate has no option --expert$"),
         (
@@ -707,7 +707,7 @@ def test_help_fits_the_terminal(osp: Command, monkeypatch: pytest.MonkeyPatch) -
 def test_other_ways_to_ask_for_help(osp: Command) -> None:
     assert osp("help", "generate").out == osp("generate", "--help").out != ""
     assert osp("help").out == osp("-h").out == osp("--help").out
-    assert "  data render  Render" in osp("data", "--help").out
+    assert "  data sheet   Make" in osp("data", "--help").out
     assert osp("--version").out == f"opensoraplan {version('opensoraplan')}\n"
     module = [sys.executable, "-m", "opensoraplan", "--version"]
     assert subprocess.run(module, capture_output=True, text=True, check=True).stdout.startswith(

@@ -1,4 +1,4 @@
-"""`osp data render` and `osp data check`: clips are made, and a manifest is told what would be used of it."""
+"""`osp data check`: a manifest is told what would be used of it."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import render_clips
 import torch
 
 from opensoraplan import cli
@@ -21,11 +22,16 @@ def osp(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     cli.main()
 
 
+def render(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["render_clips.py", *arguments])
+    render_clips.main()
+
+
 def test_render_then_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, table = tmp_path / "shapes", tmp_path / "fate.csv"
-    osp(monkeypatch, "data", "render", str(folder), "--count", "2")
+    render(monkeypatch, str(folder), "--count", "2")
     assert len(list((folder / "clips").glob("*.mp4"))) == 2
     osp(monkeypatch, "data", "check", str(folder / "data.txt"), "--csv", str(table), "--set", *SMALL)
     printed = capsys.readouterr().out
@@ -41,7 +47,7 @@ def test_render_then_check(
 def test_the_default_selection_names_why_all_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    osp(monkeypatch, "data", "render", str(tmp_path), "--count", "1")
+    render(monkeypatch, str(tmp_path), "--count", "1")
     with pytest.raises(SystemExit) as stop:
         osp(monkeypatch, "data", "check", str(tmp_path / "data.txt"))
     assert stop.value.code == 2

@@ -16,13 +16,19 @@ from opensoraplan.cli.surroundings import limit_spinning
 from opensoraplan.generate import saved
 
 OSP = [sys.executable, "-m", "opensoraplan"]
+RENDER = [sys.executable, str(Path(__file__).parents[1] / "examples/render_clips.py")]
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]
 
 
-def start(*arguments: object, cwd: Path, **options: Any) -> subprocess.Popen[str]:  # noqa: ANN401
+def start(
+    *arguments: object,
+    cwd: Path,
+    program: list[str] = OSP,
+    **options: Any,  # noqa: ANN401
+) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([*OSP, *map(str, arguments)], cwd=cwd, text=True, env=environment, **options)
+    return subprocess.Popen([*program, *map(str, arguments)], cwd=cwd, text=True, env=environment, **options)
 
 
 def wait_until(is_so: Callable[[], object], process: subprocess.Popen[str], *, seconds: float = 120) -> None:
@@ -70,31 +76,30 @@ def test_a_signal_while_all_is_imported_is_no_traceback(tiny_model: Path, tmp_pa
 
 
 def test_what_killed_processes_left_is_cleared(tmp_path: Path) -> None:
-    render = ("data", "render", "clips", "--frames", "9", "--height", "64", "--width", "64")
-    made = start(*render, "--count", "4000", cwd=tmp_path)
+    render = ("clips", "--frames", "9", "--height", "64", "--width", "64")
+    made = start(*render, "--count", "4000", cwd=tmp_path, program=RENDER)
     wait_until(lambda: list(tmp_path.glob("clips/clips/.osp-*.partial/*.mp4")), made)
     made.kill()
     made.communicate()
     assert hidden(tmp_path)
-    again = start(*render, "--count", "1", cwd=tmp_path)
+    again = start(*render, "--count", "1", cwd=tmp_path, program=RENDER)
     again.communicate()
     assert again.returncode == 0
     assert not hidden(tmp_path)
 
 
 def test_a_terminated_rendering_leaves_no_file_half_written(tmp_path: Path) -> None:
-    made = start("data", "render", "clips", "--count", "4000", cwd=tmp_path)
+    made = start("clips", "--count", "4000", cwd=tmp_path, program=RENDER)
     wait_until(lambda: list(tmp_path.glob("clips/clips/.osp-*.partial/*.mp4")), made)
     made.terminate()
-    assert made.communicate()[1].endswith("osp: stopped\n")
+    assert made.communicate()[1].endswith("render_clips.py: stopped\n")
     assert made.returncode == 143
     assert not hidden(tmp_path)
 
 
 def test_processes_share_the_clips_to_render(tmp_path: Path) -> None:
     """None is rendered twice, and what one that is killed was at, another renders."""
-    render = ("data", "render", "clips", "--count", "30")
-    three = [start(*render, cwd=tmp_path) for _ in range(3)]
+    three = [start("clips", "--count", "30", cwd=tmp_path, program=RENDER) for _ in range(3)]
     wait_until(lambda: len(list(tmp_path.glob("clips/clips/.osp-*.partial"))) == 3, three[0])
     three[0].kill()
     for made in three:
@@ -151,8 +156,8 @@ def test_output_onto_a_full_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "2> >(true)"])
 def test_streams_that_are_closed_end_no_run(tmp_path: Path, closed: str) -> None:
     """Nor do they get into the files that are opened in their place."""
-    render = "data render clips --count 2 --frames 9 --height 64 --width 64"
-    command = f"{sys.executable} -m opensoraplan {render} {closed}"
+    render = "clips --count 2 --frames 9 --height 64 --width 64"
+    command = f"{' '.join(RENDER)} {render} {closed}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended
     clips = sorted((tmp_path / "clips/clips").iterdir())

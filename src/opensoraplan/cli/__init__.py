@@ -10,14 +10,18 @@ import sys
 
 TYPE_CHECKING = False  # typing takes longer to import than all else here
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opensoraplan.cli.surroundings import Stop
 
 # Where a shell says that nobody reads stdout any more: 128 and SIGPIPE.
 _NOBODY_READS = 141
 
 
-def main() -> None:
-    """Run the command. Mistakes of the user end with exit code 2 and one message, anything else is a bug."""
+def main(job: "Callable[[list[str]], None] | None" = None, *, program: str = "osp") -> None:
+    """Run the command, or another program's `job` of its command line in the same surroundings. Mistakes of
+    the user end with exit code 2 and one message, anything else is a bug.
+    """
     before = signal.getsignal(signal.SIGINT)
     is_usual = before is signal.default_int_handler
     if is_usual:
@@ -26,8 +30,8 @@ def main() -> None:
         from opensoraplan.cli.surroundings import limit_spinning, settled
 
         limit_spinning()
-        with settled() as stop:
-            code = _run(stop)
+        with settled(program) as stop:
+            code = _run(job, program, stop)
     finally:
         if is_usual:
             signal.signal(signal.SIGINT, before)
@@ -35,28 +39,30 @@ def main() -> None:
         sys.exit(code)
 
 
-def _run(stop: "Stop") -> int:
-    """Run the verb; what ends it becomes a message and an exit code."""
+def _run(job: "Callable[[list[str]], None] | None", program: str, stop: "Stop") -> int:
+    """Run the verb, or the job; what ends it becomes a message and an exit code."""
     try:
         try:
             _set_up_logging()
-            from opensoraplan.cli.verbs import run
+            if job is None:
+                from opensoraplan.cli.verbs import run as job
 
-            run(sys.argv[1:])
+            job(sys.argv[1:])
         finally:
             sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
         if stop.signal is not None:  # whatever became of it: an import may turn it into an error of its own
-            sys.stderr.write("osp: stopped\n")
+            sys.stderr.write(f"{program}: stopped\n")
             return 128 + stop.signal
         if isinstance(error, BrokenPipeError) and error.filename == "stdout":
             return _NOBODY_READS
         message = _message(error)
         if message is None:
             raise
-        return _mistake(message)
+        sys.stderr.write(f"{program}: error: {message}\n")
+        return 2
     return 0
 
 
@@ -67,11 +73,6 @@ def _set_up_logging() -> None:
     logging.getLogger("opensoraplan").setLevel(logging.INFO)
     # transformers reads this when it is imported. Its bars would break into ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _mistake(message: str) -> int:
-    sys.stderr.write(f"osp: error: {message}\n")
-    return 2
 
 
 def _message(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""`osp data`: check clips to train on, render some, look at many at once."""
+"""`osp data`: check clips to train on, look at many at once."""
 
 import logging
 import sys
@@ -46,28 +46,6 @@ class DataCheck:
     """Change selection rules, for example num_frames=25 max_height=96, or settings of a run as in `osp
     train`.
     """
-
-
-@dataclass(frozen=True)
-class DataRender:
-    """Render captioned clips of moving shapes to try training on: mp4 files, annotation.json, data.txt."""
-
-    folder: Positional[Path]
-    """Folder to write to. The same command again, or with a larger --count, continues."""
-    count: int = 100
-    """Number of clips."""
-    seed: int = 0
-    """Random seed; each seed gives another set of clips."""
-    frames: int = 25
-    """Frames per clip, 8k + 1."""
-    height: int = 96
-    """Height in pixels, a multiple of 16."""
-    width: int = 128
-    """Width in pixels, a multiple of 16."""
-    fps: int = 12
-    """Frames per second."""
-    held_out: bool = False
-    """Render only combinations of colour, shape and motion that are left out otherwise, for testing."""
 
 
 @dataclass(frozen=True)
@@ -167,26 +145,6 @@ def _read_run(options: DataCheck, changes: list[str]) -> "TrainSettings | VAETra
         raise ValueError(
             f"{path} is neither a run of osp train ({mistakes}) nor one of osp train-vae ({error})"
         ) from None
-
-
-def data_render(options: DataRender) -> None:
-    """`osp data render`."""
-    import torch
-
-    from opensoraplan.data.shapes_demo import write_dataset
-
-    torch.set_num_threads(1)  # more only get in each other's way on pictures of this size
-    manifest = write_dataset(
-        options.folder,
-        count=options.count,
-        seed=options.seed,
-        frames=options.frames,
-        height=options.height,
-        width=options.width,
-        fps=options.fps,
-        held_out=options.held_out,
-    )
-    logger.info("wrote %s", manifest)
 
 
 def data_sheet(options: DataSheet) -> None:

@@ -1,6 +1,5 @@
 """What the verbs' options have in common."""
 
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,15 +26,3 @@ OptionalDevice = Annotated[
 def check_exists(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-
-
-def option_names(options: type) -> list[str]:
-    """The options of a verb and of its groups, as they are written: --frames, --tiling, --no-tiling, ..."""
-    names: list[str] = []
-    for field in fields(options):
-        if is_dataclass(field.default):
-            names += option_names(type(field.default))
-        else:
-            name = field.name.replace("_", "-")
-            names += [f"--{name}", f"--no-{name}"] if isinstance(field.default, bool) else [f"--{name}"]
-    return names

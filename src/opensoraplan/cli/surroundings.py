@@ -30,14 +30,15 @@ class StopError(KeyboardInterrupt):
 class Stop:
     """`signal`: the first that asked the command to stop, if any did."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str) -> None:
         self.signal: signal.Signals | None = None
+        self._program = program
 
     def ask(self, number: int, _frame: FrameType | None) -> None:
         """End what is going on as Ctrl-C does, whatever the signal."""
         if not _can_have_begun():  # and libraries that are being imported may abort if they are interrupted
             with suppress(OSError):
-                os.write(2, b"osp: stopped\n")
+                os.write(2, f"{self._program}: stopped\n".encode())
             os._exit(128 + number)
         if self.signal is None:
             self.signal = signal.Signals(number)
@@ -53,7 +54,7 @@ def _can_have_begun() -> bool:
 
 
 @contextmanager
-def settled() -> Iterator[Stop]:
+def settled(program: str) -> Iterator[Stop]:
     """In the block signals raise KeyboardInterrupt, and the streams take whatever is written."""
     _open_missing_streams()
     codecs.register_error("osp", _without_letters)
@@ -64,7 +65,7 @@ def settled() -> Iterator[Stop]:
         sys.stderr = _reopened(sys.stderr, 2, errors="backslashreplace", name=None)
     if _columns() < _NARROWEST:
         os.environ["COLUMNS"] = str(_NARROWEST)
-    stop = Stop()
+    stop = Stop(program)
     before = {}
     for number in STOPPING if threading.current_thread() is threading.main_thread() else ():
         # Not one that is to be ignored: nohup says so, and a shell to what runs in the background.

@@ -2,23 +2,18 @@
 verbs, so that --help is quick.
 """
 
-import contextlib
-import io
-import itertools
-import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 from opensoraplan.cli import data, decoding, generating, models, plan, training
 from opensoraplan.cli.effects import given_options
-from opensoraplan.cli.help import Groups, grouped, ungrouped
-from opensoraplan.cli.options import check_exists, option_names
+from opensoraplan.cli.help import Groups
+from opensoraplan.cli.options import check_exists
+from opensoraplan.cli.parse import Hint, check_options, help_width, no_hint, parse_options
 from opensoraplan.cli.parts import read_config, read_defaults, spell_out_ema
 from opensoraplan.names import did_you_mean
 
@@ -36,8 +31,7 @@ class Verb:
     """Whether --config may name the guide's inference JSON, which `run` then gets, too."""
     groups: Groups = field(default_factory=dict)
     """Options that --help shows together, by title; the others come first."""
-    hint: Callable[[list[str]], str | None] = field(default=lambda _words: None)
-    """What was probably meant by words of which the first cannot be understood; None if it cannot tell."""
+    hint: Hint = field(default=no_hint)
 
     @property
     def summary(self) -> str:
@@ -56,7 +50,6 @@ GROUPS = {
     },
     "Train": {
         "data check": Verb(data.DataCheck, data.data_check),
-        "data render": Verb(data.DataRender, data.data_render),
         "data sheet": Verb(data.DataSheet, data.data_sheet),
         "cache": Verb(training.Cache, training.cache, hint=training.hint),
         "train": Verb(training.Train, training.train, hint=training.hint),
@@ -102,17 +95,15 @@ def _parse(words: list[str]) -> "tuple[Verb, Any, Inference | None, list[str]]":
     """
     name, rest = _verb_of(words)
     verb = VERBS[name]
-    _check_options(name, verb, rest)
+    check_options(verb.options, rest, program=f"osp {name}", hint=verb.hint)
     if verb.with_config:
         rest = spell_out_ema(rest)
     inference = read_config(rest) if verb.with_config else None
     defaults = read_defaults(rest, inference) if verb.options is generating.Generate else {}
-    grammar = grouped(verb.options, verb.groups, defaults)
-    with _wrapped_help():
-        parsed, unknown = tyro.cli(grammar, prog=f"osp {name}", args=rest, return_unknown_args=True)
-    options = ungrouped(verb.options, parsed)
-    if unknown:
-        raise ValueError(verb.hint(rest) or f"osp {name} does not understand {' '.join(unknown)!r}")
+    program, groups = f"osp {name}", verb.groups
+    options = parse_options(
+        verb.options, rest, program=program, groups=groups, defaults=defaults, hint=verb.hint
+    )
     return verb, options, inference, rest
 
 
@@ -163,37 +154,7 @@ def overview(groups: dict[str, dict[str, Verb]], program: str) -> str:
         lines.append(f"{title}:")
         for name, verb in verbs.items():
             lines += textwrap.wrap(
-                verb.summary, _width(), initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
+                verb.summary, help_width(), initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
             )
         lines.append("")
     return "\n".join(lines)
-
-
-def _check_options(name: str, verb: Verb, words: list[str]) -> None:
-    """Refuse an option that the verb does not have, and name the one that was probably meant."""
-    known = option_names(verb.options)
-    given = list(itertools.takewhile(lambda word: word != "--", words))
-    for index, word in enumerate(given):
-        option = word.partition("=")[0].replace("_", "-")
-        if not option.startswith("--") or option in (*known, "--help"):
-            continue
-        near = did_you_mean(option, known, cutoff=0.7)
-        meant = f": {hint}" if not near and (hint := verb.hint(given[index:])) else ""
-        raise ValueError(f"osp {name} has no option {option}{near}{meant}")
-
-
-@contextlib.contextmanager
-def _wrapped_help() -> Iterator[None]:
-    """Wrap the paragraphs of help at the width of the terminal, which tyro only does in its boxes."""
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            yield
-    finally:
-        for line in shown.getvalue().splitlines():
-            wrapped = textwrap.wrap(line, _width()) if len(line) > _width() else [line]
-            sys.stdout.write("\n".join(wrapped) + "\n")
-
-
-def _width() -> int:
-    return max(shutil.get_terminal_size().columns, 40)

@@ -25,7 +25,7 @@ _ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def list_in(folder: Path) -> Path | None:
-    """The data.txt of a folder if it is a list of `folder,annotation` lines, as `osp data render` writes it,
+    """The data.txt of a folder if it is a list of `folder,annotation` lines, as the original has it,
     and not the caption of a clip.
     """
     path = folder / _LIST

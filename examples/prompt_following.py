@@ -1,6 +1,6 @@
-"""How well a model trained on shapes_demo follows prompts: clips of held-out scenes, generated and judged.
+"""How well a model trained on moving shapes follows prompts: clips of held-out scenes, generated and judged.
 
-    python benchmarks/prompt_following.py [FOLDER] --count 200 --out following.jsonl --sheet following.png
+    python examples/prompt_following.py [FOLDER] --count 200 --out following.jsonl --sheet following.png
 
 FOLDER is a diffusers folder of an OpenSoraPlanPipeline (default: the built-in model). No combination of
 colour, shape and motion in these scenes is in training data. Verdicts are kept in --out: the same command
@@ -16,17 +16,20 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from moving_shapes.captions import caption
+from moving_shapes.drawing import render
+from moving_shapes.scenes import Scene, scene_for
+from moving_shapes.writing import CAPTIONS
 from PIL import Image, ImageDraw, ImageFont
 from prompt_judge import ATTRIBUTES, judge, right
 from torch import Tensor
 from tqdm import tqdm
 
-from opensoraplan.data.shapes_demo import Scene, caption, render, scene_for
+from opensoraplan import builtin
 from opensoraplan.device import resolve_device, resolve_dtype
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
@@ -37,7 +40,6 @@ LEAST_JUDGE = 0.99
 TARGETS = {1: {"colour": 0.95, "shape": 0.95, "motion": 0.95, "all": 0.90}, 2: {"all": 0.80}}
 # Area of all other coloured things, in parts of a thing's; in drawn clips it stays below 0.002.
 MOST_OTHERS = 0.01
-WORDINGS = 4  # as many captions as `osp data render` writes for a clip
 SHEET_CLIPS, SHEET_FRAMES, SHEET_COLUMNS = 12, 5, 2  # clips of the sheet: half with one object, half with two
 
 Record = dict[str, Any]
@@ -69,7 +71,7 @@ def make_tasks(count: int, seed: int) -> list[Task]:
     for index in range(count):
         for objects in (1, 2):
             scene = scene_for(index, seed=seed, held_out=True, objects=objects)
-            prompt = caption(scene, variant=index % WORDINGS)
+            prompt = caption(scene, variant=index % CAPTIONS)
             clip_seed = (seed * 100_000 + index) * 2 + objects - 1
             tasks.append(Task(objects, index, scene, prompt, clip_seed))
     return tasks
@@ -249,14 +251,6 @@ def draw_sheet(clips: list[tuple[Task, Tensor, Record]], path: Path) -> None:
     sheet.save(path)
 
 
-def built_in() -> Path:
-    """The folder of the built-in model."""
-    try:
-        return import_module("opensoraplan.builtin").folder()
-    except ImportError:
-        raise SystemExit("this opensoraplan has no built-in model: name a diffusers folder") from None
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -288,7 +282,7 @@ def main() -> None:
         raise SystemExit(f"--count and --batch must be at least 1, got {options.count} and {options.batch}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    folder = options.folder or built_in()
+    folder = options.folder or builtin.folder()
     if not (folder / "model_index.json").is_file():
         raise SystemExit(f"{folder} is not a diffusers folder: it has no model_index.json")
     device = resolve_device(options.device)

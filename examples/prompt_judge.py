@@ -1,6 +1,6 @@
-"""Tells from the frames alone what a clip of `opensoraplan.data.shapes_demo` shows: colour, shape, motion.
+"""Tells from the frames alone what a clip of moving shapes shows: colour, shape, motion.
 
-    python benchmarks/prompt_judge.py --clips 200
+    python examples/prompt_judge.py --clips 200
 
 Classical vision (chroma segmentation, polar template matching, tracks), no network, nothing learnt. The
 command renders held-out scenes, writes them as mp4, reads them back, and prints how often the judge is right.
@@ -15,17 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from moving_shapes.drawing import render, signed_distance
+from moving_shapes.scenes import COLOURS, ROUND, SHAPES, Scene, scene_for
 from torch import Tensor
 
-from opensoraplan.data.shapes_demo import (
-    COLOURS,
-    ROUND,
-    SHAPES,
-    Scene,
-    render,
-    scene_for,
-    signed_distance,
-)
 from opensoraplan.data.video import VideoWriter, read_frames
 
 ATTRIBUTES = ("colour", "shape", "motion")

@@ -1,10 +1,10 @@
 """What a VAE leaves of clips that it was not trained on: PSNR, SSIM, and what is still recognised.
 
-    python benchmarks/vae_held_out.py [FOLDER] --count 30
+    python examples/vae_held_out.py [FOLDER] --count 30
 
 FOLDER is a diffusers folder with a vae (default: the built-in model). Clips are held-out scenes of
-shapes_demo, half of them with two objects, drawn, encoded to the mode of their latents and decoded; the judge
-is that of prompt_judge.py.
+moving shapes, half of them with two objects, drawn, encoded to the mode of their latents and decoded; the
+judge is that of prompt_judge.py.
 """
 
 import argparse
@@ -12,11 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from moving_shapes.drawing import render
+from moving_shapes.scenes import scene_for
 from prompt_judge import ATTRIBUTES, judge, right
 from tqdm import tqdm
 
 from opensoraplan import builtin
-from opensoraplan.data.shapes_demo import render, scene_for
 from opensoraplan.data.video import to_uint8
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models.wfvae import WFVAE

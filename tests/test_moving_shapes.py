@@ -1,19 +1,16 @@
-"""The built-in clip maker: what is drawn, what is said of it, what is kept from training, what is written."""
+"""Clips of moving shapes: what is drawn, what is said of it, what is kept from training, what is written."""
 
-import importlib.util
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import prompt_judge as judge
 import pytest
 import torch
-from torch import Tensor
-
-from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.shapes_demo import (
+from moving_shapes.captions import caption
+from moving_shapes.drawing import render, signed_distance
+from moving_shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -22,16 +19,14 @@ from opensoraplan.data.shapes_demo import (
     SIZES,
     Scene,
     Thing,
-    caption,
     is_held_out,
-    render,
     scene_for,
-    signed_distance,
-    write_dataset,
 )
-from opensoraplan.data.video import probe, read_frames
+from moving_shapes.writing import write_dataset
+from torch import Tensor
 
-JUDGE = Path(__file__).parents[1] / "benchmarks" / "prompt_judge.py"
+from opensoraplan.data.manifest import read_manifest
+from opensoraplan.data.video import probe, read_frames
 
 
 def one(colour: str, shape: str, motion: str, *, size: str = "medium", background: str = "studio") -> Scene:
@@ -57,17 +52,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def judge() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prompt_judge", JUDGE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_render_is_deterministic_and_of_the_size_asked_for() -> None:
@@ -259,7 +243,7 @@ def test_impossible_scenes_and_sizes_are_refused() -> None:
 
 
 def test_a_data_set_is_written_kept_and_extended(tmp_path: Path) -> None:
-    manifest = write_dataset(tmp_path / "set", count=2, frames=9, height=64, width=64)
+    manifest = write_dataset(tmp_path / "set", count=2, size=(9, 64, 64))
     assert manifest.read_text() == ".,annotation.json\n"
     folder, annotation = manifest.parent, manifest.with_name("annotation.json")
     records = json.loads(annotation.read_text())
@@ -279,16 +263,16 @@ def test_a_data_set_is_written_kept_and_extended(tmp_path: Path) -> None:
     clips = folder / "clips"
     before = (clips / "000001.mp4").stat().st_mtime_ns
     (clips / "000000.mp4").unlink()
-    write_dataset(tmp_path / "set", count=3, frames=9, height=64, width=64)
+    write_dataset(tmp_path / "set", count=3, size=(9, 64, 64))
     assert sorted(path.name for path in clips.iterdir()) == ["000000.mp4", "000001.mp4", "000002.mp4"]
     assert (clips / "000001.mp4").stat().st_mtime_ns == before
     assert len(json.loads(annotation.read_text())) == 3
     with pytest.raises(ValueError, match=r"other settings: seed 0 \(now 1\)"):
-        write_dataset(tmp_path / "set", count=3, seed=1, frames=9, height=64, width=64)
+        write_dataset(tmp_path / "set", count=3, seed=1, size=(9, 64, 64))
 
 
 def test_a_data_set_may_be_moved(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "set", count=1, frames=9, height=64, width=64)
+    write_dataset(tmp_path / "set", count=1, size=(9, 64, 64))
     moved = (tmp_path / "set").rename(tmp_path / "moved, with a comma")
     (record,) = read_manifest(moved / "data.txt", probing="all")
     assert record.path == moved / "clips" / "000000.mp4"
@@ -298,8 +282,8 @@ def test_a_data_set_may_be_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["data.txt", "annotation.json", "clips"])
 def test_files_of_others_are_neither_replaced_nor_adopted(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir() if name == "clips" else (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"has {name}, which osp data render has not made: use another"):
-        write_dataset(tmp_path, count=1, frames=9, height=64, width=64)
+    with pytest.raises(ValueError, match=f"has {name}, which render_clips.py has not made: use another"):
+        write_dataset(tmp_path, count=1, size=(9, 64, 64))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -316,29 +300,29 @@ def test_settings_that_are_not_ours_are_refused_with_the_file(
 ) -> None:
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        write_dataset(tmp_path, count=1, frames=9, height=64, width=64)
+        write_dataset(tmp_path, count=1, size=(9, 64, 64))
     assert (tmp_path / "settings.json").read_text() == text
 
 
 def test_a_data_set_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="count and captions must be at least 1, got count 0"):
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         write_dataset(tmp_path, count=0)
     with pytest.raises(ValueError, match="height must be a multiple"):
-        write_dataset(tmp_path, count=1, height=50)
+        write_dataset(tmp_path, count=1, size=(9, 50, 64))
     with pytest.raises(ValueError, match="fps must be in"):
         write_dataset(tmp_path / "new" / "deep", count=1, fps=0)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("objects", [1, 2])
-def test_the_judge_sees_what_was_drawn(judge: ModuleType, objects: int) -> None:
+def test_the_judge_sees_what_was_drawn(objects: int) -> None:
     for index in range(6):
         scene = scene_for(index, seed=9, held_out=True, objects=objects)
         result = judge.right(scene, judge.judge(render(scene), objects=objects))
         assert result == {"colour": True, "shape": True, "motion": True, "all": True}, scene
 
 
-def test_the_judge_contradicts_a_wrong_prompt_and_sees_nothing_in_nothing(judge: ModuleType) -> None:
+def test_the_judge_contradicts_a_wrong_prompt_and_sees_nothing_in_nothing() -> None:
     verdicts = judge.judge(render(one("red", "ball", "left")))
     wrong = judge.right(one("green", "star", "right"), verdicts)
     assert wrong == {"colour": False, "shape": False, "motion": False, "all": False}
