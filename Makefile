@@ -37,8 +37,10 @@ train-demo: $(BIN)/.installed
 	@echo "The model is in $(TRAIN)/model; the package has its own in src/opensoraplan/builtin/model."
 
 # Tiny models run fastest on one thread each; two processes share the tests, but for those that start up to four.
+# Those of accelerators have processes of their own, in which torch's device for others is a card in software.
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed --ignore tests/accelerator
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/accelerator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 # Speed: all benchmarks into docs/performance.md (BENCH=vae: one of them), or only whether a hot path has lost a third.

@@ -159,6 +159,8 @@ def encode_prompts(
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     positions = text_encoder_2.config.max_position_embeddings
     parts = []
+    for encoder in (text_encoder, text_encoder_2):
+        _avoid_added_masks(encoder, torch.device(device or encoder.device))
     for text in texts:
         ids = _token_ids(text, tokenizer, text_encoder, name="T5", max_length=max_length)
         rows = torch.tensor([ids], device=device or text_encoder.device)
@@ -180,6 +182,14 @@ def encode_prompts(
         mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
         parts.append(PromptEmbeds(sequence, mask, pooled.to(sequence.device)))
     return PromptEmbeds.cat(parts)
+
+
+def _avoid_added_masks(encoder: T5EncoderModel | CLIPTextModelWithProjection, device: torch.device) -> None:
+    """On an NPU, have an encoder compute attention by plain products. The fused kernel there takes masks of
+    booleans only, and T5 adds its position bias to the scores.
+    """
+    if device.type == "npu" and encoder.config._attn_implementation != "eager":
+        encoder.set_attn_implementation("eager")
 
 
 def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -238,6 +238,13 @@ class ResnetBlock(nn.Module):
         return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
+def with_channels_last(x: Tensor) -> Tensor:
+    """x [..., C] with the channels of a position side by side in memory, without which no card's attention
+    is computed in pieces; where the layout of convolutions is so, they are already.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class FrameAttention(nn.Module):
     """Full attention within each frame, one head, residual."""
 
@@ -251,7 +258,8 @@ class FrameAttention(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
         h = self.norm(x)
         q, k, v = (
-            proj(h).permute(0, 2, 3, 4, 1).flatten(2, 3) for proj in (self.q, self.k, self.v)
+            with_channels_last(proj(h).permute(0, 2, 3, 4, 1).flatten(2, 3))
+            for proj in (self.q, self.k, self.v)
         )  # [B, T, HW, C]
         out = F.scaled_dot_product_attention(q, k, v).unflatten(2, x.shape[3:])
         return x + self.proj_out(out.movedim(-1, 1))

@@ -1,0 +1,315 @@
+"""How operations on the simulated card run: each on the host's memory that stands for the card's.
+
+A device tensor's data hangs on its *storage*, as a `Block` (memory.py), since `parameter.data = x` keeps the
+tensor's Python object and swaps its storage. Torch keeps the Python object of a storage alive as long as the
+storage is, so the block dies with the last tensor that uses it: that is how memory is counted.
+
+One fallback runs every operation that torch leaves to a device: its arguments as tensors of the host, the
+same operation there, and what came out as tensors of the card. A result that shares an argument's memory
+shares it on the card, too; an argument that was written is returned itself.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simulated import rules, streams
+from simulated.memory import Block, Memory
+
+NAME = "npu"
+# Operations that torch would put together from others, but that cards have kernels for.
+WHOLE = (
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "native_group_norm",
+    "native_group_norm_backward",
+    "logsumexp",
+    "embedding",
+    "embedding_dense_backward",
+)
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_set = torch.ops.aten.set_.source_Storage_storage_offset
+
+
+class CardError(RuntimeError):
+    """Something that a card would not compute, or compute wrong, or slowly."""
+
+
+@dataclass
+class Card:
+    """The state of the simulated card: what is allocated, the rules it keeps, how often each operation was
+    called. `faults`: whatever was wrong, also where the error was caught by somebody.
+    """
+
+    memory: Memory = field(default_factory=Memory)
+    ascend: bool = True
+    calls: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    pinned: dict[int, int] = field(default_factory=dict)  # address and bytes of the host's pinned memory
+    pinnable: int | None = None  # bytes that may be pinned, None: any
+
+    def reset(self) -> None:
+        """As at the start, but for what is still allocated."""
+        streams.forget()
+        fresh = Memory()
+        self.memory.capacity, self.memory.peak = fresh.capacity, self.memory.now
+        self.calls.clear()
+        self.faults.clear()
+        self.ascend, self.pinnable = True, None
+        self.generator.manual_seed(0)
+
+    def fail(self, kind: type[Exception], message: str) -> Exception:
+        self.faults.append(message)
+        return kind(message)
+
+
+CARD = Card()
+_thread = threading.local()
+
+
+def install() -> Card:
+    """Make the card this process's accelerator, "npu". Once; it cannot be taken back."""
+    from simulated import autocast, backend, fused
+
+    backend.register(NAME)
+    everything = torch.library.Library("_", "IMPL")
+    everything.fallback(_run, "PrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
+    for name in WHOLE:
+        for overload in getattr(torch.ops.aten, name).overloads():
+            op = getattr(getattr(torch.ops.aten, name), overload)
+            aten.impl(op.name().removeprefix("aten::"), _runner(op), "PrivateUse1")
+    # torch_npu allows it, too: `.data = ` between the host's and the card's tensors.
+    aten.impl("_has_compatible_shallow_copy_type", lambda _a, _b: True, "PrivateUse1")
+    fused.register(aten)
+    autocast.register(everything, aten)
+    _kept.extend((everything, aten))
+    CARD.memory.on_free = _note_freed
+    return CARD
+
+
+_kept: list[torch.library.Library] = []  # what is registered lasts as long as they do
+
+
+def is_there(x: object) -> bool:
+    """Whether it is a tensor of the card."""
+    return isinstance(x, Tensor) and x.device.type == NAME
+
+
+def block_of(x: Tensor) -> Block:
+    return x.untyped_storage()._block  # type: ignore[attr-defined]
+
+
+def on_host(x: Tensor) -> Tensor:
+    """The host's tensor that stands for one of the card."""
+    storage = block_of(x).host
+    return torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.size(), x.stride())
+
+
+def to_card(x: Tensor) -> Tensor:
+    """A new tensor of the card that takes over a host's tensor and its memory."""
+    host = x.untyped_storage()
+    address = host.data_ptr() or 64  # which torch wants, also of nothing
+    storage = torch._C._construct_storage_from_data_pointer(address, torch.device(NAME, 0), host.nbytes())
+    stream = streams.current()
+    storage._block = block = Block(CARD.memory, host, stream)
+    block.writer = stream, stream.clock
+    return _placed(torch._C._acc.create_empty_tensor((0,), x.dtype), storage, x)
+
+
+def run_on_host(op: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """What an operation gives, with new tensors of the card for all that it returns."""
+    begin(name, [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)])
+    out = op(*_mapped(args, _as_host), **_mapped(kwargs, _as_host))
+    return _mapped(out, lambda x: to_card(x) if isinstance(x, Tensor) else x)
+
+
+def begin(name: str, tensors: Sequence[Tensor], written: Sequence[Tensor] = ()) -> None:
+    """Put an operation with these tensors into the current stream: its rules, and the order of streams."""
+    CARD.calls[name] = CARD.calls.get(name, 0) + 1
+    if wrong := rules.mixed(name, tensors) or (CARD.ascend and rules.of_operation(name, tensors)):
+        raise CARD.fail(CardError, wrong)
+    stream = streams.begin_operation()
+    targets = {id(block_of(x)) for x in written if is_there(x)}
+    for x in tensors:
+        if is_there(x):
+            block = block_of(x)
+            try:
+                streams.touch(stream, block, name=name, writes=id(block) in targets)
+            except streams.OrderError as error:
+                CARD.faults.append(str(error))
+                raise
+
+
+def _run(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """The fallback: any operation on tensors of the card, or that makes one."""
+    name = op.name()
+    if name.startswith("aten::_copy_from"):
+        return _copy(*args, **kwargs)
+    tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
+    written = [value for argument, value in _arguments(op, args, kwargs) if _writes(argument)]
+    if CARD.ascend and (wrong := rules.of_layout(name, kwargs.get("memory_format"))):
+        raise CARD.fail(CardError, wrong)
+    begin(name, tensors, [x for value in written for x in _leaves(value) if isinstance(x, Tensor)])
+    if name == "aten::_local_scalar_dense":
+        streams.current().synchronize()
+        return on_host(args[0]).item()
+    if name == "aten::record_stream":
+        raise CARD.fail(CardError, "record_stream of a torch.Stream: give one of torch.npu")
+    owners = {block_of(x).host._cdata: x.untyped_storage() for x in tensors if is_there(x)}
+    to_host = kwargs.get("device") is not None and torch.device(kwargs["device"]).type != NAME
+    out = op(*_mapped(args, _as_host), **_host_options(op, _mapped(kwargs, _as_host)))
+    if out is None or to_host:
+        return out
+    for x in _leaves(out):
+        if isinstance(x, Tensor) and CARD.ascend and (wrong := rules.of_result(name, x)):
+            raise CARD.fail(CardError, wrong)
+
+    def wrapped(x: Any) -> Any:  # noqa: ANN401
+        if not isinstance(x, Tensor):
+            return x
+        storage = owners.get(x.untyped_storage()._cdata)
+        if storage is None:
+            made = to_card(x)
+            owners[x.untyped_storage()._cdata] = made.untyped_storage()
+            return made
+        return _placed(torch._C._acc.create_empty_tensor((0,), x.dtype), storage, x)
+
+    single = not isinstance(out, (tuple, list))
+    results = (out,) if single else out
+    returns = op._schema.returns
+    if len(returns) != len(results):  # one list of tensors
+        return type(out)(map(wrapped, out))
+    made = []
+    for x, description in zip(results, returns, strict=True):
+        alias = description.alias_info
+        if alias is not None and alias.is_write:
+            target = next(
+                value
+                for argument, value in _arguments(op, args, kwargs)
+                if _writes(argument) and argument.alias_info.before_set == alias.before_set
+            )
+            made.append(_written(target, x))
+        else:
+            made.append(_mapped(x, wrapped))
+    return made[0] if single else type(out)(made)
+
+
+def _runner(op: Any) -> Callable[..., Any]:  # noqa: ANN401
+    return lambda *args, **kwargs: _run(op, *args, **kwargs)
+
+
+def _written(target: Tensor, x: Tensor) -> Tensor:
+    """The argument that became x on the host; where that has other memory now, so has the argument."""
+    if (
+        block_of(target).host._cdata != x.untyped_storage()._cdata
+        or block_of(target).size != x.untyped_storage().nbytes()
+    ):
+        fresh = to_card(x)
+        _placed(target, fresh.untyped_storage(), x)
+    elif target.size() != x.size() or target.stride() != x.stride():
+        _placed(target, target.untyped_storage(), x)
+    return target
+
+
+def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """A copy to, from or within the card. Without blocking it is made when somebody waits for it."""
+    stream_of = [x for x in (source, target) if is_there(x)]
+    kind = "aten::_copy_from"
+    begin_copy = [x for x in (source, target)]
+    CARD.calls[kind] = CARD.calls.get(kind, 0) + 1
+    for x in begin_copy:
+        if CARD.ascend and is_there(x) and (wrong := rules.of_result("a copy", x)):
+            raise CARD.fail(CardError, wrong)
+    host = next((x for x in (source, target) if not is_there(x)), None)
+    if host is not None and non_blocking and host.numel() and not is_pinned(host):
+        raise CARD.fail(CardError, "a non-blocking copy of memory that is not pinned, which is slow on cards")
+    stream = streams.begin_operation()
+    try:
+        for x in stream_of:
+            streams.touch(stream, block_of(x), name="a copy", writes=x is target)
+    except streams.OrderError as error:
+        CARD.faults.append(str(error))
+        raise
+    inside, outside = (on_host(x) if is_there(x) else x for x in (source, target))
+    if host is None or not non_blocking:
+        outside.copy_(inside)
+        if host is not None:
+            stream.synchronize()
+        return target
+    version = source._version
+
+    def copy() -> None:
+        if host is source and source._version != version:
+            CARD.faults.append("the host's memory was written while a copy of it was under way")
+        with torch.no_grad():
+            outside.copy_(inside)
+
+    streams.start_copy(stream, copy, block_of(target) if is_there(target) else None)
+    return target
+
+
+def is_pinned(x: Tensor) -> bool:
+    """Whether a host's tensor lies in pinned memory."""
+    address = x.data_ptr()
+    return any(start <= address < start + size for start, size in CARD.pinned.items())
+
+
+def _placed(x: Tensor, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+    return _set.redispatch(_ON_CPU, x, storage, like.storage_offset(), like.size(), like.stride())
+
+
+def _as_host(x: Any) -> Any:  # noqa: ANN401
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return on_host(x) if is_there(x) else x
+
+
+def _host_options(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    if kwargs.get("pin_memory"):
+        kwargs["pin_memory"] = False
+    takes = any(argument.name == "generator" for argument in op._schema.arguments)
+    if takes and kwargs.get("generator") is None:
+        kwargs["generator"] = CARD.generator
+    return kwargs
+
+
+def _arguments(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401
+    for place, argument in enumerate(op._schema.arguments):
+        if place < len(args):
+            yield argument, args[place]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def _writes(argument: Any) -> bool:  # noqa: ANN401
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _leaves(value: Any) -> Iterator[Any]:  # noqa: ANN401
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _leaves(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ANN401
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(one, change) for one in value])
+    if isinstance(value, dict):
+        return {key: _mapped(one, change) for key, one in value.items()}
+    return change(value)
+
+
+def _note_freed(block: Block) -> None:
+    if block.size and (wrong := streams.freed_too_early(block)):
+        CARD.faults.append(wrong)
