@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from moving_shapes.writing import write_dataset
+from tiny_models import align
 from tiny_release import sources_of, write_release
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensoraplan.formats.assemble import save_diffusers
 from opensoraplan.formats.mindspeed.inference import read_inference
-from opensoraplan.models.original import aligned
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.train.config import TrainSettings
 
@@ -28,6 +28,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def seeded() -> None:
     """A test draws the same numbers each time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as these only get slower with more: ten times on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -82,9 +91,7 @@ def pipeline(tiny_model: Path) -> OpenSoraPlanPipeline:
     """The tiny release with all its parts, each test's own."""
     made = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
     made.set_progress_bar_config(disable=True)
-    for part in made.components.values():
-        for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
-            weight.data = aligned(weight.data)  # as the command loads them, or their copies round otherwise
+    align(made)
     return made
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import DENOISER
 from torch import Tensor, nn
 
 from opensoraplan.convert import load_checkpoint, open_checkpoint
@@ -410,15 +411,7 @@ def test_pipeline_shards(ranks: int, tmp_path: Path) -> None:
     """
 
     def build() -> SparseUMMDiT:
-        return SparseUMMDiT(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=[2, 2, 2, 2, 2],
-            sparse_n=None,
-            caption_channels=8,
-            pooled_projection_dim=8,
-            timestep_embed_dim=16,
-        )
+        return SparseUMMDiT(**{**DENOISER, "num_layers": [2, 2, 2, 2, 2], "sparse_n": None})
 
     model = build()
     rename = model.original_format().rename
@@ -836,17 +829,7 @@ def test_missing_tensors_from_which_the_config_is_told(name: str, denoiser: Weig
 def test_another_width_names_every_tensor(denoiser: Weights, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(denoiser, tmp_path / "model.pt"))
     with torch.device("meta"):
-        other = SparseUMMDiT(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            num_layers=[2, 4, 2],
-            sparse_n=[1, 2, 1],
-            caption_channels=24,
-            pooled_projection_dim=20,
-            timestep_embed_dim=32,
-        )
+        other = SparseUMMDiT(**{**DENOISER, "num_layers": [2, 4, 2]})
     rename = other.original_format().rename
     differing = [n for n, v in other.state_dict().items() if checkpoint.shapes[rename(n)] != tuple(v.shape)]
     with pytest.raises(ValueError, match=f"{len(differing)} tensors do not fit SparseUMMDiT") as caught:

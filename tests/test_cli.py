@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -42,17 +42,10 @@ from opensoraplan.generate.session import Session
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GUIDE = Path(__file__).parent / "golden/inference_t2v_model1_5.json"
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models as small as these only get slower with more: ten times on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """`osp cache`, `train`, `train-vae` and `export` by the command itself; each mistake ends in one message."""
 
+import json
 import logging
 import re
 import resource
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import DENOISER
 
 from opensoraplan import OpenSoraPlanPipeline, cli
 from opensoraplan.convert import load_checkpoint
@@ -20,18 +22,7 @@ from opensoraplan.train.run import checkpoint
 MakeRun = Callable[..., TrainSettings]
 Osp = Callable[..., tuple[int, str]]
 GUIDE = Path(__file__).parent / "golden"
-SIZES = """
-[model.config]
-num_attention_heads = 2
-attention_head_dim = 16
-num_layers = [2, 2, 2]
-sparse_n = [1, 2, 1]
-in_channels = 4
-out_channels = 4
-caption_channels = 24
-pooled_projection_dim = 20
-timestep_embed_dim = 32
-"""
+SIZES = "\n".join(["[model.config]", *(f"{key} = {json.dumps(value)}" for key, value in DENOISER.items())])
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import DENOISER
 
 from opensoraplan.models.conditions import Conditions, denoise
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -22,9 +23,7 @@ def with_frames(batch: int) -> Conditions:
 @pytest.fixture(scope="module")
 def model() -> SparseUMMDiT:
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    widths = {"caption_channels": 24, "pooled_projection_dim": 20, "timestep_embed_dim": 16}
-    return SparseUMMDiT(**sizes, **widths, num_layers=(2, 2, 2), sparse_n=(1, 2, 1)).eval()
+    return SparseUMMDiT(**DENOISER).eval()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_models import FOUR_HEADS
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -39,17 +40,6 @@ from opensoraplan.plan.estimate import (
 )
 from opensoraplan.runtime.quantisation import keep_weights
 
-TINY: dict[str, Any] = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "caption_channels": 12,
-    "pooled_projection_dim": 10,
-    "timestep_embed_dim": 16,
-}
 GRID, TEXT, BATCH = (4, 8, 16), 6, 2
 RELEASE_GRID = (16, 72, 128)
 ONE = MeshSettings(dp_shard=1)
@@ -94,7 +84,7 @@ def counted(job: Job, *, grid: tuple[int, int, int], text: int, **changes: objec
     """Bytes that a real forward pass and its loss keep for backward, and the most of a step, but for weights
     and what is handed in.
     """
-    config, dtype = {**TINY, **changes}, DTYPES[job.compute]
+    config, dtype = {**FOUR_HEADS, **changes}, DTYPES[job.compute]
     model = nn.Module.to(SparseUMMDiT(**config), dtype).train()
     model.set_attention_backend("native")  # as on accelerators: no scores are kept
     model.set_recompute(
@@ -138,7 +128,7 @@ def test_activations_are_what_a_forward_pass_keeps(case: str, compute: Literal["
     of_job = {field.name for field in fields(Job)} & set(changes)
     recompute = {name: changes.pop(name) for name in of_job}
     job = Job(compute=compute, master=compute, **recompute)
-    model, shape = Model({**TINY, **changes}), Shape(grid, text, BATCH)
+    model, shape = Model({**FOUR_HEADS, **changes}), Shape(grid, text, BATCH)
     kept, peak = counted(job, grid=grid, text=text, **changes)
     predicted = sum(kept_by_block(model, shape, ONE, job)) + kept_outside(model, shape, ONE, job)
     assert predicted == pytest.approx(kept, rel=0.01)
@@ -150,12 +140,12 @@ def test_activations_are_what_a_forward_pass_keeps(case: str, compute: Literal["
 @pytest.mark.parametrize(("compute", "kind"), [("fp32", "whole"), ("bf16", "whole"), ("bf16", "fp8")])
 def test_a_forward_pass_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"], kind: Weights) -> None:
     dtype, shape = DTYPES[compute], Shape((4, 16, 16), 8)
-    model = nn.Module.to(SparseUMMDiT(**TINY), dtype).eval()
+    model = nn.Module.to(SparseUMMDiT(**FOUR_HEADS), dtype).eval()
     keep_weights(model, kind)
     inputs = torch.randn(1, 4, *shape.grid), torch.rand(1), torch.randn(1, 8, 12), torch.randn(1, 10)
     with torch.no_grad(), Alive(*model.parameters(), *model.buffers()) as alive:
         model(*(tensor.to(dtype) for tensor in inputs))
-    assert forward_memory(Model(TINY), shape, compute, kind=kind) == pytest.approx(alive.peak, rel=0.15)
+    assert forward_memory(Model(FOUR_HEADS), shape, compute, kind=kind) == pytest.approx(alive.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
@@ -203,7 +193,7 @@ def test_recompute_and_sharing_need_less() -> None:
 
 
 def test_collectives_of_a_block_count_what_each_kind_of_parallelism_sends() -> None:
-    model, shape, job = Model(TINY), Shape((4, 8, 16), 8, BATCH), Job(compute="fp32")
+    model, shape, job = Model(FOUR_HEADS), Shape((4, 8, 16), 8, BATCH), Job(compute="fp32")
     block = model.blocks[0]
     tokens, numbers = 4 * 4 * 8, 4 * BATCH * 64
     sp = collectives_of_block(model, block, shape, MeshSettings(dp_shard=1, sp=4), job)
@@ -254,7 +244,7 @@ def test_ranks_keep_and_send_what_is_predicted(
 ) -> None:
     settings, job = MeshSettings(**{"dp_shard": 1, **sizes}), Job(compute="fp32")
     mesh, sent = ranks(settings)
-    network = SparseUMMDiT(**TINY).train()
+    network = SparseUMMDiT(**FOUR_HEADS).train()
     share_sample(network, mesh)
     weights = [local(weight) for weight in network.parameters()]
     latents, states = torch.randn(BATCH, 4, *grid), torch.randn(BATCH, TEXT, 12)
@@ -266,7 +256,7 @@ def test_ranks_keep_and_send_what_is_predicted(
         kept = alive.bytes()
     loss.backward()
 
-    model, shape = Model(TINY), Shape(grid, TEXT, BATCH)
+    model, shape = Model(FOUR_HEADS), Shape(grid, TEXT, BATCH)
     assert model.numbers(tp=settings.tp) == sum(weight.numel() for weight in weights)
     predicted = sum(kept_by_block(model, shape, settings, job)) + kept_outside(model, shape, settings, job)
     assert predicted == pytest.approx(kept, rel=0.01)
@@ -283,14 +273,14 @@ def test_shards_have_as_many_numbers_as_predicted(
     ranks: Callable[[MeshSettings], tuple[Mesh, Counter[str]]], sizes: dict[str, int]
 ) -> None:
     settings = MeshSettings(**sizes)
-    network = SparseUMMDiT(**TINY)
+    network = SparseUMMDiT(**FOUR_HEADS)
     parallelize(network, ranks(settings)[0], compute=torch.float32)
-    predicted = Model(TINY).numbers(tp=settings.tp, shards=settings.dp_shard * settings.sp)
+    predicted = Model(FOUR_HEADS).numbers(tp=settings.tp, shards=settings.dp_shard * settings.sp)
     assert predicted == sum(local(weight).numel() for weight in network.parameters())
 
 
 def test_the_cheapest_mesh_has_the_fewest_devices() -> None:
-    model, shape, job = Model(TINY), Shape(GRID, TEXT, BATCH), Job()
+    model, shape, job = Model(FOUR_HEADS), Shape(GRID, TEXT, BATCH), Job()
     need = training_memory(model, shape, ONE, job).peak
     assert cheapest_mesh(model, shape, job, memory=need) == ONE
     smaller = cheapest_mesh(model, shape, job, memory=need - 1)
@@ -302,7 +292,7 @@ def test_memory_that_no_mesh_fits_into_says_what_is_needed() -> None:
     for most in (4, 16):
         refused = rf"no mesh of up to {most} devices fits into 0\.0 GB: the least is"
         with pytest.raises(ValueError, match=refused):
-            cheapest_mesh(Model(TINY), Shape(GRID, TEXT, BATCH), Job(), memory=1000, most_devices=most)
+            cheapest_mesh(Model(FOUR_HEADS), Shape(GRID, TEXT, BATCH), Job(), memory=1000, most_devices=most)
 
 
 @pytest.mark.parametrize(
@@ -310,14 +300,17 @@ def test_memory_that_no_mesh_fits_into_says_what_is_needed() -> None:
     [
         (lambda: Model({"heads": 4}), "unknown key in the model's config: 'heads'"),
         (lambda: Shape((1, 3, 4), 8).tokens(2), "multiples of 2, got 3 x 4"),
-        (lambda: Job(recompute_blocks=2, recompute_feed_forwards=1).check(Model(TINY)), "not both"),
-        (lambda: Job(recompute_blocks=7).check(Model(TINY)), "between 0 and 6, the model's blocks, got 7"),
+        (lambda: Job(recompute_blocks=2, recompute_feed_forwards=1).check(Model(FOUR_HEADS)), "not both"),
         (
-            lambda: training_memory(Model(TINY), Shape(GRID, 8), MeshSettings(dp_shard=1, sp=3), Job()),
+            lambda: Job(recompute_blocks=7).check(Model(FOUR_HEADS)),
+            "between 0 and 6, the model's blocks, got 7",
+        ),
+        (
+            lambda: training_memory(Model(FOUR_HEADS), Shape(GRID, 8), MeshSettings(dp_shard=1, sp=3), Job()),
             "must divide the model's 4 attention heads",
         ),
         (
-            lambda: training_memory(Model(TINY), Shape(GRID, 8), ONE, Job(cpu_offload=True)),
+            lambda: training_memory(Model(FOUR_HEADS), Shape(GRID, 8), ONE, Job(cpu_offload=True)),
             "at least 2 devices",
         ),
     ],
@@ -329,4 +322,6 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> 
 
 def test_the_cache_holds_latents_whatever_else_a_denoiser_takes() -> None:
     shape = Shape(GRID, TEXT)
-    assert cache_bytes(Model({**TINY, "in_channels": 9}), shape) == cache_bytes(Model(TINY), shape)
+    assert cache_bytes(Model({**FOUR_HEADS, "in_channels": 9}), shape) == cache_bytes(
+        Model(FOUR_HEADS), shape
+    )

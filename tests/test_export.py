@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import DENOISER, VAE
 from tiny_release import sources_of
 from torch import Tensor
 
@@ -307,15 +308,7 @@ def test_what_cannot_be_exported(
 
 def test_models_in_memory_are_written_too(tmp_path: Path) -> None:
     """As training does it: a real model and its own tensors, of which some share a storage."""
-    model = SparseUMMDiT(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=[2, 2, 2],
-        sparse_n=None,
-        caption_channels=8,
-        pooled_projection_dim=8,
-        timestep_embed_dim=16,
-    )
+    model = SparseUMMDiT(**DENOISER)
     rename = model.original_format().rename
     weights = {rename(name): value for name, value in model.state_dict().items()}
     biases = [name for name in weights if name.endswith("attn1.to_q.bias")]
@@ -462,14 +455,7 @@ def test_parts_that_do_not_fit_each_other(tiny_release: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"wfvae\.ckpt: these are the weights of a VAE"):
         save_diffusers(swapped, tmp_path / "out")
 
-    other = WFVAE(
-        base_channels=8,
-        latent_channels=6,
-        encoder_energy_flow_hidden_size=8,
-        decoder_energy_flow_hidden_size=8,
-        shift=None,
-        scale=None,
-    )
+    other = WFVAE(**{**VAE, "latent_channels": 6, "shift": None, "scale": None})
     torch.save(other.state_dict(), tmp_path / "other.ckpt")
     sources = replace(sources, vae=tmp_path / "other.ckpt", vae_config=None)
     for job in (

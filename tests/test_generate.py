@@ -22,18 +22,11 @@ from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"frames": 9, "height": 32, "width": 32, "steps": 1, "guidance": 1.0}
 PROMPTS = ["a red ball", "waves"]
 NAMES = ["0000_a-red-ball_seed0", "0001_waves_seed1"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models as small as these only get slower with more: ten times on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import DENOISER
 from torch import Tensor, nn
 
 from opensoraplan.models.initial_weights import initial_weights
@@ -11,17 +12,7 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train.config import ModelSettings, TrainSettings
 from opensoraplan.train.learner.building import build
 
-SMALL = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
+SMALL = {**DENOISER, "num_attention_heads": 4}
 
 
 @pytest.fixture

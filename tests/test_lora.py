@@ -10,23 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import DENOISER
 from torch import Tensor
 
 from opensoraplan.models.lora_formats import to_peft
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 
-SMALL = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
 # Rank and alpha of each layer: two ranks, an alpha that is not the rank, names that are others' beginnings.
 LAYERS = {
     "transformer_blocks.1.attn1.to_q": (4, 2.0),
@@ -41,7 +31,7 @@ LAYERS = {
 
 @pytest.fixture
 def model() -> SparseUMMDiT:
-    return SparseUMMDiT(**SMALL).eval()
+    return SparseUMMDiT(**DENOISER).eval()
 
 
 @torch.no_grad()
@@ -77,7 +67,7 @@ def factors(model: SparseUMMDiT, *, alpha: bool, dora: bool) -> dict[str, dict[s
 @torch.no_grad()
 def merged(model: SparseUMMDiT, lora: dict[str, dict[str, Tensor]]) -> Tensor:
     """What the model gives with W + alpha / rank * up @ down, rows of DoRA's magnitude, as its weights."""
-    whole = SparseUMMDiT(**SMALL).eval()
+    whole = SparseUMMDiT(**DENOISER).eval()
     whole.load_state_dict(model.state_dict())
     for name, one in lora.items():
         weight = whole.get_submodule(name).weight
@@ -163,7 +153,7 @@ def test_every_format_gives_the_same_weights(
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_what_the_model_saves_it_loads(model: SparseUMMDiT, dora: bool, tmp_path: Path) -> None:
     lora = factors(model, alpha=True, dora=dora)
-    other = SparseUMMDiT(**SMALL).eval()
+    other = SparseUMMDiT(**DENOISER).eval()
     other.load_state_dict(model.state_dict())
     model.load_lora_adapter(write_comfy(lora, tmp_path), adapter_name="style")
     model.save_lora_adapter(tmp_path / "saved", adapter_name="style")
@@ -180,7 +170,7 @@ def test_what_peft_trains_the_model_loads(model: SparseUMMDiT, tmp_path: Path) -
             if "lora_B" in name:
                 value.normal_(0, 0.1)
     trained.save_pretrained(tmp_path)
-    other = SparseUMMDiT(**SMALL).eval()
+    other = SparseUMMDiT(**DENOISER).eval()
     other.load_state_dict(before)
     other.load_lora_adapter(tmp_path)
     torch.testing.assert_close(run(other), run(model), atol=1e-5, rtol=1e-5)
@@ -211,7 +201,7 @@ def test_a_model_is_saved_without_a_lora_or_with_its_weights(model: SparseUMMDiT
 
 def model_without(model: SparseUMMDiT) -> SparseUMMDiT:
     """The model as it was before LoRAs were put into it."""
-    plain = SparseUMMDiT(**SMALL)
+    plain = SparseUMMDiT(**DENOISER)
     tensors = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
     plain.load_state_dict({name: value for name, value in tensors.items() if ".lora_" not in name})
     return plain

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import DENOISER
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -219,11 +220,7 @@ def test_losses_of_other_samples_than_the_sigmas() -> None:
 
 # 3 x 4 x 6 latents are 18 tokens: not a multiple of 4, so that sparse stages pad.
 GRID, TEXT, BATCH = (3, 4, 6), 7, 2
-TINY: dict[str, Any] = {
-    "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
-    "num_layers": [2, 4, 2], "sparse_n": None, "caption_channels": 24, "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}  # fmt: skip
+TINY = {**DENOISER, "num_attention_heads": 4, "num_layers": [2, 4, 2], "sparse_n": None}
 
 
 def counted(model: SparseUMMDiT, *, backward: bool) -> int:

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
+from tiny_models import DENOISER, VAE
 from torch import Tensor
 
 from opensoraplan.models.initial_weights import initial_weights
@@ -17,26 +18,7 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.runtime.compiling import compile_blocks
 
-DENOISER = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
-VAE = {
-    "base_channels": 8,
-    "latent_channels": 4,
-    "encoder_energy_flow_hidden_size": 8,
-    "decoder_energy_flow_hidden_size": 8,
-    "shift": None,
-    "scale": [2.0] * 4,
-}
-KINDS = {"denoiser": (SparseUMMDiT, DENOISER), "vae": (WFVAE, VAE)}
+KINDS = {"denoiser": (SparseUMMDiT, DENOISER), "vae": (WFVAE, {**VAE, "shift": None, "scale": [2.0] * 4})}
 
 
 @pytest.fixture(params=KINDS)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import prompt_judge as judge
@@ -28,6 +27,8 @@ from torch import Tensor
 from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.video import probe, read_frames
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def one(colour: str, shape: str, motion: str, *, size: str = "medium", background: str = "studio") -> Scene:
     return Scene(things=(Thing(colour=colour, shape=shape, size=size, motion=motion),), background=background)
@@ -43,15 +44,6 @@ def centre(mask: Tensor) -> tuple[float, float]:
     """Mean column and row of a mask [H, W]."""
     rows, columns = mask.nonzero().float().mean(dim=0).tolist()
     return columns, rows
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Frames are too small for more threads to pay, least of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_render_is_deterministic_and_of_the_size_asked_for() -> None:

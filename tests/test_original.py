@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import DENOISER
 from torch import Tensor, nn
 
 from opensoraplan.models import original
@@ -37,19 +38,9 @@ def original_shapes(model: SparseUMMDiT | WFVAE) -> dict[str, list[int]]:
 
 
 def small(**changes: Any) -> SparseUMMDiT:  # noqa: ANN401 (our constructor's arguments)
-    config: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": [2, 2, 4, 2, 2],
-        "sparse_n": None,
-        "caption_channels": 8,
-        "pooled_projection_dim": 8,
-        "timestep_embed_dim": 16,
-    }
+    layers = {"num_layers": [2, 2, 4, 2, 2], "sparse_n": None}
     with torch.device("meta"):
-        return SparseUMMDiT(**{**config, **changes})
+        return SparseUMMDiT(**{**DENOISER, **layers, **changes})
 
 
 # --- Names --------------------------------------------------------------------------------------------------
@@ -281,8 +272,8 @@ def test_every_architecture_comes_back(double_ff: bool, skip: bool, zero_init: b
     model = small(num_layers=[2, 2, 2], **switches)
     weights = {n: torch.zeros(shape) for n, shape in original_shapes(model).items()}
     config: dict[str, Any] = {"num_heads": 2, "head_dim": 16, "in_channels": 4, "out_channels": 4}
-    config |= {"num_layers": [2, 2, 2], "sparse_n": [1] * 3, "caption_channels": 8}
-    config |= {"pooled_projection_dim": 8, "timestep_embed_dim": 16}
+    config |= {"num_layers": [2, 2, 2], "sparse_n": [1] * 3, "caption_channels": 24}
+    config |= {"pooled_projection_dim": 20, "timestep_embed_dim": 32}
     loaded = SparseUMMDiT.from_original({**config, **switches}, weights)
     assert sum(math.prod(v.shape) for v in weights.values()) == sum(v.numel() for v in loaded.parameters())
 

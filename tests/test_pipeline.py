@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import DENOISER, VAE
 from torch import Tensor
 
 from opensoraplan import flow
@@ -34,31 +35,15 @@ from opensoraplan.pipeline import (
 from opensoraplan.pipeline_inputs import range_of_steps
 from opensoraplan.samplers import make_scheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLING: dict[str, Any] = json.loads((GOLDEN / "sampling/config.json").read_text())
 
 # Videos that are to be the same are computed in batches of different sizes, so they differ by rounding.
 SAME = 1e-5
 
-DENOISER: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
-VAE: dict[str, Any] = {
-    "base_channels": 8,
-    "latent_channels": 4,
-    "encoder_energy_flow_hidden_size": 8,
-    "decoder_energy_flow_hidden_size": 8,
-    "shift": [0.1, -0.2, 0.3, 0.0],
-    "scale": [1.5, 0.8, 1.0, 1.2],
-}
+SCALED_VAE = {**VAE, "shift": [0.1, -0.2, 0.3, 0.0], "scale": [1.5, 0.8, 1.0, 1.2]}
 
 SMALL: dict[str, Any] = {
     "num_frames": 9,
@@ -97,7 +82,7 @@ def build(
     """A pipeline of random models, without text encoders."""
     torch.manual_seed(0)
     transformer = SparseUMMDiT(**DENOISER | (changes or {})).eval()
-    vae = WFVAE(**VAE).eval()
+    vae = WFVAE(**SCALED_VAE).eval()
     made = OpenSoraPlanPipeline(transformer, vae, None, None, None, None, scheduler or make_scheduler())
     made.set_progress_bar_config(disable=True)
     return made
@@ -114,15 +99,6 @@ def run(pipeline: OpenSoraPlanPipeline, **options: Any) -> Any:  # noqa: ANN401
             settings["negative_prompt_embeds"] = NEGATIVE
     output = pipeline(**settings | options)
     return output.frames if isinstance(output, VideoOutput) else output[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models as small as these only get slower with more: ten times on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import SHALLOW_VAE
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from opensoraplan.data.video import (
@@ -30,16 +31,7 @@ from opensoraplan.models.wfvae import WFVAE
 @pytest.fixture(scope="module")
 def vae() -> WFVAE:
     torch.manual_seed(0)
-    return WFVAE(
-        base_channels=8,
-        latent_channels=4,
-        encoder_num_resblocks=1,
-        decoder_num_resblocks=1,
-        encoder_energy_flow_hidden_size=8,
-        decoder_energy_flow_hidden_size=8,
-        shift=None,
-        scale=None,
-    ).eval()
+    return WFVAE(**SHALLOW_VAE, shift=None, scale=None).eval()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import DENOISER, SHALLOW_VAE
 
 from opensoraplan.data import reading
 from opensoraplan.data.buckets import Draw
@@ -25,17 +26,6 @@ from opensoraplan.train.methods.vae import train_vae
 
 MakeRun = Callable[..., TrainSettings]
 CPU = torch.device("cpu")
-CONFIG: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "in_channels": 4,
-    "out_channels": 4,
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
 
 SELECTION = {
     "num_frames": 9,
@@ -119,14 +109,11 @@ def test_clips_come_again_that_an_expression_finds(
 def test_a_vae_is_trained_on_what_is_selected_and_logged(
     tiny_mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sizes = {"base_channels": 8, "latent_channels": 4}
-    sizes |= {f"{coder}_num_resblocks": 1 for coder in ("encoder", "decoder")}
-    sizes |= {f"{coder}_energy_flow_hidden_size": 8 for coder in ("encoder", "decoder")}
     # The rare clips of one frame have no pieces of nine.
     piece = {"frames": 9, "height": 32, "width": 32, "workers": 0}
     values = {
         "output": tmp_path / "run",
-        "model": {"config": sizes},
+        "model": {"config": SHALLOW_VAE},
         "data": {"manifest": tiny_mixed, "selection": SELECTION, **piece},
         "optimizer": {"steps": 1},
     }
@@ -165,17 +152,17 @@ def test_a_denoiser_of_other_widths_is_refused_with_both_numbers(
     mixed_run: MakeRun, cached: Path, features: bool
 ) -> None:
     source, _ = open_source(mixed_run(features=cached if features else None), device=CPU)
-    source.check_fits(SparseUMMDiT(**CONFIG))
-    other = SparseUMMDiT(**{**CONFIG, "caption_channels": 32, "pooled_projection_dim": 8})
+    source.check_fits(SparseUMMDiT(**DENOISER))
+    other = SparseUMMDiT(**{**DENOISER, "caption_channels": 32, "pooled_projection_dim": 8})
     with pytest.raises(
         ValueError, match=r"^T5 .* width 24, .* caption_channels 32; CLIP .* 20, .* pooled_projection_dim 8$"
     ):
         source.check_fits(other)
     channels = replace(source, vae_config={**source.vae_config, "latent_channels": 16})
     with pytest.raises(ValueError, match="latents of 16 channels, the denoiser has in_channels 4"):
-        Source.check_fits(channels, SparseUMMDiT(**CONFIG))
+        Source.check_fits(channels, SparseUMMDiT(**DENOISER))
     with pytest.raises(ValueError, match=r"^the VAE makes latents of 4 channels, .* out_channels 8$"):
-        source.check_fits(SparseUMMDiT(**{**CONFIG, "out_channels": 8}))
+        source.check_fits(SparseUMMDiT(**{**DENOISER, "out_channels": 8}))
 
 
 def test_features_name_the_reader_that_read_them(mixed_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tiny_models import DENOISER
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,17 +17,7 @@ from opensoraplan.models.overflow import saturate, take_overflows
 from opensoraplan.models.skiparse import from_group_skip, swap_skip, to_single_skip
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock, gelu_by_exp
 
-SMALL = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 4, 2, 2],
-    "sparse_n": [1, 2, 4, 2, 1],
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
+SMALL = {**DENOISER, "num_layers": [2, 2, 4, 2, 2], "sparse_n": [1, 2, 4, 2, 1]}
 
 
 @pytest.fixture

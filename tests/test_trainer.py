@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file, save_file
+from tiny_models import DENOISER
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from opensoraplan.data import features
@@ -33,17 +34,6 @@ from opensoraplan.train.run.export import export_run
 from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "in_channels": 4,
-    "out_channels": 4,
-    "caption_channels": 24,
-    "pooled_projection_dim": 20,
-    "timestep_embed_dim": 32,
-}
 
 
 def logged(run: TrainSettings, name: str = "loss") -> list[float]:
@@ -129,7 +119,7 @@ def slow_run(tiny_run: MakeRun) -> MakeRun:
             output,
             model={
                 "pretrained": None,
-                "config": {**CONFIG, "attention_head_dim": 64, "num_layers": [4, 4, 4]},
+                "config": {**DENOISER, "attention_head_dim": 64, "num_layers": [4, 4, 4]},
             },
             checkpoint={"every": 1},
         )
@@ -611,7 +601,7 @@ def test_held_out_clips_that_cannot_be_read_are_left_out(
 
 
 def test_new_model_starts_from_its_config(tiny_run: MakeRun) -> None:
-    run = tiny_run(model={"pretrained": None, "config": CONFIG}, optimizer={"steps": 2})
+    run = tiny_run(model={"pretrained": None, "config": DENOISER}, optimizer={"steps": 2})
     train(run)
     # A velocity of zero: the loss of the first step is that of noise - latents, of variance about 2.
     assert 1.0 < logged(run)[0] < 4.0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import SHALLOW_VAE
 from torch.nn import functional as F
 
 from opensoraplan.claims import claimed
@@ -22,14 +23,6 @@ from opensoraplan.train.methods import vae_losses
 from opensoraplan.train.methods.vae import export_vae, spread, train_vae
 from opensoraplan.train.run import checkpoint
 
-CONFIG = {
-    "base_channels": 8,
-    "latent_channels": 4,
-    "encoder_num_resblocks": 1,
-    "decoder_num_resblocks": 1,
-    "encoder_energy_flow_hidden_size": 8,
-    "decoder_energy_flow_hidden_size": 8,
-}
 MakeRun = Callable[..., VAETrainSettings]
 
 
@@ -38,7 +31,7 @@ def vae_run(tiny_clips: Path, tmp_path: Path) -> MakeRun:
     def settings(output: str = "run", **changes: dict[str, Any]) -> VAETrainSettings:
         size = {"num_frames": 9, "min_num_frames": 9, "train_fps": 12, "max_height": 64, "max_width": 64}
         values: dict[str, Any] = {
-            "model": {"config": CONFIG},
+            "model": {"config": SHALLOW_VAE},
             "data": {
                 "manifest": tiny_clips,
                 "frames": 9,
@@ -65,7 +58,7 @@ def logged(run: VAETrainSettings, name: str) -> list[float]:
 
 def test_losses_are_those_of_the_paper() -> None:
     torch.manual_seed(0)
-    model = WFVAE(**CONFIG, shift=None, scale=None)
+    model = WFVAE(**SHALLOW_VAE, shift=None, scale=None)
     x, noise = torch.rand(2, 3, 9, 32, 32) * 2 - 1, torch.randn(2, 4, 2, 4, 4)
     made = vae_losses.reconstruct(model, x, noise)
     posterior = model.encode(x).latent_dist

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_models import VAE
 from torch import Tensor
 
 from opensoraplan.models.chunks import blend, frame_chunks, latent_chunks, tile_starts
@@ -18,14 +19,7 @@ from opensoraplan.models.wfvae import (
     inverse_haar,
 )
 
-SMALL = {
-    "base_channels": 8,
-    "latent_channels": 4,
-    "encoder_energy_flow_hidden_size": 8,
-    "decoder_energy_flow_hidden_size": 8,
-    "shift": [0.1, -0.2, 0.3, 0.0],
-    "scale": [2.0, 1.0, 0.5, 1.5],
-}
+SMALL = {**VAE, "shift": [0.1, -0.2, 0.3, 0.0], "scale": [2.0, 1.0, 0.5, 1.5]}
 STREAMED = 1e-5  # relative; measured: 1e-6
 
 

@@ -1,8 +1,9 @@
 """A tiny denoiser and its training on a mesh; what the ranks of the tests run."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from tiny_models import FOUR_HEADS
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
@@ -13,17 +14,6 @@ from opensoraplan.parallel.mesh import DATA, Mesh, MeshSettings
 from opensoraplan.train.learner.gradient_clip import global_norm
 
 BATCH, STEPS, TEXT = 4, 5, 6
-CONFIG: dict[str, Any] = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": [2, 2, 2],
-    "sparse_n": [1, 2, 1],
-    "caption_channels": 12,
-    "pooled_projection_dim": 10,
-    "timestep_embed_dim": 16,
-}
 # Tokens of the grids: 48, which 4 ranks share in whole groups of rate 2; 45, which have to be padded.
 WHOLE, RAGGED = (3, 8, 8), (3, 6, 10)
 
@@ -41,7 +31,7 @@ class Result(NamedTuple):
 
 def make_model(**changes: object) -> SparseUMMDiT:
     """The same weights every time, none of which is zero."""
-    model = SparseUMMDiT(**{**CONFIG, **changes})
+    model = SparseUMMDiT(**{**FOUR_HEADS, **changes})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():

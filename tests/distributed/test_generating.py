@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from denoising import RAGGED, WHOLE, make_batch, make_model
 from ranks import Ranks
+from tiny_models import VAE
 from torch import Tensor
 
 from opensoraplan.data.video import read_frames
@@ -79,14 +80,7 @@ def test_velocity_on_four_ranks_equals_one_process(ranks: Ranks, grid: tuple[int
 @functools.cache
 def make_vae() -> WFVAE:
     torch.manual_seed(0)
-    return WFVAE(
-        base_channels=8,
-        latent_channels=4,
-        encoder_energy_flow_hidden_size=8,
-        decoder_energy_flow_hidden_size=8,
-        shift=None,
-        scale=None,
-    )
+    return WFVAE(**VAE, shift=None, scale=None)
 
 
 def decoded_rows(latents: Tensor, chunk: int | None) -> Tensor:

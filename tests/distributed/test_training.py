@@ -21,9 +21,9 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
-from denoising import CONFIG
 from diffusers.models.attention_dispatch import attention_backend
 from ranks import Ranks
+from tiny_models import FOUR_HEADS
 from torch.distributed.tensor import DTensor
 
 from opensoraplan.data.buckets import BucketSampler
@@ -396,7 +396,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("new", [False, True], ids=["pretrained", "new"])
 def test_shards_begin_as_one_process_does(ranks: Ranks, tiny_run: MakeRun, new: bool) -> None:
-    changes = {"model": {"pretrained": None, "config": CONFIG}} if new else {}
+    changes = {"model": {"pretrained": None, "config": FOUR_HEADS}} if new else {}
     run = tiny_run(parallel={"dp_shard": 2, "tp": 2}, **changes)
     wanted = dict(build(run, device=torch.device("cpu")).named_parameters())
     for weights in ranks(whole_weights, run, ranks=4):
