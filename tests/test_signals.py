@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from opensoraplan.cli.surroundings import limit_spinning
+from opensoraplan.cli.surroundings import limit_spinning, settled
 from opensoraplan.generate import saved
 
 OSP = [sys.executable, "-m", "opensoraplan"]
@@ -73,6 +73,21 @@ def test_a_signal_while_all_is_imported_is_no_traceback(tiny_model: Path, tmp_pa
         assert "opensoraplan" not in told.partition("Traceback")[2], told
         assert made.returncode in (128 + number, -number), told
         assert not hidden(tmp_path)
+
+
+class Dying:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_python_ignores_comes_again() -> None:
+    """What is raised where an object is removed is lost; the callbacks of imports are such places."""
+    with settled("osp") as stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        Dying()
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    assert stop.signal == signal.SIGTERM
 
 
 def test_what_killed_processes_left_is_cleared(tmp_path: Path) -> None:

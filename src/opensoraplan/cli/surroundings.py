@@ -2,6 +2,7 @@
 too narrow for a word, cores that are busy.
 """
 
+import _thread
 import codecs
 import io
 import os
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 
 # Signals that ask the command to stop. The terminal that it was started in sends SIGHUP when it is closed.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Seconds until a signal is sent again that Python has dropped.
+_AGAIN_S = 0.05
 # Columns that help needs: at one it is wrapped for ever.
 _NARROWEST = 40
 # What help draws its boxes with.
@@ -33,6 +36,7 @@ class Stop:
     def __init__(self, program: str) -> None:
         self.signal: signal.Signals | None = None
         self._program = program
+        self._unraisable = sys.unraisablehook
 
     def ask(self, number: int, _frame: FrameType | None) -> None:
         """End what is going on as Ctrl-C does, whatever the signal."""
@@ -45,6 +49,16 @@ class Stop:
         elif number != signal.SIGINT:
             return  # it is being done; a second Ctrl-C is for those who cannot wait
         raise StopError
+
+    def ask_again(self, dropped: Any) -> None:  # noqa: ANN401 (sys.UnraisableHookArgs, in stubs only)
+        """Take what Python drops, as it does in callbacks of imports and where objects are removed. If it was
+        a StopError, ask once more when that is over.
+        """
+        if not isinstance(dropped.exc_value, StopError) or self.signal is None:
+            self._unraisable(dropped)
+            return
+        number, self.signal = self.signal, None
+        threading.Timer(_AGAIN_S, _thread.interrupt_main, (number,)).start()
 
 
 def _can_have_begun() -> bool:
@@ -66,7 +80,8 @@ def settled(program: str) -> Iterator[Stop]:
     if _columns() < _NARROWEST:
         os.environ["COLUMNS"] = str(_NARROWEST)
     stop = Stop(program)
-    before = {}
+    before, unraisable = {}, sys.unraisablehook
+    sys.unraisablehook = stop.ask_again
     for number in STOPPING if threading.current_thread() is threading.main_thread() else ():
         # Not one that is to be ignored: nohup says so, and a shell to what runs in the background.
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -76,6 +91,7 @@ def settled(program: str) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = unraisable
         sys.stdout, sys.stderr = streams
 
 
