@@ -238,7 +238,8 @@ def test_a_converted_model_makes_the_same_video(osp: Command, tiny_release: Path
 
 def test_options_reach_the_pipeline(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
     outcome = osp(
-        "generate", "A  CAT", "--model", tiny_model, *SMALL, "--out", "new/folder", "--frames", "1",
+        "generate", "A  CAT", "--model", tiny_model, *SMALL, "--width", "272", "--out", "new/folder",
+        "--frames", "1",
         "--videos-per-prompt", "2", "--seed", "7", "--dynamic-shift", "True", "--batched-guidance",
         "--guidance", "2.5", "--guidance-rescale", "0.1", "--guidance-interval", "0", "0.5",
         "--negative-prompt", "rain", "--prompt-template", "{}", "--default-negative-prompt", "",

@@ -9,6 +9,8 @@ TEMPORAL_STRIDE = 8
 SPATIAL_STRIDE = 8
 PATCH_SIZE = 2
 SIDE_MULTIPLE = SPATIAL_STRIDE * PATCH_SIZE
+# Side of a tile, in pixels, where frames are decoded in tiles.
+TILE_SIZE = 256
 
 
 def nearest_frames(frames: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from opensoraplan.defaults import ModelIndex
 from opensoraplan.requests import Request
+from opensoraplan.shapes import TILE_SIZE
 
 if TYPE_CHECKING:
     from opensoraplan.cli.generating import Generate
@@ -49,6 +50,12 @@ def check_effects(options: "Generate", given: Collection[str], requests: Sequenc
         reasons["save_every"] = "with --step-cache, latents are saved only after the last step"
     if options.keep_chinese and not options.clean_prompts:
         reasons["keep_chinese"] = "prompts are not cleaned, so that nothing is removed from them"
+    if options.tiling and all(max(request.height, request.width) <= TILE_SIZE for request in requests):
+        reasons["tiling"] = f"frames of at most {TILE_SIZE} x {TILE_SIZE} are a single tile"
+    if options.solver == "adams" and all(request.steps == 1 for request in requests):
+        reasons["solver"] = (
+            "adams goes on from the step before, and there is one step: give --steps 2 or more"
+        )
     for name, reason in reasons.items():
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')} has no effect: {reason}")

@@ -30,7 +30,7 @@ from opensoraplan.models.chunks import (
     tile_starts,
 )
 from opensoraplan.models.strict import Depth, Numbers, PositiveNumbers, StrictMixin, Whole
-from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, check_frames, check_sides
+from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, TILE_SIZE, check_frames, check_sides
 
 logger = logging.getLogger(__name__)
 
@@ -532,7 +532,7 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         """Encode and decode each clip whole."""
         self.streaming_latent_frames = None
 
-    def enable_tiling(self, *, tile_size: int = 256, tile_overlap: int = 64) -> None:
+    def enable_tiling(self, *, tile_size: int = TILE_SIZE, tile_overlap: int = 64) -> None:
         """Encode and decode in overlapping square tiles, in pixels, blended linearly. Saves memory on large
         frames and is NOT exact: attention and convolutions see no further than their tile.
         """
