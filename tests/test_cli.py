@@ -633,6 +633,7 @@ QUICK = {
         "--tp 2 goes with --to megatron",
     ),
     "absent video": ("reconstruct a.mp4 --vae {model}", "a.mp4 does not exist"),
+    "device as a video": ("reconstruct /dev/zero --vae {model}", "^/dev/zero is not a regular file"),
     "absent vae": ("reconstruct {guide} --vae nowhere", "nowhere does not exist"),
     "inspect": ("inspect nowhere", "nowhere does not exist"),
 }

@@ -1,10 +1,12 @@
 """What a file says of its video, and what is counted where it says nothing: length, rate, start, sound."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from av.stream import Disposition
 
+from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.record import Record, complete
 from opensoraplan.data.video import count_frames, probe, read_frames, read_numbered
 
@@ -85,9 +88,10 @@ def cut_out(
 PROBING = """
 import sys
 from pathlib import Path
+from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.record import Record, complete
 folder = Path(sys.argv[1])
-names = ("a.mp4", "b.mp4", "pipe.mp4")
+names = sorted(path.name for path in folder.glob("*.mp4"))
 complete([Record(folder / name, ("",)) for name in names], cache=folder / "cache.json", save_every_s=0)
 """
 
@@ -95,7 +99,8 @@ complete([Record(folder / name, ("",)) for name in names], cache=folder / "cache
 def test_what_was_learned_outlives_a_kill(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         write_clip(tmp_path / name, 5)
-    os.mkfifo(tmp_path / "pipe.mp4")
+    for number in range(3000):  # by so many it is still at work when it is killed
+        os.link(tmp_path / "b.mp4", tmp_path / f"b{number}.mp4")
     cache, end = tmp_path / "cache.json", time.monotonic() + 120
     with subprocess.Popen([sys.executable, "-c", PROBING, tmp_path]) as process:
         try:
@@ -106,6 +111,49 @@ def test_what_was_learned_outlives_a_kill(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert "a.mp4" in cache.read_text()
+
+
+@pytest.fixture
+def ten_seconds() -> Iterator[None]:
+    """A test that waits for longer fails."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(path))
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_socket, make_device])
+@pytest.mark.parametrize("name", ["clip.mp4", "photo.png"])
+@pytest.mark.usefixtures("ten_seconds")
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    path = Path(name)
+    make(path)
+    for read in (probe, read_frames, count_frames, lambda path: read_numbered(path, [0])):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+            read(path)
+    (record,) = read_manifest(Path())
+    assert record.error == f"{name} is not a regular file"
 
 
 def test_probe(tmp_path: Path) -> None:

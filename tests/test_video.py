@@ -266,7 +266,7 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
     empty.touch()
     with pytest.raises(ValueError, match=r"empty\.mp4 \(0 bytes\) is not a video"):
         probe(empty)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder"):
         probe(tmp_path)
 
 

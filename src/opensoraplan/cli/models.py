@@ -17,6 +17,7 @@ from opensoraplan.cli.parts import (
     make_sources,
     options_of_parts,
 )
+from opensoraplan.documents import check_file
 
 if TYPE_CHECKING:
     from opensoraplan.formats.mindspeed.inference import Inference
@@ -158,6 +159,7 @@ def reconstruct(options: Reconstruct) -> None:
     """`osp reconstruct`."""
     check_exists(options.video)
     check_exists(options.vae)
+    check_file(options.video)
 
     from tqdm import tqdm
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from opensoraplan.documents import check_file
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # Several pictures in one of these are a video. In other formats they are pages, or one picture in many sizes.
 ANIMATED_SUFFIXES = (".webp", ".avif")
@@ -22,10 +24,14 @@ _STILL, _UNTIMED = Fraction(1, 25), Fraction(1, 10)
 
 def picture_format(path: str | Path) -> str | None:
     """The name of a picture's format, such as "jpeg"; None for a file without a picture's suffix, and for one
-    that Pillow does not know. Raises FileNotFoundError and the like, and ValueError for too large a picture.
+    that Pillow does not know. Raises FileNotFoundError and the like, and ValueError for too large a picture
+    and for pipes and devices, which opening might wait for.
     """
-    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+    path = Path(path)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
         return None
+    if path.exists():
+        check_file(path)
     try:
         with Image.open(path) as image:
             return (image.format or "").lower()

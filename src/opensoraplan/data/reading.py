@@ -28,6 +28,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from opensoraplan.data.pictures import picture_format, read_pictures
+from opensoraplan.documents import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,7 @@ def read_numbered(
         raise ValueError(f"frame numbers must rise from 0 or more, got {list(numbers)}")
     if crop is not None and not (0 <= crop[0] < crop[1] and 0 <= crop[2] < crop[3]):
         raise ValueError(f"crop must be [left, right, top, bottom] with left < right, got {list(crop)}")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"video {path} does not exist")
+    _check_file(path)
     if rate is not None or picture_format(path) is not None:
         shots = shots_of(path, rate=None if rate is None else frame_rate(rate))
         return _chosen(path, enumerate(shot.frame for shot in shots), numbers, crop=crop)
@@ -187,8 +187,7 @@ def read_numbered(
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream, closed afterwards."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"video {path} does not exist")
+    _check_file(path)
     try:
         container = av.open(str(path))
     except av.error.FFmpegError as error:
@@ -206,6 +205,13 @@ def opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         video = cast(VideoStream, stream)
         video.thread_type = "AUTO"
         yield container, video
+
+
+def _check_file(path: str | Path) -> None:
+    """Raise FileNotFoundError, or ValueError for pipes and devices, which opening might wait for."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"video {path} does not exist")
+    check_file(Path(path))
 
 
 def _is_cover(stream: Stream) -> bool:
