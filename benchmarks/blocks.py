@@ -16,6 +16,7 @@ from load_release import fill
 from timing import DTYPES, gemm_peak, machine, ready, seconds
 
 from opensoraplan.models.attention import attention
+from opensoraplan.models.sizes import attention_flops, block_flops
 from opensoraplan.models.skiparse import make_layouts, rotary_tables, to_single_skip
 from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
 
@@ -82,8 +83,8 @@ def time_block(
         for _ in range(3)
     )
     alone = seconds(lambda: attention(q, k, v, None), warm=0 if device.type == "cpu" else 1)
-    attended = 4.0 * rate * length**2 * WIDTH
-    return Timing(whole, alone, 24.0 * (tokens + text_tokens) * WIDTH**2 + attended, attended)
+    work = block_flops(WIDTH, tokens, text_tokens, rate=rate, embed_dim=CONDITION)
+    return Timing(whole, alone, work, attention_flops(WIDTH, tokens, text_tokens, rate=rate))
 
 
 def report(timings: dict[int, Timing], peak: float) -> list[str]:

@@ -20,18 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from opensoraplan.models.sizes import BatchShape, DenoiserSizes
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from opensoraplan.parallel.mesh import Mesh, MeshSettings
-from opensoraplan.plan.estimate import (
-    Collective,
-    Job,
-    Model,
-    Shape,
-    collectives_of_block,
-    collectives_outside,
-)
+from opensoraplan.plan.step import TrainingOptions, TrainingStep
+from opensoraplan.plan.traffic import Collective, collectives_of_block, collectives_outside
 
 RANKS = 4
 MESHES = {"tp 4": {"tp": 4}, "sp 4": {"sp": 4}, "sp 2 x tp 2": {"sp": 2, "tp": 2}}
@@ -113,8 +108,7 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    small, shape, fp32 = Model(SMALL), Shape(GRID, TEXT), Job(compute="fp32")
-    release, large, bf16 = Model({}), Shape(RELEASE_GRID, RELEASE_TEXT), Job()
+    small, release = DenoiserSizes(SMALL), DenoiserSizes({})
     print(f"{'mesh':<14}{'block':<16}{'counted KB':>12}{'formula KB':>12}{'off':>8}{'release MB':>12}")
     for name, sizes in MESHES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -122,20 +116,20 @@ def main() -> None:
             mp.spawn(count, (str(Path(folder) / "meeting"), sizes, answer), nprocs=RANKS)
             counted = json.loads(Path(answer).read_text())
         mesh = MeshSettings(dp_shard=1, **sizes)
+        step = TrainingStep(small, BatchShape(GRID, TEXT), mesh, TrainingOptions(compute="fp32"))
+        large = TrainingStep(release, BatchShape(RELEASE_GRID, RELEASE_TEXT), mesh)
         wanted = {
             str(index): (
                 f"{index}: rate {block.rate}" + ", skip" * block.skip,
-                bytes_of(collectives_of_block(small, block, shape, mesh, fp32)),
-                bytes_of(
-                    collectives_of_block(release, release.blocks[-1 if block.last else 0], large, mesh, bf16)
-                ),
+                bytes_of(collectives_of_block(step, block)),
+                bytes_of(collectives_of_block(large, release.blocks[-1 if block.last else 0])),
             )
             for index, block in enumerate(small.blocks)
         }
         wanted[OUTSIDE] = (
             OUTSIDE,
-            bytes_of(collectives_outside(small, shape, mesh, fp32)),
-            bytes_of(collectives_outside(release, large, mesh, bf16)),
+            bytes_of(collectives_outside(step)),
+            bytes_of(collectives_outside(large)),
         )
         for unit, (label, formula, of_release) in wanted.items():
             off = counted.get(unit, 0) / formula - 1

@@ -26,12 +26,14 @@ from opensoraplan import flow
 from opensoraplan.device import DTYPES
 from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.initial_weights import initial_weights
+from opensoraplan.models.sizes import BatchShape, DenoiserSizes
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import Mesh, MeshSettings
 from opensoraplan.parallel.shards import fill
-from opensoraplan.plan.estimate import Job, Model, Shape, devices_of, training_memory
+from opensoraplan.plan.memory import training_memory
+from opensoraplan.plan.step import TrainingOptions, TrainingStep
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.ema import Ema
 from opensoraplan.train.learner.master import MasterWeights
@@ -59,36 +61,38 @@ class Case:
     """What a model is given, how it is trained, on which mesh, and what differs from SMALL."""
 
     size: tuple[tuple[int, int, int], int, int] = TOKENS
-    job: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     mesh: dict[str, int] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> TrainingStep:
+        mesh = MeshSettings(**{"dp_shard": 1, **self.mesh})
+        model = DenoiserSizes({**SMALL, **self.model})
+        return TrainingStep(model, BatchShape(*self.size), mesh, TrainingOptions(**self.options))
 
 
 FP32: dict[str, Any] = {"compute": "fp32"}
 CASES = {
-    "fp32": Case(job=FP32),
-    "fp32, all blocks again": Case(job={**FP32, "recompute_blocks": 10}),
-    "fp32, half of the blocks again": Case(job={**FP32, "recompute_blocks": 5}),
-    "fp32, feed-forwards again": Case(job={**FP32, "recompute_feed_forwards": 10}),
+    "fp32": Case(options=FP32),
+    "fp32, all blocks again": Case(options={**FP32, "recompute_blocks": 10}),
+    "fp32, half of the blocks again": Case(options={**FP32, "recompute_blocks": 5}),
+    "fp32, feed-forwards again": Case(options={**FP32, "recompute_feed_forwards": 10}),
     "fp32, dense, one feed-forward": Case(
-        job={**FP32, "recompute_blocks": 10}, model={"sparse_n": None, "double_ff": False}
+        options={**FP32, "recompute_blocks": 10}, model={"sparse_n": None, "double_ff": False}
     ),
     "fp32, few tokens": Case(FEW, FP32),
     "fp32, few tokens, no EMA": Case(FEW, {**FP32, "ema": None}),
     "bf16": Case(),
-    "bf16, all blocks again": Case(job={"recompute_blocks": 10}),
+    "bf16, all blocks again": Case(options={"recompute_blocks": 10}),
     "bf16, few tokens, 2 micro-batches": Case(FEW, {"accumulate": 2}),
-    "fp32, fsdp 2": Case(job=FP32, mesh={"dp_shard": 2}),
+    "fp32, fsdp 2": Case(options=FP32, mesh={"dp_shard": 2}),
     "fp32, fsdp 4, few tokens": Case(FEW, FP32, {"dp_shard": 4}),
-    "fp32, sp 2": Case(job=FP32, mesh={"sp": 2}),
-    "fp32, tp 2": Case(job=FP32, mesh={"tp": 2}),
-    "fp32, sp 2 x tp 2": Case(job=FP32, mesh={"sp": 2, "tp": 2}),
-    "bf16, sp 2, all blocks again": Case(job={"recompute_blocks": 10}, mesh={"sp": 2}),
+    "fp32, sp 2": Case(options=FP32, mesh={"sp": 2}),
+    "fp32, tp 2": Case(options=FP32, mesh={"tp": 2}),
+    "fp32, sp 2 x tp 2": Case(options=FP32, mesh={"sp": 2, "tp": 2}),
+    "bf16, sp 2, all blocks again": Case(options={"recompute_blocks": 10}, mesh={"sp": 2}),
 }
-
-
-def mesh_of(case: Case) -> MeshSettings:
-    return MeshSettings(**{"dp_shard": 1, **case.mesh})
 
 
 def measure(rank: int, case: Case, meeting: str) -> None:
@@ -96,21 +100,22 @@ def measure(rank: int, case: Case, meeting: str) -> None:
     that was resident grew.
     """
     torch.set_num_threads(1)
-    mesh = None
+    planned, mesh = case.step, None
     if case.mesh:
-        ranks = devices_of(mesh_of(case))
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-        mesh = Mesh.build(mesh_of(case), device_type="cpu")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=planned.devices
+        )
+        mesh = Mesh.build(planned.mesh, device_type="cpu")
     grid, text, batch = case.size
-    config, job = {**SMALL, **case.model}, Job(**case.job)
-    dtype = DTYPES[job.compute]
+    config, options = {**SMALL, **case.model}, planned.options
+    dtype = DTYPES[options.compute]
     warm = torch.nn.Linear(64, 64)  # loads the kernels' libraries
     warm(torch.randn(64, 64)).sum().backward()
     before = resident("VmRSS")
 
     if mesh is None:
         model = SparseUMMDiT(**config)
-        master = MasterWeights(model, master=DTYPES[job.master], compute=dtype)
+        master = MasterWeights(model, master=DTYPES[options.master], compute=dtype)
     else:
         with torch.device("meta"):
             model = SparseUMMDiT(**config)
@@ -118,13 +123,15 @@ def measure(rank: int, case: Case, meeting: str) -> None:
         model.to_empty(device="cpu")
         for name, value in initial_weights(model, seed=0):
             fill(model.get_parameter(name), value)
-        master = MasterWeights(model, master=DTYPES[job.master], compute=DTYPES[job.master])
-    model.train().set_recompute(blocks=job.recompute_blocks, feed_forwards=job.recompute_feed_forwards)
+        master = MasterWeights(model, master=DTYPES[options.master], compute=DTYPES[options.master])
+    model.train().set_recompute(
+        blocks=options.recompute_blocks, feed_forwards=options.recompute_feed_forwards
+    )
     optimizer = make_optimizer(master.parameters, OptimizerSettings())
-    ema = Ema(master.parameters, decay=0.999) if job.ema else None
+    ema = Ema(master.parameters, decay=0.999) if options.ema else None
     for step in range(1, STEPS + 1):
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(job.accumulate):
+        for _ in range(options.accumulate):
             latents, noise = torch.randn(2, batch, config["out_channels"], *grid)
             prompt = PromptEmbeds(
                 torch.randn(batch, text, config["caption_channels"]),
@@ -145,11 +152,6 @@ def measure(rank: int, case: Case, meeting: str) -> None:
         print(json.dumps(resident("VmHWM") - before), flush=True)
 
 
-def predict(case: Case) -> int:
-    model = Model({**SMALL, **case.model})
-    return training_memory(model, Shape(*case.size), mesh_of(case), Job(**case.job)).peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of cases; all by default")
@@ -158,7 +160,7 @@ def main() -> None:
     if options.measure:
         case = CASES[options.measure]
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure, (case, f"{folder}/meeting"), nprocs=devices_of(mesh_of(case)))
+            mp.spawn(measure, (case, f"{folder}/meeting"), nprocs=case.step.devices)
         return
     if unknown := set(options.names) - set(CASES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -167,7 +169,7 @@ def main() -> None:
     for name in options.names or CASES:
         command = [sys.executable, __file__, "--measure", name]
         measured = json.loads(subprocess.check_output(command, env=environment, text=True))
-        predicted = predict(CASES[name])
+        predicted = training_memory(CASES[name].step).peak
         off = predicted / measured - 1
         print(f"{name:<36}{predicted / 1e6:>14.1f}{measured / 1e6:>14.1f}{off:>+8.1%}", flush=True)
 

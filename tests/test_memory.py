@@ -14,8 +14,8 @@ from opensoraplan.formats.assemble import load_pipeline, open_pipeline
 from opensoraplan.generate import job as generate
 from opensoraplan.generate.planning import needs_of
 from opensoraplan.generate.session import Session
+from opensoraplan.models.sizes import BatchShape, decoding_memory
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
-from opensoraplan.plan.estimate import Shape, decoding_memory
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import (
     CHUNKS,
@@ -152,7 +152,7 @@ def test_a_plan_knows_tiles_and_step_caches(pipeline: OpenSoraPlanPipeline) -> N
     pipeline.vae.enable_tiling()
     tiled = needs_of(pipeline, request)
     pipeline.vae.disable_tiling()
-    base, shape = pipeline.vae.config["base_channels"], Shape((16, 64, 128), 0)
+    base, shape = pipeline.vae.config["base_channels"], BatchShape((16, 64, 128), 0)
     for chunk, need in zip(CHUNKS, tiled.decoding, strict=True):
         assert need == decoding_memory(shape, "fp32", base=base, chunk=chunk, tiling=(256, 64))
     assert tiled.denoising == whole.denoising

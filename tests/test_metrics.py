@@ -1,4 +1,4 @@
-"""Metrics of a run: files that survive a broken run, the console, averages, FLOPs against torch's count."""
+"""Metrics of a run: files that survive a broken run, the console, averages, speed and memory."""
 
 import io
 import json
@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import DENOISER
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train.log.metrics import (
     Averages,
     Metrics,
     drop_after,
-    forward_flops,
     measured_peak_tflops,
     peak_memory,
-    training_flops,
 )
 
 CPU = torch.device("cpu")
@@ -216,58 +210,6 @@ def test_averages_go_on_bit_for_bit() -> None:
 def test_losses_of_other_samples_than_the_sigmas() -> None:
     with pytest.raises(ValueError, match=r"got \[3\] and \[2\]"):
         Averages().add_losses(torch.ones(3), torch.ones(2))
-
-
-# 3 x 4 x 6 latents are 18 tokens: not a multiple of 4, so that sparse stages pad.
-GRID, TEXT, BATCH = (3, 4, 6), 7, 2
-TINY = {**DENOISER, "num_attention_heads": 4, "num_layers": [2, 4, 2], "sparse_n": None}
-
-
-def counted(model: SparseUMMDiT, *, backward: bool) -> int:
-    inputs = (
-        torch.randn(BATCH, 4, *GRID),
-        torch.full((BATCH,), 500.0),
-        torch.randn(BATCH, TEXT, 24),
-        torch.randn(BATCH, 20),
-    )
-    # torch counts the fused attention of a CPU not at all; that of the plain formula as matrix products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(*inputs).sample
-        if backward:
-            output.square().mean().backward()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"sparse_n": [2, 4, 2], "double_ff": False, "skip_connection": False},
-        {"num_layers": [2, 2, 4, 2, 2], "sparse_n": [1, 2, 3, 2, 1], "skip_connection_zero_init": False},
-    ],
-)
-def test_flops_of_a_forward_pass_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
-    model = SparseUMMDiT(**TINY | changes)
-    flops = forward_flops(model.config, grid=GRID, text_tokens=TEXT, batch=BATCH)
-    assert counted(model, backward=False) == flops
-
-
-@pytest.mark.parametrize("sparse_n", [None, [1, 2, 1]])
-def test_flops_of_training_are_three_forward_passes(sparse_n: list[int] | None) -> None:
-    model = SparseUMMDiT(**TINY)
-    model.set_sparsity(sparse_n)
-    flops = training_flops(model.config, grid=GRID, text_tokens=TEXT, batch=BATCH)
-    # Inputs need no gradient, so that the first layers' backward is half of what is counted.
-    assert counted(model, backward=True) == pytest.approx(flops, rel=0.01)
-
-
-def test_flops_of_the_release_are_near_two_for_each_parameter_and_token() -> None:
-    with torch.device("meta"):
-        config = SparseUMMDiT().config
-    flops = forward_flops(config, grid=(16, 36, 64), text_tokens=512)
-    tokens = 16 * 18 * 32
-    # Video tokens pass half of the parameters, for the other half are the text's; attention comes on top.
-    assert 2 * 4e9 * tokens < flops < 2 * 8e9 * tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

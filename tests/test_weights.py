@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from opensoraplan.defaults import Weights
 from opensoraplan.generate.planning import needs_of
+from opensoraplan.models.sizes import DenoiserSizes
 from opensoraplan.pipeline import OpenSoraPlanPipeline
-from opensoraplan.plan.estimate import Model
 from opensoraplan.requests import Request
 from opensoraplan.runtime.quantisation import (
     FP8,
@@ -75,7 +75,7 @@ def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline, kind:
     assert weights_of(transformer) == kind
     needs = needs_of(pipeline, SMALL)
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-    model = Model(config)
+    model = DenoiserSizes(config)
     units = range(len(model.blocks))
     assert needs.denoiser == model.stored("bf16", kind=kind)
     assert needs.adaln == model.stored("bf16", kind=kind, adaln=True)

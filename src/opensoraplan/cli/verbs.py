@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from opensoraplan.cli import data, decoding, generating, models, plan, training
+from opensoraplan.cli import data, decoding, generating, launch, models, plan, training
 from opensoraplan.cli.effects import given_options
 from opensoraplan.cli.help import Groups
 from opensoraplan.cli.options import check_exists
@@ -60,7 +60,7 @@ GROUPS = {
         "convert": Verb(models.Convert, models.convert, True),
         "inspect": Verb(models.Inspect, models.inspect),
         "plan": Verb(plan.Plan, plan.plan, hint=training.hint),
-        "launch": Verb(plan.Launch, plan.launch, hint=plan.hint),
+        "launch": Verb(launch.Launch, launch.launch, hint=launch.hint),
     },
 }
 # What several processes can do together.
@@ -79,7 +79,7 @@ def run(words: list[str]) -> None:
         sys.stdout.write(f"opensoraplan {version('opensoraplan')}\n")
         return
     verb, options, inference, rest = _parse(words)
-    if isinstance(options, plan.Launch):
+    if isinstance(options, launch.Launch):
         _check_launched(options)
     if isinstance(options, generating.Generate):
         generating.generate(options, inference, given_options(rest))
@@ -107,7 +107,7 @@ def _parse(words: list[str]) -> "tuple[Verb, Any, Inference | None, list[str]]":
     return verb, options, inference, rest
 
 
-def _check_launched(options: plan.Launch) -> None:
+def _check_launched(options: launch.Launch) -> None:
     """Raise what the command to launch would raise first, before torchrun starts and wraps it in its own
     report. `--print` may be for another machine, whose files are not here.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.device import free_memory
+from opensoraplan.documents import read_json_object
 from opensoraplan.formats.checkpoints import Checkpoint, open_checkpoint
 from opensoraplan.formats.export import (
     new_file,
@@ -25,6 +26,7 @@ from opensoraplan.formats.export import (
 from opensoraplan.formats.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, naming
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.strict import plain_config
 from opensoraplan.models.text import empty_text_encoder, load_text_encoder, load_tokenizer
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
@@ -110,6 +112,16 @@ def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE
         if config is not None and checkpoint.info.config is not None:
             config = {**config_of(checkpoint), **config}
         return cast(WFVAE, empty_model(checkpoint, config))
+
+
+def denoiser_config(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Constructor arguments of the denoiser in a config.json, in a model's or a pipeline's folder, or in any
+    checkpoint; `config` as in `empty_denoiser`.
+    """
+    for file in (path, path / "transformer" / "config.json", path / "config.json"):
+        if file.is_file() and file.suffix == ".json":
+            return {key: value for key, value in read_json_object(file).items() if not key.startswith("_")}
+    return plain_config(empty_denoiser(open_checkpoint(path), config))
 
 
 @dataclass(frozen=True)

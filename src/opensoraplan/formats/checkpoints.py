@@ -29,8 +29,8 @@ from opensoraplan.formats.stored import (
     read_sharded_safetensors,
 )
 from opensoraplan.models.original import NESTED, denoiser_name
+from opensoraplan.models.sizes import split_dimension
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.splits import split_dimension
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.settings import shown
 

@@ -22,8 +22,8 @@ from opensoraplan.claims import claimed
 from opensoraplan.disk import made, named_errors, permit, workplace
 from opensoraplan.formats.checkpoints import SHARD_FILE, TRACKER
 from opensoraplan.models import original
+from opensoraplan.models.sizes import split_dimension
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.splits import split_dimension
 from opensoraplan.models.wfvae import WFVAE
 
 WEIGHTS = "diffusion_pytorch_model"

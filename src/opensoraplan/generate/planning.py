@@ -1,6 +1,6 @@
 """What a session works out before it reads weights: where it computes, what fits, what attention has to mask.
 
-The sizes are formulas of plan/estimate.py, the plans those of runtime/placement.py.
+The sizes are formulas of models/sizes.py, the plans those of runtime/placement.py.
 """
 
 import logging
@@ -18,6 +18,13 @@ from opensoraplan.formats.assemble import Sources
 from opensoraplan.models.attention import set_backend
 from opensoraplan.models.modulation import adaln_layers
 from opensoraplan.models.prompts import PromptSettings
+from opensoraplan.models.sizes import (
+    BatchShape,
+    DenoiserSizes,
+    forward_memory,
+    step_cache_bytes,
+    vector_bytes,
+)
 from opensoraplan.models.strict import plain_config
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.generating import generating_mesh
@@ -25,7 +32,6 @@ from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.parallel.ranks import device_of_rank, place_in_job
 from opensoraplan.parallel.sequence import padded_tokens
 from opensoraplan.pipeline import OpenSoraPlanPipeline
-from opensoraplan.plan.estimate import Model, Shape, forward_memory, vector_bytes
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import (
     CHUNKS,
@@ -53,7 +59,7 @@ class SessionOptions:
     """Which model a session loads, and how it computes: what is the same for all of its videos."""
 
     model: Path | Sources
-    """Model folder, as written by `osp convert`, or the files of its parts."""
+    """DenoiserSizes folder, as written by `osp convert`, or the files of its parts."""
     device: str | None = None
     """Device to run on: cpu, cuda, cuda:1, npu, ...; None: a card if there is one."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -175,7 +181,7 @@ def look_ahead(
     """
     device = place.device
     masked = why_masked(empty, options, requests, place)
-    whole, model = weight_bytes(empty), Model.of(empty.transformer)
+    whole, model = weight_bytes(empty), DenoiserSizes.of(empty.transformer)
     tune(empty, options, device, masked=masked)
     set_decoding(empty.vae, options)
     needs, free = needs_of_all(empty, requests, model), free_memory(device)
@@ -266,7 +272,7 @@ def needs_of(
     request: Request,
     *,
     text_tokens: int = 512,
-    model: Model | None = None,
+    model: DenoiserSizes | None = None,
 ) -> Needs:
     """What the guided video of a request needs. With batched guidance both branches are one batch; a step
     cache keeps of each branch what all blocks began from, and what they added. `model`: sizes of the
@@ -274,12 +280,12 @@ def needs_of(
     """
     transformer, vae = pipeline.transformer, pipeline.vae
     grid = latent_shape(request.frames, request.height, request.width)
-    model = model or Model(plain_config(transformer))
-    shape = Shape(grid, text_tokens, batch=2 if request.batched_guidance else 1)
+    model = model or DenoiserSizes(plain_config(transformer))
+    shape = BatchShape(grid, text_tokens, batch=2 if request.batched_guidance else 1)
     precision = PRECISIONS[transformer.dtype]
     denoising = forward_memory(model, shape, precision, kind=weights_of(transformer))
     if request.step_cache:
-        denoising += 2 * 2 * shape.tokens(model.config["patch_size"]) * model.dim * transformer.dtype.itemsize
+        denoising += step_cache_bytes(model, shape, precision)
     adaln = [layer.linear for layer in adaln_layers(transformer)]
     in_blocks = module_bytes(*adaln[:-1]) // len(transformer.transformer_blocks)
     return Needs(
@@ -294,7 +300,9 @@ def needs_of(
     )
 
 
-def needs_of_all(pipeline: OpenSoraPlanPipeline, requests: Sequence[Request], model: Model) -> list[Needs]:
+def needs_of_all(
+    pipeline: OpenSoraPlanPipeline, requests: Sequence[Request], model: DenoiserSizes
+) -> list[Needs]:
     """What the pipeline, whose denoiser has the sizes of `model`, needs for each size of video."""
     sizes = {
         (r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)): r for r in requests

@@ -1,7 +1,7 @@
 """Tensor parallelism of the denoiser's blocks, with Megatron-style sequence parallelism of their norms (arXiv
 2205.05198).
 
-Weights become DTensors on the tp mesh, split as models/splits.py says. Between attention and feed-forward
+Weights become DTensors on the tp mesh, split as models/sizes.py says. Between attention and feed-forward
 each rank has a part of the video tokens (from `sequence.share_tokens`) and a copy of the text. Layers compute
 with the local shards; what crosses ranks is written out here: video tokens are gathered before attention and
 feed-forward and reduce-scattered after it, the text is summed. Weights that are whole but see a part of the
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from opensoraplan.models.sizes import split_dimension
 from opensoraplan.models.sparse_ummdit import (
     AdaNormZero,
     FeedForward,
@@ -27,7 +28,6 @@ from opensoraplan.models.sparse_ummdit import (
     SparseUMMDiT,
     SparseUMMDiTBlock,
 )
-from opensoraplan.models.splits import split_dimension
 from opensoraplan.parallel.collectives import (
     Group,
     all_gather,

@@ -1,6 +1,6 @@
 """Where a pipeline's parts are kept, on the device or on the host, so that generating fits the device.
 
-The sizes of what is computed are formulas of plan/estimate.py; runtime/streaming.py moves weights to
+The sizes of what is computed are formulas of models/sizes.py; runtime/streaming.py moves weights to
 and fro. Bytes, unless it says otherwise.
 """
 
@@ -14,9 +14,9 @@ from torch import nn
 
 from opensoraplan.device import free_memory, is_out_of_memory
 from opensoraplan.models.modulation import keep_on_host
+from opensoraplan.models.sizes import BatchShape, decoding_memory
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
-from opensoraplan.plan.estimate import Shape, decoding_memory
 from opensoraplan.runtime.streaming import SLOTS, InTurn, stream_blocks, stream_layers
 
 Result = TypeVar("Result")
@@ -107,7 +107,7 @@ def peak_on_host(vae: WFVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, 
 def decoding_bytes(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
     """The memory of decoding latents [1, C, *grid], `chunk` latent frames at a time."""
     return decoding_memory(
-        Shape(grid, 0),
+        BatchShape(grid, 0),
         PRECISIONS[vae.dtype],
         base=vae.config["base_channels"],
         chunk=chunk,

@@ -93,7 +93,7 @@ def _rounded_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def keep_weights(model: SparseUMMDiT, kind: Weights) -> None:
     """Keep the denoiser's matrices as this kind, in place. Not for training: they have no gradients. Bytes of
-    the release's: `parallel.estimate.Model.stored`. Raises ValueError as `check_weights` does.
+    the release's: `DenoiserSizes.stored`. Raises ValueError as `check_weights` does.
     """
     check_weights(kind, model.device, model.dtype)
     if kind == "int8":

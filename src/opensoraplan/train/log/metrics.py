@@ -1,7 +1,6 @@
 """What a training run says of itself (metrics.jsonl, TensorBoard, wandb, the console), and its measures.
 
-Not here: what is logged when, which the trainers decide. FLOPs count multiplications and additions of matrix
-products, nothing else.
+Not here: what is logged when, which the trainers decide.
 """
 
 import json
@@ -343,52 +342,6 @@ def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
-
-
-def forward_flops(
-    config: Mapping[str, Any], *, grid: tuple[int, int, int], text_tokens: int, batch: int = 1
-) -> int:
-    """FLOPs of the matrix products of one forward pass of SparseUMMDiT with this `config` (its constructor
-    arguments, all of them: `model.config`) for latents [batch, C, *grid] and `text_tokens` (after cutting
-    to the longest real length).
-    """
-    depths: Sequence[int] = config["num_layers"]
-    rates: Sequence[int] = config["sparse_n"] or [1] * len(depths)
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    embed, patch = config["timestep_embed_dim"], config["patch_size"]
-    text = text_tokens
-    frames, height, width = grid
-    tokens = frames * (height // patch) * (width // patch)
-
-    # Multiplications, each followed by an addition; the factor 2 comes last.
-    once = tokens * dim * patch**2 * (config["in_channels"] + config["out_channels"])
-    once += text * config["caption_channels"] * dim
-    once += embed * (3 * embed + config["pooled_projection_dim"])
-    once += embed * 2 * dim  # the last modulation
-
-    blocks = 0
-    for stage, (depth, n) in enumerate(zip(depths, rates, strict=True)):
-        padded = math.ceil(tokens / n**2) * n**2
-        both = padded + text
-        block = 2 * embed * 6 * dim  # two modulations
-        block += 3 * both * dim**2  # q, k, v
-        block += 2 * n * (padded // n + text) ** 2 * dim  # scores, and sums of the values
-        block += both * dim**2  # output: of the text, once the n copies are averaged
-        block += both * 8 * dim**2  # feed-forward
-        blocks += depth * block
-        if stage > len(depths) // 2 and config["skip_connection"]:
-            blocks += both * 2 * dim**2
-    blocks -= text * 9 * dim**2  # the last block has no text output and no text feed-forward
-    return 2 * batch * (once + blocks)
-
-
-def training_flops(
-    config: Mapping[str, Any], *, grid: tuple[int, int, int], text_tokens: int, batch: int = 1
-) -> int:
-    """FLOPs of forward and backward of one micro-batch: three times `forward_flops`. What is computed again
-    to save memory does not count, as usual for MFU.
-    """
-    return 3 * forward_flops(config, grid=grid, text_tokens=text_tokens, batch=batch)
 
 
 def peak_memory(device: torch.device) -> int:

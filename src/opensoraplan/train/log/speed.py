@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from opensoraplan.models.sizes import BatchShape, training_flops
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.train.config import LogSettings
-from opensoraplan.train.log.metrics import measured_peak_tflops, peak_memory, training_flops
+from opensoraplan.train.log.metrics import measured_peak_tflops, peak_memory
 
 
 class Speed:
@@ -45,12 +46,8 @@ class Speed:
         batch, _, frames, height, width = latents.shape
         self._samples += batch
         self._tokens += batch * frames * height * width // model.config["patch_size"] ** 2
-        self._flops += training_flops(
-            plain_config(model),
-            grid=(frames, height, width),
-            text_tokens=prompt.sequence.shape[1],
-            batch=batch,
-        )
+        shape = BatchShape((frames, height, width), prompt.sequence.shape[1], batch)
+        self._flops += training_flops(plain_config(model), shape)
 
     def take(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Rates of all processes together since the last `take`, TFLOP/s and MFU those of each device, memory

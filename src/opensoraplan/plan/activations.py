@@ -1,0 +1,152 @@
+"""Activations of a training step, by formula: what autograd keeps of each operation of
+models/sparse_ummdit.py, for the attention kernels that store no scores. Bytes of a rank; `c` those of a
+number in the precision that blocks compute in.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from opensoraplan.models.sizes import FP32, Block
+from opensoraplan.plan.step import TrainingStep
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """Bytes of one block and rank: what it takes, what is kept of all it computes, and how much of that is
+    the feed-forwards' inner width, or attention's output and log-sum-exp.
+    """
+
+    inputs: int
+    computed: int
+    feed_forward: int
+    attended: int
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """What is kept for backward in a stage: bytes of a rank."""
+
+    rate: int
+    depth: int
+    kept: int
+
+
+def block_activations(step: TrainingStep, block: Block) -> BlockActivations:
+    """What autograd keeps of one block on one rank.
+
+    Between attention and feed-forward a rank has 1 / (sp tp) of the tokens. In both it has 1 / sp of the
+    tokens and 1 / tp of the width, in attention proper all tokens and 1 / (sp tp) of the heads. The text is
+    whole on every rank.
+    """
+    model, batch, text = step.model, step.shape.batch, step.shape.text
+    c, dim, sp, tp = step.compute_bytes, model.dim, step.mesh.sp, step.mesh.tp
+    padded = step.padded(block.rate)
+    joined, own = padded // sp, padded // (sp * tp)
+    text_out = not block.last
+
+    norm = _norm_bytes(step, dim) + FP32 * dim  # and its output, for the gradient of the scale
+    # q and k in fp32, with what rms_norm keeps of them; the text's, too.
+    qk = 2 * (_rms_bytes(step, model.head_dim) * model.heads) // tp
+    inner = 2 * 4 * dim * c // tp  # before and after GELU
+    attended = (padded + block.rate * text) // (sp * tp)  # q, k, v, output and log-sum-exp of the scores
+    attention = attended * (4 * dim * c + FP32 * model.heads)
+    if step.tokens % block.rate**2:
+        attention += (padded + block.rate * text) * c  # the key mask, as numbers
+
+    # What q, k and v take, and the feed-forward; both updates, for the gradients of the gates.
+    of_video = own * (2 * norm + 2 * FP32 * dim) + joined * (2 * dim * c + qk)
+    if batch * block.rate * sp > 1:  # what to_out takes is a copy, unless there is one sequence alone
+        of_video += joined * dim * c // tp
+    of_text = text * (norm + dim * c + qk)
+    if text_out:  # what to_add_out and the feed-forward take, both updates
+        of_text += text * (dim * c // tp + dim * c + 2 * FP32 * dim)
+        if model.config["double_ff"]:
+            of_text += text * norm
+    feed_forward = (joined + (text if text_out else 0)) * inner
+    # Of both modulations: all six vectors, (1 + scale) of both streams, the Linear's input.
+    vectors = 2 * (6 * dim * FP32 + 2 * dim * FP32 + model.config["timestep_embed_dim"] * c)
+    inputs = (own + text) * dim * c
+    skipped = 0
+    if block.skip:
+        joined_width = 2 * dim
+        skip = joined_width * c
+        if not model.config["skip_connection_zero_init"]:
+            skip += _norm_bytes(step, joined_width)
+        skipped = (own + text) * skip
+        # The kept text is the next stage's input as well.
+        inputs += 0 if block.shares_kept else own * dim * c
+
+    computed = of_video + of_text + attention + feed_forward + vectors + skipped
+    weights = 0
+    if step.options.compute != "fp32":  # norms compute with fp32 copies of their weights
+        weights = FP32 * (8 * dim + 4 * model.head_dim)
+    return BlockActivations(
+        inputs=batch * inputs,
+        computed=batch * computed + weights,
+        feed_forward=batch * feed_forward,
+        attended=batch * attended * (dim * c + FP32 * model.heads),
+    )
+
+
+def _rms_bytes(step: TrainingStep, width: int) -> int:
+    """What rms_norm keeps of a vector: itself in fp32, 1 / rms, and the quotient, unless a kernel does it."""
+    return width * FP32 * (1 if step.options.fused_rms_norm else 2) + FP32
+
+
+def _norm_bytes(step: TrainingStep, width: int) -> int:
+    """What a norm of the config's kind keeps of a vector."""
+    if step.model.config["norm_cls"] == "rms_norm":
+        return _rms_bytes(step, width)
+    return width * FP32 + 2 * FP32  # itself, mean and 1 / std
+
+
+def kept_by_block(step: TrainingStep) -> list[int]:
+    """What is kept of each block until its backward pass, with the recompute of its options."""
+    options, kept = step.options, []
+    for index, block in enumerate(step.model.blocks):
+        activations = block_activations(step, block)
+        if index < options.recompute_blocks:
+            kept.append(activations.inputs + (activations.attended if options.keep_attention else 0))
+        elif index < options.recompute_feed_forwards:
+            kept.append(activations.computed - activations.feed_forward)
+        else:
+            kept.append(activations.computed)
+    return kept
+
+
+def kept_outside(step: TrainingStep) -> int:
+    """What is kept outside of the blocks: before them until the very end, behind them not for long."""
+    return kept_before(step) + kept_behind(step)
+
+
+def kept_before(step: TrainingStep) -> int:
+    """What embeddings take; cosines and sines in both orders of each rate, once for the whole batch."""
+    c, model, shape = step.compute_bytes, step.model, step.shape
+    config, cells = model.config, math.prod(shape.grid)
+    embed = config["timestep_embed_dim"]
+    inputs = cells * config["in_channels"] * c + shape.text * config["caption_channels"] * c
+    inputs += (5 * embed + config["pooled_projection_dim"]) * c + embed * FP32
+    angles, tables = model.head_dim * FP32, 0
+    for rate in set(model.rates):
+        tables += step.padded(rate) // step.mesh.sp * angles * (1 if rate == 1 else 2)
+    return shape.batch * inputs + tables
+
+
+def kept_behind(step: TrainingStep) -> int:
+    """What the last norms, projection and loss keep; behind these samples are whole again on every rank."""
+    c, dim, shape = step.compute_bytes, step.model.dim, step.shape
+    config = step.model.config
+    norms = 2 * _norm_bytes(step, dim) + FP32 * dim  # one of them is modulated
+    kept = step.tokens_of_rank * (norms + dim * c)
+    kept += math.prod(shape.grid) * config["out_channels"] * FP32
+    return shape.batch * (kept + 3 * FP32 * dim + config["timestep_embed_dim"] * c)
+
+
+def stage_activations(step: TrainingStep) -> list[StageActivations]:
+    """What is kept in each stage of the U."""
+    kept = iter(kept_by_block(step))
+    return [
+        StageActivations(rate, depth, sum(itertools.islice(kept, depth)))
+        for depth, rate in zip(step.model.depths, step.model.rates, strict=True)
+    ]

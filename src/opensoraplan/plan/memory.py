@@ -1,0 +1,122 @@
+"""Memory of a training step, by formula: weights, gradients, optimizer, EMA, and the busiest moment of the
+backward pass. Bytes of a device. Activations are in activations.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opensoraplan.models.sizes import FP32, ROOT
+from opensoraplan.plan.activations import (
+    block_activations,
+    kept_before,
+    kept_behind,
+    kept_by_block,
+    kept_outside,
+)
+from opensoraplan.plan.step import TrainingStep
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one device. Not all of it is there at once: gradients come as activations go, so that `peak`,
+    the most at any moment of a step, is less than the sum.
+
+    `working`: what the busiest moment of the backward pass needs besides: a block that is computed again,
+    gradients of activations, weights that FSDP has gathered. `host`: what is in the host's memory instead.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    working: int
+    peak: int
+    host: int
+
+
+def training_memory(step: TrainingStep) -> StepMemory:
+    """What a step needs of each device. Raises ValueError as `TrainingStep.check`."""
+    step.check()
+    options, master, compute = step.options, step.master_bytes, step.compute_bytes
+    own = step.model.numbers(tp=step.mesh.tp, shards=step.weight_shards)
+    parameters = gradients = own * master
+    optimizer = 2 * own * master
+    ema = own * FP32 if options.ema else 0
+    host = ema if options.ema == "host" else 0
+    if options.cpu_offload:
+        host = parameters + gradients + optimizer + ema
+    on_device = parameters + optimizer + ema - (host - (gradients if options.cpu_offload else 0))
+    if step.alone and options.master != options.compute:
+        on_device += own * compute
+        parameters += own * compute
+
+    kept = kept_by_block(step)
+    backward = _backward_peak(step, kept=kept)
+    after = 0 if options.cpu_offload else gradients
+    peak = on_device + max(backward, after)
+    held = sum(kept) + kept_outside(step)
+    return StepMemory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        ema=ema,
+        activations=held,
+        working=max(backward - held, 0),
+        peak=peak,
+        host=host,
+    )
+
+
+def _backward_peak(step: TrainingStep, *, kept: Sequence[int]) -> int:
+    """Activations, gradients and what FSDP gathers, at the worst moment of a backward pass."""
+    model, mesh, options = step.model, step.mesh, step.options
+    alone, shards = step.alone, step.weight_shards
+    master, compute = step.master_bytes, step.compute_bytes
+    whole = [model.numbers(unit=index, tp=mesh.tp) for index in range(len(model.blocks))]
+    held, gradients = sum(kept) + kept_before(step), 0
+    if not alone:  # what is outside of blocks stays whole all the time
+        held += model.numbers(unit=ROOT, tp=mesh.tp) * compute
+    if options.accumulate > 1 and not options.cpu_offload:  # from the micro-batches before
+        gradients = model.numbers(tp=mesh.tp, shards=shards) * master
+    numbers = model.dim * step.shape.batch * step.tokens_of_rank  # in the last norm two tensors in fp32
+    most = held + kept_behind(step) + 2 * FP32 * numbers + gradients
+    for index in reversed(range(len(model.blocks))):
+        gathered = 0
+        if not alone:
+            # This block's weights and gradients, the next one's weights, which come already, and gradients
+            # of the one before on their way to other ranks.
+            ahead = whole[index - 1] if index else 0
+            before = whole[index + 1] if index + 1 < len(whole) else 0
+            gathered = (2 * whole[index] + ahead) * compute + before * FP32
+        again = working_memory(step, index)
+        most = max(most, held + again + gathered + gradients)
+        held -= kept[index]
+        if alone and (options.master != options.compute or options.accumulate == 1):
+            gradients += whole[index] * compute
+        elif not alone and not options.cpu_offload and options.accumulate == 1:
+            gradients += model.numbers(unit=index, tp=mesh.tp, shards=shards) * master
+    return max(most, gradients)
+
+
+def working_memory(step: TrainingStep, index: int) -> int:
+    """What the backward pass of a block needs at most besides what is kept.
+
+    That is behind GELU, whose output's gradient there is then, besides the stream's; or, where the block is
+    computed again, at the end of that, in `add_gated`: two sums in fp32, and where the stream is in less its
+    copy and both updates before theirs.
+    """
+    options, batch, tp = step.options, step.shape.batch, step.mesh.tp
+    block, c, dim = step.model.blocks[index], step.compute_bytes, step.model.dim
+    activations = block_activations(step, block)
+    joined = step.tokens // step.mesh.sp
+    own = joined // tp
+    backward = own * dim * c + joined * (4 * dim // tp + (dim if tp > 1 else 0)) * c
+    if index < options.recompute_blocks:
+        forward = own * dim * (c + 2 * FP32 + (FP32 + 2 * c if c < FP32 else 0))
+        # In fp32 what the first norm keeps is the block's input, unless a skip Linear comes before it.
+        shared = own * dim * c if c == FP32 and not block.skip else 0
+        kept = activations.attended if options.keep_attention else 0
+        return activations.computed - kept + batch * (max(backward, forward) - shared)
+    again = activations.feed_forward if index < options.recompute_feed_forwards else 0
+    return again + batch * backward

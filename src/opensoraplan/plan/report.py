@@ -1,0 +1,175 @@
+"""What `osp plan` says of a training step, and of generating a video: lines of text."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opensoraplan.defaults import Weights
+from opensoraplan.models.sizes import (
+    BYTES,
+    BatchShape,
+    DenoiserSizes,
+    cache_bytes,
+    decoding_memory,
+    forward_flops,
+    forward_memory,
+    training_flops,
+    vector_bytes,
+)
+from opensoraplan.parallel.mesh import said
+from opensoraplan.plan.activations import stage_activations
+from opensoraplan.plan.memory import training_memory
+from opensoraplan.plan.step import TrainingStep
+from opensoraplan.plan.traffic import sent_by_step
+from opensoraplan.runtime.placement import CHUNKS, MARGIN, Needs, plans_for
+
+GB = 1e9
+_STEPS = 50  # of a video that is generated, as `osp generate` takes them
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the devices and of the data: GB of memory of each device, TFLOP/s that one achieves,
+    samples per epoch. None: not known, and nothing is said that needs it.
+    """
+
+    memory: float | None = None
+    tflops: float | None = None
+    samples: int | None = None
+
+    def verdict(self, peak: float) -> str:
+        """Whether `peak` bytes fit, behind the row of a table."""
+        if self.memory is None:
+            return ""
+        return f"   {'fits' if peak <= self.memory * GB else 'does NOT fit'} into {self.memory:g}"
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """Parameters of the frozen parts beside the denoiser; by default those of the release."""
+
+    vae: int = 227_035_624
+    t5: int = 1_223_527_424
+    clip: int = 694_659_840
+
+    @property
+    def text(self) -> int:
+        return self.t5 + self.clip
+
+
+def training_lines(step: TrainingStep, known: Known, *, encoders: int, described: str) -> Iterator[str]:
+    """`encoders`: bytes of the VAE and the text encoders, if they are on the device, too. `described`: the
+    video, in words.
+    """
+    options, batch = step.options, step.shape.batch
+    yield f"{step.model.numbers():,} parameters; {described}"
+    yield (
+        f"{_count(step.devices, 'device')}: {said(step.mesh.sizes())}; "
+        f"{options.compute}, weights {options.master}"
+    )
+    yield f"batch {batch} x accumulate {options.accumulate}: {_count(step.samples, 'sample')} a step"
+    replicas = step.mesh.dp_replicate * step.mesh.dp_shard
+    if replicas > 1 and options.accumulate % replicas == 0:
+        fewer = options.accumulate // replicas
+        yield f"optimizer.accumulate {fewer} would keep the {step.samples // replicas:,} of one process"
+    yield ""
+    yield from _memory_lines(step, known, encoders=encoders)
+    yield ""
+    yield from _work_lines(step, known)
+    one = cache_bytes(step.model, step.shape)
+    if known.samples is not None:
+        yield f"feature cache: {one * known.samples / GB:,.1f} GB on disk"
+    else:
+        yield f"feature cache: {one / 1e6:,.1f} MB a sample on disk"
+
+
+def _memory_lines(step: TrainingStep, known: Known, *, encoders: int) -> Iterator[str]:
+    memory, options = training_memory(step), step.options
+    where = " (host)" if options.cpu_offload else ""
+    average = " (host)" if options.ema == "host" or options.cpu_offload else ""
+    yield "GB of a device"
+    yield _row("parameters" + where, memory.parameters)
+    yield _row("gradients" + where, memory.gradients)
+    yield _row("optimizer" + where, memory.optimizer)
+    yield _row("EMA" + average, memory.ema)
+    if encoders:
+        yield _row("VAE and text encoders", encoders)
+    yield _row("activations", memory.activations)
+    for number, stage in enumerate(stage_activations(step), 1):
+        yield _row(f"  stage {number}, {stage.depth} blocks of rate {stage.rate}", stage.kept)
+    yield _row("working memory of backward", memory.working)
+    peak = memory.peak + encoders
+    yield _row("most at one moment", peak) + known.verdict(peak / (1 - MARGIN))
+    if memory.host:
+        yield _row("of the host", memory.host)
+
+
+def _work_lines(step: TrainingStep, known: Known) -> Iterator[str]:
+    flops = training_flops(step.model.config, step.shape)
+    flops = flops * step.options.accumulate // (step.mesh.sp * step.mesh.tp)
+    yield f"{step.tokens:,} video tokens a sample"
+    yield f"{flops / 1e12:,.1f} TFLOP of a device a step; it sends {sent_by_step(step) / GB:,.2f} GB"
+    if known.tflops is not None:
+        seconds = flops / (known.tflops * 1e12)
+        yield f"{_time(seconds)} a step at {known.tflops:g} TFLOP/s"
+        if known.samples is not None:
+            yield f"{_time(seconds * known.samples / step.samples)} an epoch of {known.samples:,} samples"
+
+
+def generation_lines(
+    model: DenoiserSizes,
+    parts: FrozenParts,
+    shape: BatchShape,
+    known: Known,
+    *,
+    compute: str,
+    weights: Weights,
+    described: str,
+) -> Iterator[str]:
+    """Of one device that computes in precision `compute`, with the denoiser's weights kept as `weights`.
+    `described`: the video, in words.
+    """
+    size = BYTES[compute]
+    text, vae = parts.text * size, parts.vae * size
+    denoiser = model.stored(compute, kind=weights)
+    adaln = model.stored(compute, kind=weights, adaln=True)
+    units = range(len(model.blocks))
+    block = max(model.stored(compute, unit=unit, kind=weights, adaln=False) for unit in units)
+    vectors = vector_bytes(model, compute, steps=_STEPS)
+    forward = forward_memory(model, shape, compute, kind=weights)
+    decoding = tuple(decoding_memory(shape, compute, chunk=chunk) for chunk in CHUNKS)
+    yield f"{model.numbers():,} parameters; generating {described}, in {compute}; GB of one device"
+    yield _row("denoiser", denoiser)
+    yield _row("  its AdaLN layers", adaln)
+    yield _row("T5 and CLIP", text)
+    yield _row("VAE", vae)
+    yield _row("activations of the denoiser", forward)
+    yield _row(f"activations of decoding <= {CHUNKS[0]} at a time", decoding[0])
+    yield "most at one moment, by osp generate --memory"
+    needs = Needs(text, denoiser, adaln, block, vae, vectors, denoising=forward, decoding=decoding)
+    least = math.inf
+    for plan in plans_for([needs]):
+        if plan.peak < least:
+            least = plan.peak
+            name = f"  {plan.placement}, decoding <= {plan.chunk} at a time"
+            yield _row(name, plan.peak) + known.verdict(plan.peak / (1 - MARGIN))
+    yield _row("of the host, unless resident", model.stored(compute) + text + vae)
+    flops = 2 * forward_flops(model.config, shape)
+    yield f"{flops / 1e12:,.1f} TFLOP a guided step"
+    if known.tflops is not None:
+        yield f"{_time(flops / known.tflops / 1e12)} a guided step at {known.tflops:g} TFLOP/s"
+
+
+def _row(name: str, size: int) -> str:
+    return f"{name:<36}{size / GB:>10.3f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,76 @@
+"""A run's settings as plan/ takes them. Weights, data and devices need not be there yet."""
+
+import logging
+from typing import Any
+
+from opensoraplan.formats.assemble import denoiser_config, empty_vae
+from opensoraplan.formats.checkpoints import open_checkpoint
+from opensoraplan.models.sizes import DenoiserSizes
+from opensoraplan.models.text import empty_text_encoder
+from opensoraplan.plan.report import FrozenParts
+from opensoraplan.plan.step import TrainingOptions
+from opensoraplan.train.config import TextSettings, TrainSettings, VAESettings
+from opensoraplan.train.inputs.encoders import given_paths
+from opensoraplan.train.inputs.sources import selection_of_run, validation_encodes
+
+logger = logging.getLogger(__name__)
+
+
+def largest_sample(settings: TrainSettings) -> tuple[int, int, int]:
+    """Frames, height and width of what the run is trained on at most."""
+    selection = selection_of_run(settings.data) or settings.data.selection
+    return selection.sample_frames(selection.num_frames), *selection.largest_size
+
+
+def denoiser_sizes(settings: TrainSettings) -> DenoiserSizes:
+    """Of the model that the run trains; where its weights are not there, of one like its config or the
+    release, which is logged.
+    """
+    model = settings.model
+    if model.pretrained is not None and model.pretrained.exists():
+        config = denoiser_config(model.pretrained, model.config)
+    else:  # planning comes before weights are there
+        config = dict(model.config or {})
+        if model.pretrained is not None:
+            what = "of model.config" if config else "like the release"
+            logger.warning(
+                "model.pretrained %s does not exist: planned for a model %s", model.pretrained, what
+            )
+    if model.sparse_n is not None:
+        config["sparse_n"] = list(model.sparse_n)
+    return DenoiserSizes(config)
+
+
+def training_options(settings: TrainSettings) -> TrainingOptions:
+    """How the run trains its model."""
+    optimizer, memory = settings.optimizer, settings.memory
+    ema = "device" if optimizer.ema_device == "same" else "host"
+    return TrainingOptions(
+        compute=settings.model.compute,
+        master=settings.model.master,
+        accumulate=optimizer.accumulate,
+        recompute_blocks=memory.recompute_blocks,
+        recompute_feed_forwards=memory.recompute_feed_forwards,
+        keep_attention=memory.keep_attention,
+        ema=None if optimizer.ema_decay is None else ema,
+        cpu_offload=settings.parallel.cpu_offload,
+    )
+
+
+def frozen_parts(vae: VAESettings, text: TextSettings) -> FrozenParts:
+    """Those that the settings name; for parts that are not there, the release's."""
+    paths = given_paths(vae, text)
+    models: dict[str, Any] = {}
+    if (path := paths.get("vae.pretrained")) and path.exists():
+        models["vae"] = empty_vae(open_checkpoint(path), vae.config)
+    if (path := paths.get("text.t5")) and path.exists():
+        models["t5"] = empty_text_encoder(path, kind="t5")
+    if (path := paths.get("text.clip")) and path.exists():
+        models["clip"] = empty_text_encoder(path, kind="clip")
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return FrozenParts(**counts)
+
+
+def encodes_while_training(settings: TrainSettings) -> bool:
+    """Whether the VAE and the text encoders are on the device, too."""
+    return settings.data.features is None or validation_encodes(settings)
