@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,13 @@ _CONTROL_GROUPS = (
     ("", "memory.max", "memory.current", "file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
 )
+# Read by Ascend's libraries when they start. Seconds that processes wait for each other to begin, and to take
+# part in a collective; memory in segments that grow, so that it does not fall into pieces.
+_NPU_ENVIRONMENT = {
+    "HCCL_CONNECT_TIMEOUT": "1800",
+    "HCCL_EXEC_TIMEOUT": "7200",
+    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -81,7 +89,7 @@ def available() -> str:
 
 
 def _is_available(kind: str) -> bool:
-    if kind == "npu":
+    if kind == "npu" and not hasattr(torch, "npu"):  # which torch_npu adds; `import torch` may have loaded it
         try:
             import torch_npu  # noqa: F401  # type: ignore[import-not-found]  (its import registers torch.npu)
         except (ImportError, OSError):  # OSError: it is installed, Ascend's libraries are not
@@ -93,18 +101,30 @@ def prepare(device: torch.device, *, allow_tf32: bool | None = None) -> None:
     """Make this process ready for heavy work on `device`.
 
     On CUDA, `allow_tf32` says whether fp32 matrix products and convolutions run in TF32; None leaves torch's
-    settings as they are. On a CPU with glibc, memory that is freed is kept for the next operation instead of
+    settings as they are. On an NPU, tensors keep plain layouts and no kernel is compiled at run time, without
+    which convolutions of video are slow or fail; what the environment does not set of time-outs and of the
+    allocator is set. On a CPU with glibc, memory that is freed is kept for the next operation instead of
     going back to the kernel, which takes a third of the time otherwise.
     """
     if device.type == "cuda" and allow_tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
+    if device.type == "npu":
+        _prepare_npu()
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def _prepare_npu() -> None:
+    for name, value in _NPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    api = getattr(torch, "npu")  # noqa: B009 (torch does not declare it)
+    api.set_compile_mode(jit_compile=False)
+    api.config.allow_internal_format = False
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,9 +3,14 @@ torch for good, and every later test would compute on it.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from simulated.device import CARD, Card, install
+
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -22,3 +27,18 @@ def card() -> Iterator[Card]:
     CARD.reset()
     yield CARD
     assert not CARD.faults
+
+
+@pytest.fixture(scope="session")
+def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder with a wider denoiser of more blocks: as of real ones, most bytes are its."""
+    pipeline = OpenSoraPlanPipeline.from_pretrained(tiny_model, local_files_only=True)
+    config = {key: value for key, value in pipeline.transformer.config.items() if key[0] != "_"}
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": [2] * 5}
+    torch.manual_seed(0)
+    pipeline.transformer = SparseUMMDiT(**config | sizes | {"sparse_n": [1, 2, 4, 2, 1]})
+    for weight in pipeline.transformer.parameters():
+        weight.data = torch.randn_like(weight) * 0.02
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    pipeline.save_pretrained(folder)
+    return folder

@@ -11,11 +11,16 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
+from torch.nn import functional as F
 
 from opensoraplan.names import did_you_mean
 
 # Up to this many tokens, scores are kept for the backward pass on a CPU.
 _SHORT = 512
+# Channels that a head gets on an NPU for its key mask, as few as kernels there count in; and what they add to
+# the scores of masked keys, which fp16 can hold.
+_MASK_CHANNELS = 16
+_MASKED = -30000.0
 
 
 def attention(
@@ -26,8 +31,11 @@ def attention(
 
     `backend` is one of diffusers' dispatcher. None: its default, torch's SDPA, but where that trains badly:
     cuDNN's gradients under a mask can be NaN (torch 2.11, S % 128 == 64), and on CPUs those of bf16 take
-    several times as long as plain products for short sequences, such as those of small models.
+    several times as long as plain products for short sequences, such as those of small models. Masks never
+    reach the kernels of an NPU: they want one with a row for each query, of which memory is quadratic.
     """
+    if q.device.type == "npu" and key_mask is not None:
+        return _masked_by_channels(q, k, v, key_mask, backend=backend)
     if backend is None and q.requires_grad:
         if q.is_cuda and key_mask is not None:
             backend = "_native_efficient"
@@ -59,7 +67,7 @@ def set_backend(model: ModelMixin, name: str, device: torch.device, *, masked: s
             dispatch_attention_fn(q, q, q)
             if masked is not None:
                 problem = f"attention {name!r} cannot mask keys, and {masked}"
-                dispatch_attention_fn(q, q, q, attn_mask=mask)
+                attention(q, q, q, mask)
         model.set_attention_backend(name)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -69,6 +77,25 @@ def set_backend(model: ModelMixin, name: str, device: torch.device, *, masked: s
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores instead of a mask of booleans, of any shape: 0 where it is True, else -inf."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def _masked_by_channels(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, *, backend: object | None
+) -> Tensor:
+    """Attention without a mask: every head gets channels more, in which the products of queries and masked
+    keys are so negative that their softmax is 0. Values get zeros, for kernels want one width.
+    """
+    one = torch.zeros(_MASK_CHANNELS, dtype=q.dtype, device=q.device)
+    one[0] = 1
+    masked = (~key_mask[:, 0, 0, :, None, None]).to(k.dtype) * _MASKED * one  # [B, S, 1, channels]
+    out = dispatch_attention_fn(
+        torch.cat([q, one.expand(*q.shape[:-1], -1)], dim=-1),
+        torch.cat([k, masked.expand(*k.shape[:-1], -1)], dim=-1),
+        F.pad(v, (0, _MASK_CHANNELS)),
+        scale=q.shape[-1] ** -0.5,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    return out[..., : v.shape[-1]]
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -24,6 +24,14 @@ class Backend(types.ModuleType):
     Event = streams.Event
     OutOfMemoryError = torch.OutOfMemoryError
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.config = types.SimpleNamespace(allow_internal_format=True)
+        self.jit_compile = True
+
+    def set_compile_mode(self, *, jit_compile: bool) -> None:
+        self.jit_compile = jit_compile
+
     def is_initialized(self) -> bool:
         return True
 

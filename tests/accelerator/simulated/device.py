@@ -10,7 +10,7 @@ shares it on the card, too; an argument that was written is returned itself.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,11 @@ WHOLE = (
     "logsumexp",
     "embedding",
     "embedding_dense_backward",
+)
+VIEWS = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten._reshape_alias.default,
 )
 _ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _set = torch.ops.aten.set_.source_Storage_storage_offset
@@ -84,6 +89,9 @@ def install() -> Card:
         for overload in getattr(torch.ops.aten, name).overloads():
             op = getattr(getattr(torch.ops.aten, name), overload)
             aten.impl(op.name().removeprefix("aten::"), _runner(op), "PrivateUse1")
+    for op in VIEWS:
+        aten.impl(op.name().removeprefix("aten::"), _view(op), "PrivateUse1")
+    aten.impl("empty.memory_format", _empty, "PrivateUse1")
     # torch_npu allows it, too: `.data = ` between the host's and the card's tensors.
     aten.impl("_has_compatible_shallow_copy_type", lambda _a, _b: True, "PrivateUse1")
     fused.register(aten)
@@ -124,7 +132,7 @@ def to_card(x: Tensor) -> Tensor:
 
 def run_on_host(op: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """What an operation gives, with new tensors of the card for all that it returns."""
-    begin(name, [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)])
+    begin(name, _tensors([*args, *kwargs.values()]))
     out = op(*_mapped(args, _as_host), **_mapped(kwargs, _as_host))
     return _mapped(out, lambda x: to_card(x) if isinstance(x, Tensor) else x)
 
@@ -136,68 +144,125 @@ def begin(name: str, tensors: Sequence[Tensor], written: Sequence[Tensor] = ()) 
         raise CARD.fail(CardError, wrong)
     stream = streams.begin_operation()
     targets = {id(block_of(x)) for x in written if is_there(x)}
-    for x in tensors:
-        if is_there(x):
-            block = block_of(x)
-            try:
+    try:
+        for x in tensors:
+            if is_there(x):
+                block = block_of(x)
                 streams.touch(stream, block, name=name, writes=id(block) in targets)
-            except streams.OrderError as error:
-                CARD.faults.append(str(error))
-                raise
+    except streams.OrderError as error:
+        CARD.faults.append(str(error))
+        raise
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an operation's schema says. `returned`: the place of the argument that each result is, if it is
+    one.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    written: tuple[int, ...]
+    returned: tuple[int | None, ...]
+    random: bool
+
+    @classmethod
+    def of(cls, op: Any) -> "_Kind":  # noqa: ANN401
+        infos = [argument.alias_info for argument in op._schema.arguments]
+        written = [place for place, info in enumerate(infos) if info is not None and info.is_write]
+        returned = [
+            next(
+                (
+                    place
+                    for place in written
+                    if alias is not None and infos[place].before_set == alias.before_set
+                ),
+                None,
+            )
+            for alias in (one.alias_info for one in op._schema.returns)
+        ]
+        names = tuple(argument.name for argument in op._schema.arguments)
+        return cls(op.name(), names, tuple(written), tuple(returned), "generator" in names)
+
+    def argument(self, place: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        return args[place] if place < len(args) else kwargs.get(self.arguments[place])
+
+
+_kinds: dict[Any, _Kind] = {}
 
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """The fallback: any operation on tensors of the card, or that makes one."""
-    name = op.name()
+    kind = _kinds.get(op) or _kinds.setdefault(op, _Kind.of(op))
+    name = kind.name
     if name.startswith("aten::_copy_from"):
         return _copy(*args, **kwargs)
-    tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
-    written = [value for argument, value in _arguments(op, args, kwargs) if _writes(argument)]
-    if CARD.ascend and (wrong := rules.of_layout(name, kwargs.get("memory_format"))):
-        raise CARD.fail(CardError, wrong)
-    begin(name, tensors, [x for value in written for x in _leaves(value) if isinstance(x, Tensor)])
+    tensors = _tensors(args)
+    to_host = False
+    if kwargs:
+        tensors += _tensors(kwargs.values())
+        if CARD.ascend and (wrong := rules.of_layout(name, kwargs.get("memory_format"))):
+            raise CARD.fail(CardError, wrong)
+        device = kwargs.get("device")
+        to_host = device is not None and torch.device(device).type != NAME
+    begin(name, tensors, _tensors(kind.argument(place, args, kwargs) for place in kind.written))
     if name == "aten::_local_scalar_dense":
         streams.current().synchronize()
         return on_host(args[0]).item()
-    if name == "aten::record_stream":
-        raise CARD.fail(CardError, "record_stream of a torch.Stream: give one of torch.npu")
     owners = {block_of(x).host._cdata: x.untyped_storage() for x in tensors if is_there(x)}
-    to_host = kwargs.get("device") is not None and torch.device(kwargs["device"]).type != NAME
-    out = op(*_mapped(args, _as_host), **_host_options(op, _mapped(kwargs, _as_host)))
+    options = _mapped(kwargs, _as_host)
+    if kind.random and options.get("generator") is None:
+        options["generator"] = CARD.generator
+    if options.get("pin_memory"):
+        options["pin_memory"] = False
+    out = op(*_mapped(args, _as_host), **options)
     if out is None or to_host:
         return out
-    for x in _leaves(out):
-        if isinstance(x, Tensor) and CARD.ascend and (wrong := rules.of_result(name, x)):
-            raise CARD.fail(CardError, wrong)
 
     def wrapped(x: Any) -> Any:  # noqa: ANN401
         if not isinstance(x, Tensor):
             return x
-        storage = owners.get(x.untyped_storage()._cdata)
+        if CARD.ascend and (wrong := rules.of_dtype(name, x.dtype)):
+            raise CARD.fail(CardError, wrong)
+        host = x.untyped_storage()._cdata
+        storage = owners.get(host)
         if storage is None:
             made = to_card(x)
-            owners[x.untyped_storage()._cdata] = made.untyped_storage()
+            owners[host] = made.untyped_storage()
             return made
         return _placed(torch._C._acc.create_empty_tensor((0,), x.dtype), storage, x)
 
     single = not isinstance(out, (tuple, list))
     results = (out,) if single else out
-    returns = op._schema.returns
-    if len(returns) != len(results):  # one list of tensors
+    if len(kind.returned) != len(results):  # one list of tensors
         return type(out)(map(wrapped, out))
-    made = []
-    for x, description in zip(results, returns, strict=True):
-        alias = description.alias_info
-        if alias is not None and alias.is_write:
-            target = next(
-                value
-                for argument, value in _arguments(op, args, kwargs)
-                if _writes(argument) and argument.alias_info.before_set == alias.before_set
-            )
-            made.append(_written(target, x))
-        else:
-            made.append(_mapped(x, wrapped))
+    made = [
+        _mapped(x, wrapped) if place is None else _written(kind.argument(place, args, kwargs), x)
+        for x, place in zip(results, kind.returned, strict=True)
+    ]
     return made[0] if single else type(out)(made)
+
+
+def _empty(
+    size: Sequence[int],
+    dtype: torch.dtype | None = None,
+    *_: Any,  # noqa: ANN401
+    memory_format: torch.memory_format | None = None,
+    **__: Any,  # noqa: ANN401
+) -> Tensor:
+    """What most results begin as."""
+    name, dtype = "aten::empty.memory_format", dtype or torch.get_default_dtype()
+    wrong = CARD.ascend and (rules.of_layout(name, memory_format) or rules.of_dtype(name, dtype))
+    if wrong:
+        raise CARD.fail(CardError, wrong)
+    return to_card(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+
+
+def _view(op: Any) -> Callable[..., Any]:  # noqa: ANN401
+    """Views are other shapes of the same memory, which they do not touch: the host's operation does it on the
+    card's tensors themselves.
+    """
+    return lambda *args: op.redispatch(_ON_CPU, *args)
 
 
 def _runner(op: Any) -> Callable[..., Any]:  # noqa: ANN401
@@ -224,7 +289,7 @@ def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     begin_copy = [x for x in (source, target)]
     CARD.calls[kind] = CARD.calls.get(kind, 0) + 1
     for x in begin_copy:
-        if CARD.ascend and is_there(x) and (wrong := rules.of_result("a copy", x)):
+        if CARD.ascend and is_there(x) and (wrong := rules.of_dtype("a copy", x.dtype)):
             raise CARD.fail(CardError, wrong)
     host = next((x for x in (source, target) if not is_there(x)), None)
     if host is not None and non_blocking and host.numel() and not is_pinned(host):
@@ -270,36 +335,15 @@ def _as_host(x: Any) -> Any:  # noqa: ANN401
     return on_host(x) if is_there(x) else x
 
 
-def _host_options(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-    if kwargs.get("pin_memory"):
-        kwargs["pin_memory"] = False
-    takes = any(argument.name == "generator" for argument in op._schema.arguments)
-    if takes and kwargs.get("generator") is None:
-        kwargs["generator"] = CARD.generator
-    return kwargs
-
-
-def _arguments(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401
-    for place, argument in enumerate(op._schema.arguments):
-        if place < len(args):
-            yield argument, args[place]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
-
-
-def _writes(argument: Any) -> bool:  # noqa: ANN401
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _leaves(value: Any) -> Iterator[Any]:  # noqa: ANN401
-    if isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _leaves(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _leaves(one)
-    else:
-        yield value
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors among the values and in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ANN401

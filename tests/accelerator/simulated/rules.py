@@ -25,17 +25,17 @@ def mixed(name: str, tensors: Sequence[Tensor]) -> str | None:
 def of_operation(name: str, tensors: Sequence[Tensor]) -> str | None:
     """What an Ascend NPU refuses about an operation's arguments."""
     for x in tensors:
-        if wrong := of_result(name, x):
+        if wrong := of_dtype(name, x.dtype):
             return wrong
     if name.startswith(_NOT_IN_BF16) and any(x.dtype == torch.bfloat16 for x in tensors):
         return f"{name}: not in bf16 on an NPU"
     return None
 
 
-def of_result(name: str, x: Tensor) -> str | None:
+def of_dtype(name: str, dtype: torch.dtype) -> str | None:
     """What an Ascend NPU refuses about a tensor."""
-    if x.dtype in _NO_DTYPES:
-        return f"{name}: {x.dtype} on an NPU"
+    if dtype in _NO_DTYPES:
+        return f"{name}: {dtype} on an NPU"
     return None
 
 
