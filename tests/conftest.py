@@ -3,17 +3,21 @@ train. Read them, never write.
 """
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import Command, Outcome
 from moving_shapes.writing import write_dataset
 from tiny_models import align
 from tiny_release import sources_of, write_release
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opensoraplan import cli
 from opensoraplan.formats.assemble import save_diffusers
 from opensoraplan.formats.mindspeed.inference import read_inference
 from opensoraplan.pipeline import OpenSoraPlanPipeline
@@ -45,6 +49,30 @@ def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def osp(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> Command:
+    """Runs the command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="opensoraplan")  # and back, whatever the command sets
+
+    def command(*arguments: object, program: Callable[[], None] = cli.main) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
+        caplog.clear()
+        code = 0
+        try:
+            program()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Outcome(code, *capsys.readouterr(), caplog.text)
+
+    return command
 
 
 class Watch(TorchDispatchMode):

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import entry_points, version
@@ -24,12 +22,13 @@ import psutil
 import pytest
 import torch
 from av.video.stream import VideoStream
+from command import Command, mistake
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_release import DENOISER, VAE
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from opensoraplan import OpenSoraPlanPipeline, cli
+from opensoraplan import OpenSoraPlanPipeline
 from opensoraplan.cli import generating
 from opensoraplan.cli.verbs import VERBS
 from opensoraplan.data.video import read_frames
@@ -46,52 +45,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 GUIDE = Path(__file__).parent / "golden/inference_t2v_model1_5.json"
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]
-
-
-@dataclass
-class Outcome:
-    """How a command ended. `log` is what else it said on stderr."""
-
-    code: int
-    out: str
-    err: str
-    log: str
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def osp(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-) -> Command:
-    """Runs the command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level(logging.INFO, logger="opensoraplan")
-
-    def command(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
-        caplog.clear()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Outcome(code, out, err, caplog.text)
-
-    return command
-
-
-def mistake(outcome: Outcome) -> str:
-    """The one message of a command that failed as it should."""
-    assert outcome.code == 2, outcome
-    assert "Traceback" not in outcome.err
-    assert outcome.err.count("osp: error: ") == 1, outcome.err
-    return outcome.err.partition("osp: error: ")[2].strip()
 
 
 def changed_sizes() -> list[str]:

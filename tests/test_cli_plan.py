@@ -2,15 +2,12 @@
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import Command
 
-from opensoraplan import builtin, cli
-
-Osp = Callable[..., tuple[int, str, str]]
+from opensoraplan import builtin
 
 RUN = """
 output = "run"
@@ -34,25 +31,10 @@ recompute_blocks = 6
 """
 
 
-@pytest.fixture
-def osp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Osp:
-    """Runs the command in this process; returns its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return command
-
-
-def test_plan_of_the_release(osp: Osp) -> None:
-    code, said, _ = osp("plan", "--dp-shard", 8, "--recompute-blocks", 32, "--tflops", 300, "--samples", 1000)
+def test_plan_of_the_release(osp: Command) -> None:
+    code, said, *_ = osp(
+        "plan", "--dp-shard", 8, "--recompute-blocks", 32, "--tflops", 300, "--samples", 1000
+    )
     assert code == 0
     assert "8,504,661,120 parameters; 121 x 576 x 1024, 512 text tokens" in said
     assert "8 devices: dp_replicate 1 x dp_shard 8 x sp 1 x tp 1" in said
@@ -62,9 +44,9 @@ def test_plan_of_the_release(osp: Osp) -> None:
     assert "feature cache: 39.8 GB on disk" in said
 
 
-def test_plan_of_a_run_takes_its_settings(osp: Osp, tmp_path: Path) -> None:
+def test_plan_of_a_run_takes_its_settings(osp: Command, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    code, said, _ = osp("plan", "run.toml", "--set", "optimizer.accumulate=2")
+    code, said, *_ = osp("plan", "run.toml", "--set", "optimizer.accumulate=2")
     assert code == 0
     assert "9 x 64 x 64, 512 text tokens" in said
     assert "batch 3 x accumulate 2: 6 samples a step" in said
@@ -78,35 +60,37 @@ def test_plan_of_a_run_takes_its_settings(osp: Osp, tmp_path: Path) -> None:
         ("num_frames = 1\nmin_num_frames = 1\nforce_resolution = false\nmax_hxw = 70000", "1 x 256 x 256"),
     ],
 )
-def test_plan_of_a_run_is_of_its_largest_sample(osp: Osp, tmp_path: Path, selection: str, said: str) -> None:
+def test_plan_of_a_run_is_of_its_largest_sample(
+    osp: Command, tmp_path: Path, selection: str, said: str
+) -> None:
     head = RUN.partition("[data.selection]")[0]
     (tmp_path / "run.toml").write_text(f"{head}[data.selection]\n{selection}\n")
     assert f"parameters; {said}, " in osp("plan", "run.toml")[1]
 
 
-def test_plan_before_there_are_weights(osp: Osp, tmp_path: Path) -> None:
+def test_plan_before_there_are_weights(osp: Command, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    code, said, _ = osp("plan", "run.toml", "--set", "model.pretrained=absent", "model.config=none")
+    code, said, *_ = osp("plan", "run.toml", "--set", "model.pretrained=absent", "model.config=none")
     assert (code, said[:24]) == (0, "8,504,661,120 parameters")
 
 
-def test_plan_suggests_a_mesh_that_fits(osp: Osp) -> None:
-    code, said, _ = osp("plan", "--recompute-blocks", 32, "--memory", 80)
+def test_plan_suggests_a_mesh_that_fits(osp: Command) -> None:
+    code, said, *_ = osp("plan", "--recompute-blocks", 32, "--memory", 80)
     assert code == 0
     assert "the cheapest mesh that fits" in said
     assert "fits into 80" in said
 
 
-def test_plan_of_a_model_folder_and_of_generating(osp: Osp, tmp_path: Path) -> None:
+def test_plan_of_a_model_folder_and_of_generating(osp: Command, tmp_path: Path) -> None:
     config = {"_class_name": "SparseUMMDiT", "num_attention_heads": 4, "attention_head_dim": 16}
     (tmp_path / "model" / "transformer").mkdir(parents=True)
     (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(config))
-    code, said, _ = osp("plan", "model", "--generate", "--frames", 9, "--height", 64, "--width", 64)
+    code, said, *_ = osp("plan", "model", "--generate", "--frames", 9, "--height", 64, "--width", 64)
     assert code == 0
     assert "activations of decoding" in said
 
 
-def test_plan_counts_the_encoders_that_the_run_or_the_model_has(osp: Osp) -> None:
+def test_plan_counts_the_encoders_that_the_run_or_the_model_has(osp: Command) -> None:
     run = Path(__file__).parents[1] / "configs" / "finetune_builtin.toml"
     encoders = re.search(r"VAE and text encoders +(\S+)", osp("plan", run)[1])
     assert encoders is not None
@@ -117,8 +101,8 @@ def test_plan_counts_the_encoders_that_the_run_or_the_model_has(osp: Osp) -> Non
     assert "T5 and CLIP                              3.836" in osp("plan", "--generate")[1]
 
 
-def test_the_release_fits_small_cards_by_streaming(osp: Osp) -> None:
-    code, said, _ = osp("plan", "--generate", "--memory", 8)
+def test_the_release_fits_small_cards_by_streaming(osp: Command) -> None:
+    code, said, *_ = osp("plan", "--generate", "--memory", 8)
     assert code == 0
     rows = [line.strip() for line in said.splitlines() if "at a time" in line and line.startswith("  ")]
     assert list(dict.fromkeys(row.split(",")[0] for row in rows)) == ["resident", "in-turn", "streamed"]
@@ -126,15 +110,15 @@ def test_the_release_fits_small_cards_by_streaming(osp: Osp) -> None:
     assert rows[-1].endswith("   fits into 8")
 
 
-def test_int8_weights_spare_a_card_of_16_gb_the_streaming(osp: Osp) -> None:
+def test_int8_weights_spare_a_card_of_16_gb_the_streaming(osp: Command) -> None:
     for weights, verdict in (("whole", "does NOT fit into 16"), ("int8", "   fits into 16")):
-        code, said, _ = osp("plan", "--generate", "--memory", 16, "--weights", weights)
+        code, said, *_ = osp("plan", "--generate", "--memory", 16, "--weights", weights)
         assert code == 0
         rows = [row for row in said.splitlines() if row.strip().startswith("in-turn")]
         assert rows[-1].endswith(verdict)
 
 
-def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Osp) -> None:
+def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Command) -> None:
     run = Path(__file__).parents[1] / "configs" / "finetune_builtin.toml"
     alone, one, two = (osp("plan", run, "--generate", *more) for more in ([], ["--batch", 1], ["--batch", 2]))
     assert alone == one != two
@@ -158,22 +142,22 @@ def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Osp) ->
         (["--set", "a=1"], "goes with a run's .toml"),
     ],
 )
-def test_plan_refuses(osp: Osp, arguments: list[object], message: str) -> None:
-    code, said, error = osp("plan", *arguments)
+def test_plan_refuses(osp: Command, arguments: list[object], message: str) -> None:
+    code, said, error, _ = osp("plan", *arguments)
     assert (code, said) == (2, "")
     assert message in error
 
 
-def test_unknown_keys_of_a_model_are_named(osp: Osp, tmp_path: Path) -> None:
+def test_unknown_keys_of_a_model_are_named(osp: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_attention_head": 4}')
-    code, _, error = osp("plan", "config.json")
+    code, _, error, _ = osp("plan", "config.json")
     assert code == 2
     assert "'num_attention_head' (did you mean 'num_attention_heads'?)" in error
 
 
-def test_launch_prints_the_line(osp: Osp) -> None:
+def test_launch_prints_the_line(osp: Command) -> None:
     train = ["--", "train", "RUN.toml", "--resume", "latest"]
-    code, said, _ = osp("launch", "--processes", 8, "--max-restarts", 3, "--print", *train)
+    code, said, *_ = osp("launch", "--processes", 8, "--max-restarts", 3, "--print", *train)
     assert code == 0
     words = said.split()
     # The first is time to save, the second or restarts hang.
@@ -184,7 +168,7 @@ def test_launch_prints_the_line(osp: Osp) -> None:
         *("-m", "opensoraplan", "train", "RUN.toml", "--resume", "latest"),
     ]
     several = ["--nodes", 2, "--node-rank", 1, "--master", "a:29500"]
-    _, said, _ = osp("launch", "--processes", 8, *several, "--print", *train)
+    _, said, *_ = osp("launch", "--processes", 8, *several, "--print", *train)
     assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=a:29500 --rdzv-conf=is_host=false" in said
 
 
@@ -202,7 +186,7 @@ def test_launch_prints_the_line(osp: Osp) -> None:
         (["--processes", 2, "--master", "a:1"], "go with --nodes 2 or more"),
     ],
 )
-def test_launch_refuses(osp: Osp, arguments: list[object], message: str) -> None:
-    code, _, error = osp("launch", *arguments, "--print", "--", "train", "RUN.toml")
+def test_launch_refuses(osp: Command, arguments: list[object], message: str) -> None:
+    code, _, error, _ = osp("launch", *arguments, "--print", "--", "train", "RUN.toml")
     assert code == 2
     assert message in error

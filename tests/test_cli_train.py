@@ -1,51 +1,26 @@
 """`osp cache`, `train`, `train-vae` and `export` by the command itself; each mistake ends in one message."""
 
 import json
-import logging
 import re
 import resource
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command import Command
 from tiny_models import DENOISER
 
-from opensoraplan import OpenSoraPlanPipeline, cli
+from opensoraplan import OpenSoraPlanPipeline
 from opensoraplan.convert import load_checkpoint
 from opensoraplan.data.video import probe
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.run import checkpoint
 
 MakeRun = Callable[..., TrainSettings]
-Osp = Callable[..., tuple[int, str]]
 GUIDE = Path(__file__).parent / "golden"
 SIZES = "\n".join(["[model.config]", *(f"{key} = {json.dumps(value)}" for key, value in DENOISER.items())])
-
-
-@pytest.fixture
-def osp(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-) -> Osp:
-    """Runs the command in this process, in an empty folder; returns its exit code and stderr."""
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level(logging.INFO, logger="opensoraplan")  # and back, whatever the command sets
-
-    def command(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["osp", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, capsys.readouterr().err
-
-    return command
 
 
 def toml_of(run: TrainSettings, path: Path) -> Path:
@@ -54,7 +29,7 @@ def toml_of(run: TrainSettings, path: Path) -> Path:
     return path
 
 
-def test_clips_to_cache_to_model_to_video(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_clips_to_cache_to_model_to_video(osp: Command, tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run("run", optimizer={"steps": 2, "lr": 1e-3, "ema_decay": 0.9}, data={"features": "features"})
     config = toml_of(run, tmp_path / "run.json")
     assert osp("cache", config)[0] == 0
@@ -73,7 +48,7 @@ def test_clips_to_cache_to_model_to_video(osp: Osp, tiny_run: MakeRun, tmp_path:
         assert torch.equal(tensor, weights[name]), name
 
 
-def test_export_in_the_originals_formats(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_export_in_the_originals_formats(osp: Command, tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run("run", optimizer={"steps": 1, "lr": 1e-3, "ema_decay": 0.9})
     assert osp("train", toml_of(run, tmp_path / "run.json"))[0] == 0
     for ema, part in (("--ema", "ema"), ("--no-ema", "model")):
@@ -108,13 +83,13 @@ def guide_changes(run: TrainSettings) -> list[str]:
     ]
 
 
-def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_the_guides_files_as_printed(osp: Command, tiny_run: MakeRun, tmp_path: Path) -> None:
     """Only paths and sizes are overridden."""
     run = tiny_run("run")
     (tmp_path / "sizes.toml").write_text(SIZES)
     changes = [*guide_changes(run), f"data.manifest={run.data.manifest}"]
     arguments = ["--model", GUIDE / "guide_model.json", "--data", GUIDE / "guide_data.json"]
-    code, err = osp("train", "sizes.toml", *arguments, "--set", *changes)
+    code, _, err, _ = osp("train", "sizes.toml", *arguments, "--set", *changes)
     assert code == 0, err
     settings = TrainSettings.read_file(tmp_path / "run" / "config.json")
     assert settings.optimizer.accumulate == 4
@@ -156,10 +131,10 @@ def test_the_guides_files_as_printed(osp: Osp, tiny_run: MakeRun, tmp_path: Path
     ],
 )
 def test_mistakes_are_told_in_one_message(
-    osp: Osp, tiny_run: MakeRun, tmp_path: Path, command: str, message: str
+    osp: Command, tiny_run: MakeRun, tmp_path: Path, command: str, message: str
 ) -> None:
     config = toml_of(tiny_run("run"), tmp_path / "run.json")
-    code, err = osp(*command.format(run=config, folder=tmp_path).split())
+    code, _, err, _ = osp(*command.format(run=config, folder=tmp_path).split())
     assert code == 2, err
     assert "Traceback" not in err
     assert err.count("osp: error: ") == 1
@@ -168,47 +143,47 @@ def test_mistakes_are_told_in_one_message(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_config_that_is_no_runs_is_not_replaced(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_a_config_that_is_no_runs_is_not_replaced(osp: Command, tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run("model")
     run.output.mkdir()
     (run.output / "config.json").write_text('{"_class_name": "T5EncoderModel"}')
     before = contents(run.output)
-    code, err = osp("train", toml_of(run, tmp_path / "run.json"), "--set", "optimizer.steps=1")
+    code, _, err, _ = osp("train", toml_of(run, tmp_path / "run.json"), "--set", "optimizer.steps=1")
     assert code == 2
     assert "model/config.json is not the config.json of a training run, and would be overwritten" in err
     assert contents(run.output) == before
 
 
-def test_a_vae_run_is_no_denoisers(osp: Osp, tiny_clips: Path, tmp_path: Path) -> None:
+def test_a_vae_run_is_no_denoisers(osp: Command, tiny_clips: Path, tmp_path: Path) -> None:
     values = {"output": "run", "model": {"config": {}}, "data": {"manifest": tiny_clips}}
     (tmp_path / "run").mkdir()
     settings = VAETrainSettings.read(values, where="the test's run")
     config = tmp_path / "run" / "config.json"
     config.write_text(settings.model_dump_json())
-    code, err = osp("export", "run", "--out", "model")
+    code, _, err, _ = osp("export", "run", "--out", "model")
     assert (code, "run/checkpoints has no checkpoint" in err) == (2, True)
-    code, err = osp("export", "run", "--out", "model", "--to", "release")
+    code, _, err, _ = osp("export", "run", "--out", "model", "--to", "release")
     assert (code, "give --out and --step only" in err) == (2, True)
-    code, err = osp("train", config)
+    code, _, err, _ = osp("train", config)
     assert code == 2
     assert "data.frames, data.height, data.width, data.flip, loss" in err
     assert err.endswith("settings of a VAE's run, which is for osp train-vae\n")
 
 
 def test_captions_that_are_missing_are_said(
-    osp: Osp, tiny_run: MakeRun, tmp_path: Path, tiny_clips: Path
+    osp: Command, tiny_run: MakeRun, tmp_path: Path, tiny_clips: Path
 ) -> None:
     clip = next((tiny_clips.parent / "clips").glob("*.mp4"))
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent" / "a.mp4").write_bytes(clip.read_bytes())
     config = toml_of(tiny_run("run", data={"manifest": tmp_path / "silent"}), tmp_path / "run.json")
-    code, err = osp("train", config)
+    code, _, err, _ = osp("train", config)
     assert code == 2
     assert "caption" in err
 
 
 def test_unreadable_clips_stop_the_run_with_the_list(
-    osp: Osp, tiny_run: MakeRun, tmp_path: Path, tiny_clips: Path
+    osp: Command, tiny_run: MakeRun, tmp_path: Path, tiny_clips: Path
 ) -> None:
     shutil.copytree(tiny_clips.parent, tmp_path / "clips")
     for number in range(3):
@@ -219,7 +194,7 @@ def test_unreadable_clips_stop_the_run_with_the_list(
     )
     over = {"manifest": tmp_path / "clips" / "data.txt", "max_bad_files": 1}
     config = toml_of(tiny_run("run", data=over), tmp_path / "run.json")
-    code, err = osp("train", config)
+    code, _, err, _ = osp("train", config)
     assert code == 2
     assert "2 files cannot be read, 1 are allowed" in err
 
@@ -228,23 +203,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_resume_with_changed_settings_changes_nothing(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_a_resume_with_changed_settings_changes_nothing(
+    osp: Command, tiny_run: MakeRun, tmp_path: Path
+) -> None:
     config = toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json")
     assert osp("train", config)[0] == 0
     before = contents(tmp_path / "run")
-    code, err = osp("train", config, "--resume", "latest", "--set", "optimizer.lr=1e-2")
+    code, _, err, _ = osp("train", config, "--resume", "latest", "--set", "optimizer.lr=1e-2")
     assert code == 2
     assert "optimizer.lr: 0.001 -> 0.01" in err
     assert contents(tmp_path / "run") == before
 
 
 def test_a_full_disk_from_the_start_promises_no_checkpoint(
-    osp: Osp, tiny_run: MakeRun, tmp_path: Path
+    osp: Command, tiny_run: MakeRun, tmp_path: Path
 ) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
-        code, err = osp("train", toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json"))
+        code, _, err, _ = osp("train", toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert code == 2
@@ -254,13 +231,15 @@ def test_a_full_disk_from_the_start_promises_no_checkpoint(
     assert checkpoint.steps(tmp_path / "run") == []
 
 
-def test_a_full_disk_while_saving_costs_no_checkpoint(osp: Osp, tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_a_full_disk_while_saving_costs_no_checkpoint(
+    osp: Command, tiny_run: MakeRun, tmp_path: Path
+) -> None:
     assert osp("train", toml_of(tiny_run(optimizer={"steps": 2}), tmp_path / "run.json"))[0] == 0
     longer = toml_of(tiny_run(optimizer={"steps": 4}), tmp_path / "longer.json")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # no file may grow beyond that
     try:
-        code, err = osp("train", longer, "--resume", "latest")
+        code, _, err, _ = osp("train", longer, "--resume", "latest")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert code == 2
@@ -272,7 +251,7 @@ def test_a_full_disk_while_saving_costs_no_checkpoint(osp: Osp, tiny_run: MakeRu
 
 
 def test_the_guides_files_make_the_features_that_they_load(
-    osp: Osp, tiny_run: MakeRun, tmp_path: Path
+    osp: Command, tiny_run: MakeRun, tmp_path: Path
 ) -> None:
     run = tiny_run("run")
     (tmp_path / "sizes.toml").write_text(SIZES)
@@ -283,19 +262,19 @@ def test_the_guides_files_make_the_features_that_they_load(
         (tmp_path / f"{name}.json").write_text(text)
     changes = guide_changes(run)
     files = ["sizes.toml", "--model", "model.json", "--data", "data.json"]
-    code, err = osp("cache", *files, "--out", "features", "--set", *changes)
+    code, _, err, _ = osp("cache", *files, "--out", "features", "--set", *changes)
     assert code == 0, err
-    code, err = osp("train", *files, "--set", *changes)
+    code, _, err, _ = osp("train", *files, "--set", *changes)
     assert code == 2
     assert "data.features is missing" in err
     changes.append("data.features=features")
-    code, err = osp("cache", *files, "--set", *changes)
+    code, _, err, _ = osp("cache", *files, "--set", *changes)
     assert code == 0, err
-    code, err = osp("train", *files, "--set", *changes)
+    code, _, err, _ = osp("train", *files, "--set", *changes)
     assert code == 0, err
-    code, err = osp("train", "run/config.json", "--resume", "latest", "--set", "optimizer.steps=2")
+    code, _, err, _ = osp("train", "run/config.json", "--resume", "latest", "--set", "optimizer.steps=2")
     assert code == 0, err
     changes += ["output=other", "data.selection.speed_factor=2.0"]
-    code, err = osp("train", *files, "--set", *changes)
+    code, _, err, _ = osp("train", *files, "--set", *changes)
     assert code == 2
     assert "another selection.speed_factor (was 1.0, is 2.0)" in err
