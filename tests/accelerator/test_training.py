@@ -1,0 +1,118 @@
+"""Training runs on the simulated card learn what they learn on the CPU."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated.device import Card
+from tiny_models import SHALLOW_VAE
+
+from opensoraplan.train.config import TrainSettings, VAETrainSettings
+from opensoraplan.train.inputs.cache import write_cache
+from opensoraplan.train.methods.vae import train_vae
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.trainer import train
+
+MakeRun = Callable[..., TrainSettings]
+
+
+def logged(run: TrainSettings | VAETrainSettings, name: str) -> list[float]:
+    """The values of that name in metrics.jsonl, in order."""
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def on(device: str, run: TrainSettings) -> TrainSettings:
+    return run.model_copy(update={"device": device, "output": run.output.with_name(device)})
+
+
+def weights(run: TrainSettings | VAETrainSettings, part: str) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load(run.output, checkpoint.find(run.output, "latest")).parts[part])
+
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "fp32": {},
+    "recompute, EMA on the host": {
+        "memory": {"recompute_blocks": 4},
+        "optimizer": {"steps": 3, "lr": 1e-3, "ema_decay": 0.9, "ema_device": "cpu"},
+    },
+    "bf16, feed-forwards again": {
+        "model": {"compute": "bf16"},
+        "memory": {"recompute_feed_forwards": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_weights_are_those_of_the_cpu(card: Card, tiny_run: MakeRun, case: str) -> None:
+    changes = dict(CASES[case])
+    optimizer = {"steps": 3, "lr": 1e-3, "ema_decay": 0.9}
+    run = tiny_run(**{"optimizer": optimizer, "checkpoint": {"every": 3}, **changes})
+    runs = {device: on(device, run) for device in ("cpu", "npu")}
+    for one in runs.values():
+        train(one)
+    off = 2e-3 if run.model.compute == "bf16" else 2e-5
+    assert logged(runs["npu"], "loss") == pytest.approx(logged(runs["cpu"], "loss"), rel=off)
+    assert logged(runs["npu"], "grad_norm") == pytest.approx(logged(runs["cpu"], "grad_norm"), rel=10 * off)
+    expected, made = (weights(one, "ema") for one in runs.values())
+    for name, average in expected.items():
+        assert (made[name] - average).abs().mean() < 1e-4, name
+    gc.collect()
+    assert card.memory.now == 0
+
+
+def test_a_run_with_a_cache_validates_stops_and_goes_on(
+    card: Card, tiny_run: MakeRun, tiny_clips: Path
+) -> None:
+    held_out = {"every": 3, "manifest": tiny_clips, "samples": 2, "sigmas": (0.5,)}
+    held_out |= {"prompts": ("a star",), "frames": 9, "height": 32, "width": 32, "sampling_steps": 1}
+    changes: dict[str, Any] = {"validation": held_out, "checkpoint": {"every": 3}}
+    run = tiny_run(optimizer={"steps": 6, "lr": 1e-3, "ema_decay": 0.9}, **changes)
+    runs = {}
+    for device in ("cpu", "npu"):
+        clips = on(device, run)
+        write_cache(clips, folder := clips.output.with_name(f"{device}_features"))
+        data = clips.data.model_copy(update={"features": folder})
+        runs[device] = clips.model_copy(update={"data": data})
+    stopped = runs["npu"].model_copy(
+        update={"optimizer": runs["npu"].optimizer.model_copy(update={"steps": 3})}
+    )
+    train(runs["cpu"])
+    train(stopped)
+    train(runs["npu"], resume="latest")
+    for name in ("loss", "validation/loss"):
+        assert logged(runs["npu"], name) == pytest.approx(logged(runs["cpu"], name), rel=2e-5)
+    assert card.calls["aten::attention_backward"]
+
+
+def test_a_vae_learns_as_on_the_cpu(card: Card, tiny_clips: Path, tmp_path: Path) -> None:
+    size = {"num_frames": 9, "min_num_frames": 9, "train_fps": 12, "max_height": 64, "max_width": 64}
+    losses = {}
+    for device, compute in (("cpu", "fp32"), ("npu", "fp32"), ("npu", "bf16")):
+        values: dict[str, Any] = {
+            "output": tmp_path / f"{device}-{compute}",
+            "device": device,
+            "model": {"config": SHALLOW_VAE, "compute": compute},
+            "data": {
+                "manifest": tiny_clips,
+                "frames": 9,
+                "height": 32,
+                "width": 32,
+                "workers": 0,
+                "selection": size,
+            },
+            "optimizer": {"steps": 2, "lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9},
+            "loss": {"adversarial_start": 2},
+            "log": {"every": 1},
+            "checkpoint": {"every": 2},
+        }
+        run = VAETrainSettings.read(values, where="the test's run")
+        train_vae(run)
+        losses[device, compute] = logged(run, "loss")
+    assert losses["npu", "fp32"] == pytest.approx(losses["cpu", "fp32"], rel=1e-4)
+    assert losses["npu", "bf16"] == pytest.approx(losses["cpu", "fp32"], rel=2e-2)
+    assert card.calls["aten::convolution_backward"]
