@@ -1,12 +1,19 @@
 """The feature cache on disk: shards of made-up features, read back, stale, unfinished and damaged."""
 
+import json
+import math
 import os
 import pickle
 import resource
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,6 +23,7 @@ from opensoraplan.data.dataset import caption_of
 from opensoraplan.data.features import Description, FeatureDataset, LeftOut, check_fresh, collate_features
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
+from opensoraplan.data.shards import VideoIndex, read_index
 
 TEXTS = ["", "a red ball", "a blue cube rolls", "ein grüner Kegel"]
 PARTS = {"T5": "0123456789abcdef0123456789abcdef", "seed": "0"}
@@ -77,7 +85,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     data = dataset(write(tmp_path))
     assert [item.index for item in data.samples] == [0, 1, 3, 4]
     assert data.shapes == [(9, 16, 24)] * 4
-    assert data.widths == (4, 6, 5)
+    assert data.widths == {"moments": 4, "sequence": 6, "pooled": 5}
     assert data.description.vae == {"shift": [0.5], "scale": [2.0]}
     assert data.description.left_out == (LeftOut("clip2.mp4", "clip2.mp4 is damaged"),)
     drawn = set()
@@ -194,6 +202,135 @@ def test_bytes_that_have_changed_are_noticed(tmp_path: Path, kind: str) -> None:
     shard.write_bytes(changed)
     with pytest.raises(ValueError, match="the bytes of its header have changed"):
         dataset(tmp_path)
+
+
+def rewrite(
+    path: Path, *, index: Callable[[Any], object] = len, tensors: Callable[[Any], object] = len
+) -> None:
+    """Change a shard as no damage would: with the checksums of what it has then."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["index"][8:])
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    index(content)
+    tensors(values)
+    content["checksums"] = {}
+    text = json.dumps(content)
+    save_file(values, path, metadata={"index": f"{zlib.crc32(text.encode()):08x}{text}"})
+
+
+INDICES: dict[str, tuple[str, Callable[[Any], object], str]] = {
+    "missing": ("videos", lambda i: i["samples"][1].pop("path"), "samples.1.path: Field required"),
+    "no samples": ("videos", lambda i: i.pop("samples"), "samples: Field required"),
+    "unknown": ("videos", lambda i: i.update(sample=1), "unknown key 'sample'"),
+    "text for a number": (
+        "videos",
+        lambda i: i["samples"][0].update(index="0"),
+        "samples.0.index: .* valid integer, got '0'",
+    ),
+    "number for a text": ("videos", lambda i: i["samples"][0].update(path=1), "samples.0.path: must be text"),
+    "text for a list": (
+        "videos",
+        lambda i: i["samples"][0].update(captions="a ball"),
+        "samples.0.captions: .* valid list",
+    ),
+    "not a number": (
+        "videos",
+        lambda i: i["samples"][0].update(aesthetic=math.nan),
+        "samples.0.aesthetic: .* finite number, got nan",
+    ),
+    "two sides": ("videos", lambda i: i["samples"][0].update(shape=[9, 16]), "samples.0.shape: .* 3 items"),
+    "no size": (
+        "videos",
+        lambda i: i["samples"][0].update(shape=[8, 16, 24]),
+        r"samples.0.shape: frames must be 8k \+ 1",
+    ),
+    "another size": (
+        "videos",
+        lambda i: i["samples"][1].update(shape=[9, 16, 32]),
+        r"00001.moments: 9 x 16 x 32 pixels have moments \[2 C, 2, 2, 4\], got \[8, 2, 2, 3\]",
+    ),
+    "a list": ("videos", lambda i: i.update(left_out=[["clip.mp4"]]), "left_out.0.1: Field required"),
+    "a mapping": ("texts", lambda i: i.update(texts={}), "texts: .* valid list"),
+    "key": ("texts", lambda i: i["texts"].append("x"), r"x.sequence: must be \[L, D\], got none"),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_what_is_wrong_in_an_index_is_told_with_file_and_field(tmp_path: Path, name: str) -> None:
+    kind, change, message = INDICES[name]
+    shard = write(tmp_path) / f"{kind}-00000.safetensors"
+    rewrite(shard)
+    dataset(tmp_path)
+    rewrite(shard, index=change)
+    with pytest.raises(ValueError, match=rf"{shard} is missing or damaged \(.*{message}.*\): delete it"):
+        dataset(tmp_path)
+
+
+NAME = f"{features.text_key('')}.sequence"
+TENSORS: dict[str, tuple[str, Callable[[Any], object], str]] = {
+    "flat moments": (
+        "videos",
+        lambda t: t.update({"00001.moments": torch.zeros(8)}),
+        r"00001.moments: .* got \[8\]",
+    ),
+    "odd moments": (
+        "videos",
+        lambda t: t.update({"00001.moments": torch.zeros(7, 2, 2, 3)}),
+        "00001.moments",
+    ),
+    "other channels": (
+        "videos",
+        lambda t: t.update({"00001.moments": torch.zeros(6, 2, 2, 3)}),
+        "moments: 3 wide here, 4 before",
+    ),
+    "whole numbers": (
+        "videos",
+        lambda t: t.update({"00001.moments": torch.zeros(8, 2, 2, 3, dtype=torch.int32)}),
+        "00001.moments: must be of floating point, got I32",
+    ),
+    "empty text": ("texts", lambda t: t.update({NAME: torch.zeros(0, 6)}), rf"{NAME}: must be \[L, D\]"),
+    "wide text": ("texts", lambda t: t.update({NAME: torch.zeros(1, 9)}), "sequence: 6 wide here, 9 before"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_of_other_shapes_are_told_with_their_files(tmp_path: Path, name: str) -> None:
+    kind, change, message = TENSORS[name]
+    shard = write(tmp_path) / f"{kind}-00000.safetensors"
+    rewrite(shard, tensors=change)
+    with pytest.raises(ValueError, match=rf"{shard} is missing or damaged \(.*{message}"):
+        dataset(tmp_path)
+
+
+def test_files_of_other_widths_do_not_belong_together(tmp_path: Path) -> None:
+    shard = write(tmp_path) / "videos-00002.safetensors"
+    rewrite(shard, tensors=lambda t: t.update({"00000.moments": torch.zeros(6, 2, 2, 3)}))
+    with pytest.raises(ValueError, match=rf"{shard} .* \(moments: 3 wide here, 4 before\)"):
+        dataset(tmp_path)
+
+
+def test_a_caption_without_states_is_told(tmp_path: Path) -> None:
+    shard = write(tmp_path) / "texts-00000.safetensors"
+    rewrite(shard, index=lambda i: i["texts"].pop(1))
+    data = dataset(tmp_path, caption_dropout=0.0)
+    with pytest.raises(ValueError, match=f"{tmp_path} is damaged: no file has the states of .* 'a red ball'"):
+        [data[Draw(index=0, epoch=epoch, step=0, slot=0)] for epoch in range(20)]
+
+
+def test_a_file_without_a_sample_is_told(tmp_path: Path) -> None:
+    shard = write(tmp_path) / "videos-00000.safetensors"
+    rewrite(shard, index=lambda i: i.update(files=[[9, 1, 2, 3, "hash"]]))
+    with pytest.raises(ValueError, match=rf"{shard} .*\(files: there is no sample 9, of 5\)"):
+        features.changed_clips(tmp_path, [sample(index) for index in range(5)], [0])
+
+
+def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(b"gr\xf6\xdfe.mp4"))
+    clip = Sample(0, Record(odd, ("x",)), num_frames=9, height=16, width=24)
+    features.begin(tmp_path, description())
+    features.write_videos(tmp_path, 0, [(clip, moments(0))])
+    index, _ = read_index(features.shard_path(tmp_path, "videos", 0), VideoIndex)
+    assert index.samples[0].sample().record.path == odd
 
 
 def test_quality_phrases_are_other_captions(tmp_path: Path) -> None:

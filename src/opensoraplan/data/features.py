@@ -1,100 +1,65 @@
 """Features that were encoded before training: the folder that `osp cache` fills, and a dataset that reads it.
 
-No models here; encoding is in train/inputs/cache.py. C latent channels, L text tokens, D and P the widths of
-the T5 and CLIP states. The folder has
+No models here; encoding is in train/inputs/cache.py, a file of the folder in shards.py. C latent channels, L
+text tokens, D and P the widths of the T5 and CLIP states. The folder has
 
     features.json               what it was made from, part by part
-    videos-00000.safetensors    posterior moments [2 C, t, h, w] of so many samples in a row; in the header
-                                what is known of each sample, of its file, and of those that could not be read
-    texts-00000.safetensors     KEY.sequence [L, D] and KEY.pooled [P] of so many texts; see `text_key`
-
-Headers have checksums of the tensors and of themselves.
+    videos-00000.safetensors    posterior moments of so many samples in a row; in the header what is known of
+                                each sample, of its file, and of those that could not be read
+    texts-00000.safetensors     states of so many texts
 """
 
-import hashlib
 import json
 import os
-import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from opensoraplan.data.buckets import Draw
 from opensoraplan.data.dataset import Failure, caption_of
-from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample, samples_needed
+from opensoraplan.data.shards import (
+    KINDS,
+    WHOLE,
+    AnyIndex,
+    Kind,
+    KnownFile,
+    LeftOut,
+    OpenFiles,
+    PlacedFile,
+    SampleEntry,
+    TextIndex,
+    VideoIndex,
+    damage,
+    note_width,
+    read_index,
+    shard_path,
+    text_key,
+    video_name,
+    write_shard,
+)
 from opensoraplan.disk import OWN, clear_dead, plain_errors, write_whole
-from opensoraplan.documents import as_object, parse_json
-from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
 
 DESCRIPTION = "features.json"
 # Of what a cache has. Before 2, captions were cleaned a little otherwise and had other sentences on quality.
 VERSION = 2
 
-# The one entry of a shard's header: with more, safetensors writes them in any order.
-_INDEX = "index"
-# In it, of each tensor; before it, of the index itself, in so many hexadecimal digits.
-_CHECKSUMS, _DIGITS = "checksums", 8
 # Of clips in a message.
 _NAMED = 5
-# What a failed write leaves.
-_WHOLE = "what was written before is whole"
-# Files that are kept open, of the thousand or so that a process may have.
-_OPEN_FILES = 128
 # Threads that read headers: on a network disk they wait for it most of the time.
 _READERS = 16
 # Letters of a hash that a message shows.
 _SHOWN = 8
-
-Kind = Literal["videos", "texts"]
-# In the order in which they are encoded.
-KINDS: tuple[Kind, ...] = ("texts", "videos")
-
-
-class LeftOut(NamedTuple):
-    """A clip that is not in the cache, and why."""
-
-    path: str
-    error: str
-
-
-class KnownFile(NamedTuple):
-    """What tells whether a clip's file is the one that was encoded: its size in bytes, the times when its
-    content and its status changed last, and a hash of its content (see `fingerprint_file`).
-    """
-
-    size: int
-    modified_ns: int
-    changed_ns: int
-    content: str
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """Raises OSError for a file that cannot be read."""
-        status = path.stat()  # first: what changes meanwhile is seen the next time
-        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, fingerprint_file(path))
-
-    def is_at(self, path: Path) -> bool:
-        """Whether this content is at `path` still; it is read if the times are others."""
-        try:
-            status = path.stat()
-            if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == self[:3]:
-                return True
-            return status.st_size == self.size and fingerprint_file(path) == self.content
-        except OSError:
-            return False
 
 
 class Description(Settings):
@@ -128,15 +93,6 @@ class Description(Settings):
         return range(shard * size, min(total, (shard + 1) * size))
 
 
-def text_key(text: str) -> str:
-    """The name of a text in the shards: a hash of it."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def shard_path(folder: Path, kind: Kind, shard: int) -> Path:
-    return folder / f"{kind}-{shard:05d}.safetensors"
-
-
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +119,7 @@ def begin(folder: Path, description: Description) -> None:
     """
     check_place(folder, description.parts)
     if not (folder / DESCRIPTION).exists():
-        with plain_errors(folder, whole=_WHOLE):
+        with plain_errors(folder, whole=WHOLE):
             folder.mkdir(parents=True, exist_ok=True)
         _write_description(folder, description)
     # Read it again in any case: another process may have begun at the same moment.
@@ -180,8 +136,9 @@ def begin(folder: Path, description: Description) -> None:
 
 def is_written(folder: Path, kind: Kind, shard: int) -> bool:
     """Whether that file is there and whole."""
+    path = shard_path(folder, kind, shard)
     try:
-        _header(shard_path(folder, kind, shard))
+        read_index(path, VideoIndex) if kind == "videos" else read_index(path, TextIndex)
     except ValueError:
         return False
     return True
@@ -201,22 +158,13 @@ def write_videos(
 
     Raises ValueError in plain words for a disk that is full or cannot be written to.
     """
-    index = {
-        "samples": [
-            {
-                "index": sample.index,
-                "path": str(sample.record.path),
-                "captions": sample.record.captions,
-                "aesthetic": sample.record.aesthetic,
-                "shape": sample.shape,
-            }
-            for sample, _ in moments
-        ],
-        "files": [(place, *file) for place, file in files.items()],
-        "left_out": left_out,
-    }
-    tensors = {_video_name(place): tensor for place, (_, tensor) in enumerate(moments)}
-    _write_shard(shard_path(folder, "videos", shard), tensors, index)
+    index = VideoIndex(
+        samples=[SampleEntry.of(sample) for sample, _ in moments],
+        files=[PlacedFile(place, *file) for place, file in files.items()],
+        left_out=list(left_out),
+    )
+    tensors = {video_name(place): tensor for place, (_, tensor) in enumerate(moments)}
+    write_shard(shard_path(folder, "videos", shard), tensors, index)
 
 
 def write_texts(folder: Path, shard: int, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -225,7 +173,8 @@ def write_texts(folder: Path, shard: int, states: Mapping[str, tuple[Tensor, Ten
     for text, (sequence, pooled) in states.items():
         key = text_key(text)
         tensors |= {f"{key}.sequence": sequence, f"{key}.pooled": pooled}
-    _write_shard(shard_path(folder, "texts", shard), tensors, {"texts": [text_key(text) for text in states]})
+    index = TextIndex(texts=[text_key(text) for text in states])
+    write_shard(shard_path(folder, "texts", shard), tensors, index)
 
 
 def changed_clips(folder: Path, samples: Sequence[Sample], shards: Iterable[int]) -> dict[int, list[Path]]:
@@ -234,8 +183,12 @@ def changed_clips(folder: Path, samples: Sequence[Sample], shards: Iterable[int]
     """
 
     def changed(shard: int) -> list[Path]:
-        known = _header(shard_path(folder, "videos", shard)).get("files", [])
-        files = {samples[place].record.path: KnownFile(*file) for place, *file in known}
+        path = shard_path(folder, "videos", shard)
+        index, _ = read_index(path, VideoIndex)
+        with damage(path):
+            if wrong := [file.place for file in index.files if file.place >= len(samples)]:
+                raise ValueError(f"files: there is no sample {wrong[0]}, of {len(samples)}")
+        files = {samples[file.place].record.path: KnownFile(*file[1:]) for file in index.files}
         return [path for path, file in files.items() if not file.is_at(path)]
 
     shards = list(shards)
@@ -267,8 +220,8 @@ def missing_shards(folder: Path) -> list[Path]:
 
 def read_left_out(folder: Path, shards: Sequence[int]) -> list[LeftOut]:
     """The clips that are not in these files of videos."""
-    headers = _in_threads(_header, [shard_path(folder, "videos", shard) for shard in shards])
-    return [LeftOut(*entry) for header in headers for entry in header["left_out"]]
+    read = _read_indices(VideoIndex, [shard_path(folder, "videos", shard) for shard in shards])
+    return [clip for index, _ in read for clip in index.left_out]
 
 
 def finish(folder: Path) -> None:
@@ -334,6 +287,8 @@ class FeatureDataset(Dataset[Features]):
     Nothing is read ahead, and an object sent to another process opens files of its own there. Raises
     ValueError for a cache that is not finished or damaged, and for one without the captions that
     `use_aesthetic` asks for.
+
+    Attributes: `samples`; `widths`, C as "moments", D as "sequence" and P as "pooled".
     """
 
     def __init__(self, folder: str | Path, *, seed: int, caption_dropout: float, use_aesthetic: bool) -> None:
@@ -344,19 +299,22 @@ class FeatureDataset(Dataset[Features]):
         self.samples: list[Sample] = []
         self._files: list[tuple[Path, str]] = []
         self._checksums: dict[Path, dict[str, int]] = {}
+        self.widths: dict[str, int] = {}
         files = _shards(self.folder, self.description, "videos")
-        for file, index in zip(files, _in_threads(_header, files), strict=True):
-            self._checksums[file] = index.get(_CHECKSUMS, {})
-            self.samples += [_sample(entry) for entry in index["samples"]]
-            self._files += [(file, _video_name(place)) for place in range(len(index["samples"]))]
+        for file, (index, widths) in zip(files, _read_indices(VideoIndex, files), strict=True):
+            self._note_widths(file, widths)
+            self._checksums[file] = index.checksums
+            self.samples += [entry.sample() for entry in index.samples]
+            self._files += [(file, video_name(place)) for place in range(len(index.samples))]
         if not self.samples:
             raise ValueError(f"{self.folder} has no samples: none of its clips could be read")
         files = _shards(self.folder, self.description, "texts")
         self._texts: dict[str, Path] = {}
-        for file, index in zip(files, _in_threads(_header, files), strict=True):
-            self._checksums[file] = index.get(_CHECKSUMS, {})
-            self._texts |= dict.fromkeys(index["texts"], file)
-        self._open = _OpenFiles()
+        for file, (index, widths) in zip(files, _read_indices(TextIndex, files), strict=True):
+            self._note_widths(file, widths)
+            self._checksums[file] = index.checksums
+            self._texts |= dict.fromkeys(index.texts, file)
+        self._open = OpenFiles()
         if use_aesthetic != self.description.use_aesthetic and any(
             sample.record.aesthetic is not None for sample in self.samples
         ):
@@ -365,17 +323,15 @@ class FeatureDataset(Dataset[Features]):
                 "other captions: set data.use_aesthetic to that, or write a new cache with `osp cache`"
             )
 
+    def _note_widths(self, file: Path, widths: Mapping[str, int]) -> None:
+        with damage(file):
+            for feature, width in widths.items():
+                note_width(self.widths, feature, width)
+
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
         """Frames, height and width in pixels of each sample."""
         return [sample.shape for sample in self.samples]
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """C, D and P: what the denoiser must take. They are read from the first sample."""
-        moments = self._tensor(*self._files[0])
-        sequence, pooled = self._states("")
-        return moments.shape[0] // 2, sequence.shape[1], pooled.shape[0]
 
     def drop_rare(self, *, min_batches: int, global_batch: int) -> list[Sample]:
         """Leave out, and return, the samples of the shapes that `select` would drop for such batches.
@@ -409,16 +365,13 @@ class FeatureDataset(Dataset[Features]):
 
     def _states(self, caption: str) -> tuple[Tensor, Tensor]:
         key = text_key(caption)
-        file = self._texts[key]
+        file = self._texts.get(key)
+        if file is None:
+            raise ValueError(f"{self.folder} is damaged: no file has the states of the caption {caption!r}")
         return self._tensor(file, f"{key}.sequence"), self._tensor(file, f"{key}.pooled")
 
     def _tensor(self, file: Path, name: str) -> Tensor:
-        """Raises ValueError for one whose bytes are not those that were written."""
-        tensor = self._open.tensor(file, name)
-        with _damage(file):
-            if self._checksums[file].get(name, checksum := _checksum(tensor)) != checksum:
-                raise ValueError(f"the bytes of {name} have changed")
-        return tensor
+        return self._open.tensor(file, name, checksum=self._checksums[file].get(name))
 
 
 def collate_features(items: Sequence[Features]) -> FeatureBatch:
@@ -435,75 +388,13 @@ def collate_features(items: Sequence[Features]) -> FeatureBatch:
     )
 
 
-class _OpenFiles:
-    """Tensors of files that stay open, the most recent ones. In another process it starts with none."""
-
-    def __init__(self) -> None:
-        self._process = os.getpid()
-        self._files: OrderedDict[Path, Any] = OrderedDict()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _OpenFiles, ()
-
-    def tensor(self, path: Path, name: str) -> Tensor:
-        if self._process != os.getpid():
-            self._process, self._files = os.getpid(), OrderedDict()
-        with _damage(path):
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-                if len(self._files) > _OPEN_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(path)
-            return self._files[path].get_tensor(name)
-
-
-def _sample(entry: Mapping[str, Any]) -> Sample:
-    frames, height, width = entry["shape"]
-    record = Record(Path(entry["path"]), tuple(entry["captions"]), aesthetic=entry["aesthetic"])
-    return Sample(entry["index"], record, num_frames=frames, height=height, width=width)
-
-
-def _video_name(place: int) -> str:
-    return f"{place:05d}.moments"
-
-
 def _shards(folder: Path, description: Description, kind: Kind) -> list[Path]:
     return [shard_path(folder, kind, shard) for shard in range(description.shards(kind))]
 
 
-def _in_threads(read: Callable[[Path], dict[str, Any]], paths: Sequence[Path]) -> list[dict[str, Any]]:
+def _read_indices(kind: type[AnyIndex], paths: Sequence[Path]) -> list[tuple[AnyIndex, dict[str, int]]]:
     with ThreadPoolExecutor(_READERS) as executor:
-        return list(executor.map(read, paths))
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The index in a shard's header; ValueError for a file that is missing, cut off or none of ours."""
-    with _damage(path), safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {})[_INDEX]
-        if not text.startswith("{"):  # as the first version wrote it
-            checksum, text = text[:_DIGITS], text[_DIGITS:]
-            if checksum != _text_checksum(text):
-                raise ValueError("the bytes of its header have changed")
-        return as_object(parse_json(text, where=_INDEX), where=_INDEX)
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _text_checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):0{_DIGITS}x}"
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is missing or damaged ({error}): delete it, then `osp cache --out {path.parent}` with "
-            "the same settings writes it again"
-        ) from None
+        return list(executor.map(partial(read_index, kind=kind), paths))
 
 
 def _read_description(folder: Path) -> Description:
@@ -548,14 +439,5 @@ def _short(value: str) -> str:
 
 def _write_description(folder: Path, description: Description) -> None:
     text = json.dumps(description.model_dump(), indent=1) + "\n"  # ASCII
-    with plain_errors(folder / DESCRIPTION, whole=_WHOLE):
+    with plain_errors(folder / DESCRIPTION, whole=WHOLE):
         write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))
-
-
-def _write_shard(path: Path, tensors: Mapping[str, Tensor], index: Mapping[str, object]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {name: _checksum(tensor) for name, tensor in plain.items()}
-    text = json.dumps({**index, _CHECKSUMS: checksums})
-    metadata = {_INDEX: _text_checksum(text) + text}
-    with plain_errors(path, whole=_WHOLE):
-        write_whole(path, lambda file: save_file(plain, file, metadata=metadata))

@@ -393,7 +393,7 @@ def _features(
             logger.info("%s: %d dropped, %s: %s", folder, len(rare), reason, reason.sentence)
     if not held_out:
         dataset.take(repeated(dataset.samples, settings.data.repeat))
-    _, t5, clip = dataset.widths
+    t5, clip = dataset.widths["sequence"], dataset.widths["pooled"]
 
     def encode(batch: FeatureBatch) -> Encoded:
         prompt = PromptEmbeds(batch.sequence, batch.mask, batch.pooled).to(device)
