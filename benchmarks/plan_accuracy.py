@@ -38,7 +38,7 @@ from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.ema import Ema
 from opensoraplan.train.learner.master import MasterWeights
 from opensoraplan.train.learner.optimizer import make_optimizer
-from opensoraplan.train.methods import flow as objective
+from opensoraplan.train.methods import flow_loss
 
 STEPS = 3
 SMALL: dict[str, Any] = {
@@ -139,7 +139,7 @@ def measure(rank: int, case: Case, meeting: str) -> None:
                 torch.randn(batch, config["pooled_projection_dim"]),
             )
             sigma = flow.sigmas_from_normal(torch.randn(batch))
-            loss = objective.losses(
+            loss = flow_loss.losses(
                 model, latents, Conditions(prompt), sigma=sigma, noise=noise, dtype=dtype, weighting="uniform"
             ).mean()
             loss.backward()

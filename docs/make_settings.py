@@ -21,8 +21,8 @@ sets one key.
 def page() -> str:
     """The whole of settings.md."""
     shown: set[type[Settings]] = set()
-    parts = [HEAD, "## osp train, osp cache\n", *_tables(TrainSettings, shown)]
-    parts += ["## osp train-vae\n", *_tables(VAETrainSettings, shown)]
+    parts = [HEAD, '## The denoiser: method = "flow"\n', *_tables(TrainSettings, shown)]
+    parts += ['## The VAE: method = "vae"\n', *_tables(VAETrainSettings, shown)]
     return "\n".join(parts)
 
 

@@ -9,7 +9,6 @@ import pytest
 from opensoraplan.changes import apply_changes, parse_change
 from opensoraplan.formats.mindspeed.inference import read_inference, read_selection
 from opensoraplan.settings import Settings
-from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.run.files import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +60,7 @@ def read_three(*changes: str) -> list[Callable[[], Any]]:
     """What osp generate, osp train and osp data check read."""
     return [
         lambda: read_inference(GUIDE, changes=changes),
-        lambda: read_settings(TrainSettings, RUN, changes=changes),
+        lambda: read_settings(RUN, changes=changes),
         lambda: read_selection(None, changes=changes),
     ]
 
@@ -86,7 +85,7 @@ def test_the_same_values_everywhere() -> None:
     selection = read_selection(None, changes=["max_hxw = 1_00", "force_resolution = false", "min_hxw=none"])
     assert (selection.max_hxw, selection.min_hxw) == (100, None)
     changes = ["optimizer.ema_decay=null", 'model.config={"num_layers": [2]}']
-    run = read_settings(TrainSettings, RUN, changes=changes)
+    run = read_settings(RUN, changes=changes)
     assert run.optimizer.ema_decay is None
     assert run.model.config == {"num_layers": [2]}
 

@@ -22,7 +22,7 @@ from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.inputs.cache import write_cache
 from opensoraplan.train.inputs.sources import Source, digest_of, open_source, preprocessing_parts
-from opensoraplan.train.methods.vae import train_vae
+from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_a_vae_is_trained_on_what_is_selected_and_logged(
         "optimizer": {"steps": 1},
     }
     with caplog.at_level(logging.INFO):
-        train_vae(VAETrainSettings.read(values, where="the test's run"))
+        train(VAETrainSettings.read(values, where="the test's run"))
     assert f"{tiny_mixed}: 8 of 12 clips are used" in caplog.messages
     for reason in ("3 dropped, rare shape: ", "1 dropped, low fps: "):
         assert any(reason in message for message in caplog.messages)

@@ -2,6 +2,7 @@
 
 import logging
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from opensoraplan.settings import Settings
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.run.files import (
     RESUMABLE_CHANGES,
-    is_vae_run,
     read_run,
     read_settings,
     refuse_changes,
@@ -332,32 +332,54 @@ def test_a_config_gives_no_defaults_of_how_features_were_made(run: Path, tmp_pat
         assert "num_frames" in again.data.selection.model_fields_set
 
 
+def read_vae_run(path: Path, *, changes: Sequence[str] = ()) -> VAETrainSettings:
+    settings = read_settings(path, changes=changes, method="vae")
+    assert isinstance(settings, VAETrainSettings)
+    return settings
+
+
 def test_vae_runs(tmp_path: Path) -> None:
     path = write(tmp_path / "vae.toml", 'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\n')
-    settings = read_settings(VAETrainSettings, path, changes=["loss.kl=0", "data.height=64"])
+    settings = read_vae_run(path, changes=["loss.kl=0", "data.height=64"])
     assert (settings.loss.kl, settings.data.height) == (0, 64)
     # A VAE's own defaults stay where another key of the section is given.
-    optimizer = read_settings(VAETrainSettings, path, changes=["optimizer.lr=1e-4"]).optimizer
+    optimizer = read_vae_run(path, changes=["optimizer.lr=1e-4"]).optimizer
     assert (optimizer.lr, optimizer.ema_decay, optimizer.eps) == (1e-4, 0.999, 1e-8)
     with pytest.raises(ValueError, match=r"unknown key 'data\.caption_dropout'"):
-        read_settings(VAETrainSettings, path, changes=["data.caption_dropout=0"])
+        read_vae_run(path, changes=["data.caption_dropout=0"])
     with pytest.raises(ValueError, match=r"validation: `manifest` is missing"):
-        read_settings(VAETrainSettings, path, changes=["validation.every=1"])
+        read_vae_run(path, changes=["validation.every=1"])
 
 
-def test_a_file_for_the_other_command_is_recognized(run: Path, tmp_path: Path) -> None:
-    vae = write(
-        tmp_path / "vae.toml",
-        'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\nframes = 9\n[loss]\nkl = 0.0\n',
-    )
-    with pytest.raises(ValueError, match=r"has data\.frames, loss: settings of a VAE's run.*osp train-vae$"):
+def test_a_file_names_its_method(tmp_path: Path) -> None:
+    content = 'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\nframes = 9\n[loss]\nkl = 0.0\n'
+    vae = write(tmp_path / "vae.toml", content)
+    with pytest.raises(ValueError, match=r'has data\.frames, loss: to train that, it needs method = "vae"$'):
         read_run(vae)
     denoiser = write(tmp_path / "denoiser.toml", RUN + '[flow]\nshift = 3\n[text]\nt5 = "t5"\n')
-    with pytest.raises(ValueError, match=r"has flow, text: settings of a denoiser's run.* osp train and"):
-        read_settings(VAETrainSettings, denoiser)
-    config = write(tmp_path / "config.json", read_settings(VAETrainSettings, vae).model_dump_json())
-    assert is_vae_run(config)
-    assert not is_vae_run(write(tmp_path / "config.json", read_run(run).model_dump_json()))
+    with pytest.raises(ValueError, match=r'has flow, text: to train that, it needs method = "flow"$'):
+        read_settings(denoiser, method="vae")
+    named = write(tmp_path / "named.toml", f'method = "vae"\n{content}')
+    assert isinstance(read_settings(named), VAETrainSettings)
+    with pytest.raises(ValueError, match=r'named.toml trains no denoiser: it has method = "vae"'):
+        read_run(named)
+    extending = write(tmp_path / "extending.toml", 'extends = "named.toml"\nloss.kl = 1e-3\n')
+    assert read_settings(extending).method == "vae"
+    other = write(tmp_path / "other.toml", 'extends = "named.toml"\nmethod = "flow"\n')
+    with pytest.raises(ValueError, match=r"named\.toml: .*unknown key 'loss'"):
+        read_settings(other)
+    wrong = write(tmp_path / "wrong.toml", f'method = "lora"\n{content}')
+    with pytest.raises(ValueError, match=r"wrong\.toml: method must be one of flow, vae, got 'lora'"):
+        read_settings(wrong)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_first_runs_named_no_method(run: Path, tmp_path: Path, named: bool) -> None:
+    path = write(tmp_path / "vae.toml", 'output = "v"\n[model]\nconfig = {}\n[data]\nmanifest = "clips"\n')
+    for settings in (read_vae_run(path), read_run(run)):
+        without = set() if named else {"method"}
+        config = write(tmp_path / "config.json", settings.model_dump_json(exclude=without))
+        assert read_settings(config) == settings
 
 
 PROMPTS = ["validation.every=5", 'validation.prompts=["a ball"]']
@@ -469,7 +491,7 @@ def test_resumable_changes_are_settings() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_configs(path: Path) -> None:
-    settings = read_settings(VAETrainSettings, path) if path.stem == "vae" else read_run(path)
+    settings = read_settings(path)
     assert settings.output == Path("runs") / path.stem
     assert len(path.read_text(encoding="utf-8").splitlines()) < 30
 

@@ -28,7 +28,7 @@ from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.cache import write_cache
 from opensoraplan.train.learner.building import build
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
-from opensoraplan.train.methods.flow import draw
+from opensoraplan.train.methods.flow_loss import draw
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.export import export_run
 from opensoraplan.train.run.trainer import train

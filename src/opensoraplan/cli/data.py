@@ -13,7 +13,7 @@ from opensoraplan.cli.options import Changes, OptionalPath, check_exists, option
 from opensoraplan.documents import read_json
 
 if TYPE_CHECKING:
-    from opensoraplan.train.config import TrainSettings, VAETrainSettings
+    from opensoraplan.train.config import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ class DataCheck:
     """Show which clips training would use, and why the others are dropped."""
 
     manifest: Positional[Path]
-    """A run (RUN.toml), a folder of clips with .txt captions, or a data.txt, .json, .jsonl, .csv or .parquet
-    manifest.
+    """A run (RUN.toml), a folder of clips with .txt captions, or a data.txt, .json, .jsonl, .csv
+    or .parquet manifest.
     """
     data: OptionalPath = None
     """The guide's data.json, for the selection rules. Default: the guide's values."""
@@ -43,8 +43,8 @@ class DataCheck:
     seed: Annotated[int | None, optional("N", "(default: 0)")] = None
     """Random seed of the windows and of drop_short_ratio."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
-    """Change selection rules, for example num_frames=25 max_height=96, or settings of a run as in `osp
-    train`.
+    """Change selection rules, for example num_frames=25 max_height=96, or settings of a run as
+    in `osp train`.
     """
 
 
@@ -122,9 +122,8 @@ def _is_run(path: Path) -> bool:
     return isinstance(content, dict) and {"output", "data"} <= content.keys()
 
 
-def _read_run(options: DataCheck, changes: list[str]) -> "TrainSettings | VAETrainSettings":
-    """The run that is to be checked. What both trainers would take is taken as the denoiser's."""
-    from opensoraplan.train.config import TrainSettings, VAETrainSettings
+def _read_run(options: DataCheck, changes: list[str]) -> "RunSettings":
+    """The run that is to be checked."""
     from opensoraplan.train.run.files import read_settings
 
     path = options.manifest
@@ -135,16 +134,7 @@ def _read_run(options: DataCheck, changes: list[str]) -> "TrainSettings | VAETra
             f"{path} is a run, whose settings decide this: use --set data.root=..., seed=... or "
             f"data.selection.KEY=... instead of {', '.join(twice)}"
         )
-    try:
-        return read_settings(TrainSettings, path, changes=changes)
-    except ValueError as error:
-        mistakes = error
-    try:
-        return read_settings(VAETrainSettings, path, changes=changes)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is neither a run of osp train ({mistakes}) nor one of osp train-vae ({error})"
-        ) from None
+    return read_settings(path, changes=changes)
 
 
 def data_sheet(options: DataSheet) -> None:

@@ -33,7 +33,8 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Train:
-    """Train or fine-tune the denoiser on captioned clips, or on features that `osp cache` has encoded.
+    """Train or fine-tune the denoiser on captioned clips, or on features that `osp cache` has encoded. With
+    method = "vae" in the run's file, train the VAE.
 
     Ctrl-C and SIGTERM save a checkpoint before the run ends (exit code 130 or 143). The same command with
     --resume latest continues it.
@@ -41,29 +42,31 @@ class Train:
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
     resume: Annotated[str | None, optional("latest|STEP")] = None
-    """Continue from a checkpoint in the run's output folder. latest: the newest one, or a new run if there is
-    none.
+    """Continue from a checkpoint in the run's output folder. latest: the newest one, or a new run if
+    there is none.
     """
 
 
 @dataclass(frozen=True)
 class TrainVAE:
-    """Train or fine-tune the WF-VAE on clips, without captions. Stop and resume as with `osp train`."""
+    """Train or fine-tune the WF-VAE on clips, without captions. The same as `osp
+    train` with method = "vae".
+    """
 
     config: Positional[Path]
     """The run's settings; docs/settings.md lists all of them."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
     """Change settings, for example optimizer.lr=1e-4 data.manifest=clips."""
     resume: Annotated[str | None, optional("latest|STEP")] = None
-    """Continue from a checkpoint in the run's output folder. latest: the newest one, or a new run if there is
-    none.
+    """Continue from a checkpoint in the run's output folder. latest: the newest one, or a new run if
+    there is none.
     """
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Encode the clips and captions of a run once, so that training needs neither the VAE nor the text
-    encoders.
+    """Encode the clips and captions of a run once, so that training needs neither the VAE nor
+    the text encoders.
 
     The same command again continues. Training refuses features that come from another VAE, other text
     encoders or other clips.
@@ -121,29 +124,29 @@ def hint(words: list[str]) -> str | None:
 
 def train(options: Train) -> None:
     """`osp train`."""
-    from opensoraplan.train.run.files import read_run
+    from opensoraplan.train.run.files import read_run, read_settings
     from opensoraplan.train.run.trainer import train as job
 
-    files = options.files
-    settings = read_run(
-        files.config, model_json=files.model, data_json=files.data, changes=[*chain(*files.set)]
-    )
+    files, changes = options.files, [*chain(*options.files.set)]
+    if files.config is not None and files.model is None and files.data is None:
+        settings = read_settings(files.config, changes=changes)
+    else:
+        settings = read_run(files.config, model_json=files.model, data_json=files.data, changes=changes)
     with _ends_in_one_sentence():
-        logger.info("the last checkpoint is %s", job(settings, resume=options.resume))
+        job(settings, resume=options.resume)
 
 
 def train_vae(options: TrainVAE) -> None:
-    """`osp train-vae`."""
-    from opensoraplan.parallel.ranks import place_in_job
+    """`osp train-vae`: `osp train` of a file that need not name its method."""
     from opensoraplan.train.config import VAETrainSettings
-    from opensoraplan.train.methods.vae import train_vae as job
     from opensoraplan.train.run.files import read_settings
+    from opensoraplan.train.run.trainer import train as job
 
-    if (processes := place_in_job()[1]) > 1:
-        raise ValueError(f"osp train-vae runs in one process, but torchrun started {processes}")
-    settings = read_settings(VAETrainSettings, options.config, changes=[*chain(*options.set)])
+    settings = read_settings(options.config, changes=[*chain(*options.set)], method="vae")
+    if not isinstance(settings, VAETrainSettings):
+        raise ValueError(f'{options.config} has method = "{settings.method}": use osp train')
     with _ends_in_one_sentence():
-        logger.info("wrote %s", job(settings, resume=options.resume))
+        job(settings, resume=options.resume)
 
 
 @contextmanager
@@ -153,7 +156,7 @@ def _ends_in_one_sentence() -> Iterator[None]:
     """
     from opensoraplan.device import is_out_of_memory
     from opensoraplan.parallel.ranks import explain
-    from opensoraplan.train.run.folder import RunStoppedError
+    from opensoraplan.train.run.loop import RunStoppedError
 
     try:
         yield
@@ -213,12 +216,13 @@ def export(options: Export) -> None:
 
     from opensoraplan.device import DTYPES
     from opensoraplan.train.run.export import PromptDefaults, export_run
-    from opensoraplan.train.run.files import is_vae_run
+    from opensoraplan.train.run.files import read_settings
     from opensoraplan.train.run.folder import CONFIG
 
-    if (options.run / CONFIG).is_file() and is_vae_run(options.run / CONFIG):
+    config = options.run / CONFIG
+    if config.is_file() and read_settings(config).method == "vae":
         if options.to != "diffusers" or not options.ema or options.dtype is not None:
-            raise ValueError(f"{options.run} is a run of osp train-vae: give --out and --step only")
+            raise ValueError(f"{options.run} has trained a VAE: give --out and --step only")
         from opensoraplan.train.methods.vae import export_vae
 
         export_vae(options.run, options.out, step=options.step)

@@ -71,7 +71,8 @@ class ModelSettings(Settings):
     compute: Precision = "bf16"
     """Precision of the forward and backward pass. Use "fp32" on CPUs without bf16 instructions."""
     master: Precision = "fp32"
-    """Precision of the weights that the optimizer updates. "bf16" saves memory, but small updates are lost.
+    """Precision of the weights that the optimizer updates. "bf16" saves memory,
+    but small updates are lost.
     """
     attention: str | None = None
     """Attention backend of diffusers, such as "flash"; None is torch's own. Some backends take no mask, which
@@ -108,7 +109,8 @@ class TextSettings(Settings):
     """The frozen text encoders and how captions are prepared for them."""
 
     t5: ModelPath | None = None
-    """Folder of the T5 encoder, a model folder or "builtin". Needed unless the run trains on `data.features`.
+    """Folder of the T5 encoder, a model folder or "builtin". Needed unless the run
+    trains on `data.features`.
     """
     clip: ModelPath | None = None
     """Folder of the CLIP text model with projection, a model folder or "builtin". Needed as `t5` is."""
@@ -135,7 +137,8 @@ class ClipSourceSettings(Settings):
     """Folder that the manifest's relative paths start from, if it is not the manifest's own."""
     selection: SelectionSettings = SelectionSettings()
     batch_size: Samples = 1
-    """Samples of a micro-batch, in each group of processes that share samples. Raise it until memory is full.
+    """Samples of a micro-batch, in each group of processes that share samples.
+    Raise it until memory is full.
     """
     new_windows: bool = True
     """Draw another window of a long clip in each epoch. Switch it off to train on the windows that
@@ -195,7 +198,8 @@ class OptimizerSettings(Settings):
     steps: Positive = 1000
     """Optimizer steps of the whole run."""
     accumulate: Samples = 1
-    """Micro-batches per step (gradient accumulation). Raise it for a larger global batch without more memory.
+    """Micro-batches per step (gradient accumulation). Raise it for a larger global
+    batch without more memory.
     """
     lr: LearningRate = 1e-5
     """Learning rate after the warm-up."""
@@ -272,7 +276,8 @@ class ParallelSettings(MeshSettings):
     """How several processes, started by torchrun or `osp launch`, are arranged."""
 
     cpu_offload: bool = False
-    """Keep weight shards, gradients and optimizer state in host memory. Needs two processes at least. Slow.
+    """Keep weight shards, gradients and optimizer state in host memory. Needs two
+    processes at least. Slow.
     """
     encoder_dp: bool = True
     """Processes of one sample take turns in encoding clips and captions. Switched off, the first of
@@ -360,8 +365,10 @@ class CheckpointSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """A whole run of `osp train`."""
+    """A whole run that trains the denoiser."""
 
+    method: Literal["flow"] = "flow"
+    """What is trained, and by which loss. "flow": the denoiser, by flow matching. "vae": the VAE."""
     output: Path
     """Folder of the run: settings, metrics, checkpoints and samples."""
     seed: Seed = 0
@@ -478,8 +485,10 @@ class VAEOptimizerSettings(OptimizerSettings):
 
 
 class VAETrainSettings(Settings):
-    """A whole run of `osp train-vae`."""
+    """A whole run that trains the VAE."""
 
+    method: Literal["vae"] = "vae"
+    """What is trained, and by which loss: "vae" in the file of a VAE's run."""
     output: Path
     """Folder of the run: settings, metrics, checkpoints and at the end the VAE."""
     seed: Seed = 0
@@ -503,3 +512,6 @@ class VAETrainSettings(Settings):
         if self.data.manifest is None:
             raise ValueError("data.manifest is missing: training a VAE needs clips")
         return self
+
+
+RunSettings = TrainSettings | VAETrainSettings

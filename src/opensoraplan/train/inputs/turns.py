@@ -24,7 +24,7 @@ from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.loading import micro_batches
 from opensoraplan.train.inputs.sources import Encoded, Source
-from opensoraplan.train.methods.flow import Drawn, draw
+from opensoraplan.train.methods.flow_loss import Drawn, draw
 
 _FULL = (
     "a batch of clips cannot be encoded, memory is full: lower vae.chunk, data.batch_size or the sizes of "

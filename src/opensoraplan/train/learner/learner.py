@@ -3,7 +3,7 @@ gradient clipping, and its share of a checkpoint. Not here: what the loss is (tr
 are taken, logged and saved (train/run/).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.parallel.apply import forget_gathered
+from opensoraplan.parallel.ranks import ALONE, Ranks
+from opensoraplan.parallel.shards import local
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.ema import Ema, make_ema
 from opensoraplan.train.learner.gradient_clip import Clip, Clipping, global_norm, scale_
@@ -165,8 +167,8 @@ class Learner:
 
 
 def _saved_weights(weights: MasterWeights, *, frozen: bool) -> dict[str, Tensor]:
-    """The trained weights in the optimizer's precision, the module's persistent buffers, and on request the
-    frozen weights.
+    """The trained weights in the optimizer's precision, the module's persistent buffers, and on request
+    the frozen weights.
     """
     module, saved = weights.module, dict[str, Tensor](weights.parameters)
     persistent = module.state_dict().keys()
@@ -174,3 +176,13 @@ def _saved_weights(weights: MasterWeights, *, frozen: bool) -> dict[str, Tensor]
     if frozen:
         saved |= {name: p for name, p in module.named_parameters() if name not in saved}
     return saved
+
+
+@torch.no_grad()
+def check_finite(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
+    """Raise FloatingPointError in all processes if some of these weights are not finite in one."""
+    if ranks.any(not all(bool(local(tensor).isfinite().all()) for tensor in tensors)):
+        raise FloatingPointError(
+            "the weights are not finite: the run has diverged, and its weights are not saved. Resume "
+            "from an earlier checkpoint, or start a new run with a lower optimizer.lr"
+        )

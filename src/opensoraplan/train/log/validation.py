@@ -19,7 +19,7 @@ from opensoraplan.samplers import make_scheduler
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import Encoders, caption_settings, load_encoders, sample_posterior
 from opensoraplan.train.inputs.sources import Source, clips_of_all, open_source
-from opensoraplan.train.methods import flow as objective
+from opensoraplan.train.methods import flow_loss
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,10 @@ class Validation:
             batch = source.collate([item])
             encoded = source.encode(batch)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
-            drawn = objective.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
+            drawn = flow_loss.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
             latents = source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
             for sigma in self.settings.sigmas:
-                loss = objective.losses(
+                loss = flow_loss.losses(
                     model,
                     latents,
                     Conditions(encoded.prompt),

@@ -1,68 +1,162 @@
-"""The flow-matching objective of a batch: what is drawn for each sample, and its loss.
+"""Method "flow": the denoiser is trained by flow matching. The loss itself is in flow_loss.py.
 
-What is drawn depends on (seed, step, slot) of a sample only, never on how samples are shared out.
+A step is a pure function of the state before it and its number: order of clips, captions, sigmas and noise
+come from (seed, step, slot), so that a resumed run continues bit for bit on the CPU.
 """
 
-import random
-from collections.abc import Sequence
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opensoraplan import flow
-from opensoraplan.data.buckets import Draw
-from opensoraplan.models.conditions import Conditions, denoise
-from opensoraplan.train.config import FlowSettings
+from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.device import DTYPES
+from opensoraplan.models.attention import check_backend
+from opensoraplan.models.conditions import Conditions
+from opensoraplan.models.sizes import BatchShape, training_flops
+from opensoraplan.models.strict import plain_config
+from opensoraplan.parallel.ranks import Ranks
+from opensoraplan.runtime.compiling import compile_blocks
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.inputs.encoders import sample_posterior
+from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, open_source
+from opensoraplan.train.inputs.turns import Turn, encoded_batches
+from opensoraplan.train.learner.building import build
+from opensoraplan.train.learner.gradient_clip import AdaptiveClip
+from opensoraplan.train.learner.learner import Learner
+from opensoraplan.train.log.metrics import Averages
+from opensoraplan.train.log.speed import Speed
+from opensoraplan.train.log.validation import Validation
+from opensoraplan.train.methods import flow_loss
+from opensoraplan.train.methods.method import Account, OutlierPolicy
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.state import DenoiserState
+
+logger = logging.getLogger(__name__)
 
 
-class Drawn(NamedTuple):
-    """For B samples: sigma [B], and the noises of the posterior and of the flow, both [B, C, T, H, W]."""
+class FlowMatching:
+    """The denoiser's learner, the clips or features that it learns from, and the held-out ones."""
 
-    sigma: Tensor
-    posterior: Tensor
-    noise: Tensor
+    state = DenoiserState
+    validation_advice = (
+        "validation does not fit into memory: lower vae.chunk or the frames, height and width of validation, "
+        'or set optimizer.ema_device to "cpu"'
+    )
 
-    def to(self, device: torch.device) -> "Drawn":
-        return Drawn(*(tensor.to(device) for tensor in self))
+    @staticmethod
+    def check(settings: TrainSettings) -> None:
+        """Raise ValueError for what can be told to be impossible before anything is opened."""
+        pretrained = settings.model.pretrained
+        if pretrained is not None and not pretrained.exists():
+            raise ValueError(
+                f"model.pretrained {pretrained} does not exist: `osp convert` makes such a folder"
+            )
+        if settings.model.attention is not None:
+            check_backend(settings.model.attention)
 
+    def __init__(self, settings: TrainSettings, *, device: torch.device, ranks: Ranks) -> None:
+        if settings.parallel.cpu_offload and ranks.mesh is None:
+            raise ValueError(
+                "parallel.cpu_offload needs several processes (FSDP): start them with osp launch"
+            )
+        self._settings = settings
+        self._ranks = ranks
+        self._dtype = DTYPES[settings.model.compute]
+        self.global_batch = global_batch_of(settings) * ranks.data_ranks
+        self._source, encoders = open_source(settings, device=device, global_batch=self.global_batch)
+        self._sampler = BucketSampler(self._source.shapes, global_batch=self.global_batch, seed=settings.seed)
+        if self._sampler.dropped_per_epoch:
+            left = ", ".join(
+                f"{n} of {'x'.join(map(str, shape))}" for shape, n in self._sampler.dropped_per_epoch.items()
+            )
+            logger.info("clips that do not fill a whole step are skipped, other ones in each epoch: %s", left)
+        self._validation = None
+        if settings.validation.every:
+            self._validation = Validation(settings, encoders=encoders, device=device, ranks=ranks)
+        self.clips = clips_of_all(self._source.samples, ranks)
+        self._model = build(settings, device=device, mesh=ranks.mesh).train()
+        self._source.check_fits(self._model)
+        self._config = plain_config(self._model)
+        self.learners = (self._learner(),)
+        self.outliers = OutlierPolicy(
+            settings.clip.patience,
+            restores=True,
+            advice="check the data, resume with clip.outlier="
+            '"clip", which scales such gradients down, or start again with a lower optimizer.lr',
+        )
+        self.speed = Speed(settings.log, device=device, dtype=self._dtype)
 
-def draw(draws: Sequence[Draw], shape: Sequence[int], settings: FlowSettings, *, seed: int) -> Drawn:
-    """What the samples at `draws` need; `shape` [C, T, H, W] is that of their latents. fp32, on the CPU."""
-    sigmas, posterior, noise = [], [], []
-    for place in draws:
-        source = random.Random(f"{seed} {place.step} {place.slot}").getrandbits(63)
-        generator = torch.Generator().manual_seed(source)
-        sigmas.append(_sigma(settings, generator))
-        posterior.append(torch.randn(*shape, generator=generator))
-        noise.append(torch.randn(*shape, generator=generator))
-    sigma = torch.stack(sigmas)
-    shift = flow.dynamic_shift(*shape[2:]) if settings.shift == "dynamic" else settings.shift
-    return Drawn(flow.shift_sigmas(sigma, shift), torch.stack(posterior), torch.stack(noise))
+    def _learner(self) -> Learner:
+        """What trains the model, in the precision of the optimizer and in that of the model."""
+        settings = self._settings
+        master = compute = DTYPES[settings.model.master]
+        if self._ranks.mesh is None:  # on a mesh, FSDP casts the weights that it gathers, and compiles blocks
+            compute = self._dtype
+            if settings.memory.compile:
+                compile_blocks(self._model)
+        return Learner.from_settings(
+            self._model,
+            settings.optimizer,
+            clip=AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier),
+            master=master,
+            compute=compute,
+        )
 
+    def batches(self, start: int, account: Account) -> Generator[Turn, None, None]:
+        return encoded_batches(
+            self._source, self._sampler, self._settings, self._ranks, start=start, account=account
+        )
 
-def _sigma(settings: FlowSettings, generator: torch.Generator) -> Tensor:
-    if settings.weighting == "logit_normal":
-        return flow.sigmas_from_normal(torch.randn((), generator=generator))
-    uniform = torch.rand((), generator=generator)
-    return flow.sigmas_from_uniform_mode(uniform) if settings.weighting == "mode" else uniform
+    def memory_advice(self, batch: Turn) -> str:
+        moments, text = batch.encoded.moments, batch.encoded.prompt.sequence
+        shape = " x ".join(map(str, (len(moments), moments.shape[1] // 2, *moments.shape[2:])))
+        return (
+            f"latents of {shape} with {text.shape[1]} text tokens do not fit into memory: raise "
+            "memory.recompute_blocks, or lower data.batch_size or data.selection's sizes; osp plan "
+            "predicts what they need"
+        )
 
+    def loss(self, batch: Turn, *, step: int, micro: int, averages: Averages) -> Tensor:  # noqa: ARG002
+        drawn, encoded = batch.drawn, batch.encoded
+        latents = self._source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
+        losses = flow_loss.losses(
+            self._model,
+            latents,
+            Conditions(encoded.prompt),
+            sigma=drawn.sigma,
+            noise=drawn.noise,
+            dtype=self._dtype,
+            weighting=self._settings.flow.weighting,
+        )
+        averages.add_losses(losses, drawn.sigma)
+        self._count(batch, latents)
+        return losses.mean()
 
-def losses(
-    model: torch.nn.Module,
-    latents: Tensor,
-    conditions: Conditions,
-    *,
-    sigma: Tensor,
-    noise: Tensor,
-    dtype: torch.dtype,
-    weighting: flow.Weighting,
-) -> Tensor:
-    """Weighted mean squared error of each sample's velocity, [B] in fp32: what is minimised and logged.
-    Latents [B, C, T, H, W] are normalised and in fp32, as are sigma and noise; the model runs in `dtype`.
-    """
-    noisy = flow.add_noise(latents, noise, sigma)
-    told = conditions.to(latents.device, dtype)
-    velocity = denoise(model, noisy, sigma * flow.TIMESTEP_SCALE, told)
-    error = (velocity - flow.velocity_target(latents, noise)).square()
-    return error.flatten(1).mean(1) * flow.loss_weight(sigma, weighting)
+    def _count(self, batch: Turn, latents: Tensor) -> None:
+        """Let `speed` know of latents [B, C, T, H, W] that go forward and backward."""
+        samples, _, frames, height, width = latents.shape
+        text_tokens = batch.encoded.prompt.sequence.shape[1]
+        shape = BatchShape((frames, height, width), text_tokens, samples)
+        self.speed.waited(batch.waited, encoding=batch.encoding)
+        self.speed.count(
+            samples=samples,
+            tokens=samples * frames * height * width // self._config["patch_size"] ** 2,
+            flops=training_flops(self._config, shape),
+        )
+
+    def finish_step(self, step: int, averages: Averages) -> None:
+        pass
+
+    def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]:
+        """Losses on held-out clips; videos are written on the way."""
+        assert self._validation is not None
+        return self._validation.run(self._model, step, check)
+
+    def finish(self) -> Path:
+        """The folder of the last checkpoint."""
+        last = checkpoint.path_of(self._settings.output, self._settings.optimizer.steps)
+        logger.info("the last checkpoint is %s", last)
+        return last

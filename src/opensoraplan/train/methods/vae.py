@@ -1,5 +1,5 @@
-"""Training of WF-VAE: L1, wavelet and KL losses, LPIPS and a discriminator if wanted. What `osp train-vae`
-does.
+"""Method "vae": WF-VAE is trained by L1, wavelet and KL losses, with LPIPS and a discriminator if wanted. The
+losses themselves are in vae_losses.py and adversarial.py.
 
 Everything random is drawn from generators seeded by (seed, step), so that a run resumes exactly.
 """
@@ -8,7 +8,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,25 +17,27 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.buckets import BucketSampler
-from opensoraplan.data.dataset import ClipDataset, collate, readable
+from opensoraplan.data.dataset import Batch, ClipDataset, collate, readable
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
-from opensoraplan.device import DTYPES, explained_memory, prepare, resolve_device
+from opensoraplan.device import DTYPES, prepare, resolve_device
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.formats.assemble import open_vae
 from opensoraplan.formats.export import new_folder, write_component
 from opensoraplan.models import original
-from opensoraplan.models.strict import plain_config, wrong_types_told
+from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.parallel.ranks import Ranks, place_in_job
 from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
 from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
-from opensoraplan.train.inputs.loading import BadFileAccount, micro_batches, shares_of_steps
-from opensoraplan.train.inputs.sources import check_clips, clip_bytes, clips_of, global_batch_of, select_clips
+from opensoraplan.train.inputs.loading import micro_batches, shares_of_steps
+from opensoraplan.train.inputs.sources import clip_bytes, clips_of, global_batch_of, select_clips
 from opensoraplan.train.learner.gradient_clip import FixedClip
-from opensoraplan.train.learner.learner import Learner
+from opensoraplan.train.learner.learner import Learner, check_finite
 from opensoraplan.train.learner.master import MasterWeights
 from opensoraplan.train.learner.optimizer import begin_state
 from opensoraplan.train.log.metrics import Averages
+from opensoraplan.train.log.speed import Speed
 from opensoraplan.train.methods.adversarial import (
     PatchDiscriminator3d,
     adaptive_weight,
@@ -43,11 +45,11 @@ from opensoraplan.train.methods.adversarial import (
     load_lpips,
     perceptual_loss,
 )
+from opensoraplan.train.methods.method import Account, OutlierPolicy
 from opensoraplan.train.methods.vae_losses import Reconstruction, reconstruct
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.folder import CONFIG, begun, check_finite, counted, go_on_counting, run_steps
-from opensoraplan.train.run.state import VAEState
-from opensoraplan.train.run.writers import Writer
+from opensoraplan.train.run.folder import CONFIG
+from opensoraplan.train.run.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -61,29 +63,6 @@ _PATIENCE = 20
 _FULL = "pieces of this size do not fit into memory: lower data.batch_size, frames, height or width"
 
 
-def train_vae(settings: VAETrainSettings, *, resume: str | None = None) -> Path:
-    """Train in the folder `settings.output` for `optimizer.steps` steps, or until a signal asks to stop.
-
-    Returns the folder of the finished VAE (diffusers' format: EMA weights, the latents' shift and scale).
-    Raises ValueError for settings, data and disks that cannot be, RunStoppedError for a signal. What was
-    learned until then is saved.
-    """
-    piece = settings.data
-    latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)  # raises for bad sizes
-    device = resolve_device(settings.device)
-    prepare(device, allow_tf32=settings.allow_tf32)
-    with begun(settings.output, settings, resume=resume) as start:
-        samples = _samples_to_train_on(settings)
-        _check_pieces(samples, settings.data)
-        held_out = _held_out_samples(settings) if settings.validation.every else ()
-        job = _Job(settings, samples, held_out, start=start, device=device)
-        if start:
-            job.load(start)
-        with closing(job.batches):
-            run_steps(job, settings, start=start)
-        return job.finish(samples)
-
-
 def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
     """Write the VAE of a run's checkpoint, as the run does after its last step, to the new folder `out`. The
     latents' shift and scale are measured on the run's clips, which a run with a frozen encoder does not need.
@@ -92,7 +71,7 @@ def export_vae(run: Path, out: Path, *, step: str = "latest") -> None:
     settings = VAETrainSettings.read_file(run / CONFIG)
     start = checkpoint.find(run, step)
     with new_folder(out) as folder:
-        model = WFVAE(**checkpoint.read_state(run, start, VAEState).architecture)
+        model = WFVAE(**checkpoint.read_state(run, start, RunState).architecture)
         parts: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict()}
         if settings.optimizer.ema_decay is not None:  # over the last weights
             _freeze(model, settings.model)
@@ -139,166 +118,126 @@ class _Adversary:
         return loss.detach()
 
 
-class _Job:
-    """The learners and clips of one run, with what is done to them in a step."""
+class VAETraining:
+    """The VAE's learner, the discriminator that plays against it if wanted, and the clips they learn from."""
 
-    def __init__(
-        self,
-        settings: VAETrainSettings,
-        samples: Sequence[Sample],
-        held_out: Sequence[Sample],
-        *,
-        start: int,
-        device: torch.device,
-    ) -> None:
-        self.settings = settings
-        self.clips = clips_of(samples)
-        self.held_out = held_out
-        self.device = device
-        data, accumulate = settings.data, settings.optimizer.accumulate
-        sampler = BucketSampler(
-            [sample.shape for sample in samples],
-            global_batch=data.batch_size * accumulate,
-            seed=settings.seed,
+    state = RunState
+    validation_advice = _FULL
+
+    @staticmethod
+    def check(settings: VAETrainSettings) -> None:
+        """Raise ValueError for what can be told to be impossible before anything is opened."""
+        if (processes := place_in_job()[1]) > 1:
+            raise ValueError(f"a VAE is trained in one process, but torchrun started {processes}")
+        piece = settings.data
+        latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)
+
+    def __init__(self, settings: VAETrainSettings, *, device: torch.device, ranks: Ranks) -> None:  # noqa: ARG002
+        self._settings = settings
+        self._device = device
+        self._samples = _samples_to_train_on(settings)
+        _check_pieces(self._samples, settings.data)
+        self._held_out = _held_out_samples(settings) if settings.validation.every else ()
+        self.clips = clips_of(self._samples)
+        self.global_batch = global_batch_of(settings)
+        self._model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
+        _freeze(self._model, settings.model)
+        # Checkpoints have a frozen encoder, too: an export needs nothing else.
+        self._learner = Learner.from_settings(
+            self._model, settings.optimizer, clip=FixedClip(settings.max_grad_norm), save_frozen=True
         )
-        self.batches = micro_batches(
-            ClipDataset(samples, seed=settings.seed, new_windows=data.new_windows, reader=data.reader),
-            lambda: shares_of_steps(sampler, range(start, settings.optimizer.steps), accumulate=accumulate),
+        self._lpips = load_lpips(device) if settings.loss.perceptual else None
+        adversarial = settings.loss.adversarial_start is not None
+        self._adversary = _Adversary(settings, device=device) if adversarial else None
+        self._played: list[tuple[Tensor, Tensor]] = []
+        self.learners = (self._learner, *([self._adversary.learner] if self._adversary else []))
+        self.outliers = OutlierPolicy(
+            _PATIENCE,
+            restores=False,
+            advice=f"start a new run with a lower optimizer.lr than {settings.optimizer.lr:g}, and with "
+            "model.pretrained to go on from what osp export gives",
+        )
+        self.speed = Speed(settings.log, device=device)
+
+    def batches(self, start: int, account: Account) -> Generator[Batch, None, None]:
+        settings, data = self._settings, self._settings.data
+        accumulate, steps = settings.optimizer.accumulate, range(start, settings.optimizer.steps)
+        sampler = BucketSampler(
+            [sample.shape for sample in self._samples], global_batch=self.global_batch, seed=settings.seed
+        )
+        batches = micro_batches(
+            ClipDataset(self._samples, seed=settings.seed, new_windows=data.new_windows, reader=data.reader),
+            lambda: shares_of_steps(sampler, steps, accumulate=accumulate),
             workers=data.workers,
             collate=collate,
-            batch_bytes=data.batch_size * max(clip_bytes(sample.shape) for sample in samples),
+            batch_bytes=data.batch_size * max(clip_bytes(sample.shape) for sample in self._samples),
         )
-        self.bad_files = BadFileAccount(data.max_bad_files)
-        self.model = _model(settings.model, seed=settings.seed).to(device).train()  # type: ignore[arg-type]
-        _freeze(self.model, settings.model)
-        # Checkpoints have a frozen encoder, too: an export needs nothing else.
-        self.learner = Learner.from_settings(
-            self.model, settings.optimizer, clip=FixedClip(settings.max_grad_norm), save_frozen=True
-        )
-        self.lpips = load_lpips(device) if settings.loss.perceptual else None
-        adversarial = settings.loss.adversarial_start is not None
-        self.adversary = _Adversary(settings, device=device) if adversarial else None
-        self.not_finite = 0
-        self.intact = True
-        self.averages = Averages()
-        self.writer = Writer(settings.output, settings.checkpoint)
-
-    def step(self, step: int) -> None:
-        """Do optimizer step number `step`, from 1."""
-        settings, began, waited = self.settings, time.perf_counter(), 0.0
-        self.learner.begin_step(step)
-        played: list[tuple[Tensor, Tensor]] = []
-        for micro in range(settings.optimizer.accumulate):
+        with closing(batches):
             asked = time.perf_counter()
-            batch = next(self.batches)
-            waited += time.perf_counter() - asked
-            self.bad_files.add(batch.failures)
-            chance = f"{settings.seed} {step} {micro}"
-            x = _pieces(batch.video, settings.data, chance=chance).to(self.device)
-            with explained_memory(_FULL):
-                values, pixels = self._accumulate(x, step, chance=chance)
-            played.append((x, pixels))
-            for name, value in values.items():
-                self.averages.add(name, value)
-        norm, clipping = self.learner.clip_gradients()
-        if clipping.action == "skip":
-            self._skip(step)
-            return
-        self.not_finite = 0
-        # What users can help is raised above, so that a failed step leaves the state before it: the
-        # discriminator, too, learns only now. (Its norms have running statistics that nothing reads.)
-        self.intact = False
-        self.learner.finish_step(step)
-        if (adversary := self._adversary_at(step)) is not None:
-            for real, made in played:
-                self.averages.add("discriminator", adversary.learn(step, real, made))
-        self.intact = True
-        seconds = time.perf_counter() - began
-        for name, value in (("grad_norm", norm), ("lr", self.learner.rate), ("seconds", seconds)):
-            self.averages.add(name, value)
-        self.averages.add("data_wait", waited / seconds)
+            for batch in batches:
+                self.speed.waited(time.perf_counter() - asked)
+                account(batch.failures)
+                yield batch
+                asked = time.perf_counter()
 
-    def _skip(self, step: int) -> None:
-        """Leave a step out whose gradient is not finite: nothing learns. Too many in a row are an error."""
-        self.not_finite += 1
-        logger.warning("step %d: the gradient is not finite: the step is skipped", step)
-        if self.not_finite >= _PATIENCE:
-            raise FloatingPointError(
-                f"step {step}: {_PATIENCE} gradients in a row are not finite: start a new run with a lower "
-                f"optimizer.lr than {self.learner.rate:g}, and with model.pretrained to go on from what osp "
-                "export gives"
-            )
+    def memory_advice(self, batch: Batch) -> str:  # noqa: ARG002
+        return _FULL
 
-    def _adversary_at(self, step: int) -> _Adversary | None:
-        return self.adversary if self.adversary is not None and step >= self.adversary.start else None
-
-    def _accumulate(self, x: Tensor, step: int, *, chance: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of one micro-batch of pixels; returns what is logged, and the pixels made of it. Nothing
-        waits for the device.
-        """
-        weights, frozen = self.settings.loss, self.settings.model.freeze_encoder
+    def loss(self, batch: Batch, *, step: int, micro: int, averages: Averages) -> Tensor:
+        """Nothing in it waits for the device."""
+        settings, weights, frozen = self._settings, self._settings.loss, self._settings.model.freeze_encoder
+        chance = f"{settings.seed} {step} {micro}"
+        x = _pieces(batch.video, settings.data, chance=chance).to(self._device)
         generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
         grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
-        noise = torch.randn(len(x), self.model.config["latent_channels"], *grid, generator=generator)
-        compute = DTYPES[self.settings.model.compute]
-        made = reconstruct(self.model, x, noise.to(self.device), freeze_encoder=frozen, compute=compute)
+        noise = torch.randn(len(x), self._model.config["latent_channels"], *grid, generator=generator)
+        compute = DTYPES[settings.model.compute]
+        made = reconstruct(self._model, x, noise.to(self._device), freeze_encoder=frozen, compute=compute)
         loss = made.l1
         logged = {"l1": made.l1, "wavelet": made.wavelet, "kl": made.kl}
-        if self.lpips is not None:
-            logged["lpips"] = perceptual_loss(self.lpips, x, made.pixels)
+        if self._lpips is not None:
+            logged["lpips"] = perceptual_loss(self._lpips, x, made.pixels)
             loss = loss + weights.perceptual * logged["lpips"]
-        adversary = self._adversary_at(step)
         total = loss + weights.wavelet * made.wavelet + weights.kl * made.kl
-        if adversary is not None:
-            total = total + adversary.loss(made, loss, self.model.decoder.conv_out.weight)
-        self.learner.backward(total / self.settings.optimizer.accumulate)
+        if (adversary := self._adversary_at(step)) is not None:
+            total = total + adversary.loss(made, loss, self._model.decoder.conv_out.weight)
         pixels = made.pixels.detach()
         error = (pixels.clamp(-1, 1) - x).square().mean() / 4
-        return {**logged, "loss": total, "psnr": -10 * error.clamp_min(1e-10).log10()}, pixels
+        for name, value in {**logged, "loss": total, "psnr": -10 * error.clamp_min(1e-10).log10()}.items():
+            averages.add(name, value)
+        self._played = [*(self._played if micro else []), (x, pixels)]
+        self.speed.count(samples=len(x))
+        return total
 
-    def report(self) -> dict[str, float]:
-        """What is logged of the steps since the last report."""
-        return self.averages.take() | {"bad_files": len(self.bad_files)}
+    def finish_step(self, step: int, averages: Averages) -> None:
+        """Let the discriminator learn from what the VAE made: only now, so that a step that fails leaves both
+        as they were. (Its norms have running statistics that nothing reads.)
+        """
+        if (adversary := self._adversary_at(step)) is not None:
+            for real, made in self._played:
+                averages.add("discriminator", adversary.learn(step, real, made))
+
+    def _adversary_at(self, step: int) -> _Adversary | None:
+        return self._adversary if self._adversary is not None and step >= self._adversary.start else None
 
     @torch.no_grad()
-    def validate(self, step: int, check: Callable[[], None]) -> dict[str, float]:  # noqa: ARG002 (everyone's)
-        """PSNR and SSIM of the held-out clips, by the averaged weights and the mode of the latents."""
+    def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]:  # noqa: ARG002
+        """PSNR and SSIM of the held-out clips, by the mode of the latents."""
         fidelity = Fidelity()
-        with explained_memory(_FULL), self.learner.averaged():
-            for video in _videos(self.held_out, self.settings):
-                check()
-                (posterior,) = self.model.encode(video.to(self.device), return_dict=False)
-                (result,) = self.model.decode(posterior.mode(), return_dict=False)
-                fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
+        for video in _videos(self._held_out, self._settings):
+            check()
+            (posterior,) = self._model.encode(video.to(self._device), return_dict=False)
+            (result,) = self._model.decode(posterior.mode(), return_dict=False)
+            fidelity.update(to_uint8(video[0]), to_uint8(result[0].cpu()))
         return {"validation_psnr": fidelity.psnr, "validation_ssim": fidelity.ssim}
 
-    def learned(self) -> Iterator[Tensor]:
-        """The weights and their averages."""
-        return self.learner.learned()
-
-    def save(self, step: int) -> None:
-        state = {"model_config": plain_config(self.model), "clips": self.clips, **counted(self)}
-        self.writer.save(step, parts=self._parts(), state=state)
-
-    def _parts(self) -> dict[str, Mapping[str, Tensor]]:
-        """All tensors that a checkpoint has; reading one fills them in place."""
-        adversarial = {} if self.adversary is None else self.adversary.learner.parts()
-        return {**self.learner.parts(), **adversarial}
-
-    def load(self, step: int) -> None:
-        """Go on from a checkpoint of the same run."""
-        state = checkpoint.read_state(self.settings.output, step, VAEState)
-        check_clips(state.clips, self.clips, others=self.settings.data.other_clips)
-        checkpoint.read_into(self.settings.output, step, self._parts())
-        go_on_counting(self, state)
-
-    def finish(self, samples: Sequence[Sample]) -> Path:
-        """Write the VAE into the run's folder."""
-        out = self.settings.output / FINISHED
+    def finish(self) -> Path:
+        """The folder of the finished VAE (diffusers' format: EMA weights, the latents' shift and scale)."""
+        out = self._settings.output / FINISHED
         fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
         shutil.rmtree(fresh, ignore_errors=True)
-        with new_folder(fresh) as folder, self.learner.averaged():
-            _write(self.model, folder, self.settings, samples)
+        with new_folder(fresh) as folder, self._learner.averaged():
+            _write(self._model, folder, self._settings, self._samples)
         if out.exists():  # left by a run that was extended: there until the new one is whole
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)

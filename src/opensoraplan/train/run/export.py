@@ -21,8 +21,9 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import find_parts
 from opensoraplan.train.inputs.sources import selection_of_run
+from opensoraplan.train.learner.learner import check_finite
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.folder import CONFIG, check_finite
+from opensoraplan.train.run.folder import CONFIG
 from opensoraplan.train.run.state import DenoiserState
 
 logger = logging.getLogger(__name__)

@@ -8,29 +8,31 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from opensoraplan.changes import apply_changes, merge, replace_nothing
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.documents import read_json_object, read_toml
 from opensoraplan.formats.mindspeed.table import LAUNCH_SCRIPT, RECOMPUTED_FEED_FORWARDS
 from opensoraplan.formats.mindspeed.training import read_guide
-from opensoraplan.settings import Settings
-from opensoraplan.train.config import DataSettings, OptimizerSettings, TrainSettings, VAETrainSettings
+from opensoraplan.settings import Settings, shown
+from opensoraplan.train.config import (
+    DataSettings,
+    OptimizerSettings,
+    RunSettings,
+    TrainSettings,
+    VAETrainSettings,
+)
 
 logger = logging.getLogger(__name__)
-
-Run = TypeVar("Run", bound=Settings)
 
 EXTENDS = "extends"
 # Sections that only the guide's files have.
 OF_THE_GUIDE = ("predictor", "dataset_param", "dataloader_param")
 
-# What describes which run, for messages.
-KINDS: Mapping[type[Settings], str] = {
-    TrainSettings: "a denoiser's run, which is for osp train and osp cache",
-    VAETrainSettings: "a VAE's run, which is for osp train-vae",
-}
+METHOD = "method"
+# The settings of a run of each method.
+SETTINGS: Mapping[str, type[RunSettings]] = {"flow": TrainSettings, "vae": VAETrainSettings}
 # To begin with one's own.
 EXAMPLE = "configs/finetune.toml"
 
@@ -72,9 +74,9 @@ def read_run(
     changes: Sequence[str] = (),
     to_cache: bool = False,
 ) -> TrainSettings:
-    """The run that `path` (.toml, or the config.json of a run) describes, or the guide's two files, or both:
-    then `path` goes before them. `changes` go before all: see `read_settings`. `to_cache`, for `osp cache`:
-    the guide's files name clips also where they say that features are loaded.
+    """The denoiser's run that `path` (.toml, or the config.json of a run) describes, or the guide's two
+    files, or both: then `path` goes before them. `changes` go before all: see `read_settings`. `to_cache`,
+    for `osp cache`: the guide's files name clips also where they say that features are loaded.
 
     Raises one ValueError for files that are missing or wrong, which names every key that is. Whether the
     paths in it exist is not looked at.
@@ -93,13 +95,18 @@ def read_run(
                 f"no run is given: use a .toml file such as {EXAMPLE}, or the guide's two files: --model and "
                 "--data"
             )
-        return read_settings(TrainSettings, path, changes=changes)
+        settings = read_settings(path, changes=changes)
+        if not isinstance(settings, TrainSettings):
+            raise ValueError(f'{path} trains no denoiser: it has method = "{settings.method}"')
+        return settings
     values, notes = read_guide(model_json, data_json, to_cache=to_cache)
     for note in notes:
         logger.info("%s", note)
     where = f"{model_json} and {data_json}"
     if path is not None:
-        over, names = _read_file(path, kind=TrainSettings)
+        over, names, kind = _read_file(path, method="flow")
+        if kind is not TrainSettings:
+            raise ValueError(f"{path} trains no denoiser, which the guide's two files describe")
         values = merge(values, over)
         where = f"{where} and {names}"
     values = apply_changes(values, changes, kind=TrainSettings)
@@ -116,18 +123,12 @@ def read_run(
     return TrainSettings.read(values, where=_with_changes(where, changes))
 
 
-def read_settings(kind: type[Run], path: Path, *, changes: Sequence[str] = ()) -> Run:
-    """The settings of this kind that a .toml or .json file has, and the file that it `extends`, with
-    `changes` as "section.key=value" (see changes.py).
+def read_settings(path: Path, *, changes: Sequence[str] = (), method: str = "flow") -> RunSettings:
+    """The settings that a .toml or .json file has, and the file that it `extends`, with `changes` as
+    "section.key=value" (see changes.py). `method`: what the run is taken for if the files name none.
     """
-    values, where = _read_file(path, kind=kind)
+    values, where, kind = _read_file(path, method=method)
     return kind.read(apply_changes(values, changes, kind=kind), where=_with_changes(where, changes))
-
-
-def is_vae_run(config: Path) -> bool:
-    """Whether a run's config.json is that of `osp train-vae`."""
-    values = _load(config)
-    return bool(TrainSettings.unknown_keys(values)) and not VAETrainSettings.unknown_keys(values)
 
 
 def nearest_key(name: str, *kinds: type[Settings]) -> str | None:
@@ -184,31 +185,47 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _read_file(path: Path, *, kind: type[Settings], chain: Sequence[Path] = ()) -> tuple[dict[str, Any], str]:
-    """The values of a file over those of the file that it extends, and the names of both for messages.
-
-    `chain`: the files, resolved, that lead here.
+def _read_file(path: Path, *, method: str) -> tuple[dict[str, Any], str, type[RunSettings]]:
+    """The values of a file over those of the file that it extends, the names of both for messages, and whose
+    settings they are.
     """
-    content = _load(path)
-    base = content.pop(EXTENDS, None)
-    if problems := kind.unknown_keys(content, also=[EXTENDS]):
-        for other, name in KINDS.items():
-            if not other.unknown_keys(content):
-                raise ValueError(f"{path} has {', '.join(problems)}: settings of {name}")
-        raise ValueError(f"{path}: " + "; ".join(problems.values()))
-    if base is None:
-        return content, str(path)
-    if not isinstance(base, str):
-        raise ValueError(f"{path}: {EXTENDS} must be the name of one other file, got {base!r}")
-    chain = [*chain, path.resolve()]
-    found = path.parent / base
-    if found.resolve() in chain:
-        circle = ", ".join(file.name for file in chain[chain.index(found.resolve()) :])
-        raise ValueError(f"{path} {EXTENDS} {base}, which is a circle: {circle}, {found.name}")
-    if not found.is_file():
-        raise ValueError(f"{path} {EXTENDS} {base}, but {found} does not exist")
-    values, names = _read_file(found, kind=kind, chain=chain)
-    return merge(values, content), f"{path} over {names}"
+    chain = _read_chain(path)
+    named = {file: content[METHOD] for file, content in chain.items() if METHOD in content}
+    for file, name in named.items():
+        if name not in SETTINGS:
+            raise ValueError(f"{file}: {METHOD} must be one of {', '.join(SETTINGS)}, got {shown(name)}")
+    kind = SETTINGS[next(iter(named.values()), method)]
+    values: dict[str, Any] = {}
+    for file, content in chain.items():
+        if problems := kind.unknown_keys(content, also=[EXTENDS]):
+            for other, settings in SETTINGS.items():
+                if not named and not settings.unknown_keys(content):
+                    keys = ", ".join(problems)
+                    raise ValueError(f'{file} has {keys}: to train that, it needs {METHOD} = "{other}"')
+            raise ValueError(f"{file}: " + "; ".join(problems.values()))
+        values = merge(content, values)
+    return values, " over ".join(map(str, chain)), kind
+
+
+def _read_chain(path: Path) -> dict[Path, dict[str, Any]]:
+    """The content of a file, of the one that it extends, and so on."""
+    chain: dict[Path, dict[str, Any]] = {}
+    seen: list[Path] = []
+    while True:
+        content = chain[path] = _load(path)
+        seen.append(path.resolve())
+        base = content.pop(EXTENDS, None)
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: {EXTENDS} must be the name of one other file, got {base!r}")
+        found = path.parent / base
+        if found.resolve() in seen:
+            circle = ", ".join(file.name for file in seen[seen.index(found.resolve()) :])
+            raise ValueError(f"{path} {EXTENDS} {base}, which is a circle: {circle}, {found.name}")
+        if not found.is_file():
+            raise ValueError(f"{path} {EXTENDS} {base}, but {found} does not exist")
+        path = found
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -220,7 +237,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: a run is described by a .toml file such as {EXAMPLE}, or by the config.json of a run"
         )
     if path.suffix == ".json":
-        content = _given(read_json_object(path, comments=True))
+        content = _with_method(_given(read_json_object(path, comments=True)))
     else:
         content = replace_nothing(read_toml(path))
     if any(key in content for key in OF_THE_GUIDE):
@@ -246,6 +263,13 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
             if key not in defaults or value != defaults[key]
         }
     return {**content, "data": data}
+
+
+def _with_method(content: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json as if it named its method, which the first runs did not: it has every section, and
+    only a VAE's has losses.
+    """
+    return content if METHOD in content else {METHOD: "vae" if "loss" in content else "flow", **content}
 
 
 def _with_changes(where: str, changes: Sequence[str]) -> str:

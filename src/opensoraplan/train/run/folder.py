@@ -1,69 +1,45 @@
-"""The folder of a training run and its life: begun once, resumed, stopped by a signal. For every trainer.
+"""The folder of a training run: opened for a new run, or to resume one.
 
 config.json      the resolved settings        metrics.jsonl   what was logged
 checkpoints/     see checkpoint.py
 """
 
-import copy
 import logging
-import signal
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 from opensoraplan.claims import claimed
 from opensoraplan.disk import clear_dead, made, plain_errors, write_whole
-from opensoraplan.parallel.ranks import ALONE, JointError, Ranks, explain, why_lost
-from opensoraplan.parallel.shards import local
-from opensoraplan.train.config import TrainSettings, VAETrainSettings
-from opensoraplan.train.inputs.loading import BadFileAccount
-from opensoraplan.train.learner.gradient_clip import GradientOutlierError
+from opensoraplan.parallel.ranks import Ranks
+from opensoraplan.train.config import RunSettings
 from opensoraplan.train.log.metrics import FILE as METRICS
-from opensoraplan.train.log.metrics import VALIDATED, Averages, Metrics, Silence, was_logged
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.files import is_vae_run, read_settings, refuse_changes
-from opensoraplan.train.run.state import VAEState
-from opensoraplan.train.run.writers import Writer
+from opensoraplan.train.run.files import read_settings, refuse_changes
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 
-RunSettings = TrainSettings | VAETrainSettings
-
-
-class RunStoppedError(Exception):
-    """A signal ended a run before its last step; what it has learned is saved. The text says how to go on."""
-
-    def __init__(self, by: signal.Signals, *, step: int, steps: int, saved: Path) -> None:
-        super().__init__(
-            f"{by.name}: stopped after step {step} of {steps}, saved in {saved}: "
-            "continue with --resume latest"
-        )
-        self.signal = by
-
 
 @contextmanager
-def begun_together(output: Path, settings: RunSettings, *, resume: str | None, ranks: Ranks) -> Iterator[int]:
-    """`begun` by the first of several processes, for all of them."""
+def open_run_together(
+    output: Path, settings: RunSettings, *, resume: str | None, ranks: Ranks
+) -> Iterator[int]:
+    """`open_run` by the first of several processes, for all of them."""
     with ExitStack() as stack:
-        yield ranks.agree(lambda: stack.enter_context(begun(output, settings, resume=resume)))
+        yield ranks.agree(lambda: stack.enter_context(open_run(output, settings, resume=resume)))
 
 
 @contextmanager
-def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterator[int]:
+def open_run(output: Path, settings: RunSettings, *, resume: str | None) -> Iterator[int]:
     """Begin a run in `output`, or go on with the one that is there; yields the step to go on from (0: anew).
 
     `resume`: None, "latest" or a step. Without it a folder that has a run is refused; with it, a run whose
     settings differ in what would change its results is refused with the differences, and so is a step beyond
     `optimizer.steps`. "latest" without a checkpoint begins anew, so that one command line serves for every
     start of a job. The folder is claimed against a second process. A folder in which nothing was trained yet
-    counts as empty, and nothing is written to it here: `run_steps` does when the run begins. If the block
+    counts as empty, and nothing is written to it here: the loop does when the run begins. If the block
     raises before that, a new folder is removed.
     """
     config = output / CONFIG
@@ -74,7 +50,7 @@ def begun(output: Path, settings: RunSettings, *, resume: str | None) -> Iterato
             raise ValueError(
                 f"{output} already has a training run: continue with --resume latest, or use another output"
             )
-        refuse_changes(read_settings(type(settings), config), settings)
+        refuse_changes(read_settings(config), settings)
         if resume != "latest" or checkpoint.steps(output):
             step = checkpoint.find(output, resume)
         if step > total:
@@ -105,7 +81,7 @@ def _refuse_foreign(config: Path) -> None:
     if not config.exists():
         return
     try:
-        read_settings(VAETrainSettings if is_vae_run(config) else TrainSettings, config)
+        read_settings(config)
     except ValueError:
         raise ValueError(
             f"{config} is not the {CONFIG} of a training run, and would be overwritten: use another output"
@@ -118,283 +94,7 @@ def _has_trained(output: Path) -> bool:
     return bool(checkpoint.steps(output)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def _write_config(settings: RunSettings) -> None:
+def write_config(settings: RunSettings) -> None:
     config, text = settings.output / CONFIG, settings.model_dump_json(indent=1) + "\n"
     with plain_errors(config, whole="nothing was begun"):
         write_whole(config, lambda path: path.write_text(text))
-
-
-def open_metrics(settings: RunSettings, *, start: int, ranks: Ranks) -> Metrics | Silence:
-    """The log of a run that goes on after step `start`; of several processes, the first has it."""
-    if not ranks.first:
-        return Silence()
-    return Metrics(
-        settings.output,
-        steps=settings.optimizer.steps,
-        start=start,
-        shown=("loss", "psnr", "grad_norm", "samples/s"),
-        tensorboard=settings.log.tensorboard,
-        wandb_project=settings.log.wandb_project,
-        config=settings.model_dump(mode="json"),
-    )
-
-
-class ValidationStoppedError(Exception):
-    """A validation was broken off, since the run is asked to stop."""
-
-
-class Job(Protocol):
-    """What a trainer does in its loop. Steps count from 1.
-
-    `learned`: the weights and their averages. `not_finite`: how many steps in a row, up to the last one, had
-    a gradient that is not finite. `intact`: what is saved, without the two counts, is that of a whole step,
-    also when a step raises; what users can help is raised while it is. `validate` calls `check`, which may
-    raise ValidationStoppedError, every few seconds, at the same moments in all processes.
-    """
-
-    averages: Averages
-    bad_files: BadFileAccount
-    writer: Writer
-    intact: bool
-    not_finite: int
-
-    def learned(self) -> Iterable[Tensor]: ...
-    def step(self, step: int) -> None: ...
-    def report(self) -> Mapping[str, float]: ...
-    def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]: ...
-    def save(self, step: int) -> None: ...
-
-
-def counted(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """What a checkpoint's state has of the two counts of all processes, which all ask."""
-    job.bad_files.share(ranks)
-    return {"averages": job.averages.state_dict(ranks), "bad_files": job.bad_files.state_dict()}
-
-
-def go_on_counting(job: Job, state: VAEState, ranks: Ranks = ALONE) -> None:
-    """Take over the counts of a checkpoint's state, if it has them: the first runs did not save them."""
-    if state.averages is not None:
-        job.bad_files.load_state_dict(state.bad_files)
-        if ranks.data_rank == 0:  # sums are of all processes: one goes on with them
-            job.averages.load_state_dict(state.averages.model_dump())
-
-
-def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:
-    """Do the steps after `start`; log, save and validate (if `validation.every` says so) when it is time.
-
-    SIGTERM and Ctrl-C end it after the step under way, which is saved, or in the middle of a validation:
-    RunStoppedError. A validation that did not come to its end is made up for when the run goes on. Any other
-    error is raised with the last whole step saved. Of several processes, those that read and encode clips
-    fail and save together; after other errors, as after the death of one, the last checkpoint is what is
-    left, since the others cannot save without it. The message says which it was.
-    """
-    total = settings.optimizer.steps
-    with open_metrics(settings, start=start, ranks=ranks) as metrics, stop_on_signal() as stop:
-
-        def go_on() -> None:
-            _write_config(settings)
-            checkpoint.set_aside(settings.output, after=start)
-
-        ranks.agree(go_on)  # no sooner: up to here a run that cannot begin after all has changed nothing
-        loop = _Loop(job, settings, ranks, metrics, stop, done=start)
-        if start:
-            with _told_by_rank(start, ranks):
-                loop.make_up_for_validation()
-        while loop.done < total and not loop.stopping:
-            with _told_by_rank(loop.done + 1, ranks):
-                loop.step()
-        loop.check_end()
-        if loop.done < total or loop.owes_validation:
-            where = checkpoint.path_of(settings.output, loop.done)
-            by = stop.signal or signal.SIGTERM  # the signal may have come to another process
-            raise RunStoppedError(by, step=loop.done, steps=total, saved=where)
-
-
-class _Loop:
-    """What `run_steps` does, and how far it is: the last step done, whether its validation is still to be
-    made, and whether the run is asked to stop.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        settings: RunSettings,
-        ranks: Ranks,
-        metrics: Metrics | Silence,
-        stop: "StopRequested",
-        *,
-        done: int,
-    ) -> None:
-        self.job = job
-        self.settings = settings
-        self.ranks = ranks
-        self.metrics = metrics
-        self.done = self.saved = done
-        self.stopping = False
-        self.owes_validation = False
-        self._stop = stop
-
-    def step(self) -> None:
-        """Do the next step and what is due after it."""
-        job, step = self.job, self.done + 1
-        with _saved_on_error(job, self.done, saved=self.saved, ranks=self.ranks):
-            job.step(step)
-        self.done = step
-        if self._is_due(self.settings.log.every):
-            self.metrics.log(step, job.report())
-        else:
-            self.metrics.advance(step)
-        self.stopping = self.ranks.any(bool(self._stop))
-        # Before validation, which may take long and fail.
-        if self.stopping or self._is_due(self.settings.checkpoint.every):
-            self._save()
-        self._validate()
-        if self.stopping:
-            self._save()
-        if self.stopping or step == self.settings.optimizer.steps:
-            job.writer.wait()
-
-    def make_up_for_validation(self) -> None:
-        """Validate the step that the run goes on from, if it was to be and did not come to an end."""
-        path = self.settings.output / METRICS
-        if not self.ranks.agree(lambda: was_logged(path, self.done, VALIDATED)):
-            self._validate()
-
-    def _is_due(self, every: int) -> bool:
-        return self.done == self.settings.optimizer.steps or self.done % every == 0
-
-    def _save(self) -> None:
-        if self.saved < self.done:
-            check_finite(self.job.learned(), self.ranks)
-            self.job.save(self.done)
-            self.saved = self.done
-
-    def check_end(self) -> None:
-        """Raise FloatingPointError for a run that has diverged by its last step. A single outlier is none."""
-        diverged = self.job.not_finite
-        if diverged >= 2 or diverged == self.done > 0:
-            raise FloatingPointError(
-                f"the run has failed: the gradients of its last steps ({diverged}) are not finite. Start "
-                "a new one with a lower optimizer.lr; osp export writes the weights from before these steps"
-            )
-
-    def _validate(self) -> None:
-        every = self.settings.validation.every
-        if not every or not self._is_due(every):
-            return
-        self.owes_validation = True
-        if self.stopping:
-            return
-        began = time.monotonic()
-        try:
-            with _saved_on_error(self.job, self.done, saved=self.saved, ranks=self.ranks):
-                found = self.job.validate(self.done, self._check)
-        except ValidationStoppedError:
-            logger.warning("the validation of step %d is postponed until the run is resumed", self.done)
-        else:
-            self.owes_validation = False
-            self.metrics.log(self.done, {**found, VALIDATED: round(time.monotonic() - began, 3)})
-
-    def _check(self) -> None:
-        self.stopping = self.ranks.any(bool(self._stop))
-        if self.stopping:
-            raise ValidationStoppedError
-
-
-@torch.no_grad()
-def check_finite(tensors: Iterable[Tensor], ranks: Ranks = ALONE) -> None:
-    """Raise FloatingPointError in all processes if some of these weights are not finite in one."""
-    if ranks.any(not all(bool(local(tensor).isfinite().all()) for tensor in tensors)):
-        raise FloatingPointError(
-            "the weights are not finite: the run has diverged, and its weights are not saved. Resume "
-            "from an earlier checkpoint, or start a new run with a lower optimizer.lr"
-        )
-
-
-@contextmanager
-def _saved_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
-    """If the block raises, save `step`, the last one done, unless it is `saved`. Of several processes, which
-    can only save together, this needs an error that all of them raise.
-    """
-    counts = copy.deepcopy((job.averages, job.bad_files))
-    try:
-        yield
-    except ValidationStoppedError:
-        raise
-    except Exception as error:
-        if ranks.count == 1 or isinstance(error, GradientOutlierError | JointError):
-            job.averages, job.bad_files = counts
-            _save_in_spite(job, step, saved=saved, ranks=ranks)
-        raise
-
-
-def _save_in_spite(job: Job, step: int, *, saved: int, ranks: Ranks) -> None:
-    """Save `step`, unless it is `saved`, after an error, which says more than one that comes of this."""
-    try:
-        if step > saved and job.intact:
-            check_finite(job.learned(), ranks)
-            job.save(step)
-        job.writer.wait()
-    except Exception as error:
-        logger.warning("step %d cannot be saved: %s", step, explain(error))
-        return
-    if step > saved and not job.intact:
-        logger.warning("the error occurred during the optimizer step: step %d cannot be saved", step)
-    elif step > saved:
-        logger.warning("the run ends early; step %d is saved: continue with --resume latest", step)
-
-
-@contextmanager
-def _told_by_rank(step: int, ranks: Ranks) -> Iterator[None]:
-    """Errors in one of several processes say which it was and at which step, those of collectives that hang
-    or have lost another process, too. Outliers of the gradient are the same in all.
-    """
-    kinds = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
-    try:
-        yield
-    except GradientOutlierError:
-        raise
-    except JointError as error:
-        raise JointError(f"step {step}: {error}") from error
-    except kinds as error:
-        if ranks.count == 1:
-            raise
-        lost = why_lost(error)
-        kind = ConnectionError if lost else next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"rank {ranks.rank} of {ranks.count}, step {step}: {lost or error}") from error
-
-
-class StopRequested:
-    """True once a signal inside `stop_on_signal` asked to stop; a second SIGINT interrupts."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequested]:
-    """Inside the block SIGTERM, SIGINT and SIGHUP only ask to stop, so that the step under way can be saved.
-    What is to be ignored stays so: nohup wants it for SIGHUP.
-    """
-    stop = StopRequested()
-
-    def ask(number: int, _frame: object) -> None:
-        if stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = signal.Signals(number)
-        logger.warning("%s: stopping after this step, with a checkpoint", stop.signal.name)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-    before = {
-        number: signal.signal(number, ask)
-        for number in numbers
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

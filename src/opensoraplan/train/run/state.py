@@ -36,19 +36,19 @@ class ClipStatistics(Settings):
     variance: NotNegative
 
 
-class VAEState(Settings):
-    """Of a run of `osp train-vae`. The first runs did not save `clips` and the two counts."""
+class RunState(Settings):
+    """Of any run. The first runs of `osp train-vae` saved neither `clips` nor what is counted."""
 
     step: Count
     architecture: dict[str, Any] = Field(alias="model_config")
     clips: ClipsState | None = None
     averages: AveragesState | None = None
     bad_files: dict[str, str] = Field(default={})
+    outliers_in_a_row: Count = 0
+    global_batch: Annotated[int, Field(ge=1)] | None = None
 
 
-class DenoiserState(VAEState):
-    """Of a run of `osp train`."""
+class DenoiserState(RunState):
+    """Of a run whose gradients are clipped adaptively."""
 
     clip: ClipStatistics
-    outliers_in_a_row: Count
-    global_batch: Annotated[int, Field(ge=1)] | None = None
