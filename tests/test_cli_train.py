@@ -124,7 +124,7 @@ def test_the_guides_files_as_printed(osp: Command, tiny_run: MakeRun, tmp_path: 
         ("export . --out a", "not the output folder of a training run"),
         ("train {folder}", r"a \.toml file such as configs/finetune\.toml"),
         ("train {run} --set optimizer.lr=fast --set seed=1", "optimizer.lr: .*'fast'"),
-        ("train-vae {run}", "settings of a denoiser's run, which is for osp train"),
+        ("train-vae {run}", 'has method = "flow": use osp train'),
         ("export . --out a --prompt-template x", "must hold {} once, where the prompt goes"),
         ("train {run} --set output=runs/a data.manifest=nowhere", "nowhere does not exist"),
         ("export . --out a --tp 2", "--tp 2 goes with --to megatron"),
@@ -164,10 +164,15 @@ def test_a_vae_run_is_no_denoisers(osp: Command, tiny_clips: Path, tmp_path: Pat
     assert (code, "run/checkpoints has no checkpoint" in err) == (2, True)
     code, _, err, _ = osp("export", "run", "--out", "model", "--to", "release")
     assert (code, "give --out and --step only" in err) == (2, True)
+<<<<<<< HEAD
     code, _, err, _ = osp("train", config)
     assert code == 2
     assert "data.frames, data.height, data.width, data.flip, loss" in err
     assert err.endswith("settings of a VAE's run, which is for osp train-vae\n")
+=======
+    code, err = osp("cache", config, "--out", "cache")
+    assert (code, err.endswith('trains no denoiser: it has method = "vae"\n')) == (2, True)
+>>>>>>> 0a75473 (Tests of a run's method)
 
 
 def test_captions_that_are_missing_are_said(
