@@ -164,15 +164,8 @@ def test_a_vae_run_is_no_denoisers(osp: Command, tiny_clips: Path, tmp_path: Pat
     assert (code, "run/checkpoints has no checkpoint" in err) == (2, True)
     code, _, err, _ = osp("export", "run", "--out", "model", "--to", "release")
     assert (code, "give --out and --step only" in err) == (2, True)
-<<<<<<< HEAD
-    code, _, err, _ = osp("train", config)
-    assert code == 2
-    assert "data.frames, data.height, data.width, data.flip, loss" in err
-    assert err.endswith("settings of a VAE's run, which is for osp train-vae\n")
-=======
-    code, err = osp("cache", config, "--out", "cache")
+    code, _, err, _ = osp("cache", config, "--out", "cache")
     assert (code, err.endswith('trains no denoiser: it has method = "vae"\n')) == (2, True)
->>>>>>> 0a75473 (Tests of a run's method)
 
 
 def test_captions_that_are_missing_are_said(
