@@ -118,6 +118,21 @@ def test_int8_weights_spare_a_card_of_16_gb_the_streaming(osp: Command) -> None:
         assert rows[-1].endswith(verdict)
 
 
+def test_generating_counts_the_vae_in_its_own_precision(osp: Command) -> None:
+    rows: dict[str, list[str]] = {}
+    for dtype in ("bf16", "fp32"):
+        code, said, *_ = osp("plan", "--generate", "--vae-dtype", dtype)
+        assert code == 0
+        rows[dtype] = [line for line in said.splitlines() if line.startswith(("VAE ", "activations of"))]
+    (whole, forward, decoding), (double, same, more) = (
+        [float(row.split()[-1]) for row in rows[dtype]] for dtype in ("bf16", "fp32")
+    )
+    assert (double, more) == (pytest.approx(2 * whole, abs=2e-3), pytest.approx(2 * decoding, abs=2e-3))
+    assert same == forward
+    assert "in bf16, the VAE in fp32; GB" in said
+    assert "in fp32; GB" in osp("plan", "--generate", "--compute", "fp32")[1]
+
+
 def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Command) -> None:
     run = Path(__file__).parents[1] / "configs" / "finetune_builtin.toml"
     alone, one, two = (osp("plan", run, "--generate", *more) for more in ([], ["--batch", 1], ["--batch", 2]))
@@ -128,6 +143,7 @@ def test_generating_is_of_one_video_whatever_the_run_has_in_a_batch(osp: Command
     ("arguments", "message"),
     [
         (["--weights", "int8"], "--weights int8 is for --generate"),
+        (["--vae-dtype", "fp32"], "--vae-dtype fp32 is for --generate"),
         (["--generate", "--weights", "fp8", "--compute", "fp32"], "fp8 goes with --compute bf16, got fp32"),
         (["--tp", 5], "sp 1 x tp 5 = 5 must divide the model's 24 attention heads"),
         (["--devices", 8, "--sp", 3], "8 processes cannot be arranged"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from opensoraplan.cli.options import Changes, check_exists, optional
+from opensoraplan.cli.options import Changes, Dtype, check_exists, optional
 from opensoraplan.defaults import Weights
 
 if TYPE_CHECKING:
@@ -101,13 +101,15 @@ class Plan:
     """Predict the needs of generating one video on one device instead."""
     weights: Weights = "whole"
     """With --generate: precision in which the denoiser's weights are stored."""
+    vae_dtype: Annotated[Dtype | None, optional("{bf16,fp16,fp32}", "(default: that of --compute)")] = None
+    """With --generate: precision of the VAE."""
 
 
 def plan(options: Plan) -> None:
     """`osp plan`."""
     from opensoraplan.models.sizes import BatchShape
     from opensoraplan.plan.mesh_search import cheapest_mesh
-    from opensoraplan.plan.report import GB, Known, generation_lines, training_lines
+    from opensoraplan.plan.report import GB, Known, Precisions, generation_lines, training_lines
     from opensoraplan.plan.step import ONE_DEVICE, TrainingStep
     from opensoraplan.runtime.placement import MARGIN
     from opensoraplan.shapes import latent_shape
@@ -129,15 +131,14 @@ def plan(options: Plan) -> None:
         compute = options.job.compute or "bf16"
         if options.weights == "fp8" and compute != "bf16":
             raise ValueError(f"--weights fp8 goes with --compute bf16, got {compute}")
-        parts, weights = _frozen_parts(options, run), options.weights
-        _write(
-            generation_lines(
-                model, parts, shape, known, compute=compute, weights=weights, described=described
-            )
-        )
+        precisions = Precisions(compute, options.vae_dtype or compute, options.weights)
+        parts = _frozen_parts(options, run)
+        _write(generation_lines(model, parts, shape, known, precisions=precisions, described=described))
         return
     if options.weights != "whole":
         raise ValueError(f"--weights {options.weights} is for --generate: training needs the weights whole")
+    if options.vae_dtype is not None:
+        raise ValueError(f"--vae-dtype {options.vae_dtype} is for --generate: set vae.compute of the run")
     if options.job.batch is None and run is not None:
         shape = replace(shape, batch=run.data.batch_size)
     mesh, encoders = _mesh_of(options, run), _encoder_bytes(options, run)

@@ -57,6 +57,20 @@ class FrozenParts:
         return self.t5 + self.clip
 
 
+@dataclass(frozen=True)
+class Precisions:
+    """In which the denoiser and the text encoders compute (`compute`), in which the VAE does, and how the
+    denoiser's weights are kept.
+    """
+
+    compute: str = "bf16"
+    vae: str = "bf16"
+    weights: Weights = "whole"
+
+    def __str__(self) -> str:
+        return self.compute if self.vae == self.compute else f"{self.compute}, the VAE in {self.vae}"
+
+
 def training_lines(step: TrainingStep, known: Known, *, encoders: int, described: str) -> Iterator[str]:
     """`encoders`: bytes of the VAE and the text encoders, if they are on the device, too. `described`: the
     video, in words.
@@ -122,23 +136,20 @@ def generation_lines(
     shape: BatchShape,
     known: Known,
     *,
-    compute: str,
-    weights: Weights,
+    precisions: Precisions,
     described: str,
 ) -> Iterator[str]:
-    """Of one device that computes in precision `compute`, with the denoiser's weights kept as `weights`.
-    `described`: the video, in words.
-    """
-    size = BYTES[compute]
-    text, vae = parts.text * size, parts.vae * size
+    """Of one device. `described`: the video, in words."""
+    compute, weights = precisions.compute, precisions.weights
+    text, vae = parts.text * BYTES[compute], parts.vae * BYTES[precisions.vae]
     denoiser = model.stored(compute, kind=weights)
     adaln = model.stored(compute, kind=weights, adaln=True)
     units = range(len(model.blocks))
     block = max(model.stored(compute, unit=unit, kind=weights, adaln=False) for unit in units)
     vectors = vector_bytes(model, compute, steps=_STEPS)
     forward = forward_memory(model, shape, compute, kind=weights)
-    decoding = tuple(decoding_memory(shape, compute, chunk=chunk) for chunk in CHUNKS)
-    yield f"{model.numbers():,} parameters; generating {described}, in {compute}; GB of one device"
+    decoding = tuple(decoding_memory(shape, precisions.vae, chunk=chunk) for chunk in CHUNKS)
+    yield f"{model.numbers():,} parameters; generating {described}, in {precisions}; GB of one device"
     yield _row("denoiser", denoiser)
     yield _row("  its AdaLN layers", adaln)
     yield _row("T5 and CLIP", text)
