@@ -347,10 +347,24 @@ class ValidationSettings(Settings):
             )
         if self.prompts and not self.every:
             raise ValueError("`prompts` are given, but `every` is 0, which is never: give validation.every")
-        for prompt in self.prompts:
-            wanted = {"frames": self.frames, "height": self.height, "width": self.width}
-            Request.read({"prompt": prompt, **wanted}, where=f"the video of {prompt!r}")
+        self.requests()
         return self
+
+    def requests(self) -> list[Request]:
+        """The sample videos, each with a seed of its own. Raises ValueError for one that cannot be made."""
+        wanted = {
+            "frames": self.frames,
+            "height": self.height,
+            "width": self.width,
+            "fps": self.fps,
+            "steps": self.sampling_steps,
+            "guidance": self.guidance_scale,
+            "shift": self.shift,
+        }
+        return [
+            Request.read({"prompt": prompt, "seed": seed, **wanted}, where=f"the video of {prompt!r}")
+            for seed, prompt in enumerate(self.prompts)
+        ]
 
 
 class CheckpointSettings(Settings):

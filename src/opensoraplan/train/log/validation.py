@@ -3,18 +3,17 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
 
 from opensoraplan.data.dataset import readable
 from opensoraplan.data.video import VideoWriter
 from opensoraplan.device import DTYPES
+from opensoraplan.generate.session import Session
 from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.ranks import ALONE, Ranks
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.samplers import make_scheduler
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import Encoders, caption_settings, load_encoders, sample_posterior
@@ -110,7 +109,7 @@ class Validation:
 
     def _write_videos(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> None:
         """One mp4 a prompt in OUTPUT/samples, named by step and number."""
-        wanted, encoders = self.settings, self.encoders
+        encoders = self.encoders
         assert encoders is not None
         pipeline = OpenSoraPlanPipeline(
             transformer=model,
@@ -127,32 +126,16 @@ class Validation:
             max_text_tokens=encoders.max_tokens,
         )
         pipeline.set_progress_bar_config(disable=True)
-
-        def check_after_step(*_: object) -> None:
-            check()
-
-        for number, prompt in enumerate(wanted.prompts):
-            text = pipeline.prompt_settings.positive(prompt)
-            output = pipeline(
-                prompt_embeds=pipeline.encode_texts([text]),
-                height=wanted.height,
-                width=wanted.width,
-                num_frames=wanted.frames,
-                num_inference_steps=wanted.sampling_steps,
-                guidance_scale=wanted.guidance_scale,
-                shift=wanted.shift,
-                seed=number,
-                output_type="latent",
-                callback_on_step_end=check_after_step,
-            )
+        session = Session(pipeline, model=str(self.run_settings.output), ranks=self.ranks)
+        for number, request in enumerate(self.settings.requests()):
+            latents = session.denoise(request, after_step=lambda *_: check())
             if not self.ranks.first:
                 continue
-            latents = cast(Tensor, cast(VideoOutput, output).frames)
             path = self._path(step, number)
-            with VideoWriter(path, fps=wanted.fps, title=prompt) as writer:
+            with VideoWriter(path, fps=request.fps, title=request.prompt) as writer:
                 for frames in pipeline.iter_pictures(latents):
                     writer.write(frames)
-            logger.info("step %d: %s -> %s", step, prompt, writer.path)
+            logger.info("step %d: %s -> %s", step, request.prompt, writer.path)
 
     def _path(self, step: int, number: int) -> Path:
         folder = self.run_settings.output / "samples"
