@@ -3,13 +3,18 @@
 import errno
 import json
 import math
+import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from opensoraplan.parallel import shards
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.optimizer import make_optimizer, optimizer_tensors
 from opensoraplan.train.log.metrics import Averages
@@ -162,6 +167,78 @@ def test_a_part_that_is_cut_off_leaves_all_tensors_as_they_are(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"step-00000001 cannot be read \(ema\.safetensors: "):
         checkpoint.read_into(tmp_path, 1, now)
     assert not any(part["a"].any() for part in now.values())
+
+
+def pieces(output: Path) -> Path:
+    """A checkpoint of two ranks, each with a row; its folder."""
+    folder = checkpoint.path_of(output, 1)
+    folder.mkdir(parents=True)
+    checkpoint.write_state(folder, 1, {})
+    for rank in range(2):
+        own = {"a": shards.Piece(torch.full((1, 3), float(rank)), (rank, 0))}
+        shards.write(folder, "model", own, rank=rank, count=2)
+    return folder
+
+
+def test_pieces_of_two_ranks_are_joined(tmp_path: Path) -> None:
+    pieces(tmp_path)
+    assert checkpoint.load(tmp_path, 1).parts["model"]["a"].tolist() == [[0.0] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize("lost", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_lost_file_of_one_rank_is_told_and_nothing_is_filled(tmp_path: Path, lost: str) -> None:
+    (pieces(tmp_path) / lost).unlink()
+    now = {"model": {"a": torch.full((2, 3), 7.0)}}
+    with pytest.raises(ValueError, match=rf"step-00000001 cannot be read \({lost}: "):
+        checkpoint.read_into(tmp_path, 1, now)
+    assert (now["model"]["a"] == 7).all()
+
+
+def test_a_piece_that_is_in_no_file_is_told(tmp_path: Path) -> None:
+    folder = pieces(tmp_path)
+    shards.write(folder, "model", {}, rank=0, count=2)
+    with pytest.raises(ValueError, match=r"model\.safetensors: a: 3 of its 6 numbers are there"):
+        checkpoint.read_into(tmp_path, 1, {"model": {"a": torch.zeros(2, 3)}})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"model": {"b": torch.zeros(2, 3)}}, "model.safetensors: b is missing"),
+        ({"model": {"a": torch.zeros(3)}}, r"model.safetensors: a is \[2, 3\], where \[3\] is wanted"),
+        ({"ema": {"a": torch.zeros(2, 3)}}, "ema.safetensors: there is no such file"),
+    ],
+)
+def test_tensors_of_another_model_are_told(
+    tmp_path: Path, wanted: dict[str, dict[str, Tensor]], message: str
+) -> None:
+    pieces(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read_into(tmp_path, 1, wanted)
+
+
+class Harm:
+    """Pickled as a call."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.made,)
+
+
+@pytest.mark.parametrize(
+    "read", [checkpoint.load, partial(checkpoint.read_into, parts={"model": {"a": torch.zeros(1)}})]
+)
+def test_an_index_that_would_run_code_is_refused(tmp_path: Path, read: Callable[..., object]) -> None:
+    """Of torch.distributed.checkpoint, which earlier versions wrote: a pickle."""
+    folder = checkpoint.path_of(tmp_path, 1) / "sharded"
+    folder.mkdir(parents=True)
+    checkpoint.write_state(folder.parent, 1, {})
+    (folder / ".metadata").write_bytes(pickle.dumps(Harm(tmp_path / "harm")))
+    with pytest.raises(ValueError, match=r"cannot be read \(sharded: .* which no index of tensors does"):
+        read(tmp_path, 1)
+    assert not (tmp_path / "harm").exists()
 
 
 def test_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:

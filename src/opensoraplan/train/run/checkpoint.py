@@ -2,8 +2,9 @@
 
     checkpoints/step-00001000/model.safetensors ema.safetensors optimizer.safetensors state.json
 
-Names of tensors are the model's own; the optimizer's are `exp_avg.NAME` and so on. What a trainer keeps
-besides (clip statistics, counters) is in state.json.
+Of several processes each writes its pieces (parallel/shards.py); any number of them reads what any number
+has written. Names of tensors are the model's own; the optimizer's are `exp_avg.NAME` and so on. What a
+trainer keeps besides (clip statistics, counters) is in state.json.
 """
 
 import json
@@ -11,18 +12,17 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensoraplan.disk import flush, permit, plain_errors
 from opensoraplan.documents import read_json_object
-from opensoraplan.parallel import shards
+from opensoraplan.parallel import distcp, shards
+from opensoraplan.parallel.shards import Parts
 from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".unfinished-"
 _SUPERSEDED = ".superseded-"
 
-Tensors = Mapping[str, Tensor]
 State = TypeVar("State", bound=Settings)
 
 
@@ -84,7 +83,7 @@ def save(
     output: Path,
     step: int,
     *,
-    parts: Mapping[str, Tensors],
+    parts: Parts,
     state: Mapping[str, Any],
     keep: int,
     keep_every: int | None = None,
@@ -101,9 +100,8 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
-            for name, tensors in parts.items():
-                contiguous = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-                save_file(contiguous, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
+            for part, tensors in parts.items():
+                shards.write(unfinished, part, shards.pieces(tensors))
             write_state(unfinished, step, state)
             finish(output, step)
         except BaseException:
@@ -140,15 +138,11 @@ def load(output: Path, step: int, *, only: Sequence[str] | None = None) -> Check
     with _damage_told(output, step):
         state = _read_state(output, step)
         del state["step"]
-        if shards.are_in(folder):
-            with _named(folder / shards.FOLDER):
-                return Checkpoint(step, shards.read_whole(folder, only=only), state)
-        parts: dict[str, dict[str, Tensor]] = {}
-        for file in folder.glob("*.safetensors"):
-            if only is None or file.stem in only:
-                with _named(file):
-                    parts[file.stem] = load_file(file)
-        return Checkpoint(step, parts, state)
+        if (folder / distcp.FOLDER).is_dir():
+            return Checkpoint(step, distcp.read_whole(folder / distcp.FOLDER, only=only), state)
+        with shards.open_parts(folder, only) as parts:
+            read = {part: {name: of.whole(name) for name in of.names()} for part, of in parts.items()}
+        return Checkpoint(step, read, state)
 
 
 def read_state(output: Path, step: int, kind: type[State]) -> State:
@@ -165,38 +159,27 @@ def _read_state(output: Path, step: int) -> dict[str, Any]:
     return state
 
 
-def read_into(output: Path, step: int, parts: Mapping[str, Tensors]) -> None:
+def read_into(output: Path, step: int, parts: Parts) -> None:
     """Fill the tensors of `parts` in place, sharded ones with what this rank has of them, from a checkpoint
     that any number of ranks wrote. All ranks call this. Raises ValueError, with the file, for one that is
     damaged.
     """
     folder = path_of(output, step)
     with _damage_told(output, step):
-        if shards.are_in(folder):
-            with _named(folder / shards.FOLDER):
-                shards.read_into(folder, parts)
+        if (folder / distcp.FOLDER).is_dir():
+            distcp.read_into(folder / distcp.FOLDER, parts)
             return
-        with ExitStack() as stack:
+        with shards.open_parts(folder, parts) as found:
             # All of them, before anything is filled: one that is missing or cut off must not leave a mixture.
-            files = {}
-            for part in parts:
-                with _named(file := folder / f"{part}.safetensors"):
-                    files[part] = stack.enter_context(safe_open(file, framework="pt"))
+            for part, tensors in parts.items():
+                with shards.named(folder / f"{part}.safetensors"):
+                    if part not in found:
+                        raise ValueError("there is no such file")
+                    for name, tensor in tensors.items():
+                        found[part].check(name, tensor)
             for part, tensors in parts.items():
                 for name, tensor in tensors.items():
-                    with _named(folder / f"{part}.safetensors", name):
-                        shards.fill(tensor, files[part].get_tensor(name))
-
-
-@contextmanager
-def _named(file: Path, tensor: str = "") -> Iterator[None]:
-    """Errors of the block become a ValueError that begins with the name of a file and of a tensor in it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        said = str(error)
-        place = ": ".join(word for word in (file.name, "" if tensor in said else tensor) if word)
-        raise ValueError(f"{place}: {said}") from None
+                    found[part].fill(name, tensor)
 
 
 @contextmanager

@@ -1,17 +1,16 @@
 """Who writes a run's checkpoints: one process, or all ranks in the background. See checkpoint.py."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
 
-from opensoraplan.disk import plain_errors
-from opensoraplan.parallel import shards
-from opensoraplan.parallel.ranks import Ranks
-from opensoraplan.parallel.shards import Parts
+from opensoraplan.disk import flush, plain_errors
+from opensoraplan.parallel.ranks import Ranks, sendable
+from opensoraplan.parallel.shards import Parts, Piece, pieces, write
 from opensoraplan.train.config import CheckpointSettings
 from opensoraplan.train.run import checkpoint
 
@@ -34,47 +33,70 @@ class Writer:
 
 
 class ShardedWriter(Writer):
-    """Writes them in the background, each rank its shards. All ranks call each method."""
+    """Writes them in the background, each rank its pieces. All ranks call each method."""
 
     def __init__(self, output: Path, settings: CheckpointSettings, ranks: Ranks) -> None:
         super().__init__(output, settings)
         self._ranks = ranks
         # Training's own collectives go on meanwhile, perhaps on devices: writing has a group of its own.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=ranks.patience))
-        self._finishing = ThreadPoolExecutor(1)
+        self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def save(self, step: int, *, parts: Parts, state: Mapping[str, Any]) -> None:
-        """Begin to write. What failed the last time is raised here."""
+        """Begin to write what is copied before this returns. What failed the last time is raised here."""
         self.wait()
-        unfinished = checkpoint.unfinished_path(self.output, step)
-        self._ranks.agree(lambda: self._begin(unfinished, step, state))
-        written = shards.write(unfinished, parts, group=self._group)
-        self._pending = self._finishing.submit(self._finish, step, written)
+        self._ranks.agree(lambda: self._begin(step, state))
+        own = {
+            part: {name: piece.copied() for name, piece in pieces(tensors, rank=self._ranks.rank).items()}
+            for part, tensors in parts.items()
+        }
+        self._pending = self._background.submit(self._write, step, own)
 
     def wait(self) -> None:
         """Return when what was begun is on the disk under its name. Raises ValueError for a full disk."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
-            dist.barrier(self._group)
 
-    def _begin(self, unfinished: Path, step: int, state: Mapping[str, Any]) -> None:
+    def _begin(self, step: int, state: Mapping[str, Any]) -> None:
+        unfinished = checkpoint.unfinished_path(self.output, step)
         with plain_errors(unfinished, whole=checkpoint.describe_saved(self.output)):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             checkpoint.write_state(unfinished, step, state)
 
-    def _finish(self, step: int, written: Future[Any]) -> None:
+    def _write(self, step: int, own: Mapping[str, Mapping[str, Piece]]) -> None:
         try:
-            with plain_errors(
-                checkpoint.path_of(self.output, step), whole=checkpoint.describe_saved(self.output)
-            ):
-                shards.finish(written)
-                if self._ranks.first:
-                    checkpoint.finish(self.output, step)
-                    checkpoint.rotate(self.output, keep=self.keep, keep_every=self.keep_every)
+            self._together(step, lambda: self._write_own(step, own))
+            self._together(step, lambda: self._finish(step))
         except ValueError:
             if self._ranks.first:
                 shutil.rmtree(checkpoint.unfinished_path(self.output, step), ignore_errors=True)
             raise
+
+    def _write_own(self, step: int, own: Mapping[str, Mapping[str, Piece]]) -> None:
+        for part, of_part in own.items():
+            folder = checkpoint.unfinished_path(self.output, step)
+            flush(write(folder, part, of_part, rank=self._ranks.rank, count=self._ranks.count))
+
+    def _finish(self, step: int) -> None:
+        if self._ranks.first:
+            checkpoint.finish(self.output, step)
+            checkpoint.rotate(self.output, keep=self.keep, keep_every=self.keep_every)
+
+    def _together(self, step: int, do: Callable[[], None]) -> None:
+        """Have every rank do its share; what fails in any is raised in all."""
+        failed: Exception | None = None
+        try:
+            with plain_errors(
+                checkpoint.path_of(self.output, step), whole=checkpoint.describe_saved(self.output)
+            ):
+                do()
+        except Exception as error:
+            failed = sendable(error)
+        all_failed: list[Exception | None] = [None] * self._ranks.count
+        dist.all_gather_object(all_failed, failed, group=self._group)
+        for error in all_failed:
+            if error is not None:
+                raise error
