@@ -5,6 +5,7 @@ Which videos and captions those are is decided in data/.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opensoraplan.device import DTYPES, dtype_name
+from opensoraplan.fingerprint import fingerprint_parts, other_parts
 from opensoraplan.formats.assemble import empty_vae, load_vae
 from opensoraplan.formats.checkpoints import open_checkpoint
 from opensoraplan.models import original
@@ -31,6 +33,8 @@ from opensoraplan.train.config import TextSettings, VAESettings
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+logger = logging.getLogger(__name__)
 
 _PIPELINE = "model_index.json"
 # What of a text encoder's config decides its output, beside the weights. The rest of it changes from one way
@@ -140,6 +144,24 @@ def fingerprint_of_named(vae: VAESettings, text: TextSettings) -> dict[str, str]
         encoder = load_text_encoder(path, kind="clip", dtype=dtype, device=cpu)
         parts |= _clip_parts(encoder, load_tokenizer(paths["text.clip_tokenizer"]))
     return parts
+
+
+def fingerprint_files(vae: VAESettings, text: TextSettings) -> dict[str, str]:
+    """Fingerprints of the files that the settings name, as far as they are there, by their settings. Unlike
+    `Encoders.fingerprint` they are read in part, and the same weights in another format have another one.
+    """
+    paths = given_paths(vae, text)
+    return fingerprint_parts({name: path for name, path in paths.items() if path.exists()})
+
+
+def warn_of_other_encoders(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Warn of files that are others `now` than when a checkpoint was made, by `fingerprint_files` of both."""
+    if changed := other_parts(before, now):
+        logger.warning(
+            "%s: the files are not those that the run was trained with until now: it continues with other "
+            "latents or text states",
+            ", ".join(changed),
+        )
 
 
 def _vae_parts(vae: WFVAE) -> dict[str, str]:

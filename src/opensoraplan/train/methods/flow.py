@@ -20,7 +20,7 @@ from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.runtime.compiling import compile_blocks
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.inputs.encoders import sample_posterior
+from opensoraplan.train.inputs.encoders import fingerprint_files, sample_posterior
 from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, open_source
 from opensoraplan.train.inputs.turns import Turn, encoded_batches
 from opensoraplan.train.learner.building import build
@@ -77,6 +77,7 @@ class FlowMatching:
         if settings.validation.every:
             self._validation = Validation(settings, encoders=encoders, device=device, ranks=ranks)
         self.clips = clips_of_all(self._source.samples, ranks)
+        self.encoders = ranks.agree(lambda: fingerprint_files(settings.vae, settings.text))
         self._model = build(settings, device=device, mesh=ranks.mesh).train()
         self._source.check_fits(self._model)
         self._config = plain_config(self._model)

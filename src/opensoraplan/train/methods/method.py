@@ -37,12 +37,14 @@ class Method(Protocol):
     """One method at work in one run. Steps count from 1, the micro-batches of a step from 0.
 
     `learners`: what is trained; the first decides by its gradients whether a step is taken, and is what EMA
-    and exports are of. `clips`: what a checkpoint knows of the clips. `global_batch`: samples of a step in
-    all processes. `state`: what its checkpoints have beside tensors.
+    and exports are of. `clips`: what a checkpoint knows of the clips; `encoders`: fingerprints of the frozen
+    models' files, by their settings. `global_batch`: samples of a step in all processes. `state`: what its
+    checkpoints have beside tensors.
     """
 
     learners: Sequence[Learner]
     clips: Mapping[str, Any]
+    encoders: Mapping[str, str]
     global_batch: int
     outliers: OutlierPolicy
     speed: Speed

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -123,6 +124,7 @@ class VAETraining:
 
     state = RunState
     validation_advice = _FULL
+    encoders: Mapping[str, str] = MappingProxyType({})  # it has none beside the model
 
     @staticmethod
     def check(settings: VAETrainSettings) -> None:

@@ -46,6 +46,7 @@ class RunState(Settings):
     bad_files: dict[str, str] = Field(default={})
     outliers_in_a_row: Count = 0
     global_batch: Annotated[int, Field(ge=1)] | None = None
+    encoders: dict[str, str] = Field(default={})
 
 
 class DenoiserState(RunState):

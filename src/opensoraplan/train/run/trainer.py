@@ -16,6 +16,7 @@ from opensoraplan.device import explained_memory, prepare, resolve_device
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import ALONE, Ranks, device_of_rank, joined
 from opensoraplan.train.config import RunSettings, TrainSettings
+from opensoraplan.train.inputs.encoders import warn_of_other_encoders
 from opensoraplan.train.inputs.loading import BadFileAccount
 from opensoraplan.train.inputs.sources import check_clips
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
@@ -161,6 +162,7 @@ class Trainer:
             "outliers_in_a_row": self.outliers_in_a_row,
             "global_batch": self.method.global_batch,
             "clips": self.method.clips,
+            "encoders": dict(self.method.encoders),
             "averages": self.averages.state_dict(self.ranks),
             "bad_files": self.bad_files.state_dict(),
         }
@@ -178,6 +180,7 @@ class Trainer:
         with self.method.speed.apart():
             state = self._restore(step)
         check_clips(state.clips, self.method.clips, others=self.settings.data.other_clips)
+        warn_of_other_encoders(state.encoders, self.method.encoders)
         self.outliers_in_a_row = state.outliers_in_a_row
         if state.averages is not None:
             self.bad_files.load_state_dict(state.bad_files)
