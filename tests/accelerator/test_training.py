@@ -13,7 +13,6 @@ from tiny_models import SHALLOW_VAE
 
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.inputs.cache import write_cache
-from opensoraplan.train.methods.vae import train_vae
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.trainer import train
 
@@ -111,7 +110,7 @@ def test_a_vae_learns_as_on_the_cpu(card: Card, tiny_clips: Path, tmp_path: Path
             "checkpoint": {"every": 2},
         }
         run = VAETrainSettings.read(values, where="the test's run")
-        train_vae(run)
+        train(run)
         losses[device, compute] = logged(run, "loss")
     assert losses["npu", "fp32"] == pytest.approx(losses["cpu", "fp32"], rel=1e-4)
     assert losses["npu", "bf16"] == pytest.approx(losses["cpu", "fp32"], rel=2e-2)
