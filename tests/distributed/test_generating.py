@@ -138,15 +138,19 @@ def test_rows_that_cannot_be_shared_out_are_refused(ranks: Ranks) -> None:
         ranks(decoded_rows, latents, None, ranks=4)
 
 
-def test_command_in_several_processes_makes_the_video_of_one(tiny_model: Path, tmp_path: Path) -> None:
-    files = [tmp_path / "one.mp4", tmp_path / "two.mp4"]
+def test_command_in_several_processes_makes_the_picture_of_one(tiny_model: Path, tmp_path: Path) -> None:
+    """A picture is stored as it is; a codec would make more of the difference of sums in another order."""
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
     for path, launcher in zip(files, ([], LAUNCHER), strict=True):
         command = [sys.executable, *launcher, "-m", "opensoraplan", "generate", "a fox"]
         command += ["--model", str(tiny_model), "--out", str(path), "--dtype", "fp32", "--steps", "3"]
-        command += ["--frames", "9", "--height", "64", "--width", "64", "--batched-guidance"]
+        command += ["--frames", "1", "--height", "64", "--width", "64", "--batched-guidance"]
         command += ["--branch-ranks", "2"] if launcher else []
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".mp4", ".mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one.png", "two.json", "two.png"]
     one, two = (read_frames(path).int() for path in files)
-    assert (one - two).abs().max() <= 2  # of 255: other sums, the same codec
+    assert one.float().std() > 1
+    # Values that differ by less than CLOSE become another level where they are that near to its edge.
+    assert (one - two).abs().max() <= 1
+    assert (one != two).float().mean() < 255 * CLOSE
