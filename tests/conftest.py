@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import Command, Outcome
+from command import Command, Outcome, Running
 from moving_shapes.writing import write_dataset
 from tiny_models import align
 from tiny_release import sources_of, write_release
@@ -73,6 +73,20 @@ def osp(
         return Outcome(code, *capsys.readouterr(), caplog.text)
 
     return command
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts the command in a process of its own, in an empty folder; kills what is left of it."""
+    started: list[Running] = []
+
+    def running(*words: object, **options: Any) -> Running:  # noqa: ANN401
+        started.append(Running(*words, folder=tmp_path, **options))
+        return started[-1]
+
+    yield running
+    for process in started:
+        process.kill()
 
 
 class Watch(TorchDispatchMode):

@@ -5,12 +5,14 @@ overwritten.
 import json
 import os
 import shutil
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command import Running
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -157,44 +159,44 @@ def test_killed_and_gone_on_with_by_two_ranks(settings: TrainSettings, cache: Pa
     assert contents(out) == contents(cache)
 
 
-_SLOW = """
-import sys
-from pathlib import Path
-from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.inputs.cache import write_cache
+def write_slowly() -> None:
+    """Write the cache of the settings in a file; at the first video, wait for a file named "goes-on"."""
+    settings, out = Path(sys.argv[1]), Path(sys.argv[2])
 
-def wait(step, done, total):
-    if (step, done) == ("videos", 1):
-        print("at the first video", flush=True)
-        sys.stdin.readline()
+    def wait(step: str, done: int, _total: int) -> None:
+        if (step, done) == ("videos", 1):
+            Path("waits").touch()
+            while not Path("goes-on").exists():
+                time.sleep(0.02)
 
-settings = TrainSettings.model_validate_json(sys.argv[1])
-summary = write_cache(settings, Path(sys.argv[2]), progress=wait, videos_per_shard=2, texts_per_shard=4)
-print(summary.written, summary.present)
-"""
+    run = TrainSettings.model_validate_json(settings.read_text())
+    write_cache(run, out, progress=wait, videos_per_shard=2, texts_per_shard=4)
 
 
 @pytest.mark.parametrize(("workers", "dies"), [(0, False), (1, True)])
 def test_two_processes_share_the_shards(
-    settings: TrainSettings, cache: Path, tmp_path: Path, workers: int, dies: bool
+    start: Callable[..., Running],
+    settings: TrainSettings,
+    cache: Path,
+    tmp_path: Path,
+    workers: int,
+    dies: bool,
 ) -> None:
     """Without torchrun, started one after the other: nothing is encoded twice, but what a dead one was at."""
     settings, out = changed(settings, workers=workers), tmp_path / "cache"
-    command = [sys.executable, "-c", _SLOW, settings.model_dump_json(), str(out)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        assert other.stdout.readline() == "at the first video\n"
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    other = start("settings.json", "cache", program=write_slowly)
+    other.wait_until((tmp_path / "waits").exists)
 
-        def end_the_wait(step: str, done: int, _total: int) -> None:
-            if (step, done) == ("videos", 3):  # all but the shard that the other is at
-                if dies:
-                    other.kill()
-                else:
-                    print(file=other.stdin, flush=True)
+    def end_the_wait(step: str, done: int, _total: int) -> None:
+        if (step, done) == ("videos", 3):  # all but the shard that the other is at
+            if dies:
+                other.kill()
+            else:
+                (tmp_path / "goes-on").touch()
 
-        mine = write_cache(settings, out, progress=end_the_wait, videos_per_shard=2, texts_per_shard=4)
-        assert dies or other.wait(timeout=300) == 0
+    mine = write_cache(settings, out, progress=end_the_wait, videos_per_shard=2, texts_per_shard=4)
+    assert dies or other.wait() == 0
     assert (mine.written, mine.present, mine.missing) == ((3, 2, 0) if dies else (2, 3, 0))
     shards, expected = contents(out), contents(cache)
     del shards["features.json"], expected["features.json"]  # which has train_fps as 24.0

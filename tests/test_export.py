@@ -7,8 +7,7 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from command import Running
 from safetensors.torch import load_file, save_file
 from tiny_models import DENOISER, VAE
 from tiny_release import sources_of
@@ -526,14 +526,13 @@ def test_ema_is_chosen(sources: Sources, released: Weights, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_that_convert_into_one_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_that_convert_into_one_folder(
+    start: Callable[..., Running], tiny_model: Path, tmp_path: Path
+) -> None:
     """One writes it, the other says why not, and nothing else is there."""
-    words = ["convert", "--model", str(tiny_model), "--to", "release", "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "opensoraplan", *words]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    messages = [process.communicate()[1] for process in both]
-    assert sorted(process.returncode for process in both)[0] == 0
-    refused = next(message for one, message in zip(both, messages, strict=True) if one.returncode)
+    both = [start("convert", "--model", tiny_model, "--to", "release", "--out", "out") for _ in range(2)]
+    assert sorted(process.wait() for process in both)[0] == 0
+    refused = next(process.said() for process in both if process.code)
     assert "another process (" in refused or "exists and is not empty" in refused
     assert "Traceback" not in refused
     assert os.listdir(tmp_path) == ["out"]

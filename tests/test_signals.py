@@ -7,58 +7,42 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import render_clips
-from command import Command, mistake
+from command import TIMEOUT, Command, Running, mistake
 
+from opensoraplan import cli
 from opensoraplan.cli.surroundings import limit_spinning, settled
 from opensoraplan.generate import saved
+from opensoraplan.parallel import ranks
 
 OSP = [sys.executable, "-m", "opensoraplan"]
-RENDER = [sys.executable, str(Path(__file__).parents[1] / "examples/render_clips.py")]
+RENDER = [sys.executable, render_clips.__file__]
 SMALL = ["--frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]
 # Clips that take long enough to be caught while they are written.
 CLIPS = ["clips", "--frames", "65", "--height", "192", "--width", "192"]
-TIMEOUT = 120
 Process = subprocess.Popen[str]
-Start = Callable[..., Process]
+Start = Callable[..., Running]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the command, or another, in an empty folder; kills what is left of it."""
-    started: list[Process] = []
-
-    def command(*arguments: object, program: list[str] = OSP, **options: Any) -> Process:  # noqa: ANN401
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        words = [*program, *map(str, arguments)]
-        started.append(subprocess.Popen(words, cwd=tmp_path, text=True, env=environment, **options))
-        return started[-1]
-
-    yield command
-    for process in started:
-        process.kill()
-        process.communicate()
+def started(*words: object, **options: Any) -> Process:  # noqa: ANN401
+    """A process of a Python of its own, for what happens while it begins or is of its streams."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.Popen([*map(str, words)], text=True, env=environment, **options)
 
 
 def end_of(process: Process) -> tuple[int, str]:
     """Its exit code, and what it said."""
-    said = process.communicate(timeout=TIMEOUT)[1]
+    try:
+        said = process.communicate(timeout=TIMEOUT)[1]
+    finally:
+        process.kill()
     return process.returncode, said
-
-
-def wait_until(is_so: Callable[[], object], process: Process) -> None:
-    """Wait for something that a process under way is to bring about."""
-    end = time.monotonic() + TIMEOUT
-    while not is_so():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -74,13 +58,13 @@ def test_a_stopped_generation_saves_latents(
     long = ["generate", "a cat", "--model", tiny_model, *SMALL, "--steps", "9999"]
     made = start(*long, umask=0o027)
     place = tmp_path / "samples" / "a-cat_seed0.latents.safetensors"
-    wait_until(place.exists, made)
+    made.wait_until(place.exists)
     refused = mistake(osp(*long))
     assert f"another process ({made.pid} on " in refused
     assert "is making this very video" in refused
-    made.send_signal(signal.SIGTERM)
-    code, told = end_of(made)
-    assert code == 128 + signal.SIGTERM, told
+    made.send(signal.SIGTERM)
+    assert made.wait() == 128 + signal.SIGTERM, made.said()
+    told = made.said()
     assert told.endswith("osp: stopped\n")
     assert "stopped, 0 of 1 done: the same command with --resume goes on" in told
     assert "Traceback" not in told
@@ -89,13 +73,12 @@ def test_a_stopped_generation_saves_latents(
     assert place.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_signal_while_all_is_imported_is_no_traceback(
-    start: Start, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_signal_while_all_is_imported_is_no_traceback(tiny_model: Path, tmp_path: Path) -> None:
     """What Python itself has not yet imported when it starts is not ours to help."""
     moments = (0.5, 1, 2, 4)
     for number, moment in zip([signal.SIGINT, signal.SIGTERM] * 2, moments, strict=True):
-        made = start("generate", "a cat", "--model", tiny_model, *SMALL, "--steps", "9999")
+        words = ["generate", "a cat", "--model", tiny_model, *SMALL, "--steps", "9999"]
+        made = started(*OSP, *words, cwd=tmp_path)
         time.sleep(moment)
         made.send_signal(number)
         code, told = end_of(made)
@@ -120,10 +103,9 @@ def test_a_signal_that_python_ignores_comes_again() -> None:
 
 
 def test_what_killed_processes_left_is_cleared(start: Start, osp: Command, tmp_path: Path) -> None:
-    made = start(*CLIPS, "--count", "400", program=RENDER)
-    wait_until(lambda: list(tmp_path.glob("clips/clips/.osp-*.partial/*.mp4")), made)
+    made = start(*CLIPS, "--count", "400", program=render_clips.main)
+    made.wait_until(lambda: list(tmp_path.glob("clips/clips/.osp-*.partial/*.mp4")))
     made.kill()
-    made.wait()
     assert hidden(tmp_path)
     assert osp(*CLIPS, "--count", "1", program=render_clips.main).code == 0
     assert not hidden(tmp_path)
@@ -133,24 +115,22 @@ def test_what_killed_processes_left_is_cleared(start: Start, osp: Command, tmp_p
 def test_a_terminated_rendering_leaves_no_file_half_written(
     start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
-    made = start(*CLIPS, "--count", "400", program=RENDER)
-    wait_until(lambda: list(tmp_path.glob("clips/clips/.osp-*.partial/*.mp4")), made)
-    made.send_signal(number)
-    code, told = end_of(made)
-    assert told.endswith("render_clips.py: stopped\n")
-    assert code == 128 + number
+    made = start(*CLIPS, "--count", "400", program=render_clips.main)
+    made.wait_until(lambda: list(tmp_path.glob("clips/clips/.osp-*.partial/*.mp4")))
+    made.send(number)
+    assert made.wait() == 128 + number
+    assert made.said().endswith("render_clips.py: stopped\n")
     assert not hidden(tmp_path)
 
 
 def test_processes_share_the_clips_to_render(start: Start, osp: Command, tmp_path: Path) -> None:
     """None is rendered twice, and what one that is killed was at, another renders."""
     job = [*CLIPS, "--count", "8"]
-    both = [start(*job, program=RENDER) for _ in range(2)]
-    wait_until(lambda: len(list(tmp_path.glob("clips/clips/.osp-*.partial"))) == 2, both[0])
+    both = [start(*job, program=render_clips.main) for _ in range(2)]
+    both[0].wait_until(lambda: len(list(tmp_path.glob("clips/clips/.osp-*.partial"))) == 2)
     both[0].kill()
     assert osp(*job, program=render_clips.main).code == 0
-    code, told = end_of(both[1])
-    assert code == 0, told
+    assert both[1].wait() == 0, both[1].said()
     assert [name for name in sorted(os.listdir(tmp_path / "clips/clips")) if name.endswith(".mp4")] == [
         f"{number:06d}.mp4" for number in range(8)
     ]
@@ -164,7 +144,7 @@ def test_processes_share_the_prompts_of_a_file(
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     job = ("generate", "prompts.txt", "--model", tiny_model, *SMALL, "--steps", "8", "--out", "out")
     other = start(*job)
-    wait_until(lambda: list(tmp_path.glob("out/*.mp4")), other)
+    other.wait_until(lambda: list(tmp_path.glob("out/*.mp4")))
     killer = threading.Timer(0.1, other.kill)
     killer.start()
     outcome = osp(*job)
@@ -175,18 +155,18 @@ def test_processes_share_the_prompts_of_a_file(
     ]
 
 
-def test_output_that_nobody_reads(start: Start) -> None:
+def test_output_that_nobody_reads() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    made = start("--help", stdout=writing)
+    made = started(*OSP, "--help", stdout=writing)
     os.close(writing)
     assert end_of(made) == (141, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
-def test_output_onto_a_full_disk(start: Start) -> None:
+def test_output_onto_a_full_disk() -> None:
     with open("/dev/full", "w") as full:
-        made = start("--help", stdout=full)
+        made = started(*OSP, "--help", stdout=full)
     assert end_of(made) == (2, "osp: error: stdout: No space left on device\n")
 
 
@@ -227,9 +207,9 @@ def test_clips_are_whole_where_both_streams_are_closed(tmp_path: Path) -> None:
     assert all(clip.read_bytes()[4:8] == b"ftyp" for clip in clips)
 
 
-def test_narrow_terminals_and_letters_that_stdout_lacks(start: Start) -> None:
+def test_narrow_terminals_and_letters_that_stdout_lacks() -> None:
     for environment in ({"COLUMNS": "1"}, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii"}):
-        made = start("train", "--help", env=environment)
+        made = started(*OSP, "train", "--help", env=environment)
         out, told = made.communicate(timeout=TIMEOUT)
         assert (made.returncode, told) == (0, ""), environment
         assert "--resume" in out
@@ -238,13 +218,10 @@ def test_narrow_terminals_and_letters_that_stdout_lacks(start: Start) -> None:
 # --- Several processes --------------------------------------------------------------------------------------
 
 
-# The command, which waits in silence for a shorter time than usual.
-IMPATIENT = """
-from opensoraplan import cli
-from opensoraplan.parallel import ranks
-ranks._SILENCE_S = 0.5
-cli.main()
-"""
+def impatient() -> None:
+    """The command, which waits in silence for a shorter time than usual."""
+    ranks._SILENCE_S = 0.5
+    cli.main()
 
 
 def test_others_that_do_not_come_are_told(start: Start) -> None:
@@ -253,16 +230,14 @@ def test_others_that_do_not_come_are_told(start: Start) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = ["generate", "A red ball.", *SMALL, "--steps", "1"]
-    made = start(*words, env=job, program=[sys.executable, "-c", IMPATIENT])
-    assert made.stderr is not None
-    told = next(line for line in made.stderr if "waits" in line)
+    made = start("generate", "A red ball.", *SMALL, "--steps", "1", environment=job, program=impatient)
+    made.wait_until(lambda: "waits" in made.said())
+    told = next(line for line in made.said().splitlines() if "waits" in line)
     assert "process 0 of 2" in told
-    assert told.endswith("to run one process alone, unset RANK, WORLD_SIZE and LOCAL_RANK\n")
-    made.send_signal(signal.SIGINT)
-    code, told = end_of(made)
-    assert "Traceback" not in told
-    assert code != 0
+    assert told.endswith("to run one process alone, unset RANK, WORLD_SIZE and LOCAL_RANK")
+    made.send(signal.SIGINT)
+    assert made.wait() != 0
+    assert "Traceback" not in made.said()
 
 
 @pytest.mark.parametrize(

@@ -287,14 +287,14 @@ def test_compiled_code_saturates_what_it_has_not_rounded() -> None:
 
 
 @torch.no_grad()
-def test_compiled_blocks_tell_of_overflows(model: SparseUMMDiT) -> None:
+def test_a_compiled_block_tells_of_overflows(model: SparseUMMDiT) -> None:
     torch.compiler.reset()
     of_half = {name: x if name == "timestep" else x.half() for name, x in inputs().items()}
     block = cast(SparseUMMDiTBlock, model.half().transformer_blocks[2])
     block.attn1.to_out[0].bias[0] = 65504
     block.norm1.linear.bias.fill_(2)
     eager, found = model(**of_half).sample, take_overflows(model.transformer_blocks)
-    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(model(**of_half).sample, eager, atol=0.01, rtol=0.01)
     assert take_overflows(model.transformer_blocks) == found
     assert 2 in found

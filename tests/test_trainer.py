@@ -5,14 +5,12 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from command import Running
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file, save_file
 from tiny_models import DENOISER
@@ -127,46 +125,52 @@ def slow_run(tiny_run: MakeRun) -> MakeRun:
     return settings
 
 
-def test_resumed_after_a_signal_equals_undisturbed(slow_run: MakeRun) -> None:
+@pytest.fixture
+def begin(start: Callable[..., Running]) -> Callable[[TrainSettings], Running]:
+    """Starts a run in a process of its own."""
+
+    def begun(run: TrainSettings) -> Running:
+        config = run.output.with_suffix(".json")
+        config.write_text(run.model_dump_json())
+        return start("train", config)
+
+    return begun
+
+
+def test_resumed_after_a_signal_equals_undisturbed(
+    slow_run: MakeRun, begin: Callable[[TrainSettings], Running]
+) -> None:
     undisturbed = slow_run("undisturbed")
     train(undisturbed)
 
     stopped = slow_run("stopped")
-    process = start(stopped)
-    wait_until(lambda: lines(stopped) >= 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 128 + signal.SIGTERM
+    process = begin(stopped)
+    process.wait_until(lambda: lines(stopped) >= 2)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
     assert 2 <= final(stopped).step < 6
-    message = process.stderr.read().decode() if process.stderr else ""
+    message = process.said()
     assert f"stopped after step {final(stopped).step} of 6, saved in {stopped.output}" in message
     assert "continue with --resume latest" in message
     train(stopped, resume="latest")
     assert_equal_runs(stopped, undisturbed)
 
     killed = slow_run("killed")
-    process = start(killed)
-    wait_until(lambda: lines(killed) >= 2 and not unfinished(killed))
+    process = begin(killed)
+    process.wait_until(lambda: lines(killed) >= 2 and not unfinished(killed))
     process.kill()
-    assert process.wait(300) == -signal.SIGKILL
+    assert process.code == -signal.SIGKILL
     train(killed, resume="latest")
     assert_equal_runs(killed, undisturbed)
 
     killed_while_saving = slow_run("killed_while_saving")
-    process = start(killed_while_saving)
-    wait_until(lambda: lines(killed_while_saving) >= 2 and unfinished(killed_while_saving))
+    process = begin(killed_while_saving)
+    process.wait_until(lambda: lines(killed_while_saving) >= 2 and unfinished(killed_while_saving))
     process.kill()
-    assert process.wait(300) == -signal.SIGKILL
+    assert process.code == -signal.SIGKILL
     assert unfinished(killed_while_saving)
     train(killed_while_saving, resume="latest")
     assert_equal_runs(killed_while_saving, undisturbed)
-
-
-def start(run: TrainSettings) -> subprocess.Popen[bytes]:
-    """`osp train` in a process of its own."""
-    config = run.output.with_suffix(".json")
-    config.write_text(run.model_dump_json())
-    command = [sys.executable, "-m", "opensoraplan", "train", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def lines(run: TrainSettings) -> int:
@@ -178,13 +182,6 @@ def lines(run: TrainSettings) -> int:
 def unfinished(run: TrainSettings) -> bool:
     """Whether a checkpoint is being written, or was when the run died."""
     return any((run.output / checkpoint.FOLDER).glob(".unfinished-*"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end, "the run did not come so far within five minutes"
-        time.sleep(0.01)  # let it run
 
 
 def test_resumed_from_an_older_step_is_the_run_from_there(
@@ -557,7 +554,9 @@ def test_validation_logs_losses_and_writes_videos(tiny_run: MakeRun, tiny_clips:
     assert (run.output / "samples" / "step-00000002-0.mp4").stat().st_size > 0
 
 
-def test_a_signal_ends_a_validation_which_is_made_up_for(tiny_run: MakeRun, tiny_clips: Path) -> None:
+def test_a_signal_ends_a_validation_which_is_made_up_for(
+    tiny_run: MakeRun, tiny_clips: Path, begin: Callable[[TrainSettings], Running]
+) -> None:
     sampling = {"prompts": ["a red ball"], "frames": 9, "height": 64, "width": 64}
     held_out = {"every": 4, "manifest": tiny_clips, "samples": 1, **sampling}
     undisturbed = tiny_run("undisturbed", validation={**held_out, "sampling_steps": 1})
@@ -565,10 +564,10 @@ def test_a_signal_ends_a_validation_which_is_made_up_for(tiny_run: MakeRun, tiny
 
     # Ten thousand steps take minutes: who waits for their end is not who stops at once.
     stopped = tiny_run("stopped", validation={**held_out, "sampling_steps": 10_000})
-    process = start(stopped)
-    wait_until(lambda: lines(stopped) >= 4 and checkpoint.steps(stopped.output)[-1:] == [4])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    process = begin(stopped)
+    process.wait_until(lambda: lines(stopped) >= 4 and checkpoint.steps(stopped.output)[-1:] == [4])
+    process.send(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
     assert final(stopped).step == 4
     assert not logged(stopped, "validation_loss")
     go_on = tiny_run("stopped", validation={**held_out, "sampling_steps": 1})
