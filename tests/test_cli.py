@@ -872,11 +872,12 @@ def test_full_memory_is_told(osp: Command, tiny_model: Path, tiny_clips: Path, t
     assert "cannot write to" in mistake(osp(*command, tmp_path / "file" / "ratios.json"))
 
 
-def test_a_size_beyond_memory(osp: Command, tiny_model: Path) -> None:
-    huge = ["--frames", "100001", "--height", "16384", "--width", "16384", "--out", "out"]
-    said = mistake(osp("generate", "cat", "--model", tiny_model, *SMALL, *huge))
-    assert re.fullmatch(r"generating is predicted to take .* ask for fewer or smaller frames", said), said
-    assert not Path("out").exists()
+def test_a_size_beyond_memory_leaves_no_folder(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
+    huge = ["--frames", "100001", "--height", "16384", "--width", "16384"]
+    for out in ("samples", "samples/new/folder", "samples/cat.mp4"):
+        said = mistake(osp("generate", "cat", "--model", tiny_model, *SMALL, *huge, "--out", out))
+        assert re.fullmatch(r"generating is predicted to take .* ask for fewer or smaller frames", said), said
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_more_memory_than_there_ever_is_is_refused() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -73,19 +74,7 @@ class Metrics:
             output.mkdir(parents=True, exist_ok=True)
         self._wandb: Any = None
         if wandb is not None:  # before anything is dropped, since it may refuse
-            try:
-                self._wandb = wandb.init(
-                    project=wandb_project,
-                    dir=str(output),
-                    id=_run_id(output / "wandb_id"),
-                    resume="allow",
-                    config=dict(config or {}),
-                )
-            except wandb.Error as error:
-                raise ValueError(
-                    f"log.wandb_project is set, but wandb says: {error} You can set WANDB_MODE=offline, or "
-                    "leave it out (metrics.jsonl has the same numbers)"
-                ) from None
+            self._wandb = _begin_wandb(wandb, output, project=wandb_project, config=dict(config or {}))
             self._open.callback(self._wandb.finish)
         with plain_errors(self._path, whole="nothing was changed"):
             drop_after(self._path, start)
@@ -287,11 +276,24 @@ def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _run_id(path: Path) -> str:
-    """A run's name for wandb, made once and kept in its folder, so that a resumed run goes on in it."""
-    if not path.exists():
-        path.write_text(os.urandom(6).hex() + "\n")
-    return path.read_text().strip()
+def _begin_wandb(wandb: Any, output: Path, *, project: str | None, config: dict[str, Any]) -> Any:  # noqa: ANN401
+    """wandb's run of the one in `output`; a resumed one goes on under the name that is kept there. Raises
+    ValueError if wandb refuses it, which leaves nothing behind.
+    """
+    kept, folder = output / "wandb_id", output / "wandb"
+    name = kept.read_text().strip() if kept.exists() else os.urandom(6).hex()
+    new = not folder.exists()
+    try:
+        run = wandb.init(project=project, dir=str(output), id=name, resume="allow", config=config)
+    except wandb.Error as error:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(
+            f"log.wandb_project is set, but wandb says: {error} You can set WANDB_MODE=offline, or "
+            "leave it out (metrics.jsonl has the same numbers)"
+        ) from None
+    kept.write_text(f"{name}\n")
+    return run
 
 
 def _summary_writer() -> Any:  # noqa: ANN401 (a class of an optional package)
