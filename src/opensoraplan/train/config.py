@@ -90,6 +90,34 @@ class ModelSettings(Settings):
         return self
 
 
+class AdapterSettings(Settings):
+    """A LoRA that is trained instead of the denoiser's own weights, which stay frozen."""
+
+    kind: Literal["none", "lora", "dora"] = "none"
+    """"lora" trains a low-rank addition to the weights of linear layers (arXiv 2106.09685), "dora" also the
+    norms of the weights' rows (arXiv 2402.09353). "none" trains all weights.
+    """
+    rank: Annotated[int, Field(ge=1, le=2**14)] = 32
+    """Rank of the additions. Higher ranks can learn more, and make the file larger."""
+    alpha: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """The additions are scaled by alpha / rank. None is the rank, which scales by 1."""
+    targets: tuple[Expression, ...] = ()
+    """Regular expressions; linear layers with a match in their names are trained. Empty: attention and
+    feed-forwards of both streams.
+    """
+    dropout: Beta = 0.0
+    """Fraction of the additions' inputs that are dropped in training. Raise it if
+    few clips are overfitted.
+    """
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        given = [name for name in sorted(self.model_fields_set - {"kind"}) if self.kind == "none"]
+        if any(getattr(self, name) != type(self).model_fields[name].default for name in given):
+            raise ValueError(f'{", ".join(given)} needs kind = "lora" or "dora": all weights are trained')
+        return self
+
+
 class VAESettings(Settings):
     """The frozen VAE that encodes clips and decodes sample videos."""
 
@@ -394,6 +422,7 @@ class TrainSettings(Settings):
     torch's own default.
     """
     model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
     vae: VAESettings = VAESettings()
     text: TextSettings = TextSettings()
     data: DataSettings
@@ -405,6 +434,18 @@ class TrainSettings(Settings):
     log: LogSettings = LogSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _adapts(self) -> Self:
+        if self.adapter.kind == "none":
+            return self
+        if self.model.pretrained is None:
+            raise ValueError(f'adapter.kind "{self.adapter.kind}" needs model.pretrained: a model to adapt')
+        if self.parallel.tp > 1:
+            raise ValueError(
+                f"parallel.tp {self.parallel.tp} splits the layers of an adapter: use fsdp or sp"
+            )
+        return self
 
 
 class VAEModelSettings(Settings):

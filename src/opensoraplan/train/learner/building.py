@@ -17,6 +17,7 @@ from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import Mesh
 from opensoraplan.parallel.shards import fill
 from opensoraplan.train.config import MemorySettings, ModelSettings, TrainSettings
+from opensoraplan.train.learner.adapter import add_adapter, fill_with_adapter
 
 
 def build(settings: TrainSettings, *, device: torch.device, mesh: Mesh | None = None) -> SparseUMMDiT:
@@ -27,16 +28,22 @@ def build(settings: TrainSettings, *, device: torch.device, mesh: Mesh | None = 
     had here, before weights are read.
     """
     model, weights = _blueprint(settings.model, seed=settings.seed)
+    adapts = settings.adapter.kind != "none"
     _set_recompute(model, settings.memory)
     if settings.model.attention is not None:
         nn.Module.to(model, DTYPES[settings.model.compute])  # in which it is tried
         _set_attention(model, settings.model.attention, device, batch_size=settings.data.batch_size)
-    nn.Module.to(model, DTYPES[settings.model.master])
+    master, compute = DTYPES[settings.model.master], DTYPES[settings.model.compute]
+    if adapts:
+        add_adapter(model, settings.adapter)
+    for parameter in model.parameters():  # what is frozen needs no more than it is computed in
+        frozen = not parameter.requires_grad and mesh is None
+        parameter.data = parameter.data.to(compute if frozen else master)
     if mesh is not None:
         parallelize(
             model,
             mesh,
-            compute=DTYPES[settings.model.compute],
+            compute=compute,
             compiled=settings.memory.compile,
             cpu_offload=settings.parallel.cpu_offload,
         )
@@ -45,6 +52,9 @@ def build(settings: TrainSettings, *, device: torch.device, mesh: Mesh | None = 
         if settings.parallel.cpu_offload:
             device = torch.device("cpu")
     model.to_empty(device=device)
+    if adapts:
+        fill_with_adapter(model, weights, seed=settings.seed)
+        return model
     for name, value in weights:
         fill(model.get_parameter(name), value)
     return model

@@ -5,6 +5,7 @@ come from (seed, step, slot), so that a resumed run continues bit for bit on the
 """
 
 import logging
+import random
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.device import DTYPES
+from opensoraplan.fingerprint import fingerprint_weights
 from opensoraplan.models.attention import check_backend
 from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.sizes import BatchShape, training_flops
@@ -65,6 +67,7 @@ class FlowMatching:
         self._settings = settings
         self._ranks = ranks
         self._dtype = DTYPES[settings.model.compute]
+        self._adapts = settings.adapter.kind != "none"
         self.global_batch = global_batch_of(settings) * ranks.data_ranks
         self._source, encoders = open_source(settings, device=device, global_batch=self.global_batch)
         self._sampler = BucketSampler(self._source.shapes, global_batch=self.global_batch, seed=settings.seed)
@@ -77,7 +80,7 @@ class FlowMatching:
         if settings.validation.every:
             self._validation = Validation(settings, encoders=encoders, device=device, ranks=ranks)
         self.clips = clips_of_all(self._source.samples, ranks)
-        self.encoders = ranks.agree(lambda: fingerprint_files(settings.vae, settings.text))
+        self.encoders = ranks.agree(self._fingerprints)
         self._model = build(settings, device=device, mesh=ranks.mesh).train()
         self._source.check_fits(self._model)
         self._config = plain_config(self._model)
@@ -106,6 +109,14 @@ class FlowMatching:
             compute=compute,
         )
 
+    def _fingerprints(self) -> dict[str, str]:
+        """Of what the run uses and does not train."""
+        settings, base = self._settings, self._settings.model.pretrained
+        found = fingerprint_files(settings.vae, settings.text)
+        if self._adapts and base is not None:
+            found["model.pretrained"] = fingerprint_weights(base)
+        return found
+
     def batches(self, start: int, account: Account) -> Generator[Turn, None, None]:
         return encoded_batches(
             self._source, self._sampler, self._settings, self._ranks, start=start, account=account
@@ -120,8 +131,11 @@ class FlowMatching:
             "predicts what they need"
         )
 
-    def loss(self, batch: Turn, *, step: int, micro: int, averages: Averages) -> Tensor:  # noqa: ARG002
+    def loss(self, batch: Turn, *, step: int, micro: int, averages: Averages) -> Tensor:
         drawn, encoded = batch.drawn, batch.encoded
+        if self._settings.adapter.dropout:
+            place = f"{self._settings.seed} {step} {micro} {self._ranks.data_rank}"
+            torch.manual_seed(random.Random(place).getrandbits(63))
         latents = self._source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
         losses = flow_loss.losses(
             self._model,
@@ -145,7 +159,8 @@ class FlowMatching:
         self.speed.count(
             samples=samples,
             tokens=samples * frames * height * width // self._config["patch_size"] ** 2,
-            flops=training_flops(self._config, shape),
+            # A frozen weight has no gradient, which is a third of the products.
+            flops=training_flops(self._config, shape) * (2 if self._adapts else 3) // 3,
         )
 
     def finish_step(self, step: int, averages: Averages) -> None:

@@ -1,0 +1,95 @@
+"""A LoRA or DoRA that is trained in place of the denoiser's own weights: PEFT puts it into the model. Files
+of LoRAs are in models/lora_formats.py.
+"""
+
+import random
+import re
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from opensoraplan.models.lora import linear_layers
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.names import did_you_mean
+from opensoraplan.parallel.shards import fill
+from opensoraplan.train.config import AdapterSettings
+
+# Attention and feed-forwards of both streams; not modulation, skip connections and projections at both ends.
+DEFAULT_TARGETS = (
+    r"\.attn1\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
+    r"\.(ff|ff_enc)\.net\.(0\.proj|2)$",
+)
+_BASE = ".base_layer."
+_DOWN, _UP, _MAGNITUDE = (f".lora_{part}.default" for part in ("A", "B", "magnitude_vector"))
+
+
+def add_adapter(model: SparseUMMDiT, settings: AdapterSettings) -> None:
+    """Put an adapter into the model, which may be on the meta device, and freeze all else. Values are
+    given by `fill_with_adapter`. Raises ValueError for targets that match no layer, and a rank that is
+    no low one.
+    """
+    layers = target_layers(model, settings.targets)
+    narrowest = min(layers, key=lambda name: min(layers[name]))
+    if settings.rank > min(layers[narrowest]):
+        outputs, inputs = layers[narrowest]
+        raise ValueError(
+            f"adapter.rank is {settings.rank}, but {narrowest} is {outputs} x {inputs}: use at most "
+            f"{min(outputs, inputs)}"
+        )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or settings.rank,  # type: ignore[arg-type] (PEFT divides it)
+        target_modules=sorted(layers),
+        lora_dropout=settings.dropout,
+        use_dora=settings.kind == "dora",
+    )
+    model.add_adapter(config)
+
+
+def target_layers(model: SparseUMMDiT, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Names and (outputs, inputs) of the linear layers that an adapter with these targets has."""
+    linears = linear_layers(model)
+    chosen = set[str]()
+    for target in tuple(targets) or DEFAULT_TARGETS:
+        found = [name for name in linears if re.search(target, name)]
+        if not found:
+            names = {
+                name.partition(".")[2] if name.startswith("transformer_blocks") else name for name in linears
+            }
+            hint = did_you_mean(target, {name.partition(".")[2] or name for name in names}, cutoff=0.5)
+            raise ValueError(f"adapter.targets: no linear layer of the model matches {target!r}{hint}")
+        chosen.update(found)
+    return {name: shape for name, shape in linears.items() if name in chosen}
+
+
+def fill_with_adapter(model: SparseUMMDiT, weights: Iterable[tuple[str, Tensor]], *, seed: int) -> None:
+    """Give a model that has an adapter its own weights, by the names that they have without one, and the
+    adapter the values that it begins with: down uniform in +-1 / sqrt(inputs), as a linear layer of torch;
+    up 0, so that nothing is added yet; DoRA's magnitudes the norms of the rows.
+    """
+    parameters = dict(model.named_parameters())
+    for name, value in weights:
+        layer, _, kind = name.rpartition(".")
+        fill(parameters[name if name in parameters else f"{layer}{_BASE}{kind}"], value)
+        magnitude = parameters.get(f"{layer}{_MAGNITUDE}.weight")
+        if magnitude is not None and kind == "weight":
+            fill(magnitude, torch.linalg.vector_norm(value.float(), dim=1))
+    for name, parameter in parameters.items():
+        if f"{_DOWN}." in name:
+            drawn = random.Random(f"{seed} {name}").getrandbits(63)
+            generator = torch.Generator().manual_seed(drawn)
+            uniform = torch.rand(parameter.shape, generator=generator)
+            fill(parameter, (2 * uniform - 1) / parameter.shape[1] ** 0.5)
+        elif f"{_UP}." in name:
+            fill(parameter, torch.zeros(parameter.shape))
+
+
+def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter of a checkpoint by the names that `save_lora_adapter` gives it: `LAYER.lora_A.weight`."""
+    names = {name: name.replace(".default", "", 1) for name in tensors}
+    return {
+        new.removesuffix(".weight") if "magnitude" in new else new: tensors[name]
+        for name, new in names.items()
+    }
