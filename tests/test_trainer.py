@@ -28,7 +28,7 @@ from opensoraplan.train.learner.building import build
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
 from opensoraplan.train.methods.flow_loss import draw
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.export import export_run
+from opensoraplan.train.run.export import ExportOptions, export_run
 from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
@@ -388,7 +388,7 @@ def test_dense_goes_on_sparse_and_back(tiny_run: MakeRun, before: list[int], aft
     )
     train(first)
     exported = first.output.with_name("exported")
-    export_run(first.output, exported, ema=False)
+    export_run(first.output, exported, ExportOptions(ema=False))
     second = tiny_run(
         "second",
         model={"pretrained": exported, "sparse_n": after},

@@ -95,8 +95,14 @@ class Export:
     """Checkpoint to export."""
     ema: bool = True
     """Export the EMA weights instead of the latest weights."""
-    to: Literal["diffusers", "megatron", "release"] = "diffusers"
-    """Format: a diffusers folder, Megatron shards, or the release's pickle."""
+    to: Annotated[
+        Literal["diffusers", "megatron", "release", "lora", "lora-comfy", "lora-kohya", "lora-peft"] | None,
+        optional("FORMAT", "(default: lora for a run with an [adapter], else diffusers)"),
+    ] = None
+    """diffusers (a folder), megatron (shards) or release (the release's pickle): the whole model, with an
+    adapter merged into it. lora, lora-comfy or lora-kohya (a .safetensors file with the names of diffusers,
+    ComfyUI or kohya) or lora-peft (a folder): the adapter alone.
+    """
     tp: int = 1
     """Tensor-parallel size of the Megatron shards."""
     dtype: Annotated[Literal["bf16", "fp32"] | None, optional("bf16|fp32", "(default: as trained)")] = None
@@ -215,13 +221,13 @@ def export(options: Export) -> None:
         raise ValueError(f"--tp {options.tp} goes with --to megatron")
 
     from opensoraplan.device import DTYPES
-    from opensoraplan.train.run.export import PromptDefaults, export_run
+    from opensoraplan.train.run.export import ExportOptions, PromptDefaults, export_run
     from opensoraplan.train.run.files import read_settings
     from opensoraplan.train.run.folder import CONFIG
 
     config = options.run / CONFIG
     if config.is_file() and read_settings(config).method == "vae":
-        if options.to != "diffusers" or not options.ema or options.dtype is not None:
+        if options.to not in (None, "diffusers") or not options.ema or options.dtype is not None:
             raise ValueError(f"{options.run} has trained a VAE: give --out and --step only")
         from opensoraplan.train.methods.vae import export_vae
 
@@ -231,11 +237,13 @@ def export(options: Export) -> None:
     export_run(
         options.run,
         options.out,
-        step=options.step,
-        ema=options.ema,
-        to=options.to,
-        tensor_parallel=options.tp,
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        max_shard_size=options.max_shard_size,
-        prompts=PromptDefaults(options.prompt_template, options.default_negative_prompt),
+        ExportOptions(
+            step=options.step,
+            ema=options.ema,
+            to=options.to,
+            tensor_parallel=options.tp,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            max_shard_size=options.max_shard_size,
+            prompts=PromptDefaults(options.prompt_template, options.default_negative_prompt),
+        ),
     )

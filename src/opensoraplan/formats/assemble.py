@@ -141,14 +141,14 @@ def open_denoiser(
     path: Path, config: Mapping[str, Any] | None = None, *, rates: Sequence[int] | None = None
 ) -> Opened[SparseUMMDiT]:
     """A denoiser of any dialect, or that of a diffusers folder, its weights unread."""
-    checkpoint = open_checkpoint(_component(path, "transformer"))
+    checkpoint = open_checkpoint(component_of(path, "transformer"))
     denoiser = empty_denoiser(checkpoint, config, rates=rates)
     return Opened(denoiser, checkpoint, original.match(denoiser, checkpoint))
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVAE]:
     """A VAE of any dialect, or that of a diffusers folder, its weights unread."""
-    checkpoint = open_checkpoint(_component(path, "vae"))
+    checkpoint = open_checkpoint(component_of(path, "vae"))
     vae = empty_vae(checkpoint, config)
     return Opened(vae, checkpoint, original.match(vae, checkpoint))
 
@@ -353,7 +353,7 @@ def write_pipeline(
 
 def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:
     """A VAE from a checkpoint of any dialect, or from a diffusers folder that has one."""
-    checkpoint = open_checkpoint(_component(path, "vae"))
+    checkpoint = open_checkpoint(component_of(path, "vae"))
     vae = empty_vae(checkpoint, None)
     original.load(vae, checkpoint, dtype=dtype)
     return vae.eval().to(device)  # type: ignore[arg-type]
@@ -366,7 +366,7 @@ def export_denoiser(model: Path, out: Path, *, tensor_parallel: int, ema: bool |
     Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
     """
     with new_folder(out) as folder:
-        checkpoint = open_checkpoint(_component(model, "transformer"), ema=ema)
+        checkpoint = open_checkpoint(component_of(model, "transformer"), ema=ema)
         write_megatron(_empty_of(checkpoint), checkpoint, folder, tensor_parallel=tensor_parallel)
     logger.info("wrote %s", out)
 
@@ -406,5 +406,6 @@ def export_release(model: Path, out: Path) -> None:
     logger.info("wrote %s", out)
 
 
-def _component(model: Path, name: str) -> Path:
+def component_of(model: Path, name: str) -> Path:
+    """Where a part of a model is: in its folder of a whole pipeline, else the path itself."""
     return model / name if (model / "model_index.json").exists() else model

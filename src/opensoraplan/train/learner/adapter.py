@@ -4,12 +4,17 @@ of LoRAs are in models/lora_formats.py.
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from opensoraplan.fingerprint import fingerprint_weights
+from opensoraplan.formats.assemble import component_of
+from opensoraplan.formats.lora import Lora
 from opensoraplan.models.lora import linear_layers
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.names import did_you_mean
@@ -21,8 +26,12 @@ DEFAULT_TARGETS = (
     r"\.attn1\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
     r"\.(ff|ff_enc)\.net\.(0\.proj|2)$",
 )
+# The name of the model that is adapted, among the fingerprints of a checkpoint.
+BASE = "model.pretrained"
+_NUMBERED = re.compile(r"^transformer_blocks\.\d+\.")
 _BASE = ".base_layer."
-_DOWN, _UP, _MAGNITUDE = (f".lora_{part}.default" for part in ("A", "B", "magnitude_vector"))
+_VECTOR = ".lora_magnitude_vector"
+_DOWN, _UP, _MAGNITUDE = ".lora_A.default", ".lora_B.default", f"{_VECTOR}.default"
 
 
 def add_adapter(model: SparseUMMDiT, settings: AdapterSettings) -> None:
@@ -55,10 +64,7 @@ def target_layers(model: SparseUMMDiT, targets: Iterable[str]) -> dict[str, tupl
     for target in tuple(targets) or DEFAULT_TARGETS:
         found = [name for name in linears if re.search(target, name)]
         if not found:
-            names = {
-                name.partition(".")[2] if name.startswith("transformer_blocks") else name for name in linears
-            }
-            hint = did_you_mean(target, {name.partition(".")[2] or name for name in names}, cutoff=0.5)
+            hint = did_you_mean(target, {_NUMBERED.sub("", name) for name in linears}, cutoff=0.5)
             raise ValueError(f"adapter.targets: no linear layer of the model matches {target!r}{hint}")
         chosen.update(found)
     return {name: shape for name, shape in linears.items() if name in chosen}
@@ -86,10 +92,21 @@ def fill_with_adapter(model: SparseUMMDiT, weights: Iterable[tuple[str, Tensor]]
             fill(parameter, torch.zeros(parameter.shape))
 
 
-def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter of a checkpoint by the names that `save_lora_adapter` gives it: `LAYER.lora_A.weight`."""
-    names = {name: name.replace(".default", "", 1) for name in tensors}
-    return {
-        new.removesuffix(".weight") if "magnitude" in new else new: tensors[name]
-        for name, new in names.items()
+def fingerprint_base(path: Path) -> str:
+    """Of the denoiser that an adapter is trained on, a file or a folder, or one of a whole pipeline."""
+    return fingerprint_weights(component_of(path, "transformer"))
+
+
+def lora_of(tensors: Mapping[str, Tensor], settings: AdapterSettings, origin: Mapping[str, Any]) -> Lora:
+    """The adapter in a checkpoint of a run with these settings, for files."""
+    plain = {name.replace(".default", "", 1): tensor for name, tensor in tensors.items()}
+    plain = {
+        name.removesuffix(".weight") if _VECTOR in name else name: value for name, value in plain.items()
     }
+    config = {
+        "r": settings.rank,
+        "lora_alpha": settings.alpha or settings.rank,
+        "target_modules": sorted({name.partition(".lora_")[0] for name in plain}),
+        "use_dora": settings.kind == "dora",
+    }
+    return Lora(plain, config, origin)

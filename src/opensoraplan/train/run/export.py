@@ -1,14 +1,16 @@
 """From a training run to what others read: a diffusers folder, Megatron shards, or the release's pickle."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, SchedulerConfig
-from opensoraplan.formats.assemble import Opened, Sources, open_vae, write_pipeline
+from opensoraplan.formats.assemble import Opened, Sources, open_denoiser, open_vae, write_pipeline
 from opensoraplan.formats.export import (
     check_shard_size,
     new_folder,
@@ -16,11 +18,13 @@ from opensoraplan.formats.export import (
     write_megatron,
     write_release,
 )
+from opensoraplan.formats.lora import Lora, LoraFormat, check_lora_path, write_lora
 from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import find_parts
 from opensoraplan.train.inputs.sources import selection_of_run
+from opensoraplan.train.learner.adapter import BASE, fingerprint_base, lora_of
 from opensoraplan.train.learner.learner import check_finite
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.folder import CONFIG
@@ -50,67 +54,141 @@ class PromptDefaults:
         return config
 
 
-def export_run(
-    run: Path,
-    out: Path,
-    *,
-    step: str = "latest",
-    ema: bool = True,
-    to: Literal["diffusers", "megatron", "release"] = "diffusers",
-    tensor_parallel: int = 1,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str = "2GB",
-    prompts: PromptDefaults = PromptDefaults(),
-) -> None:
-    """Write the denoiser of a run's checkpoint to the new folder `out`.
+ExportFormat = Literal["diffusers", "megatron", "release", "lora", "lora-comfy", "lora-kohya", "lora-peft"]
 
-    `to` "diffusers" writes a whole pipeline where the run's settings name VAE and text encoders, else the
-    folder's `transformer` alone. `ema` False takes the last weights. Raises ValueError for a folder that is
-    no run, a step that is not there, and a run without EMA if that is asked for.
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export_run` writes. `to`: None is "lora" for a run that has trained an adapter, else "diffusers".
+
+    `ema` False takes the last weights. `dtype`: None keeps that of the training. `tensor_parallel` is of
+    Megatron shards, `max_shard_size` and `prompts` of a diffusers folder.
     """
-    check_shard_size(max_shard_size)
+
+    step: str = "latest"
+    ema: bool = True
+    to: ExportFormat | None = None
+    tensor_parallel: int = 1
+    dtype: torch.dtype | None = None
+    max_shard_size: str = "2GB"
+    prompts: PromptDefaults = PromptDefaults()
+
+
+def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> None:
+    """Write the denoiser of a run's checkpoint to the new folder `out`, or the LoRA that it has trained to
+    a new file.
+
+    "diffusers" writes a whole pipeline where the run's settings name VAE and text encoders, else the folder's
+    `transformer` alone. All formats but those of LoRAs have an adapter merged into the weights, in fp32.
+    Raises ValueError for a folder that is no run, a step that is not there, a run without EMA or adapter if
+    that is asked for, and a model to adapt that is not the one that was trained on.
+    """
+    check_shard_size(options.max_shard_size)
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not the output folder of a training run: it has no {CONFIG}")
     settings = TrainSettings.read_file(run / CONFIG)
-    denoiser = _denoiser(run, checkpoint.find(run, step), ema=ema)
+    adapts = settings.adapter.kind != "none"
+    to = options.to or ("lora" if adapts else "diffusers")
+    if to.startswith("lora"):
+        if not adapts:
+            raise ValueError(
+                f"{run} has trained all weights, no LoRA: use --to diffusers, megatron or release"
+            )
+        _write_lora(run, out, settings, options, to=to)
+        logger.info("wrote %s", out)
+        return
+    denoiser = _open_denoiser(run, settings, options)
     if to == "diffusers":
         with new_folder(out) as folder:
-            _write_diffusers(
-                folder, denoiser, settings, dtype=dtype, max_shard_size=max_shard_size, prompts=prompts
-            )
+            _write_diffusers(folder, denoiser, settings, options)
         logger.info("wrote %s", out)
         return
     rename = denoiser.model.original_format().rename
-    theirs = {rename(name): tensor.to(dtype or tensor.dtype) for name, tensor in denoiser.tensors.items()}
+    theirs = {
+        rename(name): denoiser.tensors[name].to(options.dtype or denoiser.tensors[name].dtype)
+        for name in denoiser.names
+    }
     with new_folder(out) as folder:
         if to == "megatron":
-            write_megatron(denoiser.model, theirs, folder, tensor_parallel=tensor_parallel)
+            write_megatron(denoiser.model, theirs, folder, tensor_parallel=options.tensor_parallel)
         else:
             write_release(denoiser.model, theirs, folder)
     logger.info("wrote %s", out)
 
 
-def _denoiser(run: Path, step: int, *, ema: bool) -> Opened[SparseUMMDiT]:
+def _write_lora(
+    run: Path, out: Path, settings: TrainSettings, options: ExportOptions, *, to: ExportFormat
+) -> None:
+    kind = cast(LoraFormat, to.partition("-")[2] or "diffusers")
+    check_lora_path(out, kind)
+    write_lora(_read_adapter(run, settings, options), out, kind=kind, dtype=options.dtype)
+
+
+def _read_adapter(run: Path, settings: TrainSettings, options: ExportOptions) -> Lora:
+    """The adapter in a run's checkpoint."""
+    step, base = checkpoint.find(run, options.step), settings.model.pretrained
+    assert base is not None
+    state, tensors = _read_weights(run, step, ema=options.ema)
+    origin = {
+        "step": step,
+        "base": str(base),
+        "base_fingerprint": state.encoders.get(BASE, ""),
+        "adapter": settings.adapter.model_dump(mode="json"),
+    }
+    return lora_of(tensors, settings.adapter, origin)
+
+
+def _read_weights(run: Path, step: int, *, ema: bool) -> tuple[DenoiserState, dict[str, Tensor]]:
+    """What was trained, and the checkpoint's state."""
     part = "ema" if ema else "model"
     state = checkpoint.read_state(run, step, DenoiserState)
     saved = checkpoint.load(run, step, only=(part,))
     if part not in saved.parts:
         raise ValueError(f"{run} keeps no EMA of the weights (optimizer.ema_decay): give --no-ema")
+    check_finite(saved.parts[part].values())
+    return state, saved.parts[part]
+
+
+def _open_denoiser(run: Path, settings: TrainSettings, options: ExportOptions) -> Opened[SparseUMMDiT]:
+    """The denoiser of a run's checkpoint, with an adapter merged into the model that it was trained on."""
+    if settings.adapter.kind != "none":
+        lora, base = _read_adapter(run, settings, options), settings.model.pretrained
+        assert base is not None
+        now = fingerprint_base(base)
+        if lora.origin["base_fingerprint"] not in ("", now):
+            raise ValueError(f"{base} is not the model that {run} was trained on: its weights were replaced")
+        opened = open_denoiser(base, settings.model.config, rates=settings.model.sparse_n)
+        merged = _Merged(opened, lora, options.dtype)
+        return Opened(opened.model, merged, {name: name for name in merged})
+    state, tensors = _read_weights(run, checkpoint.find(run, options.step), ema=options.ema)
     with torch.device("meta"):
         model = SparseUMMDiT(**state.architecture)
-    tensors = saved.parts[part]
-    check_finite(tensors.values())
     return Opened(model, tensors, {name: name for name in tensors})
 
 
+class _Merged(Mapping[str, Tensor]):
+    """The weights of a model with a LoRA in them, by our names, each made when it is asked for: in `dtype`,
+    None is that of the model's.
+    """
+
+    def __init__(self, base: Opened[SparseUMMDiT], lora: Lora, dtype: torch.dtype | None) -> None:
+        self._base = base
+        self._lora = lora
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._base.tensors[self._base.names[name]]
+        return self._lora.merge(name.removesuffix(".weight"), weight).to(self._dtype or weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base.names)
+
+    def __len__(self) -> int:
+        return len(self._base.names)
+
+
 def _write_diffusers(
-    folder: Path,
-    denoiser: Opened[SparseUMMDiT],
-    settings: TrainSettings,
-    *,
-    dtype: torch.dtype | None,
-    max_shard_size: str,
-    prompts: PromptDefaults,
+    folder: Path, denoiser: Opened[SparseUMMDiT], settings: TrainSettings, options: ExportOptions
 ) -> None:
     vae, text = settings.vae, settings.text
     if vae.pretrained is None or text.t5 is None or text.clip is None:
@@ -124,8 +202,8 @@ def _write_diffusers(
             denoiser.names,
             denoiser.tensors,
             transformer,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
         )
         return
     paths, base = find_parts(vae, text), _base(settings)
@@ -142,16 +220,16 @@ def _write_diffusers(
         denoiser=denoiser,
         vae=open_vae(sources.vae, vae.config),
         sources=sources,
-        dtype=dtype,
+        dtype=options.dtype,
         scheduler=_scheduler(settings, base),
         prompts={
             **_prompts_of(base),
             "max_text_tokens": text.max_tokens,
             "clean_prompts": text.clean,
             "keep_chinese": text.keep_chinese,
-            **prompts.as_config(),
+            **options.prompts.as_config(),
         },
-        max_shard_size=max_shard_size,
+        max_shard_size=options.max_shard_size,
     )
     _generate_defaults(settings, base).write(folder)
 

@@ -1,0 +1,138 @@
+"""LoRA files for other tools. Reading them is in models/lora.py, what is in them in models/lora_formats.py.
+
+diffusers   transformer.LAYER.lora_A.weight, with the settings in the header; PEFT and FastVideo read it, too
+comfy       diffusion_model.LAYER.lora_A.weight and .alpha
+kohya       lora_unet_LAYER.lora_down.weight and .alpha, with _ for the dots of LAYER
+peft        a folder: base_model.model.LAYER.lora_A.weight, and the settings in adapter_config.json
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opensoraplan.disk import named_errors
+from opensoraplan.formats.export import new_file, new_folder
+from opensoraplan.models.lora import HEADER_KEY, SETTINGS_FILE, WEIGHT_FILES
+
+LoraFormat = Literal["diffusers", "comfy", "kohya", "peft"]
+LORA_FORMATS = get_args(LoraFormat)
+# In a file's header: what the LoRA was trained on.
+ORIGIN_KEY = "opensoraplan"
+
+_PREFIXES: dict[LoraFormat, str] = {
+    "diffusers": "transformer.",
+    "comfy": "diffusion_model.",
+    "kohya": "lora_unet_",
+    "peft": "base_model.model.",
+}
+# The parts of a layer, as `save_lora_adapter` names them, in the other formats.
+_KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+_DORA = "lora_magnitude_vector"
+_LAYER = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)$")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA or DoRA: `tensors` by `LAYER.lora_A.weight` [rank, inputs], `LAYER.lora_B.weight` [outputs,
+    rank] and `LAYER.lora_magnitude_vector` [outputs]; `config` the arguments of PEFT's LoraConfig, by
+    which a layer's scale is alpha / rank; `origin` what it was trained on, for the header.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    origin: Mapping[str, Any]
+
+    @property
+    def layers(self) -> list[str]:
+        return sorted({_LAYER.sub("", name) for name in self.tensors})
+
+    def rank_and_alpha(self, layer: str) -> tuple[int, float]:
+        """Of a layer: its own by the patterns, else those of all."""
+        own = f"^{re.escape(layer)}"
+        ranks, alphas = (self.config.get(name, {}) for name in ("rank_pattern", "alpha_pattern"))
+        return ranks.get(own, self.config["r"]), alphas.get(own, self.config["lora_alpha"])
+
+    def merge(self, layer: str, weight: Tensor) -> Tensor:
+        """The weight [outputs, inputs] of a layer with the LoRA in it, in fp32; as it is for other layers."""
+        down = self.tensors.get(f"{layer}.lora_A.weight")
+        if down is None:
+            return weight
+        rank, alpha = self.rank_and_alpha(layer)
+        up = self.tensors[f"{layer}.lora_B.weight"]
+        merged = weight.float() + alpha / rank * (up.float() @ down.float())
+        magnitude = self.tensors.get(f"{layer}.{_DORA}")
+        if magnitude is not None:
+            merged *= (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        return merged
+
+
+def check_lora_path(path: Path, kind: LoraFormat) -> None:
+    """Raise ValueError for a name that a file of this format does not have."""
+    if kind != "peft" and path.suffix != ".safetensors":
+        raise ValueError(f"a LoRA is one .safetensors file, got --out {path}: use {path}.safetensors")
+
+
+def write_lora(lora: Lora, path: Path, *, kind: LoraFormat, dtype: torch.dtype | None = None) -> None:
+    """Write a LoRA to the new file `path`, or for "peft" to the new folder. `dtype`: None keeps each tensor's
+    own. Raises ValueError if there is something already.
+    """
+    check_lora_path(path, kind)
+    tensors = {
+        _renamed(name, kind): _shaped(name, tensor.to(dtype or tensor.dtype), kind)
+        for name, tensor in lora.tensors.items()
+    }
+    header = {"format": "pt", ORIGIN_KEY: json.dumps({"version": version("opensoraplan"), **lora.origin})}
+    if kind in ("comfy", "kohya"):
+        for layer in lora.layers:
+            alpha = torch.tensor(float(lora.rank_and_alpha(layer)[1]))
+            tensors[_renamed(f"{layer}.alpha", kind)] = alpha
+    if kind == "kohya":
+        rank, alpha = lora.config["r"], lora.config["lora_alpha"]
+        header |= {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(alpha),
+        }
+    if kind == "peft":
+        with new_folder(path) as folder:
+            settings = {"peft_type": "LORA", **lora.config}
+            (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            _save(tensors, folder / WEIGHT_FILES[1], header)
+        return
+    if kind == "diffusers":
+        settings = {f"{_PREFIXES[kind]}{key}": value for key, value in lora.config.items()}
+        header[HEADER_KEY] = json.dumps(settings)
+    with new_file(path) as partial:
+        _save(tensors, partial, header)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
+    with named_errors(path):
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(header)
+        )
+
+
+def _renamed(name: str, kind: LoraFormat) -> str:
+    """A tensor's name in a format."""
+    layer, part = name.removesuffix(".alpha"), "alpha"
+    if (found := _LAYER.search(name)) is not None:
+        layer, part = name[: found.start()], found[1]
+    if kind == "kohya":
+        layer, part = layer.replace(".", "_"), _KOHYA.get(part, part)
+    if kind in ("comfy", "kohya") and part == _DORA:
+        part = "dora_scale"
+    return f"{_PREFIXES[kind]}{layer}.{part}"
+
+
+def _shaped(name: str, tensor: Tensor, kind: LoraFormat) -> Tensor:
+    """Magnitudes are columns where LyCORIS named them first."""
+    return tensor[:, None] if name.endswith(_DORA) and kind in ("comfy", "kohya") else tensor
