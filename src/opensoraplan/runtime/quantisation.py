@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.functional import ScalingType
 
 from opensoraplan.defaults import Weights
 from opensoraplan.device import dtype_name
@@ -68,17 +67,22 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, scale = _rounded_to_fp8(x.flatten(0, -2))
-        y = F.scaled_mm(
-            tokens,
-            self.rounded.t(),
-            scale,
-            ScalingType.RowWise,
-            self.scale,
-            ScalingType.RowWise,
-            output_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        y = _scaled_product(tokens, self.rounded.t(), scale, self.scale)
         return y.unflatten(0, x.shape[:-1])
+
+
+def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """bf16 [R, out] of fp8 [R, in] and [in, out], with a scale for each row and each column."""
+    if not hasattr(F, "scaled_mm"):  # before torch 2.10
+        if tokens.device.type == "cpu":  # which then knows one scale for all only
+            return (tokens.float() @ weight.float() * scale * weight_scale).to(torch.bfloat16)
+        return torch._scaled_mm(
+            tokens, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(
+        tokens, weight, scale, by_row, weight_scale, by_row, output_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def _rounded_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
