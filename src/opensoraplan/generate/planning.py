@@ -288,6 +288,7 @@ def needs_of(
         denoising += step_cache_bytes(model, shape, precision)
     adaln = [layer.linear for layer in adaln_layers(transformer)]
     in_blocks = module_bytes(*adaln[:-1]) // len(transformer.transformer_blocks)
+    outside = module_bytes(transformer) - module_bytes(transformer.transformer_blocks, adaln[-1])
     return Needs(
         encoders=module_bytes(pipeline.text_encoder, pipeline.text_encoder_2),
         denoiser=module_bytes(transformer),
@@ -297,6 +298,7 @@ def needs_of(
         vectors=vector_bytes(model, precision, steps=request.steps),
         denoising=denoising,
         decoding=tuple(decoding_bytes(vae, grid, chunk) for chunk in CHUNKS),
+        outside=outside,
     )
 
 

@@ -244,14 +244,19 @@ def cache_bytes(
 def forward_memory(model: DenoiserSizes, shape: BatchShape, compute: str, *, kind: Weights = "whole") -> int:
     """What one forward pass without gradients needs besides weights of this kind. The busiest moments of a
     block are GELU (its input and output, and five tensors of the stream's width; in fp8 its output, scaled
-    and rounded) and the norm of k (seven of them, and three in fp32); earlier stages' outputs wait for the
-    later ones.
+    and rounded), the norm of k (seven of them, and three in fp32) and attention (seven, and four that have
+    the text once for each subsequence); earlier stages' outputs wait for the later ones. Rotary tables are in
+    both orders of each rate.
     """
     c, tokens = BYTES[compute], shape.tokens(model.config["patch_size"])
     waiting = len(model.depths) // 2 if model.config["skip_connection"] else 0
-    numbers = shape.batch * (tokens + shape.text) * model.dim
-    busiest = 15 if kind == "fp8" else 13
-    return numbers * (max(busiest * c, 7 * c + 3 * FP32) + waiting * c)
+    width = shape.batch * model.dim * c
+    stream = (tokens + shape.text) * width
+    padded = {n: math.ceil(tokens / n**2) * n**2 for n in model.rates}
+    attended = max(padded[n] + n * shape.text for n in padded) * width
+    tables = sum(padded[n] * (1 if n == 1 else 2) for n in padded) * model.head_dim * FP32
+    busiest = max((15 if kind == "fp8" else 13) * stream, (7 + 3 * FP32 // c) * stream)
+    return max(busiest, 7 * stream + 4 * attended) + waiting * stream + tables
 
 
 def vector_bytes(model: DenoiserSizes, compute: str, *, steps: int) -> int:

@@ -470,12 +470,12 @@ class Stages(nn.Module):
             video = to_single_skip(video, n)
             kept = None
             if stage > middle and self.skip_connection:
-                kept_video, kept_text = outputs.pop()
-                kept = to_single_skip(kept_video, n), kept_text
+                kept = to_single_skip(outputs[-1][0], n), outputs.pop()[1]
             for index, (block, own) in enumerate(itertools.islice(rest, depth)):
                 if index:
                     video = swap_skip(video)
-                inputs = (video, text, cond, layouts[n][index % 2], None if index else kept, own)
+                inputs = (video, text, cond, layouts[n][index % 2], kept, own)
+                kept = None  # only a stage's first block reads it, and it is as large as the stream
                 if block.gradient_checkpointing and torch.is_grad_enabled():
                     video, text = recomputed(block, *inputs, keep_attention=bool(block.keep_attention))
                 else:

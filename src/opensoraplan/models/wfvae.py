@@ -9,6 +9,7 @@ before. Module names are the original's own, so that its files need no renaming.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, Self
 
@@ -62,6 +63,9 @@ RELEASE_SCALE = (
     1.5312, 1.1328, 0.8828, 0.6836, 0.8828, 0.9219, 1.6953, 1.4453,
     1.5312, 0.6836, 0.7656, 0.8242, 1.2344, 1.0312, 1.7266, 0.9492,
 )  # fmt: skip
+
+
+_FEW = 32  # channels that are interpolated at a time
 
 
 @dataclass
@@ -320,10 +324,20 @@ class Upsample(nn.Module):
 
     @staticmethod
     def _grow(x: Tensor, *, time: int) -> Tensor:
-        # Without gradients these compute in fp32 and round once by themselves, which saves the copies.
-        by_itself = x.device.type in ("cpu", "cuda", "meta") and not torch.is_grad_enabled()
-        grown = F.interpolate(x if by_itself else x.float(), scale_factor=(time, 2, 2), mode="trilinear")
-        return grown.to(x.dtype)
+        # Without gradients some devices compute in fp32 and round once by themselves, which saves the copies.
+        # For the others few channels are in fp32 at a time.
+        interpolate = partial(F.interpolate, scale_factor=(time, 2, 2), mode="trilinear")
+        if torch.is_grad_enabled() or x.dtype == torch.float32:
+            return interpolate(x.float()).to(x.dtype)
+        if x.device.type in ("cpu", "cuda", "meta"):
+            return interpolate(x)
+        batch, channels, *sides = x.shape
+        grown = x.new_empty(
+            batch, channels, *(side * by for side, by in zip(sides, (time, 2, 2), strict=True))
+        )
+        for part, into in zip(x.split(_FEW, dim=1), grown.split(_FEW, dim=1), strict=True):
+            into.copy_(interpolate(part.float()))
+        return grown
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor:

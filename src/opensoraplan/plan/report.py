@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opensoraplan.defaults import Weights
 from opensoraplan.models.sizes import (
     BYTES,
+    ROOT,
     BatchShape,
     DenoiserSizes,
     cache_bytes,
@@ -157,7 +158,8 @@ def generation_lines(
     yield _row("activations of the denoiser", forward)
     yield _row(f"activations of decoding <= {CHUNKS[0]} at a time", decoding[0])
     yield "most at one moment, by osp generate --memory"
-    needs = Needs(text, denoiser, adaln, block, vae, vectors, denoising=forward, decoding=decoding)
+    outside = model.stored(compute, unit=ROOT, kind=weights, adaln=False)
+    needs = Needs(text, denoiser, adaln, block, vae, vectors, forward, decoding, outside=outside)
     least = math.inf
     for plan in plans_for([needs]):
         if plan.peak < least:

@@ -50,6 +50,7 @@ class Needs:
     vectors: int
     denoising: int
     decoding: tuple[int, ...]
+    outside: int = 0  # weights of the denoiser in no block, without AdaLN
 
     @property
     def weights(self) -> int:
@@ -63,11 +64,12 @@ class Needs:
         denoising = self.vectors + self.denoising
         if placement == "in-turn":
             return max(self.encoders, self.denoiser - self.adaln + denoising)
-        return self.vae + SLOTS * self.block + denoising
+        return self.vae + self.outside + SLOTS * self.block + denoising
 
     def while_decoding(self, placement: Placement, chunk: int) -> int:
         """The most that is on the device while frames are decoded."""
-        return (self.weights if placement == "resident" else self.vae) + self.decoding[CHUNKS.index(chunk)]
+        weights = {"resident": self.weights, "in-turn": self.vae, "streamed": self.vae + self.outside}
+        return weights[placement] + self.decoding[CHUNKS.index(chunk)]
 
 
 def fit_decoding(

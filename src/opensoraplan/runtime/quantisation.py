@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.integers.to(x.dtype) * self.scale, self.bias)
+        return F.linear(x, self.integers * self.scale, self.bias)
 
 
 class Fp8Linear(nn.Module):

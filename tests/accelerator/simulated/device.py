@@ -48,6 +48,9 @@ class CardError(RuntimeError):
 class Card:
     """The state of the simulated card: what is allocated, the rules it keeps, how often each operation was
     called. `faults`: whatever was wrong, also where the error was caught by somebody.
+
+    A `hollow` card has memory that is counted but holds nothing: operations give shapes only, for sizes that
+    no test could compute. `answer` is what the host then reads of a number that depends on data.
     """
 
     memory: Memory = field(default_factory=Memory)
@@ -57,6 +60,8 @@ class Card:
     generator: torch.Generator = field(default_factory=torch.Generator)
     pinned: dict[int, int] = field(default_factory=dict)  # address and bytes of the host's pinned memory
     pinnable: int | None = None  # bytes that may be pinned, None: any
+    hollow: bool = False
+    answer: Callable[[Tensor], Any] = lambda x: x.dtype == torch.bool
 
     def reset(self) -> None:
         """As at the start, but for what is still allocated."""
@@ -65,7 +70,7 @@ class Card:
         self.memory.capacity, self.memory.peak = fresh.capacity, self.memory.now
         self.calls.clear()
         self.faults.clear()
-        self.ascend, self.pinnable = True, None
+        self.ascend, self.pinnable, self.hollow = True, None, False
         self.generator.manual_seed(0)
 
     def fail(self, kind: type[Exception], message: str) -> Exception:
@@ -116,7 +121,9 @@ def block_of(x: Tensor) -> Block:
 def on_host(x: Tensor) -> Tensor:
     """The host's tensor that stands for one of the card."""
     storage = block_of(x).host
-    return torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.size(), x.stride())
+    return torch.empty(0, dtype=x.dtype, device=storage.device).set_(
+        storage, x.storage_offset(), x.size(), x.stride()
+    )
 
 
 def to_card(x: Tensor) -> Tensor:
@@ -188,6 +195,12 @@ class _Kind:
         return args[place] if place < len(args) else kwargs.get(self.arguments[place])
 
 
+# What has no form for shapes alone, or whose shape depends on data: as if nothing were zero.
+_HOLLOW: dict[str, Callable[..., Any]] = {
+    "aten::nonzero": lambda x: torch.empty(x.numel(), x.dim(), dtype=torch.int64, device="meta"),
+    "aten::_fused_adamw_": lambda *_, **__: None,
+    "aten::_fused_adamw_.tensor_lr": lambda *_, **__: None,
+}
 _kinds: dict[Any, _Kind] = {}
 
 
@@ -208,14 +221,15 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     begin(name, tensors, _tensors(kind.argument(place, args, kwargs) for place in kind.written))
     if name == "aten::_local_scalar_dense":
         streams.current().synchronize()
-        return on_host(args[0]).item()
+        return CARD.answer(args[0]) if CARD.hollow else on_host(args[0]).item()
     owners = {block_of(x).host._cdata: x.untyped_storage() for x in tensors if is_there(x)}
     options = _mapped(kwargs, _as_host)
-    if kind.random and options.get("generator") is None:
-        options["generator"] = CARD.generator
+    if kind.random:
+        options["generator"] = None if CARD.hollow else options.get("generator") or CARD.generator
     if options.get("pin_memory"):
         options["pin_memory"] = False
-    out = op(*_mapped(args, _as_host), **options)
+    run = _HOLLOW.get(name, op) if CARD.hollow else op
+    out = run(*_mapped(args, _as_host), **options)
     if out is None or to_host:
         return out
 
@@ -255,7 +269,8 @@ def _empty(
     wrong = CARD.ascend and (rules.of_layout(name, memory_format) or rules.of_dtype(name, dtype))
     if wrong:
         raise CARD.fail(CardError, wrong)
-    return to_card(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    layout, device = memory_format or torch.contiguous_format, _host_device()
+    return to_card(torch.empty(size, dtype=dtype, memory_format=layout, device=device))
 
 
 def _view(op: Any) -> Callable[..., Any]:  # noqa: ANN401
@@ -301,6 +316,8 @@ def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     except streams.OrderError as error:
         CARD.faults.append(str(error))
         raise
+    if CARD.hollow:
+        return target
     inside, outside = (on_host(x) if is_there(x) else x for x in (source, target))
     if host is None or not non_blocking:
         outside.copy_(inside)
@@ -329,10 +346,16 @@ def _placed(x: Tensor, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
     return _set.redispatch(_ON_CPU, x, storage, like.storage_offset(), like.size(), like.stride())
 
 
+def _host_device() -> torch.device:
+    return torch.device("meta" if CARD.hollow else "cpu")
+
+
 def _as_host(x: Any) -> Any:  # noqa: ANN401
     if isinstance(x, torch.device):
-        return torch.device("cpu")
-    return on_host(x) if is_there(x) else x
+        return _host_device()
+    if is_there(x):
+        return on_host(x)
+    return x.to("meta") if CARD.hollow and isinstance(x, Tensor) else x
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

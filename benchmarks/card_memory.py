@@ -1,0 +1,76 @@
+"""Memory of a card, as `osp plan` predicts it and as it is counted on the card in software of
+tests/accelerator: no card is needed, and nothing is computed.
+
+    python benchmarks/card_memory.py            30 cases of a small model
+    python benchmarks/card_memory.py --release  the release, 121 x 576 x 1024, in some minutes
+
+GB. Streamed weights of the release are those of its first two blocks of each stage, which cost the device as
+much as all of them; the host's memory is touched for them.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "accelerator"))
+
+from counting import RELEASE, SMALL, TRAINED, Counted, Models, generating, training
+from simulated.device import install
+
+from opensoraplan.models.sizes import BatchShape
+from opensoraplan.plan.step import TrainingOptions
+from opensoraplan.requests import Request
+from opensoraplan.runtime.placement import CHUNKS, PLACEMENTS
+
+SIZES = ((33, 256, 256), (57, 288, 512))
+OPTIONS = {
+    "bf16": TrainingOptions(),
+    "bf16, all blocks again": TrainingOptions(recompute_blocks=14),
+    "bf16, half of the blocks again": TrainingOptions(recompute_blocks=7),
+    "bf16, feed-forwards again": TrainingOptions(recompute_feed_forwards=14),
+    "bf16, 2 micro-batches": TrainingOptions(accumulate=2),
+    "bf16, EMA on the host": TrainingOptions(ema="host"),
+    "fp32": TrainingOptions(compute="fp32"),
+}
+SHAPES = {"20480 tokens": BatchShape((20, 64, 64), 128), "few tokens": BatchShape((2, 16, 16), 64)}
+
+
+def small() -> Iterator[Counted]:
+    for size in SIZES:
+        request = Request(prompt="any", frames=size[0], height=size[1], width=size[2], steps=2)
+        for placement in PLACEMENTS:
+            yield from generating(SMALL, request, placement, chunks=(16, 1))
+        yield from generating(SMALL, request, "resident", weights="int8", chunks=(16,))
+        yield from generating(SMALL, request, "in-turn", weights="int8", chunks=(16,))
+    for shape_name, shape in SHAPES.items():
+        for name, options in OPTIONS.items():
+            yield training(f"training, {shape_name}, {name}", TRAINED, shape, options)
+
+
+def release() -> Iterator[Counted]:
+    request = Request(prompt="any", frames=121, height=576, width=1024, steps=2)
+    for placement in ("resident", "in-turn"):
+        yield from generating(RELEASE, request, placement, chunks=CHUNKS)
+        yield from generating(RELEASE, request, placement, weights="int8", chunks=CHUNKS)
+    yield from generating(Models({"num_layers": [2] * 7}), request, "streamed", chunks=CHUNKS)
+    yield training(
+        "training, 73728 cells, all blocks again",
+        {},
+        BatchShape((8, 72, 128), 256),
+        TrainingOptions(recompute_blocks=32),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--release", action="store_true", help="the release's size")
+    options = parser.parse_args()
+    install()
+    print("| case | predicted GB | counted GB | off |\n|---|---|---|---|")
+    for case in release() if options.release else small():
+        print(case, flush=True)
+
+
+if __name__ == "__main__":
+    main()

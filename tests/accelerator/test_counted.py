@@ -1,0 +1,35 @@
+"""What `osp plan` predicts of a card's memory is what is counted on the simulated one."""
+
+from typing import Any
+
+import pytest
+from counting import SMALL, TRAINED, generating, training
+
+from opensoraplan.defaults import Weights
+from opensoraplan.models.sizes import BatchShape
+from opensoraplan.plan.step import TrainingOptions
+from opensoraplan.requests import Request
+from opensoraplan.runtime.placement import Placement
+
+REQUEST = Request(prompt="any", frames=57, height=288, width=512, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("placement", "weights"),
+    [("resident", "whole"), ("in-turn", "int8"), ("streamed", "whole")],
+)
+def test_generating(placement: Placement, weights: Weights) -> None:
+    cases = generating(SMALL, REQUEST, placement, weights=weights, chunks=(16, 1))
+    assert cases
+    for case in cases:
+        assert abs(case.off) < 0.05, case
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"recompute_blocks": 6}, {"recompute_feed_forwards": 3, "compute": "fp32"}, {"ema": "host"}],
+)
+def test_training(options: dict[str, Any]) -> None:
+    config = {**TRAINED, "num_layers": [2, 2, 2], "sparse_n": [1, 4, 1]}
+    case = training(str(options), config, BatchShape((4, 16, 16), 64, 2), TrainingOptions(**options))
+    assert abs(case.off) < 0.02, case
