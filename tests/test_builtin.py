@@ -1,14 +1,12 @@
 """The model that comes with the package: small, whole, and what `osp generate` uses without a --model."""
 
 import json
-import logging
 import re
-import sys
 from pathlib import Path
 
-import pytest
+from command import Command
 
-from opensoraplan import OpenSoraPlanPipeline, builtin, cli
+from opensoraplan import OpenSoraPlanPipeline, builtin
 from opensoraplan.data.video import probe
 from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.fingerprint import fingerprint_weights
@@ -52,33 +50,17 @@ def test_its_files_name_no_place_on_a_machine() -> None:
         assert not re.search(r'"/\w', text), path
 
 
-def test_generate_without_a_model_uses_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    caplog.set_level(logging.INFO, logger="opensoraplan")  # and back, whatever the command sets
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["osp", "generate", "a red ball moves left", "--steps", "1", "--out", "a.mp4"]
-    )
-    cli.main()
+def test_generate_without_a_model_uses_it(osp: Command, tmp_path: Path) -> None:
+    outcome = osp("generate", "a red ball moves left", "--steps", "1", "--out", "a.mp4")
     info = probe(tmp_path / "a.mp4")
-    assert "small built-in one knows coloured shapes" in caplog.text
+    assert "small built-in one knows coloured shapes" in outcome.log
     assert (info.frames, info.height, info.width, info.fps) == (25, 96, 128, 12)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == "a red ball moves left"
 
 
-def test_another_size_than_it_was_trained_on_is_warned_about(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ball = ["osp", "generate", "ball", "--steps", "1", "--frames", "1"]
-    monkeypatch.setattr(sys, "argv", [*ball, "--height", "64", "--width", "64", "--out", "a.png"])
-    cli.main()
-    assert "trained on 96 x 128 (height x width); at 64 x 64 it may repeat objects" in caplog.text
-    caplog.clear()
-    monkeypatch.setattr(
-        sys, "argv", ["osp", "generate", "ball", "--steps", "1", "--frames", "1", "--out", "b.png"]
-    )
-    cli.main()
-    assert "repeat objects" not in caplog.text
+def test_another_size_than_it_was_trained_on_is_warned_about(osp: Command) -> None:
+    ball = ["generate", "ball", "--steps", "1", "--frames", "1"]
+    other = osp(*ball, "--height", "64", "--width", "64", "--out", "a.png").log
+    assert "trained on 96 x 128 (height x width); at 64 x 64 it may repeat objects" in other
+    assert "repeat objects" not in osp(*ball, "--out", "b.png").log

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command import Command
 
-from opensoraplan import cli
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.sources import open_source
 from opensoraplan.train.log.validation import Validation
@@ -36,17 +35,9 @@ def manifest(tiny_clips: Path) -> Path:
     return path
 
 
-def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["osp", "data", "check", *map(str, words)])
-    cli.main()
-    return capsys.readouterr().out
-
-
-def test_the_check_counts_and_names_them(
-    manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_check_counts_and_names_them(osp: Command, manifest: Path) -> None:
     size = ["--set", *(f"{key}={value}" for key, value in SIZE.items())]
-    said = check(monkeypatch, capsys, manifest, *size)
+    said = osp("data", "check", manifest, *size).out
     table = said[said.index("Captions\n") :].splitlines()
     assert table[1] == "  3 captions are empty after cleaning: their clips train without a caption"
     assert table[2].endswith("mp4: '一只猫在海滩上奔跑' becomes ''")
@@ -55,7 +46,7 @@ def test_the_check_counts_and_names_them(
     assert "1920x1080 (1)" in table[5]
     assert table[6].endswith("mp4: 'a photo of p3rs0n' becomes 'a photo of'")
     assert table[-1] == "  text.keep_chinese=true keeps Chinese characters, text.clean=false all of the text"
-    assert "Captions" not in check(monkeypatch, capsys, manifest, "--no-captions", *size)
+    assert "Captions" not in osp("data", "check", manifest, "--no-captions", *size).out
 
 
 def test_a_run_says_it_before_it_begins(
