@@ -42,7 +42,7 @@ def resolve_device(name: str | None) -> torch.device:
     "npu" imports torch_npu. Raises ValueError if there is no such device on this machine.
     """
     if name is None or name == "auto":
-        return torch.device(next((kind for kind in ACCELERATORS if _is_available(kind)), "cpu"))
+        return torch.device(next((kind for kind in ACCELERATORS if is_available(kind)), "cpu"))
     kind, _, index = name.partition(":")
     if kind not in (*ACCELERATORS, "cpu") or (":" in name and not index.isdecimal()):
         raise ValueError(
@@ -50,7 +50,7 @@ def resolve_device(name: str | None) -> torch.device:
         )
     if kind == "cpu":
         return torch.device("cpu")
-    if not _is_available(kind):
+    if not is_available(kind):
         extra = " (torch_npu is not installed, or finds no card)" if kind == "npu" else ""
         raise ValueError(f"there is no {kind} device on this machine{extra}: use {available()}")
     count = getattr(torch, kind).device_count()
@@ -85,10 +85,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def available() -> str:
     """The devices of this machine, for messages: "cpu", "cuda or cpu", ..."""
-    return " or ".join([*(kind for kind in ACCELERATORS if _is_available(kind)), "cpu"])
+    return " or ".join([*(kind for kind in ACCELERATORS if is_available(kind)), "cpu"])
 
 
-def _is_available(kind: str) -> bool:
+def is_available(kind: str) -> bool:
+    """Whether there is a device of that kind, one of ACCELERATORS."""
     if kind == "npu" and not hasattr(torch, "npu"):  # which torch_npu adds; `import torch` may have loaded it
         try:
             import torch_npu  # noqa: F401  # type: ignore[import-not-found]  (its import registers torch.npu)

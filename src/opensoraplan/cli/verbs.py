@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from opensoraplan.cli import data, decoding, generating, launch, models, plan, training
+from opensoraplan.cli import data, decoding, doctor, generating, launch, models, plan, training
 from opensoraplan.cli.effects import given_options
 from opensoraplan.cli.help import Groups
 from opensoraplan.cli.options import check_exists
@@ -60,6 +60,7 @@ GROUPS = {
         "convert": Verb(models.Convert, models.convert, True),
         "inspect": Verb(models.Inspect, models.inspect),
         "plan": Verb(plan.Plan, plan.plan, hint=training.hint),
+        "doctor": Verb(doctor.Doctor, doctor.doctor),
         "launch": Verb(launch.Launch, launch.launch, hint=launch.hint),
     },
 }

@@ -131,6 +131,23 @@ def _work_lines(step: TrainingStep, known: Known) -> Iterator[str]:
             yield f"{_time(seconds * known.samples / step.samples)} an epoch of {known.samples:,} samples"
 
 
+def needs_by_sizes(
+    model: DenoiserSizes, parts: FrozenParts, shape: BatchShape, precisions: Precisions
+) -> Needs:
+    """What a guided video of this shape needs, by the sizes of the parts."""
+    compute, weights = precisions.compute, precisions.weights
+    text, vae = parts.text * BYTES[compute], parts.vae * BYTES[precisions.vae]
+    denoiser = model.stored(compute, kind=weights)
+    adaln = model.stored(compute, kind=weights, adaln=True)
+    units = range(len(model.blocks))
+    block = max(model.stored(compute, unit=unit, kind=weights, adaln=False) for unit in units)
+    vectors = vector_bytes(model, compute, steps=_STEPS)
+    forward = forward_memory(model, shape, compute, kind=weights)
+    decoding = tuple(decoding_memory(shape, precisions.vae, chunk=chunk) for chunk in CHUNKS)
+    outside = model.stored(compute, unit=ROOT, kind=weights, adaln=False)
+    return Needs(text, denoiser, adaln, block, vae, vectors, forward, decoding, outside=outside)
+
+
 def generation_lines(
     model: DenoiserSizes,
     parts: FrozenParts,
@@ -141,32 +158,22 @@ def generation_lines(
     described: str,
 ) -> Iterator[str]:
     """Of one device. `described`: the video, in words."""
-    compute, weights = precisions.compute, precisions.weights
-    text, vae = parts.text * BYTES[compute], parts.vae * BYTES[precisions.vae]
-    denoiser = model.stored(compute, kind=weights)
-    adaln = model.stored(compute, kind=weights, adaln=True)
-    units = range(len(model.blocks))
-    block = max(model.stored(compute, unit=unit, kind=weights, adaln=False) for unit in units)
-    vectors = vector_bytes(model, compute, steps=_STEPS)
-    forward = forward_memory(model, shape, compute, kind=weights)
-    decoding = tuple(decoding_memory(shape, precisions.vae, chunk=chunk) for chunk in CHUNKS)
+    needs, compute = needs_by_sizes(model, parts, shape, precisions), precisions.compute
     yield f"{model.numbers():,} parameters; generating {described}, in {precisions}; GB of one device"
-    yield _row("denoiser", denoiser)
-    yield _row("  its AdaLN layers", adaln)
-    yield _row("T5 and CLIP", text)
-    yield _row("VAE", vae)
-    yield _row("activations of the denoiser", forward)
-    yield _row(f"activations of decoding <= {CHUNKS[0]} at a time", decoding[0])
+    yield _row("denoiser", needs.denoiser)
+    yield _row("  its AdaLN layers", needs.adaln)
+    yield _row("T5 and CLIP", needs.encoders)
+    yield _row("VAE", needs.vae)
+    yield _row("activations of the denoiser", needs.denoising)
+    yield _row(f"activations of decoding <= {CHUNKS[0]} at a time", needs.decoding[0])
     yield "most at one moment, by osp generate --memory"
-    outside = model.stored(compute, unit=ROOT, kind=weights, adaln=False)
-    needs = Needs(text, denoiser, adaln, block, vae, vectors, forward, decoding, outside=outside)
     least = math.inf
     for plan in plans_for([needs]):
         if plan.peak < least:
             least = plan.peak
             name = f"  {plan.placement}, decoding <= {plan.chunk} at a time"
             yield _row(name, plan.peak) + known.verdict(plan.peak / (1 - MARGIN))
-    yield _row("of the host, unless resident", model.stored(compute) + text + vae)
+    yield _row("of the host, unless resident", model.stored(compute) + needs.encoders + needs.vae)
     flops = 2 * forward_flops(model.config, shape)
     yield f"{flops / 1e12:,.1f} TFLOP a guided step"
     if known.tflops is not None:

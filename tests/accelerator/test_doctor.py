@@ -1,0 +1,21 @@
+"""`osp doctor` on the simulated card."""
+
+import pytest
+from simulated.device import Card
+
+from opensoraplan.cli.doctor import Doctor, doctor
+
+
+@pytest.mark.parametrize(("gigabytes", "said"), [(64, "resident"), (22, "in-turn"), (3, "does not fit")])
+def test_a_card_is_tried_and_told_which_placement_fits(
+    card: Card, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gigabytes: int, said: str
+) -> None:
+    card.memory.capacity = gigabytes * 10**9
+    monkeypatch.setattr("opensoraplan.runtime.trials._CARD_SIZES", (256, 256, 8, 16))
+    doctor(Doctor(device="npu", seconds=0.03))
+    page = capsys.readouterr().out
+    assert f"npu:0: simulated, {gigabytes}.0 of {gigabytes}.0 GB free" in page
+    assert "CANN of unknown version" in page
+    assert "attention that works: native" in page
+    assert said in page
+    card.faults.clear()  # of backends that an NPU refuses
