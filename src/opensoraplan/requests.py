@@ -1,6 +1,7 @@
 """What `osp generate` is asked for: a prompt, or a file of prompts, with the settings of each video."""
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +15,13 @@ from opensoraplan.settings import Settings
 
 # Videos of one prompt; more are more commands.
 MOST_COPIES = 10_000
+MOST_STRENGTH = 100
 PROMPT_FILES = (".txt", ".jsonl", ".csv")
 
 
 class Request(Settings):
-    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults for its
-    rows.
+    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults
+    for its rows.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class Request(Settings):
     linear_quadratic: bool = False
     solver: Solver = "euler"
     step_cache: float = Field(0.0, ge=0, le=1000, allow_inf_nan=False)
+    lora: tuple[str, ...] = ()
     seed: int = Field(0, ge=0, lt=2**62)
 
     @field_validator("prompt", "negative_prompt")
@@ -64,6 +67,23 @@ class Request(Settings):
         """A cell of a .csv holds both numbers, JSON has no tuples."""
         values = value.replace(",", " ").split() if isinstance(value, str) else value
         return tuple(values) if isinstance(values, list) else values
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _split_loras(cls, value: Any) -> Any:  # noqa: ANN401 (whatever a file holds)
+        return value.split() if isinstance(value, str) else value
+
+    @field_validator("lora")
+    @classmethod
+    def _check_loras(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        files = [split_strength(text)[0] for text in value]
+        if twice := [file for file in files if files.count(file) > 1]:
+            raise ValueError(f"{twice[0]} is named twice: give it once, with one strength")
+        return value
+
+    def lora_strengths(self) -> dict[Path, float]:
+        """The strength of each LoRA, by its file."""
+        return dict(split_strength(text) for text in self.lora)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,6 +117,25 @@ class Request(Settings):
             )
 
 
+def split_strength(text: str) -> tuple[Path, float]:
+    """The file and the strength, 1 if none is written, of a LoRA written FILE or FILE:STRENGTH. Raises
+    ValueError for a strength that is out of bounds or no number.
+    """
+    file, colon, written = text.rpartition(":")
+    if not colon or "/" in written or "\\" in written:
+        return Path(text), 1.0
+    try:
+        strength = float(written)
+    except ValueError:
+        strength = math.nan
+    if not (file and abs(strength) <= MOST_STRENGTH):
+        raise ValueError(
+            f"the strength of a LoRA is a number from -{MOST_STRENGTH} to {MOST_STRENGTH}, as in "
+            f"style.safetensors:0.8, got {text!r}"
+        )
+    return Path(file), strength
+
+
 def is_prompt_file(prompt: str) -> bool:
     """Whether this is the name of a file of prompts, there or not, rather than a prompt."""
     return Path(prompt).suffix.lower() in PROMPT_FILES
@@ -107,8 +146,8 @@ def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> 
     any other field of `Request`). Each prompt gives `copies` requests. Seeds count on from the run's, or from
     a row's own.
 
-    Raises FileNotFoundError, and ValueError that names file and line, for a file without prompts or a bad
-    row.
+    Raises FileNotFoundError, and ValueError that names file and line, for a file without prompts or
+    a bad row.
     """
     if not 1 <= copies <= MOST_COPIES:
         raise ValueError(f"videos_per_prompt must be from 1 to {MOST_COPIES:,}, got {copies:,}")

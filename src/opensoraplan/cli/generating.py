@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from opensoraplan.cli.effects import check_effects, check_scheduler
-from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, optional
+from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, check_exists, optional
 from opensoraplan.cli.parts import (
     NO_PARTS,
     PARTS,
@@ -97,6 +97,8 @@ class Generate:
     """Reuse the previous step while the predicted error stays below this value, for example 0.06. 0 is off.
     Faster, not exact. Run `osp calibrate` first.
     """
+    lora: Annotated[tuple[str, ...], optional("FILE[:STRENGTH] ...")] = ()
+    """LoRA or DoRA files of the denoiser, or folders of PEFT, each with its strength (default: 1)."""
     negative_prompt: str = ""
     """What to avoid. Added to the default negative prompt."""
     seed: int = 0
@@ -111,8 +113,8 @@ class Generate:
     """Precision of the VAE."""
     memory: Memory = "auto"
     """Where the weights are kept. resident: all on the device. in-turn: each part only while it runs.
-    streamed: the denoiser block by block, which needs the least memory and the most time. auto: the fastest
-    that fits.
+    streamed: the denoiser block by block, which needs the least memory and the most time. auto: the
+    fastest that fits.
     """
     weights: Weights = "whole"
     """Precision in which the denoiser's weights are stored. int8: half the memory of bf16. fp8: feed-forwards
@@ -261,6 +263,8 @@ def _checked(options: Generate, inference: "Inference | None", given_names: Coll
         from opensoraplan.models.attention import check_backend
 
         check_backend(options.attention)
+    for file in {file: None for request in requests for file in request.lora_strengths()}:
+        check_exists(file)
     targets = job.check_targets(requests, options.out)
     fingerprints = fingerprint_parts(paths)
     if options.parts.ema is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from opensoraplan.defaults import SCHEDULER, check_model_files
 from opensoraplan.device import dtype_name, explained_memory
-from opensoraplan.fingerprint import fingerprint_parts, hash_text
+from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights, hash_text
 from opensoraplan.formats import assemble
+from opensoraplan.formats.lora import read_origin
 from opensoraplan.generate.planning import (
     Outlook,
     Place,
@@ -29,6 +31,8 @@ from opensoraplan.generate.planning import (
     tune,
 )
 from opensoraplan.generate.saved import SavedLatents
+from opensoraplan.models.lora import check_lora
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.generating import share_generating
@@ -36,6 +40,7 @@ from opensoraplan.parallel.ranks import ALONE, Ranks, joined
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 from opensoraplan.runtime.compiling import compile_blocks
+from opensoraplan.runtime.loras import load_loras, use_loras
 from opensoraplan.runtime.placement import Arrangement
 from opensoraplan.runtime.quantisation import weights_of
 from opensoraplan.runtime.step_cache import Calibration, skipping
@@ -102,7 +107,8 @@ class Session:
     `step_ratios`: what the model was calibrated to. Of several `ranks`, which all make the same calls, the
     first writes and gets frames; `all_decode`: the others have a share in decoding; `batched`: they share out
     the branches of guidance, whatever the requests say. `arrangement`: where the weights are kept, with
-    leaner plans for when memory is full. `largest`: no request may be larger than these; none: any.
+    leaner plans for when memory is full. `largest`: no request may be larger than these; none: any. `loras`:
+    the files of those that are in the denoiser.
 
     A request that fails, or is stopped, leaves the session as it was.
     """
@@ -116,6 +122,7 @@ class Session:
     all_decode: bool = False
     batched: bool = False
     largest: Sequence[Request] = ()
+    loras: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         self.embeds = PromptCache(self.pipeline)
@@ -144,8 +151,9 @@ class Session:
         device = place.device
         opened = assemble.open_pipeline(options.sources)
         empty = opened.without_weights(place.dtype, vae_dtype=place.vae_dtype)
+        loras = _check_loras(empty.transformer, options, requests)
         outlook = look_ahead(empty, options, requests, place)
-        pipeline = _load_pipeline(opened, options, place, outlook)
+        pipeline = _load_pipeline(opened, options, place, outlook, loras)
         pipeline.vae.streaming_latent_frames = empty.vae.streaming_latent_frames
         arrangement = Arrangement(pipeline, outlook.plans, device) if outlook.plans else None
         all_decode = False
@@ -166,6 +174,7 @@ class Session:
             all_decode=all_decode,
             batched=options.branch_ranks > 1,
             largest=requests,
+            loras=loras,
         )
 
     def close(self) -> None:
@@ -239,6 +248,9 @@ class Session:
                 f"step_cache {request.step_cache:g} needs a session that was opened for a request with a "
                 "step cache, of a model that `osp calibrate` has seen"
             )
+        for file in request.lora_strengths():
+            if file not in self.loras:
+                raise ValueError(f"this session was opened for no request with the LoRA {file}")
         if not self.largest:
             return
         area, volume = _size(request)
@@ -288,6 +300,7 @@ class Session:
             if after_step is not None:
                 after_step(tensors["latents"], index + 1, tensors["velocity"])
 
+        use_loras(pipeline.transformer, self.loras, request.lora_strengths())
         prompt, negative = self.embeds.of(request)
         cached = nullcontext()
         if request.step_cache:
@@ -350,6 +363,13 @@ class Session:
             record["fingerprint"] = {**self.fingerprints, "configs": _hash_configs(pipeline)}
             if request.step_cache:
                 record["fingerprint"]["step_cache"] = hash_text(json.dumps(list(self.step_ratios)))
+        strengths = request.lora_strengths()
+        del record["lora"]
+        if strengths:
+            record["lora"] = [
+                {"file": file.name, "strength": strength, "fingerprint": fingerprint_weights(file)}
+                for file, strength in strengths.items()
+            ]
         return json.loads(json.dumps(record))
 
     def share_decoding(self, latents: Tensor) -> None:
@@ -391,8 +411,31 @@ def _completed(options: SessionOptions, requests: Sequence[Request]) -> SessionO
     return replace(options, fingerprints=fingerprints, step_ratios=ratios)
 
 
+def _check_loras(model: SparseUMMDiT, options: SessionOptions, requests: Sequence[Request]) -> list[Path]:
+    """The files of all LoRAs that the requests use. Raises ValueError for one that does not fit the model, of
+    which no weights are needed; warns of one that was trained on another.
+    """
+    files = list({file: None for request in requests for file in request.lora_strengths()})
+    if files and options.tp > 1:
+        raise ValueError(
+            f"tp {options.tp} splits the layers that a LoRA is for: share the video's tokens instead"
+        )
+    for file in files:
+        config = check_lora(model, file)
+        if config["use_dora"] and options.weights != "whole":
+            raise ValueError(f"{file} is a DoRA, which needs whole weights, not {options.weights}")
+        base = read_origin(file).get("base_fingerprint")
+        if base and base != (options.fingerprints or {}).get("transformer", base):
+            logger.warning("%s was trained on another model than this one: results may be poor", file)
+    return files
+
+
 def _load_pipeline(
-    opened: assemble.OpenedPipeline, options: SessionOptions, place: Place, outlook: Outlook
+    opened: assemble.OpenedPipeline,
+    options: SessionOptions,
+    place: Place,
+    outlook: Outlook,
+    loras: Sequence[Path],
 ) -> OpenSoraPlanPipeline:
     """The pipeline with its weights, tuned, on the device unless there are plans for where it is kept."""
     device = place.device
@@ -409,6 +452,7 @@ def _load_pipeline(
                 keep_chinese=options.prompts.keep_chinese,
             )
         set_decoding(pipeline.vae, options)
+        load_loras(pipeline.transformer, loras)
         tune(pipeline, options, device, masked=outlook.masked)
         if not outlook.plans:
             pipeline.to(device)

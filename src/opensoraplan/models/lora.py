@@ -4,7 +4,9 @@ lora_formats.py; diffusers and PEFT put it into the model.
 
 import importlib.util
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,7 @@ class LoraMixin(PeftAdapterMixin):
         `cache_dir`, `local_files_only` and `force_download`, of the Hub. Raises ValueError, before anything
         is changed, for what is no LoRA and for one that does not fit the model to the last tensor.
         """
-        if importlib.util.find_spec("peft") is None:
-            raise ImportError("LoRAs need peft: pip install 'peft>=0.17'")
+        check_peft()
         metadata, names = options.pop("metadata", None), ("weight_name", "subfolder", *_HUB_OPTIONS)
         reading = {name: options.pop(name) for name in names if name in options}
         if unknown := sorted(set(options) - set(_PASSED_ON)):
@@ -63,12 +64,12 @@ class LoraMixin(PeftAdapterMixin):
         else:
             where, tensors, settings = read_lora(pretrained_model_name_or_path_or_dict, **reading)
         settings = settings if metadata is None else metadata
-        try:
+        with _named(where):
             tensors, config = to_peft(tensors, linear_layers(self), settings=settings, prefix=prefix)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         options |= {"prefix": None, "hotswap": hotswap, "metadata": config}
-        super().load_lora_adapter(tensors, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is no accident
+            super().load_lora_adapter(tensors, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:  # noqa: ANN401
         """As in diffusers, but ValueError while a LoRA is in the model, whose layers have other names then:
@@ -80,6 +81,30 @@ class LoraMixin(PeftAdapterMixin):
                 "is to be a part of the weights; save_lora_adapter writes the LoRA alone"
             )
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc] (ModelMixin's)
+
+
+def check_peft() -> None:
+    """Raise ImportError without PEFT, which puts LoRAs into models."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("LoRAs need peft: pip install 'peft>=0.17'")
+
+
+def check_lora(model: nn.Module, source: str | Path) -> dict[str, Any]:
+    """The settings of a LoRA, as LoraConfig takes them. Raises what `load_lora_adapter` would for this model,
+    of which no weights are needed.
+    """
+    check_peft()
+    where, tensors, settings = read_lora(source)
+    with _named(where):
+        return to_peft(tensors, linear_layers(model), settings=settings)[1]
+
+
+@contextmanager
+def _named(where: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 (a mixin's module)
@@ -99,8 +124,8 @@ def read_lora(
     **hub: Any,  # noqa: ANN401 (huggingface_hub's)
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any] | None]:
     """The file, the tensors and, if there are any, the settings of a LoRA: of a file, a folder or a
-    repository of the Hub, with its options `hub`. Raises ValueError if it cannot be read or is not the only
-    one there.
+    repository of the Hub, with its options `hub`. Raises ValueError if it cannot be read or is not the
+    only one there.
     """
     path = Path(source)
     if not path.exists() and _HUB_ID.fullmatch(str(source)):

@@ -1,9 +1,9 @@
 """A denoiser's matrices in 8 bits instead of 16, to generate with: not exact.
 
 "int8" keeps those of all blocks so, and casts each when it is used; what is computed is computed in the
-model's own precision, on any device. "fp8" keeps those of the feed-forwards so, which are two thirds of what
-linear layers compute, and multiplies in fp8, which cards with the instructions for it do at twice the rate of
-bf16.
+model's own precision, on any device. "fp8" keeps those of the feed-forwards so, which are two thirds of
+what linear layers compute, and multiplies in fp8, which cards with the instructions for it do at twice the
+rate of bf16.
 
 On plain torch, so that it is there for every device: torchao's kernels are not for NPUs.
 """
@@ -86,8 +86,8 @@ def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, weight_scale:
 
 
 def _rounded_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [R, C] in bf16 -> [R, C] in fp8, as large as it goes, and what to multiply them by, fp32
-    [R, 1].
+    """Rows [R, C] in bf16 -> [R, C] in fp8, as large as it goes, and what to
+    multiply them by, fp32 [R, 1].
     """
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).float()
     inverse = (LARGEST_FP8 / largest.clamp(min=1e-12)).to(rows.dtype)
@@ -134,8 +134,10 @@ def check_weights(kind: Weights, device: torch.device, dtype: torch.dtype) -> No
 
 
 def _replace_linears(module: nn.Module, kind: type[Int8Linear] | type[Fp8Linear]) -> None:
-    """Make all linear layers inside the module such ones."""
+    """Make all linear layers inside the module such ones, but for LoRAs'."""
     for name, child in module.named_children():
+        if name.startswith("lora_"):
+            continue
         if isinstance(child, nn.Linear):
             setattr(module, name, kind(child))
         else:

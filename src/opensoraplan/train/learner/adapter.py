@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from opensoraplan.fingerprint import fingerprint_weights
 from opensoraplan.formats.assemble import component_of
 from opensoraplan.formats.lora import Lora
-from opensoraplan.models.lora import linear_layers
+from opensoraplan.models.lora import check_peft, linear_layers
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.names import did_you_mean
 from opensoraplan.parallel.shards import fill
@@ -39,6 +38,9 @@ def add_adapter(model: SparseUMMDiT, settings: AdapterSettings) -> None:
     given by `fill_with_adapter`. Raises ValueError for targets that match no layer, and a rank that is
     no low one.
     """
+    check_peft()
+    from peft import LoraConfig
+
     layers = target_layers(model, settings.targets)
     narrowest = min(layers, key=lambda name: min(layers[name]))
     if settings.rank > min(layers[narrowest]):
