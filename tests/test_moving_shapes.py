@@ -13,6 +13,7 @@ from moving_shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
+    NEW_SHAPES,
     ROUND,
     SHAPES,
     SIZES,
@@ -20,6 +21,7 @@ from moving_shapes.scenes import (
     Thing,
     is_held_out,
     scene_for,
+    scene_of,
 )
 from moving_shapes.writing import write_dataset
 from torch import Tensor
@@ -126,7 +128,7 @@ def chroma_distance(pixel: Tensor, colour: tuple[float, float, float]) -> float:
     return float((first / first.norm() - second / second.norm()).norm())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *NEW_SHAPES])
 def test_signed_distance_is_a_distance(shape: str) -> None:
     place = (torch.arange(240) + 0.5 - 120) / 80
     distance = signed_distance(shape, place[None, :], place[:, None])
@@ -136,7 +138,8 @@ def test_signed_distance_is_a_distance(shape: str) -> None:
     assert slope.max() < 1.05
     assert slope.median() > 0.99
     inside = (place[None, :].square() + place[:, None].square()).sqrt()[distance < 0]
-    assert 0.9 * SHAPES[shape] < inside.max() <= SHAPES[shape]
+    reach = (SHAPES | NEW_SHAPES)[shape]
+    assert 0.9 * reach < inside.max() <= reach
 
 
 def test_captions_name_every_attribute() -> None:
@@ -261,6 +264,22 @@ def test_a_data_set_is_written_kept_and_extended(tmp_path: Path) -> None:
     assert len(json.loads(annotation.read_text())) == 3
     with pytest.raises(ValueError, match=r"other settings: seed 0 \(now 1\)"):
         write_dataset(tmp_path / "set", count=3, seed=1, size=(9, 64, 64))
+
+
+def test_one_thing_alone_may_be_rendered(tmp_path: Path) -> None:
+    """With every motion and background."""
+    scenes = [scene_of("brown heart", index) for index in range(60)]
+    assert {(thing.colour, thing.shape) for scene in scenes for thing in scene.things} == {("brown", "heart")}
+    assert {scene.things[0].motion for scene in scenes} == set(MOTIONS)
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    assert {scene_of("red ball", index).things[0].shape for index in range(30)} == {"ball"}
+    manifest = write_dataset(tmp_path, count=2, size=(9, 64, 64), only="brown heart")
+    assert all("brown heart" in record.captions[0] for record in read_manifest(manifest))
+    with pytest.raises(ValueError, match=r"only brown heart \(now None\)"):
+        write_dataset(tmp_path, count=3, size=(9, 64, 64), held_out=None)
+    with pytest.raises(ValueError, match=r"unknown shape 'hart' .did you mean 'heart'"):
+        write_dataset(tmp_path / "a", count=1, only="brown hart")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_data_set_may_be_moved(tmp_path: Path) -> None:

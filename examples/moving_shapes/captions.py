@@ -20,6 +20,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "star": ("star", "five-pointed star"),
     "ring": ("ring", "hoop"),
     "cross": ("cross", "plus sign"),
+    "brown": ("brown",),
+    "heart": ("heart",),
     "small": ("small", "little", "tiny"),
     "medium": ("medium-sized", "mid-sized"),
     "large": ("large", "big"),
@@ -91,8 +93,8 @@ _TWO_SHORT = (
 def caption(scene: Scene, *, variant: int = 0, short: bool = False) -> str:
     """Say in plain English what the scene shows. Variant 0 is the plainest wording; others are drawn.
 
-    All attributes are named; `short` leaves out sizes and background. The same arguments always give the same
-    words.
+    All attributes are named; `short` leaves out sizes and background. The same arguments always give
+    the same words.
     """
     if variant < 0:
         raise ValueError(f"variant must be at least 0, got {variant}")

@@ -3,9 +3,11 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
+from opensoraplan.cli.options import optional
 from opensoraplan.cli.parse import check_options, parse_options
 
 PROGRAM = "render_clips.py"
@@ -30,6 +32,8 @@ class Render:
     """Width in pixels, a multiple of 16."""
     fps: int = 12
     """Frames per second."""
+    only: Annotated[str | None, optional("THING")] = None
+    """Render one thing alone, such as "brown heart", which the built-in model has never seen."""
     held_out: bool = False
     """Render only combinations of colour, shape and motion that are left out otherwise, for testing."""
 
@@ -42,13 +46,16 @@ def run(words: list[str]) -> None:
     import torch
     from moving_shapes.writing import write_dataset
 
+    if options.only is not None and options.held_out:
+        raise ValueError("--only and --held-out exclude each other: give one of them")
     torch.set_num_threads(1)  # more only get in each other's way on pictures of this size
     size = (options.frames, options.height, options.width)
     manifest = write_dataset(
         options.folder,
         count=options.count,
         seed=options.seed,
-        held_out=options.held_out,
+        held_out=options.held_out if options.only is None else None,
+        only=options.only,
         size=size,
         fps=options.fps,
     )

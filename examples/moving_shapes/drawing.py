@@ -9,7 +9,17 @@ import random
 from typing import NamedTuple
 
 import torch
-from moving_shapes.scenes import COLOURS, ROUND, SHAPES, SIZES, Scene, Thing, check_name
+from moving_shapes.scenes import (
+    COLOURS,
+    NEW_COLOURS,
+    NEW_SHAPES,
+    ROUND,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    check_name,
+)
 from torch import Tensor
 
 _MOST_PIXELS = 10**9
@@ -23,7 +33,15 @@ _BLUR = 2.0
 _LIGHT = (-0.46, -0.62, 0.64)
 # Width of the rounded rim that shading sees: 1 makes a ball of a disc, half the band's width a torus of a
 # ring.
-_BEVEL = {"ball": 1.0, "square": 0.30, "triangle": 0.40, "star": 0.42, "ring": 0.29, "cross": 0.30}
+_BEVEL = {
+    "ball": 1.0,
+    "square": 0.30,
+    "triangle": 0.40,
+    "star": 0.42,
+    "ring": 0.29,
+    "cross": 0.30,
+    "heart": 0.40,
+}
 
 
 class _Track(NamedTuple):
@@ -40,7 +58,9 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
     `x` and `y` broadcast. Exact, save the rounded corners' insides.
     """
-    check_name("shape", shape, SHAPES)
+    check_name("shape", shape, SHAPES | NEW_SHAPES)
+    if shape == "heart":
+        return _heart(x, y, side=0.60)
     if shape == "ball":
         return torch.hypot(x, y) - 1
     if shape == "ring":
@@ -111,6 +131,16 @@ def _cross(far: Tensor, near: Tensor, *, length: float, half_width: float) -> Te
     return torch.where((end > 0) & (side > 0), -inside, outside)
 
 
+def _heart(x: Tensor, y: Tensor, *, side: float) -> Tensor:
+    """Distance from a square that stands on a corner, with a disc on each of its upper sides. `side`: half of
+    one, and the radius of the discs.
+    """
+    along, across = (x - y).abs() / math.sqrt(2), (x + y).abs() / math.sqrt(2)
+    square = _box(along, across, side, side)
+    lobe = torch.hypot(x.abs() - side / math.sqrt(2), y + side / math.sqrt(2)) - side
+    return torch.minimum(square, lobe)
+
+
 def _star(x: Tensor, y: Tensor, *, points: int, inner: float, outer: float) -> Tensor:
     """Distance from a star with a tip on top; with 3 points and half the radius inside, a triangle."""
     sector = 2 * math.pi / points
@@ -136,7 +166,7 @@ def _track(
         low, high = _GROWTH
         sign = 1 if thing.motion == "growing" else -1
         radius = radius * ((low + high) / 2 + time * sign * (high - low) / 2)
-    reach = float(radius.max()) * SHAPES[thing.shape] + 0.015
+    reach = float(radius.max()) * (SHAPES | NEW_SHAPES)[thing.shape] + 0.015
     cell = half_width / 2 if two else half_width
     free_x, free_y = cell - reach, half_height - reach
     way_x = way_y = 0.0
@@ -199,7 +229,7 @@ def _draw(video: Tensor, thing: Thing, track: _Track, x: Tensor, y: Tensor, *, p
     half = math.sqrt(light_x**2 + light_y**2 + (light_z + 1) ** 2)
     gloss = (normal_x * light_x + normal_y * light_y + normal_z * (light_z + 1)) / half
     shine = 0.55 * gloss.clamp(min=0) ** 40
-    for channel, value in zip(video, COLOURS[thing.colour], strict=True):
+    for channel, value in zip(video, (COLOURS | NEW_COLOURS)[thing.colour], strict=True):
         colour = value * lit
         channel.lerp_(colour + (1 - colour) * shine, cover)
 

@@ -1,9 +1,10 @@
 """Scenes of moving shapes: what there is, what is kept from training, and an endless list of them."""
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opensoraplan.names import did_you_mean
 
@@ -20,6 +21,9 @@ COLOURS = {
 }
 # How far each shape reaches from its centre at radius 1.
 SHAPES = {"ball": 1.0, "square": 1.15, "triangle": 1.2, "star": 1.2, "ring": 1.05, "cross": 1.13}
+# What the built-in model has never seen: for LoRAs.
+NEW_COLOURS = {"brown": (0.45, 0.25, 0.09)}
+NEW_SHAPES = {"heart": 1.2}
 # Shapes whose turning nobody could see.
 ROUND = ("ball", "ring")
 # The radius, of a growing or shrinking thing the one halfway.
@@ -37,11 +41,14 @@ BACKGROUNDS = {
 
 # One part in this many of all (colour, shape, motion) combinations is kept from training.
 _HELD_OUT_ONE_IN = 10
+# From one list of scenes to one with nothing in common.
+_OTHER_SEEDS = 10**9
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: a colour of COLOURS, a shape of SHAPES, a size of SIZES and a motion of MOTIONS.
+    """One object: a colour of COLOURS, a shape of SHAPES, or new ones, a size of SIZES and a
+    motion of MOTIONS.
 
     Raises ValueError for other names, and for a round shape that is to turn.
     """
@@ -52,8 +59,8 @@ class Thing:
     motion: str
 
     def __post_init__(self) -> None:
-        check_name("colour", self.colour, COLOURS)
-        check_name("shape", self.shape, SHAPES)
+        check_name("colour", self.colour, COLOURS | NEW_COLOURS)
+        check_name("shape", self.shape, SHAPES | NEW_SHAPES)
         check_name("size", self.size, SIZES)
         check_name("motion", self.motion, MOTIONS)
         if self.shape in ROUND and self.motion in ("clockwise", "anticlockwise"):
@@ -103,6 +110,21 @@ def scene_for(
         colours = {thing.colour for thing in things}
         if len(colours) == count and held_out in (None, is_held_out(scene)):
             return scene
+
+
+def scene_of(thing: str, index: int, *, seed: int = 0) -> Scene:
+    """Scene number `index` of an endless list in which all is drawn but one thing's colour and shape, as in
+    "brown heart". Raises ValueError for other words.
+    """
+    colour, _, shape = thing.strip().partition(" ")
+    check_name("colour", colour, COLOURS | NEW_COLOURS)
+    check_name("shape", shape, SHAPES | NEW_SHAPES)
+    for attempt in itertools.count():
+        scene = scene_for(index, seed=seed + attempt * _OTHER_SEEDS, objects=1, held_out=None)
+        (drawn,) = scene.things
+        if shape not in ROUND or not drawn.motion.endswith("clockwise"):
+            return replace(scene, things=(replace(drawn, colour=colour, shape=shape),))
+    raise AssertionError
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:

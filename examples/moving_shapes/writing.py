@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moving_shapes.captions import caption
 from moving_shapes.drawing import check_size, render
-from moving_shapes.scenes import scene_for
+from moving_shapes.scenes import Scene, scene_for, scene_of
 from tqdm import tqdm
 
 from opensoraplan.claims import claim, share_out
@@ -31,6 +31,7 @@ class _ClipSettings(Settings):
     seed: int
     held_out: bool | None
     objects: int | None
+    only: str | None = None
     frames: int
     height: int
     width: int
@@ -46,15 +47,17 @@ def write_dataset(
     held_out: bool | None = False,
     size: tuple[int, int, int] = (25, 96, 128),
     fps: int = 12,
+    only: str | None = None,
 ) -> Path:
-    """Write scenes 0 .. count - 1 of `scene_for` as mp4 files of `size` (frames, height, width) with the
-    original's manifest.
+    """Write scenes 0 .. count - 1 of `scene_for` as mp4 files of `size` (frames, height, width) with
+    the original's manifest.
 
-    Makes `folder/clips/000000.mp4`, ..., `folder/annotation.json` (path, cap, num_frames, fps, resolution;
-    `cap` lists four full wordings and a short one) and `folder/data.txt` (line `.,annotation.json`, so that
-    the folder may be moved), and returns the path of the last. Clips that are there already are kept, so that
-    a broken-off call can be repeated and a data set be extended with a larger `count`. Several processes that
-    make the same data set share its clips.
+    `only`: scenes of `scene_of` with that thing instead. Makes `folder/clips/000000.mp4`, ...,
+    `folder/annotation.json` (path, cap, num_frames, fps, resolution; `cap` lists four full wordings and a
+    short one) and `folder/data.txt` (line `.,annotation.json`, so that the folder may be moved), and
+    returns the path of the last. Clips that are there already are kept, so that a broken-off call can be
+    repeated and a data set be extended with a larger `count`. Several processes that make the same data set
+    share its clips.
 
     Raises ValueError for a folder that holds clips of other settings, or files of these names that were not
     made here, and for numbers that cannot be. Nothing is written then.
@@ -72,12 +75,14 @@ def write_dataset(
         seed=seed,
         held_out=held_out,
         objects=None,
+        only=only,
         frames=frames,
         height=height,
         width=width,
         fps=str(frame_rate(fps)),
         crf=_CRF,
     )
+    _scene(0, settings)  # raises for a thing that nobody knows
     _check_folder(root, settings)
     with made(root):
         text = settings.model_dump_json(indent=1)
@@ -91,7 +96,7 @@ def _write_clips(root: Path, settings: _ClipSettings, count: int) -> Path:
     """The clips of `write_dataset` that are not there yet, and the manifest of all."""
     frames, height, width = settings.frames, settings.height, settings.width
     rate = Fraction(settings.fps)
-    scenes = [scene_for(index, seed=settings.seed, held_out=settings.held_out) for index in range(count)]
+    scenes = [_scene(index, settings) for index in range(count)]
     clear_dead(root / "clips")
     with tqdm(total=count, desc="clips", unit="clip") as progress:
 
@@ -126,6 +131,12 @@ def _write_clips(root: Path, settings: _ClipSettings, count: int) -> Path:
     write_whole(root / "annotation.json", lambda file: file.write_text(annotation))
     write_whole(root / "data.txt", lambda file: file.write_text(".,annotation.json\n"))
     return root / "data.txt"
+
+
+def _scene(index: int, settings: _ClipSettings) -> Scene:
+    if settings.only is not None:
+        return scene_of(settings.only, index, seed=settings.seed)
+    return scene_for(index, seed=settings.seed, held_out=settings.held_out)
 
 
 def _check_folder(root: Path, settings: _ClipSettings) -> None:
