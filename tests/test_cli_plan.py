@@ -44,6 +44,13 @@ def test_plan_of_the_release(osp: Command) -> None:
     assert "feature cache: 39.8 GB on disk" in said
 
 
+def test_plan_of_an_adapter_is_none_of_all_weights(osp: Command, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(f'output = "a"\nadapter = {{ kind = "lora" }}\n{RUN}')
+    code, said, error, _ = osp("plan", "run.toml", "--set", "model.pretrained=builtin", "model.config=none")
+    assert (code, said) == (2, "")
+    assert "trains an adapter (lora): memory is only predicted for training all weights" in error
+
+
 def test_plan_of_a_run_takes_its_settings(osp: Command, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     code, said, *_ = osp("plan", "run.toml", "--set", "optimizer.accumulate=2")

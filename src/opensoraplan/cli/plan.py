@@ -155,7 +155,13 @@ def _run_of(options: Plan) -> "TrainSettings | None":
 
     changes = [change for group in options.set for change in group]
     if options.model is not None and options.model.suffix == ".toml":
-        return read_run(options.model, changes=changes)
+        run = read_run(options.model, changes=changes)
+        if run.adapter.kind != "none":
+            raise ValueError(
+                f"{options.model} trains an adapter ({run.adapter.kind}): memory is only predicted for training all "
+                "weights"
+            )
+        return run
     if changes:
         raise ValueError(f"--set {' '.join(changes)} goes with a run's .toml")
     return None
