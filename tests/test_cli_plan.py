@@ -45,7 +45,7 @@ def test_plan_of_the_release(osp: Command) -> None:
 
 
 def test_plan_of_an_adapter_is_none_of_all_weights(osp: Command, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(f'output = "a"\nadapter = {{ kind = "lora" }}\n{RUN}')
+    (tmp_path / "run.toml").write_text(f'{RUN}[adapter]\nkind = "lora"\n')
     code, said, error, _ = osp("plan", "run.toml", "--set", "model.pretrained=builtin", "model.config=none")
     assert (code, said) == (2, "")
     assert "trains an adapter (lora): memory is only predicted for training all weights" in error
