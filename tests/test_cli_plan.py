@@ -48,7 +48,7 @@ def test_plan_of_an_adapter_is_none_of_all_weights(osp: Command, tmp_path: Path)
     (tmp_path / "run.toml").write_text(f'{RUN}[adapter]\nkind = "lora"\n')
     code, said, error, _ = osp("plan", "run.toml", "--set", "model.pretrained=builtin", "model.config=none")
     assert (code, said) == (2, "")
-    assert "trains an adapter (lora): memory is only predicted for training all weights" in error
+    assert "trains an adapter (lora): memory is predicted only for training all weights" in error
 
 
 def test_plan_of_a_run_takes_its_settings(osp: Command, tmp_path: Path) -> None:

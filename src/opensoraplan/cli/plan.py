@@ -158,8 +158,8 @@ def _run_of(options: Plan) -> "TrainSettings | None":
         run = read_run(options.model, changes=changes)
         if run.adapter.kind != "none":
             raise ValueError(
-                f"{options.model} trains an adapter ({run.adapter.kind}): memory is only predicted for training "
-                "all weights"
+                f"{options.model} trains an adapter ({run.adapter.kind}): memory is predicted "
+                "only for training all weights"
             )
         return run
     if changes:
