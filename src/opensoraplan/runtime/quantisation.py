@@ -76,7 +76,7 @@ def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, weight_scale:
     if not hasattr(F, "scaled_mm"):  # before torch 2.10
         if tokens.device.type == "cpu":  # which then knows one scale for all only
             return (tokens.float() @ weight.float() * scale * weight_scale).to(torch.bfloat16)
-        return torch._scaled_mm(
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             tokens, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     by_row = F.ScalingType.RowWise
