@@ -17,7 +17,10 @@ TIMEOUT = 120
 # Processes are forked from one that has imported all that takes long.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["opensoraplan.cli.verbs", "opensoraplan.train.run.trainer", "opensoraplan.generate.session"]
+    [
+        *("opensoraplan.cli.verbs", "opensoraplan.train.run.trainer", "opensoraplan.generate.session"),
+        *("opensoraplan.parallel.apply", "torch._dynamo"),
+    ]
 )
 
 

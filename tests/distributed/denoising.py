@@ -13,7 +13,7 @@ from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import DATA, Mesh, MeshSettings
 from opensoraplan.train.learner.gradient_clip import global_norm
 
-BATCH, STEPS, TEXT = 4, 5, 6
+BATCH, STEPS, TEXT = 4, 3, 6
 # Tokens of the grids: 48, which 4 ranks share in whole groups of rate 2; 45, which have to be padded.
 WHOLE, RAGGED = (3, 8, 8), (3, 6, 10)
 
@@ -69,7 +69,7 @@ def train(
     cpu_offload: bool = False,
     **changes: object,
 ) -> Result:
-    """Five steps of AdamW; on a mesh of these sizes, or in one process (None). With `backend`, blocks are
+    """A few steps of AdamW; on a mesh of these sizes, or in one process (None). With `backend`, blocks are
     compiled.
     """
     torch.compiler.reset()

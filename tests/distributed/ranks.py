@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from command import FORKS
 
 TIMEOUT = 300
 
@@ -19,13 +19,12 @@ class Ranks:
     """`count` processes; calling this runs a function of a module in the first `ranks` of them."""
 
     def __init__(self, count: int) -> None:
-        context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._jobs = itertools.count()
-        self._ask = [context.SimpleQueue() for _ in range(count)]
-        self._answers = context.Queue()
+        self._ask = [FORKS.SimpleQueue() for _ in range(count)]
+        self._answers = FORKS.Queue()
         self._processes = [
-            context.Process(target=_serve, args=(rank, self._ask[rank], self._answers), daemon=True)
+            FORKS.Process(target=_serve, args=(rank, self._ask[rank], self._answers), daemon=True)
             for rank in range(count)
         ]
         for process in self._processes:

@@ -1,13 +1,13 @@
 """A video that several ranks make together is the one that one process makes."""
 
 import functools
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from command import Command, Running
 from denoising import RAGGED, WHOLE, make_batch, make_model
 from ranks import Ranks
 from tiny_models import VAE
@@ -23,7 +23,6 @@ from opensoraplan.parallel.mesh import Mesh, MeshSettings
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 
 CLOSE = 1e-4
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def video(model: Path, *, branches: bool = False, **sizes: int) -> Tensor:
@@ -138,16 +137,17 @@ def test_rows_that_cannot_be_shared_out_are_refused(ranks: Ranks) -> None:
         ranks(decoded_rows, latents, None, ranks=4)
 
 
-def test_command_in_several_processes_makes_the_picture_of_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_command_in_several_processes_makes_the_picture_of_one(
+    osp: Command, start_ranks: Callable[..., list[Running]], tiny_model: Path, tmp_path: Path
+) -> None:
     """A picture is stored as it is; a codec would make more of the difference of sums in another order."""
+    command = ["generate", "a fox", "--model", tiny_model, "--dtype", "fp32", "--steps", 3, "--frames", 1]
+    command += ["--height", 64, "--width", 64, "--batched-guidance"]
+    outcome = osp(*command, "--out", "one.png")
+    assert outcome.code == 0, outcome
+    for process in start_ranks(*command, "--out", "two.png", "--branch-ranks", 2, ranks=2):
+        assert process.wait() == 0, process.said()
     files = [tmp_path / "one.png", tmp_path / "two.png"]
-    for path, launcher in zip(files, ([], LAUNCHER), strict=True):
-        command = [sys.executable, *launcher, "-m", "opensoraplan", "generate", "a fox"]
-        command += ["--model", str(tiny_model), "--out", str(path), "--dtype", "fp32", "--steps", "3"]
-        command += ["--frames", "1", "--height", "64", "--width", "64", "--batched-guidance"]
-        command += ["--branch-ranks", "2"] if launcher else []
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one.png", "two.json", "two.png"]
     one, two = (read_frames(path).int() for path in files)
     assert one.float().std() > 1

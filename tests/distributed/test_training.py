@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
+from command import Running
 from diffusers.models.attention_dispatch import attention_backend
 from ranks import Ranks
 from tiny_models import FOUR_HEADS
@@ -41,6 +41,7 @@ from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
+Begin = Callable[..., list[Running]]
 TIMEOUT = 400
 # Several processes sum in another order than one does.
 CLOSE = 1e-4
@@ -66,42 +67,30 @@ class Job(subprocess.Popen[bytes]):
         return self._log.read_text()
 
 
-def launch(run: TrainSettings, *, processes: int, restarts: int = 0, resume: str = "latest") -> Job:
+def launch(run: TrainSettings, *, processes: int, restarts: int) -> Job:
     config = run.output.with_suffix(f".{processes}.json")
     config.write_text(run.model_dump_json())
     command = [sys.executable, "-m", "opensoraplan", "launch", f"--processes={processes}"]
-    command += [f"--max-restarts={restarts}", "--", "train", str(config), "--resume", resume]
+    command += [f"--max-restarts={restarts}", "--", "train", str(config), "--resume", "latest"]
     return Job(command, config.with_suffix(".log"))
 
 
-def launch_cache(run: TrainSettings, out: Path, *, processes: int) -> Job:
-    config = run.output.with_suffix(".cache.json")
-    config.write_text(run.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "opensoraplan", "cache", str(config), "--out", str(out)]
-    return Job(command, config.with_suffix(".log"))
+@pytest.fixture
+def begin(start_ranks: Callable[..., list[Running]]) -> Begin:
+    """Starts a run in several processes, without torchrun."""
+
+    def begun(run: TrainSettings, *, ranks: int, resume: str = "latest") -> list[Running]:
+        config = run.output.with_suffix(f".{ranks}.json")
+        config.write_text(run.model_dump_json())
+        return start_ranks("train", config, "--resume", resume, ranks=ranks)
+
+    return begun
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
-
-
-def launch_rank(run: TrainSettings, rank: int, *, of: int, port: int) -> Job:
-    """One process of a job, without torchrun."""
-    config = run.output.with_suffix(".ranks.json")
-    config.write_text(run.model_dump_json())
-    command = [sys.executable, "-m", "opensoraplan", "train", str(config)]
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(of), "RANK": str(rank)}
-    return Job(command, config.with_suffix(f".{rank}.log"), **meeting)
-
-
-def finish(job: Job) -> str:
-    """Wait for success; what was written to stderr."""
-    job.wait(timeout=TIMEOUT)
-    assert job.returncode == 0, job.said()
-    return job.said()
+def finish(job: list[Running]) -> None:
+    """Wait for success."""
+    for process in job:
+        assert process.wait(TIMEOUT) == 0, process.said()
 
 
 @pytest.fixture
@@ -132,15 +121,15 @@ def six(tiny_run: MakeRun) -> MakeRun:
     return settings
 
 
-def test_any_number_of_processes_goes_on_with_a_checkpoint_of_any_other(six: MakeRun) -> None:
+def test_any_number_of_processes_goes_on_with_a_checkpoint_of_any_other(six: MakeRun, begin: Begin) -> None:
     one = six(steps=4, output="one")
     train(one)
-    finish(launch(six(steps=1, ranks=2, dp_shard=2, tp=2), processes=4))
+    finish(begin(six(steps=1, ranks=2, dp_shard=2, tp=2), ranks=4))
     files = [path.name for path in checkpoint.path_of(six().output, 1).glob("ema*")]
     assert sorted(files) == [f"ema-0000{rank}-of-00004.safetensors" for rank in range(1, 5)]
-    finish(launch(six(steps=2, sp=2), processes=2))
+    finish(begin(six(steps=2, sp=2), ranks=2))
     train(six(steps=3), resume="latest")
-    finish(launch(six(steps=4, ranks=3), processes=3))
+    finish(begin(six(steps=4, ranks=3), ranks=3))
     assert losses(six()) == pytest.approx(losses(one), rel=CLOSE)
     assert losses(six(), "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=CLOSE)
     averages = [checkpoint.load(run.output, 4).parts["ema"]["proj_out.weight"] for run in (one, six())]
@@ -189,17 +178,19 @@ def count_encoded(run: TrainSettings) -> tuple[int, torch.Tensor]:
     return next(counter), moments
 
 
-def test_validation_and_what_is_logged_are_those_of_one_process(six: MakeRun, tiny_clips: Path) -> None:
+def test_validation_and_what_is_logged_are_those_of_one_process(
+    six: MakeRun, begin: Begin, tiny_clips: Path
+) -> None:
     """The average's weights stay out of training, and sums of steps that were saved half-way are whole."""
     validation = {"every": 2, "manifest": tiny_clips, "samples": 2}
     sections = {"validation": validation, "log": {"every": 3}}
     one = six(steps=6, output="one", sections=sections)
     two = six(steps=6, ranks=2, dp_shard=2, sections=sections)
     train(one)
-    finish(launch(two, processes=2))
+    finish(begin(two, ranks=2))
     assert losses(two) == pytest.approx(losses(one), rel=CLOSE)
     assert losses(two, "validation_loss") == pytest.approx(losses(one, "validation_loss"), rel=CLOSE)
-    finish(launch(two, processes=2, resume="4"))  # in the middle of what step 6 logs
+    finish(begin(two, ranks=2, resume="4"))  # in the middle of what step 6 logs
     assert losses(two) == pytest.approx(losses(one), rel=CLOSE)
 
 
@@ -215,7 +206,8 @@ def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(six:
         wait_for_step(run, 4 * kill + 1, job)
         time.sleep(moments.uniform(0, 0.5))
         kill_a_worker(job, moments)
-    finish(job)
+    job.wait(timeout=TIMEOUT)
+    assert job.returncode == 0, job.said()
     assert losses(run) == pytest.approx(losses(one), rel=CLOSE)
 
 
@@ -241,59 +233,50 @@ def kill_a_worker(job: Job, chance: random.Random) -> None:
             return
 
 
-def test_rank_that_hangs_ends_the_others_with_rank_and_step(six: MakeRun) -> None:
+def wait_for_steps(run: TrainSettings, job: list[Running]) -> None:
+    log = run.output / METRICS
+    job[0].wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2)
+
+
+def test_rank_that_hangs_ends_the_others_with_rank_and_step(six: MakeRun, begin: Begin) -> None:
     run = six(steps=1000, ranks=2, dp_shard=2, timeout_s=10)
-    port = free_port()
-    jobs = [launch_rank(run, rank, of=2, port=port) for rank in range(2)]
-    try:
-        wait_for_step(run, 2, jobs[0])
-        jobs[1].send_signal(signal.SIGSTOP)
-        jobs[0].wait(timeout=60)
-        said = jobs[0].said()
-    finally:
-        for job in jobs:
-            job.kill()
-    assert jobs[0].returncode not in (0, -signal.SIGKILL)
-    assert re.search(r"rank 0 of 2, step \d+: .*[Tt]imed out", said), said
+    first, second = begin(run, ranks=2)
+    wait_for_steps(run, [first, second])
+    second.send(signal.SIGSTOP)
+    assert first.wait() > 0
+    assert re.search(r"rank 0 of 2, step \d+: .*[Tt]imed out", first.said()), first.said()
 
 
-def test_worker_that_is_killed_ends_all_ranks_with_the_last_step_saved(six: MakeRun) -> None:
+def test_worker_that_is_killed_ends_all_ranks_with_the_last_step_saved(six: MakeRun, begin: Begin) -> None:
     run = six(steps=1000, ranks=2, sections={"checkpoint": {"every": 1000}, "data": {"workers": 1}})
-    jobs, said = end_by_a_kill(run, of="worker")
-    assert [job.returncode for job in jobs] == [2, 2]
+    job = begin(run, ranks=2)
+    wait_for_steps(run, job)
+    psutil.Process(job[1].pid).children()[0].kill()
+    assert [process.wait() for process in job] == [2, 2]
     last = checkpoint.steps(run.output)[-1]
     assert len(losses(run)) == last
-    for text in said:
+    for text in (process.said() for process in job):
         assert re.search(rf"error: step {last + 1}: rank 1 of 2: a worker .* died \(SIGKILL\)", text), text
 
 
-def test_rank_that_is_killed_ends_the_others_in_spite_of_their_workers(six: MakeRun) -> None:
-    jobs, said = end_by_a_kill(six(steps=1000, ranks=2, sections={"data": {"workers": 1}}), of="rank")
-    assert jobs[0].returncode == 2
-    assert re.search(r"error: rank 0 of 2, step \d+: another process has died or hangs", said[0]), said[0]
-    assert "Traceback" not in said[0]
+def test_rank_that_is_killed_ends_the_others_in_spite_of_their_workers(six: MakeRun, begin: Begin) -> None:
+    run = six(steps=1000, ranks=2, sections={"data": {"workers": 1}})
+    first, second = job = begin(run, ranks=2)
+    wait_for_steps(run, job)
+    second.kill()
+    assert first.wait() == 2
+    said = first.said()
+    assert re.search(r"error: rank 0 of 2, step \d+: another process has died or hangs", said), said
+    assert "Traceback" not in said
 
 
-def end_by_a_kill(run: TrainSettings, *, of: str) -> tuple[list[Job], list[str]]:
-    """Two ranks, the second of which is killed after two steps, or its data worker; and what they said."""
-    port = free_port()
-    jobs = [launch_rank(run, rank, of=2, port=port) for rank in range(2)]
-    try:
-        wait_for_step(run, 2, jobs[0])
-        worker = psutil.Process(jobs[1].pid).children()[0]
-        (worker if of == "worker" else jobs[1]).kill()
-        for job in jobs:
-            job.wait(timeout=120)
-    finally:
-        for job in jobs:
-            job.kill()
-    return jobs, [job.said() for job in jobs]
-
-
-def test_cache_of_two_processes_has_the_files_of_one(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_cache_of_two_processes_has_the_files_of_one(
+    tiny_run: MakeRun, start_ranks: Callable[..., list[Running]], tmp_path: Path
+) -> None:
     run = tiny_run()
     write_cache(run, tmp_path / "one")
-    finish(launch_cache(run, tmp_path / "two", processes=2))
+    (tmp_path / "run.json").write_text(run.model_dump_json())
+    finish(start_ranks("cache", "run.json", "--out", "two", ranks=2))
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
@@ -349,14 +332,11 @@ def raised_together(said: str) -> str:
     return ""
 
 
-def test_other_global_batch_is_refused_with_what_would_fit(six: MakeRun) -> None:
+def test_other_global_batch_is_refused_with_what_would_fit(six: MakeRun, begin: Begin) -> None:
     train(six(steps=2))
-    run = six(steps=4, ranks=3)
-    job = launch(run, processes=2)
-    job.wait(timeout=TIMEOUT)
-    said = job.said()
-    assert job.returncode != 0
-    assert "set data.batch_size x optimizer.accumulate to 3" in said
+    for process in begin(six(steps=4, ranks=3), ranks=2):
+        assert process.wait() == 2
+        assert "set data.batch_size x optimizer.accumulate to 3" in process.said()
 
 
 def test_ray_writes_the_files_of_one_process_and_a_killed_worker_loses_none(
