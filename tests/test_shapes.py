@@ -37,3 +37,14 @@ def test_wrong_sides_name_the_nearest() -> None:
 
 def test_latent_shape() -> None:
     assert shapes.latent_shape(121, 576, 1024) == (16, 72, 128)
+
+
+def test_another_vae_has_its_own_rules() -> None:
+    strides = shapes.Strides(temporal=4, spatial=16)
+    assert shapes.latent_shape(13, 64, 96, strides=strides) == (4, 4, 6)
+    assert shapes.latent_shape(13, 16, 48, strides=strides, patch=1) == (4, 1, 3)
+    assert shapes.pixel_frames(4, strides=strides) == 13
+    with pytest.raises(ValueError, match=r"frames must be 4k \+ 1 \(1, 5, 9, ...\), got 12: use 9 or 13"):
+        shapes.latent_shape(12, 64, 96, strides=strides)
+    with pytest.raises(ValueError, match=r"sides must be multiples of 32, got width 48: .* 64 x 64"):
+        shapes.latent_shape(13, 64, 48, strides=strides)

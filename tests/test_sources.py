@@ -2,6 +2,7 @@
 models than they must.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -158,7 +159,8 @@ def test_a_denoiser_of_other_widths_is_refused_with_both_numbers(
         ValueError, match=r"^T5 .* width 24, .* caption_channels 32; CLIP .* 20, .* pooled_projection_dim 8$"
     ):
         source.check_fits(other)
-    channels = replace(source, vae_config={**source.vae_config, "latent_channels": 16})
+    sizes = {**SHALLOW_VAE, "latent_channels": 16, "shift": None, "scale": None}
+    channels = replace(source, vae=WFVAE(**sizes))
     with pytest.raises(ValueError, match="latents of 16 channels, the denoiser has in_channels 4"):
         Source.check_fits(channels, SparseUMMDiT(**DENOISER))
     with pytest.raises(ValueError, match=r"^the VAE makes latents of 4 channels, .* out_channels 8$"):
@@ -194,9 +196,11 @@ def test_digest_is_of_clips_order_captions_and_frames_but_not_of_folders() -> No
 def test_latents_are_normalized_as_in_generation(
     mixed_run: MakeRun, cached: Path, missing: tuple[str, ...]
 ) -> None:
+    description = json.loads((cached / "features.json").read_text())
+    config = description["vae"] = {**description["vae"], **dict.fromkeys(missing)}
+    (cached / "features.json").write_text(json.dumps(description))
     source, _ = open_source(mixed_run(features=cached), device=CPU)
-    config = {**source.vae_config, **dict.fromkeys(missing)}
     latents = torch.randn(2, 4, 2, 3, 3)
     expected = WFVAE(**config).normalize_latents(latents)
     assert torch.equal(latents, expected) == (len(missing) == 2)
-    assert torch.equal(replace(source, vae_config=config).normalize(latents), expected)
+    assert torch.equal(source.vae.normalize_latents(latents), expected)

@@ -34,7 +34,7 @@ from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLAT
 from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds, check_json, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.pipeline_inputs import (
     callback_inputs,
     changed_tensors,
@@ -48,7 +48,7 @@ from opensoraplan.pipeline_inputs import (
     spread_seeds,
 )
 from opensoraplan.samplers import Sampler, Schedule, is_default_scheduler, make_sampler
-from opensoraplan.shapes import latent_shape
+from opensoraplan.shapes import RELEASE, latent_shape
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "velocity", "prompt_embeds", "pooled_prompt_embeds"]  # noqa: RUF012
 
     transformer: SparseUMMDiT
-    vae: WFVAE
+    vae: VideoVAE
     # Where it computes, if weights come there only for that; set by runtime/placement.py.
     streamed_to: torch.device | None = None
     # Of the call under way, or the last one.
@@ -113,7 +113,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: SparseUMMDiT,
-        vae: WFVAE,
+        vae: Any,  # noqa: ANN401 (a VideoVAE; diffusers cannot check protocols)
         text_encoder: Any,  # noqa: ANN401 (transformers is imported in models/text.py only)
         tokenizer: Any,  # noqa: ANN401
         text_encoder_2: Any,  # noqa: ANN401
@@ -317,7 +317,11 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         decoded frames do.
         """
         self.is_decoding = False
-        grid = latent_shape(num_frames, height, width) if latents is None else self._latent_grid(latents)
+        if latents is None:
+            strides = RELEASE if self.vae is None else self.vae.strides
+            grid = latent_shape(num_frames, height, width, strides=strides)
+        else:
+            grid = self._latent_grid(latents)
         check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")

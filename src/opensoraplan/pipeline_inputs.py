@@ -23,7 +23,7 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: A
     """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass, is not
     checked.
     """
-    latents, gives = vae and vae.config["latent_channels"], "the VAE's latents have"
+    latents, gives = vae and vae.latent_channels, "the VAE's latents have"
     if transformer is not None and vae is None:
         latents, gives = transformer.config["out_channels"], "its velocity has"
     widths = [

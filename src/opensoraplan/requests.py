@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from opensoraplan import shapes
 from opensoraplan.defaults import Fps, Frames, Guidance, Side, Solver, Steps
 from opensoraplan.documents import parse_json
 from opensoraplan.settings import Settings
+from opensoraplan.shapes import RELEASE, Strides, latent_shape
 
 # Videos of one prompt; more are more commands.
 MOST_COPIES = 10_000
@@ -20,8 +20,8 @@ PROMPT_FILES = (".txt", ".jsonl", ".csv")
 
 
 class Request(Settings):
-    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults
-    for its rows.
+    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults for its
+    rows. Its size must be one of the release's VAE, or of one whose strides are the `context` of `read`.
     """
 
     prompt: str
@@ -85,10 +85,13 @@ class Request(Settings):
         """The strength of each LoRA, by its file."""
         return dict(split_strength(text) for text in self.lora)
 
+    def grid(self, strides: Strides = RELEASE) -> tuple[int, int, int]:
+        """Latent (T, H, W) of the video, of a VAE with these strides. Raises ValueError if there is none."""
+        return latent_shape(self.frames, self.height, self.width, strides=strides)
+
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        shapes.check_frames(self.frames)
-        shapes.check_sides(self.height, self.width)
+    def _check(self, info: ValidationInfo) -> Self:
+        self.grid(info.context or RELEASE)
         start, end = self.guidance_interval
         if not 0 <= start <= end <= 1:
             raise ValueError(f"guidance_interval must be 0 <= start <= end <= 1, got {start:g} {end:g}")
@@ -141,10 +144,12 @@ def is_prompt_file(prompt: str) -> bool:
     return Path(prompt).suffix.lower() in PROMPT_FILES
 
 
-def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> list[Request]:
+def read_requests(
+    prompt: str, settings: dict[str, Any], *, copies: int = 1, strides: Strides = RELEASE
+) -> list[Request]:
     """Requests from a prompt, or from a .txt (a prompt a line), .jsonl or .csv file (a column `prompt`, and
-    any other field of `Request`). Each prompt gives `copies` requests. Seeds count on from the run's, or from
-    a row's own.
+    any other field of `Request`), for a VAE with these `strides`. Each prompt gives `copies` requests. Seeds
+    count on from the run's, or from a row's own.
 
     Raises FileNotFoundError, and ValueError that names file and line, for a file without prompts or
     a bad row.
@@ -152,7 +157,7 @@ def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> 
     if not 1 <= copies <= MOST_COPIES:
         raise ValueError(f"videos_per_prompt must be from 1 to {MOST_COPIES:,}, got {copies:,}")
     # First, so that a mistake in the settings is not blamed on the first line of a file.
-    Request.read({**settings, "prompt": "any"}, where="the options")
+    Request.read({**settings, "prompt": "any"}, where="the options", context=strides)
     if is_prompt_file(prompt):
         rows = [(f"{prompt}, line {line}", row) for line, row in _rows(_existing_file(prompt))]
         if not rows:
@@ -164,7 +169,7 @@ def read_requests(prompt: str, settings: dict[str, Any], *, copies: int = 1) -> 
     requests = []
     for where, row in rows:
         values = {**settings, "seed": settings.get("seed", 0) + len(requests), **row}
-        first = Request.read(values, where=where)
+        first = Request.read(values, where=where, context=strides)
         requests += [first.model_copy(update={"seed": first.seed + copy}) for copy in range(copies)]
     return requests
 

@@ -38,12 +38,15 @@ class Settings(BaseModel):
         return value
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], *, where: str, strict: bool = False) -> Self:
+    def read(
+        cls, values: Mapping[str, Any], *, where: str, strict: bool = False, context: object = None
+    ) -> Self:
         """Settings from a mapping; raises one ValueError that names the keys of `where` that are wrong, five
-        at most, and why. `strict`: numbers that are written as text are wrong, too.
+        at most, and why. `strict`: numbers that are written as text are wrong, too. `context`: what a model's
+        own checks ask for.
         """
         try:
-            return cls.model_validate(dict(values), strict=strict or None)
+            return cls.model_validate(dict(values), strict=strict or None, context=context)
         except ValidationError as error:
             places: dict[tuple[type[BaseModel], tuple[Any, ...]], list[Any]] = {}
             for problem in error.errors():

@@ -2,9 +2,12 @@
 
 The WF-VAE compresses 8 x 8 x 8: T = 8k + 1 frames become k + 1 latent frames (the first frame stands alone),
 and a side becomes an eighth. The denoiser then joins 2 x 2 latent cells into one token, so sides are
-multiples of 16.
+multiples of 16. Another VAE says its own `strides`; where there is none at hand, they are the WF-VAE's.
 """
 
+from dataclasses import dataclass
+
+COLOURS = 3
 TEMPORAL_STRIDE = 8
 SPATIAL_STRIDE = 8
 PATCH_SIZE = 2
@@ -13,20 +16,36 @@ SIDE_MULTIPLE = SPATIAL_STRIDE * PATCH_SIZE
 TILE_SIZE = 256
 
 
-def nearest_frames(frames: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Strides:
+    """How many frames, after the first one, and how many pixels along each side become one latent."""
+
+    temporal: int = TEMPORAL_STRIDE
+    spatial: int = SPATIAL_STRIDE
+
+    def __str__(self) -> str:
+        return f"{self.temporal} x {self.spatial} x {self.spatial}"
+
+
+RELEASE = Strides()
+
+
+def nearest_frames(frames: int, *, strides: Strides = RELEASE) -> tuple[int, int]:
     """The two valid frame counts (8k + 1) around `frames`: the largest not above it (at least 1), the next
     above.
     """
-    below = max(frames - 1, 0) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-    return below, below + TEMPORAL_STRIDE
+    below = max(frames - 1, 0) // strides.temporal * strides.temporal + 1
+    return below, below + strides.temporal
 
 
-def check_frames(frames: int) -> None:
+def check_frames(frames: int, *, strides: Strides = RELEASE) -> None:
     """Raise ValueError unless `frames` is 8k + 1 for some k >= 0."""
-    below, above = nearest_frames(frames)
+    below, above = nearest_frames(frames, strides=strides)
     if frames != below:
-        hint = f"{below} or {above}" if frames > 0 else "1 or 9"
-        raise ValueError(f"frames must be 8k + 1 (1, 9, 17, ...), got {frames}: use {hint}")
+        step = strides.temporal
+        hint = f"{below} or {above}" if frames > 0 else f"1 or {1 + step}"
+        rule = f"{step}k + 1 (1, {1 + step}, {1 + 2 * step}, ...)"
+        raise ValueError(f"frames must be {rule}, got {frames}: use {hint}")
 
 
 def check_sides(height: int, width: int, *, multiple: int = SIDE_MULTIPLE) -> None:
@@ -47,14 +66,16 @@ def check_sides(height: int, width: int, *, multiple: int = SIDE_MULTIPLE) -> No
 
 
 def latent_shape(
-    frames: int, height: int, width: int, *, multiple: int = SIDE_MULTIPLE
+    frames: int, height: int, width: int, *, strides: Strides = RELEASE, patch: int = PATCH_SIZE
 ) -> tuple[int, int, int]:
-    """Latent (T, H, W) of a clip in pixels; raises ValueError for a clip that has none."""
-    check_frames(frames)
-    check_sides(height, width, multiple=multiple)
-    return (frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+    """Latent (T, H, W) of a clip in pixels, whose sides are multiples of `patch` latents. Raises ValueError
+    for a clip that has none.
+    """
+    check_frames(frames, strides=strides)
+    check_sides(height, width, multiple=strides.spatial * patch)
+    return (frames - 1) // strides.temporal + 1, height // strides.spatial, width // strides.spatial
 
 
-def pixel_frames(latent_frames: int) -> int:
+def pixel_frames(latent_frames: int, *, strides: Strides = RELEASE) -> int:
     """Frames that `latent_frames` latent frames decode to: 8 (n - 1) + 1."""
-    return (latent_frames - 1) * TEMPORAL_STRIDE + 1
+    return (latent_frames - 1) * strides.temporal + 1

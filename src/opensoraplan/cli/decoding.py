@@ -133,7 +133,9 @@ def decode(options: Decode) -> None:
     from opensoraplan.runtime.placement import fit_decoding
     from opensoraplan.samplers import make_scheduler
 
-    request = Request(**{name: record[name] for name in ("prompt", "frames", "fps", "seed")})  # as checked
+    found = saved.read(options.latents)
+    values = {name: record[name] for name in ("prompt", "frames", "height", "width", "fps", "seed")}
+    request = Request.read(values, where=str(options.latents), context=found.strides)
     (wanted,) = job.check_targets([request], options.out or default)
     device = resolve_device(options.device)
     prepare(device)
@@ -145,15 +147,19 @@ def decode(options: Decode) -> None:
     names = ("transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     absent: dict[str, Any] = dict.fromkeys(names)
     pipeline = OpenSoraPlanPipeline(vae=vae, scheduler=make_scheduler(), **absent)
-    found = saved.read(options.latents)
     channels, frames, height, width = found.latents.shape[1:]
-    if channels != vae.config["latent_channels"]:
+    if channels != vae.latent_channels:
         raise ValueError(
             f"{options.latents} has latents of {channels} channels, the VAE in {path} decodes "
-            f"{vae.config['latent_channels']}"
+            f"{vae.latent_channels}"
+        )
+    if found.strides != vae.strides:
+        raise ValueError(
+            f"{options.latents} has latents of {found.strides} pixels, the VAE in {path} decodes those of "
+            f"{vae.strides}"
         )
     fit_decoding(vae, [(frames, height, width)], device)
-    vae.register_to_config(**found.scaling)
+    vae.register_to_config(**{key: value for key, value in found.scaling.items() if key in vae.config})
     record |= {"vae_dtype": dtype_name(vae.dtype), "vae_tiling": vae.tiling}
     full = "the frames do not fit into memory: --tiling needs less, and is not exact"
     with explained_memory(full), made(wanted.parent):

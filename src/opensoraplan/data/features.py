@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -49,6 +50,7 @@ from opensoraplan.data.shards import (
 )
 from opensoraplan.disk import OWN, clear_dead, plain_errors, write_whole
 from opensoraplan.settings import Settings
+from opensoraplan.shapes import RELEASE, Strides
 
 DESCRIPTION = "features.json"
 # Of what a cache has. Before 2, captions were cleaned a little otherwise and had other sentences on quality.
@@ -66,18 +68,26 @@ class Description(Settings):
     """What a cache was made from and how it is divided; all of it is known before the first shard.
 
     `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the VAE's
-    config (with the latents' shift and scale). `left_out` is None until every shard is there.
+    config (with the latents' shift and scale), `vae_class` its class. `left_out` is None until every shard is
+    there.
     """
 
     version: int = VERSION
     parts: dict[str, str]
     vae: dict[str, Any]
+    vae_class: str = "WFVAE"
+    temporal_stride: Annotated[int, Field(ge=1)] = RELEASE.temporal
+    spatial_stride: Annotated[int, Field(ge=1)] = RELEASE.spatial
     use_aesthetic: bool
     samples: int
     texts: int
     videos_per_shard: int
     texts_per_shard: int
     left_out: tuple[LeftOut, ...] | None = None
+
+    @property
+    def strides(self) -> Strides:
+        return Strides(self.temporal_stride, self.spatial_stride)
 
     def shards(self, kind: Kind) -> int:
         """How many files of `kind` the whole cache has."""
@@ -301,7 +311,8 @@ class FeatureDataset(Dataset[Features]):
         self._checksums: dict[Path, dict[str, int]] = {}
         self.widths: dict[str, int] = {}
         files = _shards(self.folder, self.description, "videos")
-        for file, (index, widths) in zip(files, _read_indices(VideoIndex, files), strict=True):
+        indices = _read_indices(VideoIndex, files, strides=self.description.strides)
+        for file, (index, widths) in zip(files, indices, strict=True):
             self._note_widths(file, widths)
             self._checksums[file] = index.checksums
             self.samples += [entry.sample() for entry in index.samples]
@@ -392,9 +403,11 @@ def _shards(folder: Path, description: Description, kind: Kind) -> list[Path]:
     return [shard_path(folder, kind, shard) for shard in range(description.shards(kind))]
 
 
-def _read_indices(kind: type[AnyIndex], paths: Sequence[Path]) -> list[tuple[AnyIndex, dict[str, int]]]:
+def _read_indices(
+    kind: type[AnyIndex], paths: Sequence[Path], *, strides: Strides | None = None
+) -> list[tuple[AnyIndex, dict[str, int]]]:
     with ThreadPoolExecutor(_READERS) as executor:
-        return list(executor.map(partial(read_index, kind=kind), paths))
+        return list(executor.map(partial(read_index, kind=kind, strides=strides), paths))
 
 
 def _read_description(folder: Path) -> Description:

@@ -27,7 +27,7 @@ from opensoraplan.disk import plain_errors, write_whole
 from opensoraplan.documents import as_object, kind_of
 from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
-from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
+from opensoraplan.shapes import Strides, latent_shape
 
 Kind = Literal["videos", "texts"]
 # In the order in which they are encoded.
@@ -135,18 +135,17 @@ class VideoIndex(Settings):
     files: list[PlacedFile] = Field(default=[])
     left_out: list[LeftOut]
 
-    def widths(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """C, as "moments". Raises ValueError unless each sample has moments of its size."""
+    def widths(self, shapes: Mapping[str, Sequence[int]], strides: Strides | None) -> dict[str, int]:
+        """C, as "moments". Raises ValueError unless each sample has moments, of its size by `strides`."""
         widths: dict[str, int] = {}
         for place, sample in enumerate(self.samples):
             name, size = video_name(place), " x ".join(map(str, sample.shape))
-            frames, height, width = sample.shape
+            shape = shapes.get(name, ())
             try:
-                grid = latent_shape(frames, height, width, multiple=SPATIAL_STRIDE)
+                grid = shape[1:] if strides is None else latent_shape(*sample.shape, strides=strides, patch=1)
             except ValueError as error:
                 raise ValueError(f"samples.{place}.shape: {error}") from None
-            shape = shapes.get(name, ())
-            if len(shape) != 4 or shape[0] % 2 or tuple(shape[1:]) != grid:
+            if len(shape) != 4 or shape[0] % 2 or tuple(shape[1:]) != tuple(grid):
                 wanted = f"[2 C, {', '.join(map(str, grid))}]"
                 raise ValueError(f"{name}: {size} pixels have moments {wanted}, got {_shown(shape)}")
             note_width(widths, "moments", shape[0] // 2)
@@ -159,7 +158,7 @@ class TextIndex(Settings):
     checksums: dict[str, int] = Field(default={})
     texts: list[Text]
 
-    def widths(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    def widths(self, shapes: Mapping[str, Sequence[int]], _: Strides | None) -> dict[str, int]:
         """D and P, as "sequence" and "pooled". Raises ValueError unless each text has its states."""
         widths: dict[str, int] = {}
         for key in self.texts:
@@ -213,9 +212,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], index: VideoIndex | T
         write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
 
 
-def read_index(path: Path, kind: type[AnyIndex]) -> tuple[AnyIndex, dict[str, int]]:
-    """The index of a file, and the widths of its features. Raises ValueError, which names the file and what
-    is wrong in it, for one that is missing, cut off or none of ours.
+def read_index(
+    path: Path, kind: type[AnyIndex], *, strides: Strides | None = None
+) -> tuple[AnyIndex, dict[str, int]]:
+    """The index of a file, and the widths of its features; with `strides`, moments are held against the
+    pixels that they are of. Raises ValueError, which names the file and what is wrong in it, for one that is
+    missing, cut off or none of ours.
     """
     with damage(path), safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(_INDEX)
@@ -233,7 +235,7 @@ def read_index(path: Path, kind: type[AnyIndex]) -> tuple[AnyIndex, dict[str, in
         index = kind.read(as_object(content, where="its index"), where="its index", strict=True)
         if whole := [name for name, one in slices.items() if not one.get_dtype().startswith(("F", "BF"))]:
             raise ValueError(f"{whole[0]}: must be of floating point, got {slices[whole[0]].get_dtype()}")
-        return index, index.widths({name: one.get_shape() for name, one in slices.items()})
+        return index, index.widths({name: one.get_shape() for name, one in slices.items()}, strides)
 
 
 @contextmanager

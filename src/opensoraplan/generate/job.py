@@ -345,11 +345,11 @@ def save_latents(
 
     from opensoraplan.generate import saved
 
-    config = session.pipeline.vae.config
-    scaling = {key: None if config[key] is None else list(config[key]) for key in ("shift", "scale")}
+    vae = session.pipeline.vae
+    scaling = {key: None if (one := vae.config.get(key)) is None else [*one] for key in ("shift", "scale")}
     try:
         prompt, negative = session.embeds.of(request)
-        kept = saved.SavedLatents(latents, step, record, scaling, prompt, negative, velocity)
+        kept = saved.SavedLatents(latents, step, record, scaling, prompt, negative, velocity, vae.strides)
         saved.write(place, kept)
     except (OSError, SafetensorError) as error:
         logger.warning("the latents of step %d cannot be saved in %s: %s", step, place, error)
@@ -376,7 +376,7 @@ def write_frames(
         picture = Image.fromarray(frames[0].numpy())
         path = write_new(free, lambda file: picture.save(file, pnginfo=info))
     else:
-        total = shapes.pixel_frames(latents.shape[2])
+        total = shapes.pixel_frames(latents.shape[2], strides=pipeline.vae.strides)
         with (
             tqdm(total=total, desc="decoding", unit="frame") as progress,
             VideoWriter(free, fps=fps, title=record["prompt"], comment=comment) as writer,

@@ -19,6 +19,7 @@ from opensoraplan.models.attention import set_backend
 from opensoraplan.models.modulation import adaln_layers
 from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.sizes import (
+    PRECISIONS,
     BatchShape,
     DenoiserSizes,
     forward_memory,
@@ -26,7 +27,7 @@ from opensoraplan.models.sizes import (
     vector_bytes,
 )
 from opensoraplan.models.strict import plain_config
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.parallel.generating import generating_mesh
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.parallel.ranks import device_of_rank, place_in_job
@@ -37,10 +38,8 @@ from opensoraplan.runtime.placement import (
     CHUNKS,
     MARGIN,
     PLACEMENTS,
-    PRECISIONS,
     Needs,
     Plan,
-    decoding_bytes,
     first_that_fits,
     fit_decoding,
     module_bytes,
@@ -49,7 +48,6 @@ from opensoraplan.runtime.placement import (
     weight_bytes,
 )
 from opensoraplan.runtime.quantisation import check_weights, keep_weights, weights_of
-from opensoraplan.shapes import latent_shape
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +192,7 @@ def look_ahead(
         plans = plans_that_fit(needs, options.memory, device, free=free)
         advice = instead_of_host(resident, device, whole=whole, free=free)
     elif device.type == "cpu" and place.processes == 1:  # several have to decode the same chunks
-        grids = [latent_shape(r.frames, r.height, r.width) for r in requests]
+        grids = [r.grid(empty.vae.strides) for r in requests]
         fit_decoding(empty.vae, grids, device, free=free - needs[0].weights)
         tell_peak(peak_on_host(empty.vae, needs, grids), device, free=free)
     # What is to be moved to and fro begins on the host, and so does what has to become smaller to fit.
@@ -240,7 +238,7 @@ def why_masked(
     for request in requests:
         if request.batched_guidance and request.guidance > 1 and options.branch_ranks == 1:
             return "--batched-guidance pads the shorter of its prompts"
-        frames, rows, columns = latent_shape(request.frames, request.height, request.width)
+        frames, rows, columns = request.grid(pipeline.vae.strides)
         tokens = frames * rows * columns // config["patch_size"] ** 2
         padded = padded_tokens(tokens, ranks=mesh.sp * mesh.tp, rates=rates)
         if padded != tokens:
@@ -259,7 +257,7 @@ def tune(
         set_backend(pipeline.transformer, options.attention, device, masked=masked)
 
 
-def set_decoding(vae: WFVAE, options: SessionOptions) -> None:
+def set_decoding(vae: VideoVAE, options: SessionOptions) -> None:
     """Have a VAE decode all at once, or in tiles, if the options say so."""
     if not options.streaming:
         vae.disable_streaming()
@@ -279,7 +277,7 @@ def needs_of(
     denoiser, where they are known.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
-    grid = latent_shape(request.frames, request.height, request.width)
+    grid = request.grid(pipeline.vae.strides)
     model = model or DenoiserSizes(plain_config(transformer))
     shape = BatchShape(grid, text_tokens, batch=2 if request.batched_guidance else 1)
     precision = PRECISIONS[transformer.dtype]
@@ -297,7 +295,7 @@ def needs_of(
         vae=module_bytes(vae),
         vectors=vector_bytes(model, precision, steps=request.steps),
         denoising=denoising,
-        decoding=tuple(decoding_bytes(vae, grid, chunk) for chunk in CHUNKS),
+        decoding=tuple(vae.decoding_bytes(grid, chunk=chunk) for chunk in CHUNKS),
         outside=outside,
     )
 

@@ -26,16 +26,9 @@ from opensoraplan.data.video import (
 )
 from opensoraplan.disk import made
 from opensoraplan.fidelity import Fidelity
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.runtime.placement import fit_decoding
-from opensoraplan.shapes import (
-    SPATIAL_STRIDE,
-    TEMPORAL_STRIDE,
-    check_frames,
-    check_sides,
-    latent_shape,
-    nearest_frames,
-)
+from opensoraplan.shapes import Strides, check_frames, check_sides, latent_shape, nearest_frames
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +54,7 @@ class Reconstruction:
 def reconstruct(
     path: str | Path,
     *,
-    vae: WFVAE,
+    vae: VideoVAE,
     out: str | Path,
     height: int | None = None,
     width: int | None = None,
@@ -82,12 +75,13 @@ def reconstruct(
     Raises FileNotFoundError, and ValueError for a file without readable video, too few frames, sizes that
     cannot be, and a result that is not finite.
     """
+    strides = vae.strides
     if frames is not None:
-        check_frames(frames)
+        check_frames(frames, strides=strides)
     info = probe(path)
-    height, width = _size(info, height=height, width=width)
-    frames = _length(path, frames=frames, fps=fps)
-    grid = latent_shape(frames, height, width, multiple=SPATIAL_STRIDE)
+    height, width = _size(info, height=height, width=width, stride=strides.spatial)
+    frames = _length(path, frames=frames, fps=fps, strides=strides)
+    grid = latent_shape(frames, height, width, strides=strides, patch=1)
     fit_decoding(vae, [grid], vae.device, more=False)  # it encodes as many, for which nothing is predicted
 
     def source(pictures: Iterator[Tensor], count: int) -> Tensor:
@@ -96,7 +90,7 @@ def reconstruct(
 
     def moments() -> Iterator[Tensor]:
         pictures = iter_frames(path, count=frames, fps=fps)
-        pieces = (source(pictures, TEMPORAL_STRIDE) for _ in range(0, frames, TEMPORAL_STRIDE))
+        pieces = (source(pictures, strides.temporal) for _ in range(0, frames, strides.temporal))
         counted = _counted(pieces, "encode", frames, progress)
         return vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
 
@@ -133,27 +127,29 @@ def _noted(path: str | Path, count: int, times: list[tuple[Fraction, Fraction]])
         yield picture
 
 
-def _size(info: VideoInfo, *, height: int | None, width: int | None) -> tuple[int, int]:
-    """The sides to work at, those given or from the source; ValueError if they cannot be."""
+def _size(info: VideoInfo, *, height: int | None, width: int | None, stride: int) -> tuple[int, int]:
+    """The sides to work at, those given or from the source, multiples of `stride`; ValueError if they cannot
+    be.
+    """
+
+    def down(side: int) -> int:
+        return side // stride * stride
+
     if height is None:
-        height = _down(info.height if width is None else width * info.height // info.width)
-        width = _down(info.width) if width is None else width
+        height = down(info.height if width is None else width * info.height // info.width)
+        width = down(info.width) if width is None else width
     elif width is None:
-        width = _down(height * info.width // info.height)
-    check_sides(height, width, multiple=SPATIAL_STRIDE)
+        width = down(height * info.width // info.height)
+    check_sides(height, width, multiple=stride)
     if min(height, width) < _SMALLEST_SIDE:
         raise ValueError(f"SSIM needs sides of at least {_SMALLEST_SIDE}, got {height} x {width}")
     return height, width
 
 
-def _down(side: int) -> int:
-    return side // SPATIAL_STRIDE * SPATIAL_STRIDE
-
-
-def _length(path: str | Path, *, frames: int | None, fps: float | Fraction | None) -> int:
+def _length(path: str | Path, *, frames: int | None, fps: float | Fraction | None, strides: Strides) -> int:
     """The frames to take, 8k + 1; ValueError if the video has fewer than asked for."""
     there = count_frames(path, fps=fps, limit=frames)
-    below, _ = nearest_frames(there)
+    below, _ = nearest_frames(there, strides=strides)
     if frames is None:
         if below < there:
             logger.info("%s: the last %d of %d frames are left out", path, there - below, there)

@@ -17,7 +17,7 @@ from opensoraplan.documents import as_object, check_file, parse_json
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.requests import Request
 from opensoraplan.settings import Settings
-from opensoraplan.shapes import latent_shape
+from opensoraplan.shapes import RELEASE, Strides
 
 SUFFIX = ".latents.safetensors"
 # How the parts of PromptEmbeds are called in the file, after the name of the prompt.
@@ -62,8 +62,9 @@ class _Scaling(Settings):
 @dataclass(frozen=True)
 class SavedLatents:
     """Normalised latents [1, C, T, H, W] after `step` of the steps of `record`, which is all that decides how
-    the video looks. `scaling`: shift and scale of the VAE that they are for. `prompt` and `negative`:
-    encoded, where they were saved. `velocity` [1, C, T, H, W]: of that step, for solvers that go on from it.
+    the video looks. `scaling`: shift and scale of the VAE that they are for, whose `strides` are these.
+    `prompt` and `negative`: encoded, where they were saved. `velocity` [1, C, T, H, W]: of that step, for
+    solvers that go on from it.
     """
 
     latents: Tensor
@@ -73,6 +74,7 @@ class SavedLatents:
     prompt: PromptEmbeds | None = None
     negative: PromptEmbeds | None = None
     velocity: Tensor | None = None
+    strides: Strides = RELEASE
 
 
 def place_of(video: Path) -> Path:
@@ -92,6 +94,8 @@ def write(path: Path, saved: SavedLatents) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     record = json.dumps({**saved.record, "step": saved.step}, ensure_ascii=False)
     metadata = {"record": record, "scaling": json.dumps(saved.scaling)}
+    if saved.strides != RELEASE:  # which those that do not say it have
+        metadata["strides"] = json.dumps(vars(saved.strides))
     write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
@@ -101,7 +105,8 @@ def read(path: Path) -> SavedLatents:
     """
     record, step = read_record(path)
     with safe_open(path, framework="pt") as file:
-        scaling = parse_json(file.metadata()["scaling"], where=f"{path}, scaling")
+        metadata = file.metadata()
+        scaling = parse_json(metadata["scaling"], where=f"{path}, scaling")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     found = _Scaling.read(as_object(scaling, where=f"{path}, scaling"), where=f"{path}, scaling")
     channels = tensors["latents"].shape[1]
@@ -115,6 +120,7 @@ def read(path: Path) -> SavedLatents:
         prompt=_embeds(tensors, "prompt"),
         negative=_embeds(tensors, "negative"),
         velocity=tensors.get("velocity"),
+        strides=_strides(metadata, where=f"{path}, strides"),
     )
 
 
@@ -133,9 +139,23 @@ def read_record(path: Path) -> tuple[Record, int]:
         raise ValueError(f"{path} has no latents of osp generate, which end in {SUFFIX} ({error})") from None
     where = f"{path}, record"
     record = as_object(parse_json(metadata["record"], where=where), where=where)
-    checked = _StoredRecord.read(record, where=where, strict=True)
-    _check_shapes(path, shapes, latent_shape(checked.frames, checked.height, checked.width))
+    strides = _strides(metadata, where=f"{path}, strides")
+    checked = _StoredRecord.read(record, where=where, strict=True, context=strides)
+    _check_shapes(path, shapes, checked.grid(strides))
     return record, record.pop("step")
+
+
+class _Strides(Settings):
+    temporal: Annotated[int, Field(ge=1)]
+    spatial: Annotated[int, Field(ge=1)]
+
+
+def _strides(metadata: Mapping[str, str], *, where: str) -> Strides:
+    """Of the VAE that latents are for."""
+    if "strides" not in metadata:
+        return RELEASE
+    values = as_object(parse_json(metadata["strides"], where=where), where=where)
+    return Strides(**_Strides.read(values, where=where, strict=True).model_dump())
 
 
 def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple[int, int, int]) -> None:

@@ -44,7 +44,7 @@ from opensoraplan.runtime.loras import load_loras, use_loras
 from opensoraplan.runtime.placement import Arrangement
 from opensoraplan.runtime.quantisation import weights_of
 from opensoraplan.runtime.step_cache import Calibration, skipping
-from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
+from opensoraplan.shapes import Strides
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Session:
         arrangement = Arrangement(pipeline, outlook.plans, device) if outlook.plans else None
         all_decode = False
         if ranks.mesh is not None:
-            rows = {request.height // SPATIAL_STRIDE for request in requests}
+            rows = {request.height // pipeline.vae.strides.spatial for request in requests}
             all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
         if options.compile:  # last: it is the blocks as they are now that are compiled
             compile_blocks(pipeline.transformer)
@@ -251,17 +251,19 @@ class Session:
         for file in request.lora_strengths():
             if file not in self.loras:
                 raise ValueError(f"this session was opened for no request with the LoRA {file}")
+        strides = self.pipeline.vae.strides
+        area, volume = _size(request, strides)
         if not self.largest:
             return
-        area, volume = _size(request)
-        if not any(area <= _size(one)[0] and volume <= _size(one)[1] for one in self.largest):
-            most = max(self.largest, key=_size)
+        sizes = {_size(one, strides): one for one in self.largest}
+        if not any(area <= size[0] and volume <= size[1] for size in sizes):
+            most = sizes[max(sizes)]
             raise ValueError(
                 f"{_named_size(request)} are more than this session was opened for, {_named_size(most)}: "
                 "open one for the largest request"
             )
-        if self.all_decode and request.height // SPATIAL_STRIDE % self.ranks.count:
-            rows, count = request.height // SPATIAL_STRIDE, self.ranks.count
+        rows, count = request.height // strides.spatial, self.ranks.count
+        if self.all_decode and rows % count:
             raise ValueError(
                 f"{rows} rows of latents (height {request.height}) are not {count} equal shares for the "
                 "processes of this session: open it for a request of this height, too"
@@ -496,9 +498,9 @@ def _hash_configs(pipeline: OpenSoraPlanPipeline) -> str:
     return hash_text(json.dumps(configs, sort_keys=True))
 
 
-def _size(request: Request) -> tuple[int, int]:
+def _size(request: Request, strides: Strides) -> tuple[int, int]:
     """Positions of a latent frame, and of all that is denoised at a time."""
-    frames, rows, columns = latent_shape(request.frames, request.height, request.width)
+    frames, rows, columns = request.grid(strides)
     return rows * columns, frames * rows * columns * (2 if request.batched_guidance else 1)
 
 

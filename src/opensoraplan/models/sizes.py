@@ -16,11 +16,11 @@ from opensoraplan.defaults import Weights
 from opensoraplan.models.chunks import latents_at_a_time, tile_starts
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import wrong_types_told
-from opensoraplan.models.wfvae import COLOURS
-from opensoraplan.shapes import SPATIAL_STRIDE
+from opensoraplan.shapes import COLOURS, SPATIAL_STRIDE
 
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROOT = -1  # the unit of what is outside of all blocks
 
 # --- Tensor parallelism -------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def decoding_memory(
     chunk: int = 4,
     tiling: tuple[int, int] | None = None,
 ) -> int:
-    """What the VAE of `base` channels needs to decode besides weights, `chunk` latent frames at a time,
+    """What the WF-VAE of `base` channels needs to decode besides weights, `chunk` latent frames at a time,
     perhaps in tiles (size and overlap in pixels).
 
     The busiest is the resnet behind the last upsampling: three tensors of 2 base channels, and inputs of

@@ -30,12 +30,20 @@ from opensoraplan.models.chunks import (
     latents_at_a_time,
     tile_starts,
 )
+from opensoraplan.models.sizes import PRECISIONS, BatchShape, decoding_memory
 from opensoraplan.models.strict import Depth, Numbers, PositiveNumbers, StrictMixin, Whole
-from opensoraplan.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, TILE_SIZE, check_frames, check_sides
+from opensoraplan.shapes import (
+    COLOURS,
+    RELEASE,
+    SPATIAL_STRIDE,
+    TEMPORAL_STRIDE,
+    TILE_SIZE,
+    check_frames,
+    check_sides,
+)
 
 logger = logging.getLogger(__name__)
 
-COLOURS = 3
 HAAR_TAP = 0.3536  # the original's rounding of 1 / sqrt(8)
 # Sign of the second tap along (t, h, w), in the original's band order and with its names.
 HAAR_BANDS = {
@@ -479,6 +487,7 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = False
     _no_split_modules = ["ResnetBlock"]  # noqa: RUF012
+    strides = RELEASE
 
     @register_to_config
     def __init__(
@@ -533,6 +542,15 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
     def original_format(self) -> original.Format:
         """How the original names these tensors: as we do, and its files carry the Haar filters besides."""
         return original.Format(fixed=fixed_tensors())
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config["latent_channels"]
+
+    def decoding_bytes(self, grid: tuple[int, int, int], *, chunk: int) -> int:
+        """Memory to decode latents [1, C, *grid], `chunk` latent frames at a time, besides weights."""
+        shape, base = BatchShape(grid, 0), self.config["base_channels"]
+        return decoding_memory(shape, PRECISIONS[self.dtype], base=base, chunk=chunk, tiling=self.tiling)
 
     def enable_streaming(self, *, latent_frames: int = 4) -> None:
         """Encode and decode in chunks of `latent_frames` latent frames (8 times as many frames): the same

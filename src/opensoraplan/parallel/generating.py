@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch.distributed as dist
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.branches import share_branches
@@ -24,9 +25,9 @@ def generating_mesh(*, branches: int, tp: int) -> MeshSettings:
     return MeshSettings(dp_replicate=branches, dp_shard=1, sp=-1, tp=tp)
 
 
-def share_generating(model: SparseUMMDiT, vae: WFVAE, mesh: Mesh, *, rows: Collection[int]) -> bool:
+def share_generating(model: SparseUMMDiT, vae: VideoVAE, mesh: Mesh, *, rows: Collection[int]) -> bool:
     """Share the work on each video out over `mesh`. Returns whether decoding is shared, too: then all
-    processes must decode. It is if they can have equal shares of so many `rows` of latents (height / 8).
+    processes must decode. It is if they can have equal shares of so many `rows` of latents, by the WF-VAE.
 
     Raises ValueError for a mesh that does not fit the model.
     """
@@ -36,8 +37,9 @@ def share_generating(model: SparseUMMDiT, vae: WFVAE, mesh: Mesh, *, rows: Colle
         share_branches(model, mesh.group(REPLICATE))
     ranks = dist.get_world_size()
     uneven = [count for count in rows if count % ranks]
-    if uneven or vae.tiling is not None:
-        why = f"{uneven[0]} rows of latents are not {ranks} equal shares" if uneven else "frames are tiled"
+    if uneven or vae.tiling is not None or not isinstance(vae, WFVAE):
+        why = "frames are tiled" if vae.tiling is not None else f"{type(vae).__name__} decodes whole frames"
+        why = f"{uneven[0]} rows of latents are not {ranks} equal shares" if uneven else why
         logger.info("%s: the first process decodes alone", why)
         return False
     assert dist.group.WORLD is not None

@@ -14,8 +14,7 @@ from torch import nn
 
 from opensoraplan.device import free_memory, is_out_of_memory
 from opensoraplan.models.modulation import keep_on_host
-from opensoraplan.models.sizes import BatchShape, decoding_memory
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.runtime.streaming import SLOTS, InTurn, stream_blocks, stream_layers
 
@@ -32,7 +31,6 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 CHUNKS = (16, 8, 4, 2, 1)
 # Of the free memory, what is left to allocators and libraries.
 MARGIN = 0.08
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Needs:
 
 
 def fit_decoding(
-    vae: WFVAE,
+    vae: VideoVAE,
     grids: Iterable[tuple[int, int, int]],
     device: torch.device,
     *,
@@ -90,31 +88,20 @@ def fit_decoding(
         return
     room = (free_memory(device) if free is None else free) * (1 - MARGIN)
     every = list(grids)
-    fits = (chunk for chunk in CHUNKS if all(decoding_bytes(vae, grid, chunk) <= room for grid in every))
+    fits = (chunk for chunk in CHUNKS if all(vae.decoding_bytes(grid, chunk=chunk) <= room for grid in every))
     chunk = next(fits, CHUNKS[-1])
     if device.type == "cpu" or not more:
         chunk = min(chunk, vae.streaming_latent_frames)
     vae.enable_streaming(latent_frames=chunk)
 
 
-def peak_on_host(vae: WFVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, int, int]]) -> int:
+def peak_on_host(vae: VideoVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, int, int]]) -> int:
     """The most that videos of these needs and latents [B, C, *grid] are predicted to take where everything is
     on the host and `vae` decodes as many latent frames at a time as it says.
     """
     every = list(needs)
-    decoding = [decoding_bytes(vae, grid, vae.streaming_latent_frames or grid[0]) for grid in grids]
+    decoding = [vae.decoding_bytes(grid, chunk=vae.streaming_latent_frames or grid[0]) for grid in grids]
     return every[0].weights + max(*(one.denoising for one in every), *decoding)
-
-
-def decoding_bytes(vae: WFVAE, grid: tuple[int, int, int], chunk: int) -> int:
-    """The memory of decoding latents [1, C, *grid], `chunk` latent frames at a time."""
-    return decoding_memory(
-        BatchShape(grid, 0),
-        PRECISIONS[vae.dtype],
-        base=vae.config["base_channels"],
-        chunk=chunk,
-        tiling=vae.tiling,
-    )
 
 
 def weight_bytes(pipeline: OpenSoraPlanPipeline) -> int:
@@ -122,7 +109,7 @@ def weight_bytes(pipeline: OpenSoraPlanPipeline) -> int:
     return module_bytes(pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
 
 
-def module_bytes(*modules: nn.Module | None) -> int:
+def module_bytes(*modules: nn.Module | VideoVAE | None) -> int:
     """Bytes of all parameters and buffers; of None none."""
     return sum(t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
 

@@ -150,6 +150,9 @@ class CacheJob:
         self.description = Description(
             parts=self.encoders.fingerprint() | preprocessing,
             vae=json.loads(json.dumps(config)),  # as it will be read: lists instead of tuples
+            vae_class=type(self.encoders.vae).__name__,
+            temporal_stride=self.encoders.vae.strides.temporal,
+            spatial_stride=self.encoders.vae.strides.spatial,
             use_aesthetic=data.use_aesthetic,
             samples=len(self.samples),
             texts=len(self.texts),

@@ -28,7 +28,7 @@ from opensoraplan.models.text import (
     load_text_encoder,
     load_tokenizer,
 )
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.train.config import TextSettings, VAESettings
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _CLIP_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_
 class Encoders:
     """VAE and text encoders in evaluation mode, without gradients, each in its own precision."""
 
-    vae: WFVAE
+    vae: VideoVAE
     text_encoder: "T5EncoderModel"
     tokenizer: "PreTrainedTokenizerBase"
     text_encoder_2: "CLIPTextModelWithProjection"
@@ -164,10 +164,10 @@ def warn_of_other_encoders(before: Mapping[str, str], now: Mapping[str, str]) ->
         )
 
 
-def _vae_parts(vae: WFVAE) -> dict[str, str]:
+def _vae_parts(vae: VideoVAE) -> dict[str, str]:
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     return {
-        "VAE weights": _hash_of_tensors(vae.encoder.state_dict()),
+        "VAE weights": _hash_of_tensors(getattr(vae, "encoder", vae).state_dict()),
         "VAE config": _hash(_plain(config)),
         "VAE precision": dtype_name(vae.dtype),
     }
@@ -258,7 +258,7 @@ def _part(path: Path, name: str) -> Path:
 
 def _load_vae(
     path: Path, config: Mapping[str, Any] | None, *, dtype: torch.dtype, device: torch.device
-) -> WFVAE:
+) -> VideoVAE:
     if config is None:
         return load_vae(path, dtype=dtype, device=device)
     checkpoint = open_checkpoint(path)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from opensoraplan.data.aesthetics import add_aesthetic_notices
 from opensoraplan.data.dataset import Batch, ClipDataset, collate
 from opensoraplan.data.features import (
+    DESCRIPTION,
     FeatureBatch,
     FeatureDataset,
     check_files,
@@ -29,9 +30,9 @@ from opensoraplan.data.video import installed_reader
 from opensoraplan.documents import parse_json
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
-from opensoraplan.models.wfvae import shift_and_scale
+from opensoraplan.models.vae import VideoVAE, vae_without_weights
 from opensoraplan.parallel.ranks import Ranks, place_in_job
-from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
+from opensoraplan.shapes import latent_shape
 from opensoraplan.train.config import (
     ClipSourceSettings,
     DataSettings,
@@ -66,15 +67,15 @@ class Encoded(NamedTuple):
 class Source:
     """A dataset, read by workers in batches that `collate` makes, and how a batch is encoded here.
 
-    `samples` are the dataset's, in its order, of `largest` bytes at most. `vae_config` says what the latents
-    are, `text_widths` how wide the states of T5 and the pooled one of CLIP.
+    `samples` are the dataset's, in its order, of `largest` bytes at most. `vae` says what the latents
+    are, and may have no weights; `text_widths` how wide the states of T5 and the pooled one of CLIP.
     """
 
     dataset: Dataset[Any]
     samples: Sequence[Sample]
     collate: Callable[[list[Any]], Any]
     encode: Callable[[Any], Encoded]
-    vae_config: Mapping[str, Any]
+    vae: VideoVAE
     text_widths: tuple[int, int]
     device: torch.device
     largest: int
@@ -86,19 +87,13 @@ class Source:
 
     def latent_shape(self, index: int) -> tuple[int, int, int, int]:
         """[C, T, H, W] of the latents of sample number `index`."""
-        return self.vae_config["latent_channels"], *latent_shape(
-            *self.samples[index].shape, multiple=SPATIAL_STRIDE
-        )
-
-    def normalize(self, latents: Tensor) -> Tensor:
-        """(latents - shift) * scale per channel of [B, C, T, H, W]."""
-        shift, scale = shift_and_scale(self.vae_config, latents)
-        return (latents - shift) * scale
+        grid = latent_shape(*self.samples[index].shape, strides=self.vae.strides, patch=1)
+        return self.vae.latent_channels, *grid
 
     def check_fits(self, model: SparseUMMDiT) -> None:
         """Raise ValueError, with both numbers, unless the denoiser takes these latents and this text."""
         t5, clip = self.text_widths
-        latents = self.vae_config["latent_channels"], "the VAE makes latents of {} channels"
+        latents = self.vae.latent_channels, "the VAE makes latents of {} channels"
         wanted = {
             "in_channels": latents,  # of noisy latents alone: no conditions are put beside them
             "out_channels": latents,
@@ -179,9 +174,9 @@ def _open_clips(
         moments = loaded.encode_videos(batch.video)
         return Encoded(moments, loaded.encode_captions(batch.captions))
 
-    config, widths = loaded.vae.config, loaded.text_widths
+    widths = loaded.text_widths
     largest = max(clip_bytes(sample.shape) for sample in samples)
-    return Source(dataset, samples, collate, encode, config, widths, device, largest), loaded
+    return Source(dataset, samples, collate, encode, loaded.vae, widths, device, largest), loaded
 
 
 def _check_features(
@@ -399,7 +394,10 @@ def _features(
         prompt = PromptEmbeds(batch.sequence, batch.mask, batch.pooled).to(device)
         return Encoded(batch.moments.to(device), prompt)
 
-    vae = dataset.description.vae
+    known, where = dataset.description, f"{folder / DESCRIPTION}, vae"
+    vae = vae_without_weights(known.vae_class, known.vae, where=where)
+    if (width := dataset.widths["moments"]) != vae.latent_channels:
+        raise ValueError(f"{where}: latent_channels is {vae.latent_channels}, the moments are of {width}")
     # Moments are a third of a picture's pixels, and of a clip's much less.
     largest = max(clip_bytes(sample.shape) for sample in dataset.samples) // 3
     return Source(dataset, dataset.samples, collate_features, encode, vae, (t5, clip), device, largest)

@@ -91,7 +91,7 @@ class Validation:
             encoded = source.encode(batch)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
             drawn = flow_loss.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
-            latents = source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
+            latents = source.vae.normalize_latents(sample_posterior(encoded.moments.float(), drawn.posterior))
             for sigma in self.settings.sigmas:
                 loss = flow_loss.losses(
                     model,

@@ -136,7 +136,8 @@ class FlowMatching:
         if self._settings.adapter.dropout:
             place = f"{self._settings.seed} {step} {micro} {self._ranks.data_rank}"
             torch.manual_seed(random.Random(place).getrandbits(63))
-        latents = self._source.normalize(sample_posterior(encoded.moments.float(), drawn.posterior))
+        sampled = sample_posterior(encoded.moments.float(), drawn.posterior)
+        latents = self._source.vae.normalize_latents(sampled)
         losses = flow_loss.losses(
             self._model,
             latents,

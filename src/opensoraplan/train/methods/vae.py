@@ -29,7 +29,7 @@ from opensoraplan.models import original
 from opensoraplan.models.strict import wrong_types_told
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.ranks import Ranks, place_in_job
-from opensoraplan.shapes import SPATIAL_STRIDE, latent_shape
+from opensoraplan.shapes import latent_shape
 from opensoraplan.train.config import VAEClipSettings, VAEModelSettings, VAETrainSettings
 from opensoraplan.train.inputs.loading import micro_batches, shares_of_steps
 from opensoraplan.train.inputs.sources import clip_bytes, clips_of, global_batch_of, select_clips
@@ -132,7 +132,7 @@ class VAETraining:
         if (processes := place_in_job()[1]) > 1:
             raise ValueError(f"a VAE is trained in one process, but torchrun started {processes}")
         piece = settings.data
-        latent_shape(piece.frames, piece.height, piece.width, multiple=SPATIAL_STRIDE)
+        latent_shape(piece.frames, piece.height, piece.width, strides=WFVAE.strides, patch=1)
 
     def __init__(self, settings: VAETrainSettings, *, device: torch.device, ranks: Ranks) -> None:  # noqa: ARG002
         self._settings = settings
@@ -191,8 +191,8 @@ class VAETraining:
         chance = f"{settings.seed} {step} {micro}"
         x = _pieces(batch.video, settings.data, chance=chance).to(self._device)
         generator = torch.Generator().manual_seed(random.Random(chance).getrandbits(63))
-        grid = latent_shape(*x.shape[2:], multiple=SPATIAL_STRIDE)
-        noise = torch.randn(len(x), self._model.config["latent_channels"], *grid, generator=generator)
+        grid = latent_shape(*x.shape[2:], strides=self._model.strides, patch=1)
+        noise = torch.randn(len(x), self._model.latent_channels, *grid, generator=generator)
         compute = DTYPES[settings.model.compute]
         made = reconstruct(self._model, x, noise.to(self._device), freeze_encoder=frozen, compute=compute)
         loss = made.l1
