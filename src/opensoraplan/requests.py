@@ -71,7 +71,8 @@ class Request(Settings):
     @field_validator("lora", mode="before")
     @classmethod
     def _split_loras(cls, value: Any) -> Any:  # noqa: ANN401 (whatever a file holds)
-        return value.split() if isinstance(value, str) else value
+        values = value.split() if isinstance(value, str) else value
+        return tuple(values) if isinstance(values, list) else values
 
     @field_validator("lora")
     @classmethod
