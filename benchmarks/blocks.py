@@ -18,7 +18,7 @@ from timing import DTYPES, gemm_peak, machine, ready, seconds
 from opensoraplan.models.attention import attention
 from opensoraplan.models.sizes import attention_flops, block_flops
 from opensoraplan.models.skiparse import make_layouts, rotary_tables, to_single_skip
-from opensoraplan.models.sparse_ummdit import SparseUMMDiTBlock
+from opensoraplan.models.sparse_ummdit import BlockConfig, SparseUMMDiTBlock
 
 WIDTH, HEADS, CONDITION = 3072, 24, 1024
 # How many of the release's 32 blocks have each rate.
@@ -37,17 +37,16 @@ class Timing:
 
 def release_block(device: torch.device, dtype: torch.dtype) -> SparseUMMDiTBlock:
     """A block of the release's width with random weights, from the middle of a stage."""
-    block = SparseUMMDiTBlock(
-        WIDTH,
+    config = BlockConfig(
+        dim=WIDTH,
         heads=HEADS,
         embed_dim=CONDITION,
         norm_cls="layer_norm",
         eps=1e-6,
         double_ff=True,
-        last=False,
-        skip=False,
         skip_norm=False,
     )
+    block = SparseUMMDiTBlock(config, last=False, skip=False)
     block = block.to(device, dtype).eval().requires_grad_(False)
     for name, parameter in block.named_parameters():
         fill(parameter, name)

@@ -27,11 +27,12 @@ from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import FILE as GENERATE_FILE
 from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver, check_model_files
 from opensoraplan.guidance import Branches
+from opensoraplan.models.adaln import Modulation
 from opensoraplan.models.conditions import Conditions, denoise
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
-from opensoraplan.models.sparse_ummdit import Modulation, SparseUMMDiT
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds, check_json, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.vae import VideoVAE

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opensoraplan.models.sparse_ummdit import Modulation
+from opensoraplan.models.adaln import Modulation
 from opensoraplan.models.text import PromptEmbeds
 
 

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.defaults import Initialisation
-from opensoraplan.models.sparse_ummdit import (
-    AdaNormOut,
-    AdaNormZero,
-    FeedForward,
-    JointAttention,
-    LayerNorm,
-    RMSNorm,
-    SkipLinear,
-    SparseUMMDiT,
-)
+from opensoraplan.models.adaln import AdaNormOut, AdaNormZero, LayerNorm, RMSNorm
+from opensoraplan.models.sparse_ummdit import FeedForward, JointAttention, SkipLinear, SparseUMMDiT
 
 STD = 0.02
 

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from opensoraplan.models.sparse_ummdit import (
-    AdaNormOut,
-    AdaNormZero,
-    Modulation,
-    SparseUMMDiT,
-    SparseUMMDiTBlock,
-)
+from opensoraplan.models.adaln import AdaNormOut, AdaNormZero, Modulation
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
 
 
 class HostLayer(nn.Module):

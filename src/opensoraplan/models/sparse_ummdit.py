@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
@@ -23,6 +24,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opensoraplan.models import original
+from opensoraplan.models.adaln import (
+    NORMS,
+    AdaNormOut,
+    AdaNormZero,
+    ConditionEmbedding,
+    Modulation,
+    RMSNorm,
+    add_gated,
+)
 from opensoraplan.models.attention import attention
 from opensoraplan.models.caching import CheckedCacheMixin
 from opensoraplan.models.lora import LoraMixin
@@ -46,102 +56,6 @@ logger = logging.getLogger(__name__)
 # token (an empty negative prompt) or several; masks of video and text; AdaLN vectors given or not; gradients
 # or not.
 _MOST_KINDS = 64
-
-# --- Norms and embeddings: all of these compute and return fp32 ---------------------------------------------
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that returns fp32 whatever its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
-            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm that returns fp32 whatever its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-
-
-NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
-
-
-class ConditionMLP(nn.Module):
-    """Linear -> SiLU -> Linear in the input's dtype; returns fp32."""
-
-    def __init__(self, in_features: int, *, out_features: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features)
-        self.linear_2 = nn.Linear(out_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x))).float()
-
-
-class ConditionEmbedding(nn.Module):
-    """The condition vector [B, E] in fp32, from timestep [B] (1000 * sigma) and the pooled CLIP vector [B,
-    P].
-    """
-
-    def __init__(self, embed_dim: int, *, pooled_dim: int) -> None:
-        super().__init__()
-        self.timestep_embedder = ConditionMLP(embed_dim, out_features=embed_dim)
-        self.text_embedder = ConditionMLP(pooled_dim, out_features=embed_dim)
-
-    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        width = self.timestep_embedder.linear_1.in_features
-        channel = torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
-        angle = torch.outer(timestep.float(), 10000.0 ** (-channel / (width // 2)))
-        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.timestep_embedder(sinusoid.to(pooled.dtype)) + self.text_embedder(pooled)
-
-
-class AdaNormZero(nn.Module):
-    """Norms of both streams, modulated by the condition, and the gates of what follows (AdaLN-zero).
-
-    With `text_norm=False` there is no text norm and the text stream passes as it is; its gate still applies.
-    """
-
-    def __init__(
-        self, dim: int, *, embed_dim: int, norm_cls: str, eps: float, text_norm: bool = True
-    ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(embed_dim, 6 * dim)
-        self.norm = NORMS[norm_cls](dim, eps=eps)
-        self.norm_enc = NORMS[norm_cls](dim, eps=eps) if text_norm else None
-
-    def forward(
-        self, video: Tensor, text: Tensor, cond: Tensor, vectors: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [B, 1, D] in fp32. `vectors`
-        [B, 6 D]: what the linear layer has made of the condition, if it was computed before.
-        """
-        if vectors is None:
-            vectors = cast(Tensor, self.linear(F.silu(cond).to(video.dtype)))
-        vectors = vectors.float().unsqueeze(1)
-        shift, scale, gate, text_shift, text_scale, text_gate = vectors.chunk(6, dim=-1)
-        video = (self.norm(video) * (1 + scale) + shift).to(video.dtype)
-        if self.norm_enc is not None:
-            text = (self.norm_enc(text) * (1 + text_scale) + text_shift).to(text.dtype)
-        return video, text, gate, text_gate
-
-
-class Modulation(NamedTuple):
-    """The outputs of all AdaLN linear layers for one condition: [B, 6 D] twice for each block, and [B, 2 D]
-    at the end. Made by models/modulation.py.
-    """
-
-    blocks: Sequence[tuple[Tensor, Tensor]]
-    out: Tensor
-
-
-def add_gated(stream: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """stream + gate * update, computed in fp32, in the stream's dtype."""
-    return (stream.float() + gate * update.float()).to(stream.dtype)
-
 
 # --- Block --------------------------------------------------------------------------------------------------
 
@@ -285,35 +199,39 @@ class SkipLinear(nn.Module):
         return self.linear(joined if self.norm is None else self.norm(joined).to(x.dtype))
 
 
+@dataclass(frozen=True)
+class BlockConfig:
+    """What all blocks of a denoiser have in common. `embed_dim`: width of the condition. `double_ff` False:
+    both streams share one feed-forward, which the text enters as it is. `skip_norm`: a norm before the Linear
+    of skip connections.
+    """
+
+    dim: int
+    heads: int
+    embed_dim: int
+    norm_cls: str
+    eps: float
+    double_ff: bool
+    skip_norm: bool
+
+
 class SparseUMMDiTBlock(nn.Module):
     """One block of both streams: (skip connection,) joint attention, feed-forward.
 
-    `double_ff=False`: both streams share one feed-forward, which the text enters as it is. `last=True`:
-    nothing reads the text afterwards, so its output projection, second norm and feed-forward do not exist.
+    `last`: nothing reads the text afterwards, so its output projection, second norm and feed-forward do not
+    exist. `skip`: it begins with the skip connection.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        embed_dim: int,
-        norm_cls: str,
-        eps: float,
-        double_ff: bool,
-        last: bool,
-        skip: bool,
-        skip_norm: bool,
-    ) -> None:
+    def __init__(self, config: BlockConfig, *, last: bool, skip: bool) -> None:
         super().__init__()
-        skip_norm_cls = norm_cls if skip_norm else None
+        dim, eps, double_ff = config.dim, config.eps, config.double_ff
+        condition = {"embed_dim": config.embed_dim, "norm_cls": config.norm_cls, "eps": eps}
+        skip_norm_cls = config.norm_cls if config.skip_norm else None
         self.skip = SkipLinear(dim, norm_cls=skip_norm_cls, eps=eps) if skip else None
         self.skip_enc = SkipLinear(dim, norm_cls=skip_norm_cls, eps=eps) if skip else None
-        self.norm1 = AdaNormZero(dim, embed_dim=embed_dim, norm_cls=norm_cls, eps=eps)
-        self.attn1 = JointAttention(dim, heads=heads, eps=eps, text_output=not last)
-        self.norm2 = AdaNormZero(
-            dim, embed_dim=embed_dim, norm_cls=norm_cls, eps=eps, text_norm=double_ff and not last
-        )
+        self.norm1 = AdaNormZero(dim, **condition)
+        self.attn1 = JointAttention(dim, heads=config.heads, eps=eps, text_output=not last)
+        self.norm2 = AdaNormZero(dim, **condition, text_norm=double_ff and not last)
         self.ff = FeedForward(dim)
         self.ff_enc = FeedForward(dim) if double_ff and not last else None
         self.last = last
@@ -417,19 +335,12 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
 
 
-class AdaNormOut(nn.Module):
-    """The last norm, shifted and scaled by the condition. Returns fp32."""
+class VideoTokens(NamedTuple):
+    """A video's tokens in natural order, with what counts them in the same order."""
 
-    def __init__(self, dim: int, *, embed_dim: int, norm_cls: str, eps: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(embed_dim, 2 * dim)
-        self.norm = NORMS[norm_cls](dim, eps=eps)
-
-    def forward(self, x: Tensor, cond: Tensor, vectors: Tensor | None = None) -> Tensor:
-        if vectors is None:
-            vectors = cast(Tensor, self.linear(F.silu(cond).to(x.dtype)))
-        shift, scale = vectors.float().unsqueeze(1).chunk(2, dim=-1)
-        return self.norm(x) * (1 + scale) + shift
+    video: Tensor  # [B, S, D]
+    tables: tuple[Tensor, Tensor]  # cosines and sines [1, S, 1, d/2]
+    mask: Tensor | None  # [B, S], True where there is a token; None where nothing is masked
 
 
 class Stages(nn.Module):
@@ -444,23 +355,21 @@ class Stages(nn.Module):
 
     def forward(
         self,
-        video: Tensor,
+        tokens: VideoTokens,
         text: Tensor,
-        cond: Tensor,
-        tables: tuple[Tensor, Tensor],
-        video_mask: Tensor | None,
         text_mask: Tensor | None,
+        cond: Tensor,
         *,
         blocks: Iterable[nn.Module],
         rates: Sequence[int],
         modulation: Modulation | None = None,
     ) -> Tensor:
-        """Tokens [B, S, D] in natural order -> the same. `tables` [1, S, 1, d/2], masks [B, S] and [B, L]."""
-        tokens, middle = video.shape[1], len(self.num_layers) // 2
+        """Tokens [B, S, D] in natural order -> the same. `text` [B, L, D], its mask [B, L], `cond` [B, E]."""
+        video, count, middle = tokens.video, tokens.video.shape[1], len(self.num_layers) // 2
         # On CPUs, as their kernels want it: a compiled softmax that reads booleans takes three times as long.
         additive = video.dtype if video.device.type == "cpu" else None
         layouts = {
-            n: make_layouts(n, tables, video_mask, text_mask, text.shape[:2], additive=additive)
+            n: make_layouts(n, tokens.tables, tokens.mask, text_mask, text.shape[:2], additive=additive)
             for n in set(rates)
         }
         vectors = itertools.repeat(None) if modulation is None else modulation.blocks
@@ -480,7 +389,7 @@ class Stages(nn.Module):
                     video, text = recomputed(block, *inputs, keep_attention=bool(block.keep_attention))
                 else:
                     video, text = block(*inputs)
-            video = from_group_skip(video, tokens)
+            video = from_group_skip(video, count)
             if stage < middle:
                 outputs.append((video, text))
         return video
@@ -546,20 +455,19 @@ class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCache
 
         first_of_stage = list(itertools.accumulate(num_layers, initial=0))
         skip_blocks = set(first_of_stage[len(num_layers) // 2 + 1 : -1]) if skip_connection else set()
-        self.transformer_blocks = nn.ModuleList(
-            SparseUMMDiTBlock(
-                dim,
-                heads=num_attention_heads,
-                embed_dim=timestep_embed_dim,
-                double_ff=double_ff,
-                last=index == sum(num_layers) - 1,
-                skip=index in skip_blocks,
-                skip_norm=not skip_connection_zero_init,
-                **norm,
-            )
-            for index in range(sum(num_layers))
+        common = BlockConfig(
+            dim=dim,
+            heads=num_attention_heads,
+            embed_dim=timestep_embed_dim,
+            double_ff=double_ff,
+            skip_norm=not skip_connection_zero_init,
+            **norm,
         )
-
+        depth = sum(num_layers)
+        self.transformer_blocks = nn.ModuleList(
+            SparseUMMDiTBlock(common, last=index == depth - 1, skip=index in skip_blocks)
+            for index in range(depth)
+        )
         self.stages = Stages(num_layers, skip_connection=skip_connection)
         self.norm_final = NORMS[norm_cls](dim, eps=norm_eps)
         self.norm_out = AdaNormOut(dim, embed_dim=timestep_embed_dim, **norm)
@@ -654,7 +562,8 @@ class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCache
         tables = rotary_tables(grid, self.config["attention_head_dim"], video.device)
         rates = self.config["sparse_n"] or [1] * len(self.config["num_layers"])
         video = self.stages(
-            *(video, text, cond, tables, video_mask, text_mask),
+            VideoTokens(video, tables, video_mask),
+            *(text, text_mask, cond),
             blocks=self.transformer_blocks,
             rates=rates,
             modulation=modulation,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models.attention import additive_mask
-from opensoraplan.models.sparse_ummdit import JointAttention, JointAttnProcessor, SparseUMMDiT
+from opensoraplan.models.sparse_ummdit import JointAttention, JointAttnProcessor, SparseUMMDiT, VideoTokens
 from opensoraplan.parallel.collectives import (
     Group,
     all_gather,
@@ -62,26 +62,26 @@ class _TokenSharing:
     def divide(
         self, _stages: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        video, text, cond, tables, video_mask, text_mask = args
-        tokens = video.shape[1]
-        self._tokens.append(tokens)
-        padding = padded_tokens(tokens, ranks=self.ranks, rates=kwargs["rates"]) - tokens
+        tokens: VideoTokens = args[0]
+        video, (cos, sin), mask = tokens
+        count = video.shape[1]
+        self._tokens.append(count)
+        padding = padded_tokens(count, ranks=self.ranks, rates=kwargs["rates"]) - count
         if padding:
-            if video_mask is None:
-                video_mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
-            video_mask = F.pad(video_mask, (0, padding))
+            if mask is None:
+                mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
+            mask = F.pad(mask, (0, padding))
             video = F.pad(video, (0, 0, 0, padding))
-            tables = tuple(F.pad(table, (0, 0, 0, 0, 0, padding)) for table in tables)
+            cos, sin = (F.pad(table, (0, 0, 0, 0, 0, padding)) for table in (cos, sin))
         if self.sp is not None:
             video = part_of(video, dim=1, group=self.sp)
-            tables = tuple(part_of(table, dim=1, group=self.sp) for table in tables)
-            if video_mask is not None:
-                video_mask = part_of(video_mask, dim=1, group=self.sp)
-        if (
-            self.tp is not None
-        ):  # tables and mask stay whole: tensor parallelism joins the tokens for attention
+            cos, sin = (part_of(table, dim=1, group=self.sp) for table in (cos, sin))
+            if mask is not None:
+                mask = part_of(mask, dim=1, group=self.sp)
+        # Tables and mask stay whole for tp, which joins the tokens for attention.
+        if self.tp is not None:
             video = split_copies(video, dim=1, group=self.tp)
-        return (video, text, cond, tables, video_mask, text_mask), kwargs
+        return (VideoTokens(video, (cos, sin), mask), *args[1:]), kwargs
 
     def join(self, _last: nn.Module, _args: tuple[Any, ...], video: Tensor) -> Tensor:
         if self.tp is not None:

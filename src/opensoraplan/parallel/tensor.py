@@ -20,14 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from opensoraplan.models.adaln import AdaNormZero
 from opensoraplan.models.sizes import split_dimension
-from opensoraplan.models.sparse_ummdit import (
-    AdaNormZero,
-    FeedForward,
-    JointAttention,
-    SparseUMMDiT,
-    SparseUMMDiTBlock,
-)
+from opensoraplan.models.sparse_ummdit import FeedForward, JointAttention, SparseUMMDiT, SparseUMMDiTBlock
 from opensoraplan.parallel.collectives import (
     Group,
     all_gather,
