@@ -35,7 +35,7 @@ from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.ema import Ema
 from opensoraplan.train.learner.master import MasterWeights
 from opensoraplan.train.learner.optimizer import make_optimizer
-from opensoraplan.train.methods import flow as objective
+from opensoraplan.train.methods import flow_loss
 
 Result = TypeVar("Result")
 NPU = "npu"  # a device only once the card is installed
@@ -230,7 +230,7 @@ def _train(
             torch.empty(shape.batch, model.config["pooled_projection_dim"], dtype=dtype, device=NPU),
         )
         CARD.answer = lambda x: True if x.dtype == torch.bool else shape.text - 1
-        loss = objective.losses(
+        loss = flow_loss.losses(
             model,
             latents,
             Conditions(prompt),
