@@ -53,13 +53,7 @@ def test_captions_are_cleaned_and_in_no_template(encoders: Encoders) -> None:
     captions = ["A Red  Ball!! https://x.com/y", ""]
 
     def encode(texts: list[str]) -> torch.Tensor:
-        return encode_prompts(
-            texts,
-            tokenizer=encoders.tokenizer,
-            text_encoder=encoders.text_encoder,
-            tokenizer_2=encoders.tokenizer_2,
-            text_encoder_2=encoders.text_encoder_2,
-        ).sequence
+        return encode_prompts(texts, encoders.text_encoders).sequence
 
     assert torch.equal(
         encoders.encode_captions(captions).sequence, encode([clean_caption(text) for text in captions])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -16,7 +17,13 @@ from tiny_text import write_text_encoders
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from opensoraplan.models.text import PromptEmbeds, encode_prompts, load_text_encoder, load_tokenizer
+from opensoraplan.models.text import (
+    PromptEmbeds,
+    TextEncoders,
+    encode_prompts,
+    load_text_encoder,
+    load_tokenizer,
+)
 
 PROMPTS = ["a red ball", "the camera moves slowly through a quiet street", ""]
 ASCII = " ".join(map(chr, range(33, 127)))
@@ -156,8 +163,12 @@ def test_to_moves_all_and_casts_the_states_only() -> None:
 # Encoding
 
 
+def encode(texts: Any, parts: dict, **options: int) -> PromptEmbeds:  # noqa: ANN401 (also what is refused)
+    return encode_prompts(texts, TextEncoders(**parts), **options)
+
+
 def test_equals_the_originals_padded_and_masked_encoding(parts: dict) -> None:
-    found = encode_prompts(PROMPTS, **parts)
+    found = encode(PROMPTS, parts)
     ids = parts["tokenizer"](
         PROMPTS, padding="max_length", max_length=512, truncation=True, return_tensors="pt"
     )
@@ -172,9 +183,9 @@ def test_equals_the_originals_padded_and_masked_encoding(parts: dict) -> None:
 
 
 def test_a_batch_is_bit_equal_to_single_runs(parts: dict) -> None:
-    batch = encode_prompts(PROMPTS, **parts)
+    batch = encode(PROMPTS, parts)
     for row, prompt in enumerate(PROMPTS):
-        single = encode_prompts([prompt], **parts)
+        single = encode([prompt], parts)
         assert single.key_mask is None
         alone = batch.select([row]).trimmed()
         assert torch.equal(alone.sequence, single.sequence)
@@ -182,7 +193,7 @@ def test_a_batch_is_bit_equal_to_single_runs(parts: dict) -> None:
 
 
 def test_the_empty_prompt_is_the_end_token_alone(parts: dict) -> None:
-    found = encode_prompts([""], **parts)
+    found = encode([""], parts)
     assert found.sequence.shape == (1, 1, 24)
     with torch.no_grad():
         end = parts["text_encoder"](
@@ -201,7 +212,7 @@ def test_clip_pools_at_the_end_token(parts: dict) -> None:
     with torch.no_grad():
         states = model(input_ids=ids).last_hidden_state
         projected = model.text_projection(states)[0]
-    found = encode_prompts([prompt], **parts).pooled[0]
+    found = encode([prompt], parts).pooled[0]
     torch.testing.assert_close(found, projected[-1], rtol=1e-5, atol=1e-5)
     others = (projected[:-1] - found).abs().amax(dim=1)
     assert others.min() > 0.01
@@ -210,7 +221,10 @@ def test_clip_pools_at_the_end_token(parts: dict) -> None:
 def test_an_older_clip_config_pools_at_the_same_token(parts: dict, clip_copy: Path) -> None:
     edit_json(clip_copy / "config.json", lambda config: config["text_config"].update(eos_token_id=2))
     older = {**parts, "text_encoder_2": load_clip(clip_copy)}
-    assert torch.equal(encode_prompts(PROMPTS, **older).pooled, encode_prompts(PROMPTS, **parts).pooled)
+    assert torch.equal(
+        encode(PROMPTS, older).pooled,
+        encode(PROMPTS, parts).pooled,
+    )
 
 
 def test_what_is_not_read_is_logged(parts: dict, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +234,7 @@ def test_what_is_not_read_is_logged(parts: dict, caplog: pytest.LogCaptureFixtur
     assert t5 > 60
     assert clip > 77
     with caplog.at_level(logging.WARNING):
-        found = encode_prompts([prompt], **parts, max_length=60)
+        found = encode([prompt], parts, max_length=60)
     assert found.sequence.shape[1] == 60
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -233,30 +247,30 @@ def test_a_prompt_that_just_fits_is_not_warned_about(parts: dict, caplog: pytest
     prompt = "a red ball"
     length = len(parts["tokenizer"](prompt).input_ids)
     with caplog.at_level(logging.WARNING):
-        encode_prompts([prompt], **parts, max_length=length)
+        encode([prompt], parts, max_length=length)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        encode_prompts([prompt], **parts, max_length=length - 1)
+        encode([prompt], parts, max_length=length - 1)
     assert len(caplog.records) == 1
 
 
 def test_unusable_arguments_are_named(parts: dict) -> None:
     with pytest.raises(ValueError, match=r"got 'a red ball'"):
-        encode_prompts("a red ball", **parts)
+        encode("a red ball", parts)
     with pytest.raises(ValueError, match=r"got \[\]"):
-        encode_prompts([], **parts)
+        encode([], parts)
     with pytest.raises(ValueError, match=r"at least 1, got 0"):
-        encode_prompts(["a"], **parts, max_length=0)
+        encode(["a"], parts, max_length=0)
 
 
 def test_a_tokenizer_of_another_model_is_refused(parts: dict) -> None:
     swapped = {**parts, "tokenizer": parts["tokenizer_2"]}
     known = parts["text_encoder"].config.vocab_size
     with pytest.raises(ValueError, match=rf"T5 knows {known} tokens: is it the tokenizer of another model"):
-        encode_prompts(["a red ball"], **swapped)
+        encode(["a red ball"], swapped)
     swapped = {**parts, "tokenizer_2": parts["tokenizer"]}
     with pytest.raises(ValueError, match=r"pool at token 661, but the tokenizer ends a text with 1"):
-        encode_prompts(["a red ball"], **swapped)
+        encode(["a red ball"], swapped)
 
 
 # Loading
@@ -267,7 +281,7 @@ def test_t5_is_the_encoder_of_the_whole_model(folders: tuple[Path, Path], parts:
     ids = parts["tokenizer"]("a red ball", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = whole.get_encoder()(input_ids=ids).last_hidden_state
-    found = encode_prompts(["a red ball"], **parts)
+    found = encode(["a red ball"], parts)
     assert torch.equal(found.sequence, expected)
     encoder = parts["text_encoder"]
     assert type(encoder) is T5EncoderModel
@@ -285,7 +299,7 @@ def test_clip_is_the_text_tower_of_the_whole_model(folders: tuple[Path, Path], p
     ids = parts["tokenizer_2"](PROMPTS, padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = whole.text_projection(whole.text_model(input_ids=ids).pooler_output)
-    torch.testing.assert_close(encode_prompts(PROMPTS, **parts).pooled, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encode(PROMPTS, parts).pooled, expected, rtol=1e-5, atol=1e-5)
     assert type(parts["text_encoder_2"]) is CLIPTextModelWithProjection
 
 
@@ -299,7 +313,10 @@ def test_what_transformers_saves_loads_again(parts: dict, tmp_path: Path) -> Non
         "text_encoder_2": load_clip(tmp_path / "text_encoder_2"),
     }
     assert again["text_encoder_2"].config.projection_dim == 20
-    first, second = encode_prompts([*PROMPTS, ASCII], **parts), encode_prompts([*PROMPTS, ASCII], **again)
+    first, second = (
+        encode([*PROMPTS, ASCII], parts),
+        encode([*PROMPTS, ASCII], again),
+    )
     assert torch.equal(first.sequence, second.sequence)
     assert torch.equal(first.pooled, second.pooled)
 
@@ -307,16 +324,16 @@ def test_what_transformers_saves_loads_again(parts: dict, tmp_path: Path) -> Non
 @pytest.mark.parametrize("absent", ["shared.weight", "encoder.embed_tokens.weight"])
 def test_either_name_of_the_t5_embedding_will_do(parts: dict, t5_copy: Path, absent: str) -> None:
     edit_weights(t5_copy, lambda weights: weights.pop(absent))
-    found = encode_prompts(PROMPTS, **{**parts, "text_encoder": load_t5(t5_copy)})
-    assert torch.equal(found.sequence, encode_prompts(PROMPTS, **parts).sequence)
+    found = encode(PROMPTS, {**parts, "text_encoder": load_t5(t5_copy)})
+    assert torch.equal(found.sequence, encode(PROMPTS, parts).sequence)
 
 
 def test_dtype_is_that_of_the_result(parts: dict, folders: tuple[Path, Path]) -> None:
     t5 = load_text_encoder(folders[0], kind="t5", dtype=torch.bfloat16, device="cpu")
     clip = load_text_encoder(folders[1], kind="clip", dtype=torch.bfloat16, device="cpu")
-    found = encode_prompts(PROMPTS, **{**parts, "text_encoder": t5, "text_encoder_2": clip})
+    found = encode(PROMPTS, {**parts, "text_encoder": t5, "text_encoder_2": clip})
     assert (found.sequence.dtype, found.pooled.dtype) == (torch.bfloat16, torch.bfloat16)
-    exact = encode_prompts(PROMPTS, **parts)
+    exact = encode(PROMPTS, parts)
     torch.testing.assert_close(found.sequence.float(), exact.sequence, rtol=0.05, atol=0.1)
     torch.testing.assert_close(found.pooled.float(), exact.pooled, rtol=0.05, atol=0.1)
 

@@ -33,7 +33,7 @@ from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds, check_json, unknown_words
+from opensoraplan.models.text import PromptEmbeds, TextEncoders, check_json, unknown_words
 from opensoraplan.models.text import encode_prompts as encode_texts
 from opensoraplan.models.vae import VideoVAE
 from opensoraplan.pipeline_inputs import (
@@ -233,10 +233,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 logger.warning(said, shorten(", ".join(words), 200, placeholder=" ..."))
         return encode_texts(
             texts,
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            tokenizer_2=self.tokenizer_2,
-            text_encoder_2=self.text_encoder_2,
+            TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2),
             max_length=self.config["max_text_tokens"],
             device=self._execution_device,
         )

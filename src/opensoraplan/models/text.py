@@ -131,13 +131,20 @@ class PromptEmbeds:
 
 
 @torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class TextEncoders:
+    """T5 and CLIP, each after its tokenizer; named as in the pipeline."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: T5EncoderModel
+    tokenizer_2: PreTrainedTokenizerBase
+    text_encoder_2: CLIPTextModelWithProjection
+
+
 def encode_prompts(
     texts: Sequence[str],
+    encoders: TextEncoders,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: T5EncoderModel,
-    tokenizer_2: PreTrainedTokenizerBase,
-    text_encoder_2: CLIPTextModelWithProjection,
     max_length: int = 512,
     device: torch.device | str | None = None,
     warn_of_clip: bool = True,
@@ -157,27 +164,28 @@ def encode_prompts(
         raise ValueError(f"texts must be a list of one prompt or more, got {texts!r}")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    positions = text_encoder_2.config.max_position_embeddings
+    t5, clip = encoders.text_encoder, encoders.text_encoder_2
+    positions = clip.config.max_position_embeddings
     parts = []
-    for encoder in (text_encoder, text_encoder_2):
+    for encoder in (t5, clip):
         _avoid_added_masks(encoder, torch.device(device or encoder.device))
     for text in texts:
-        ids = _token_ids(text, tokenizer, text_encoder, name="T5", max_length=max_length)
-        rows = torch.tensor([ids], device=device or text_encoder.device)
-        sequence = text_encoder(input_ids=rows).last_hidden_state  # [1, L, D]
+        ids = _token_ids(text, encoders.tokenizer, t5, name="T5", max_length=max_length)
+        rows = torch.tensor([ids], device=device or t5.device)
+        sequence = t5(input_ids=rows).last_hidden_state  # [1, L, D]
 
         ids = _token_ids(
             text,
-            tokenizer_2,
-            text_encoder_2,
+            encoders.tokenizer_2,
+            clip,
             name="CLIP",
             max_length=positions,
             pad=True,
             warn=warn_of_clip,
         )
-        _check_pooling(ids, tokenizer_2, text_encoder_2)
-        rows = torch.tensor([ids], device=device or text_encoder_2.device)
-        pooled = text_encoder_2(input_ids=rows).text_embeds  # [1, P]
+        _check_pooling(ids, encoders.tokenizer_2, clip)
+        rows = torch.tensor([ids], device=device or clip.device)
+        pooled = clip(input_ids=rows).text_embeds  # [1, P]
 
         mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
         parts.append(PromptEmbeds(sequence, mask, pooled.to(sequence.device)))

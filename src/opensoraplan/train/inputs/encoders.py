@@ -24,6 +24,7 @@ from opensoraplan.models import original
 from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.text import (
     PromptEmbeds,
+    TextEncoders,
     encode_prompts,
     load_text_encoder,
     load_tokenizer,
@@ -63,6 +64,10 @@ class Encoders:
     keep_chinese: bool = False
 
     @property
+    def text_encoders(self) -> TextEncoders:
+        return TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
+
+    @property
     def text_widths(self) -> tuple[int, int]:
         """Of T5's states and of CLIP's pooled one: the denoiser's caption_channels and
         pooled_projection_dim.
@@ -92,10 +97,7 @@ class Encoders:
         settings = caption_settings(self)
         return encode_prompts(
             [settings.positive(caption) for caption in captions],
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            tokenizer_2=self.tokenizer_2,
-            text_encoder_2=self.text_encoder_2,
+            self.text_encoders,
             max_length=self.max_tokens,
             warn_of_clip=False,  # as in the original, captions are longer than what CLIP reads
         )
