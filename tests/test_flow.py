@@ -58,12 +58,6 @@ def test_full_rescale_has_the_conditional_deviation() -> None:
     torch.testing.assert_close(guided.std((1, 2, 3, 4)), cond.std((1, 2, 3, 4)))
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_too_few_steps(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"at least 1, got {steps}"):
-        flow.sampling_sigmas(steps)
-
-
 def test_linear_quadratic_needs_an_even_number() -> None:
     with pytest.raises(ValueError, match="even number of steps, got 7: use 8"):
         flow.linear_quadratic_sigmas(7)

@@ -211,8 +211,6 @@ def test_rare_shapes_are_dropped_where_the_batch_is_known() -> None:
     assert {drop.reason for drop in selection.dropped} == {Reason.RARE_SHAPE}
     assert selection.dropped[0].detail == "7 samples of 9x64x64, 8 needed"
     assert len(select(records, settings(min_batches=3), global_batch=2).kept) == 15
-    with pytest.raises(ValueError, match="global_batch must be at least 1, got 0"):
-        select(records, settings(), global_batch=0)
 
 
 def test_rare_shapes_stay_where_there_are_no_others() -> None:

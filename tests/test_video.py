@@ -426,17 +426,12 @@ def test_a_crop_is_cut_out_of_the_upright_picture(tmp_path: Path) -> None:
         ValueError, match=r"clip\.mp4 is 48 x 32 \(height x width\), crop is \[5, 33, 10, 48\]"
     ):
         read_numbered(clip, [1], crop=(5, 33, 10, 48))
-    with pytest.raises(ValueError, match=r"left < right.*got \[5, 5, 0, 8\]"):
-        read_numbered(clip, [1], crop=(5, 5, 0, 8))
 
 
 def test_numbers_that_cannot_be_read(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", moving_frames(40), codec="libx264")
     for wanted in ([30, 40], [39, 40], [40]):
         with pytest.raises(ValueError, match=r"clip\.mp4 has 40 frames, asked for frame 40"):
-            read_numbered(clip, wanted)
-    for wanted in ([], [2, 1], [-1, 0]):
-        with pytest.raises(ValueError, match="must rise from 0"):
             read_numbered(clip, wanted)
     with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
         read_numbered(tmp_path / "missing.mp4", [0])
@@ -481,17 +476,10 @@ def test_fit_keeps_to_its_range() -> None:
     assert (fitted.min(), fitted.max()) == (-1, 1)
 
 
-@pytest.mark.parametrize(
-    ("frames", "height"),
-    [
-        (torch.zeros(2, 8, 8, 3), 8),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 8),
-        (torch.zeros(1, 8, 8, 3).byte(), 0),
-    ],
-)
-def test_fit_refuses(frames: torch.Tensor, height: int) -> None:
-    with pytest.raises(ValueError, match=r"must be uint8 \[T, H, W, 3\], got|must be positive, got 0 x 8"):
-        fit(frames, height=height, width=8)
+@pytest.mark.parametrize("frames", [torch.zeros(2, 8, 8, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+def test_fit_refuses(frames: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be uint8 \[T, H, W, 3\], got"):
+        fit(frames, height=8, width=8)
 
 
 def test_to_uint8_rounds_and_clamps() -> None:

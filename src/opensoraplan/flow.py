@@ -36,8 +36,6 @@ def dynamic_shift(latent_height: int, latent_width: int) -> float:
 
 def sampling_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
     """Sigmas [steps + 1] from 1 to 0: evenly spaced, then shifted."""
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     return shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
 
 

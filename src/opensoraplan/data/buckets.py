@@ -39,8 +39,6 @@ class BucketSampler:
     """
 
     def __init__(self, shapes: Sequence[Shape], *, global_batch: int, seed: int) -> None:
-        if global_batch < 1:
-            raise ValueError(f"global_batch must be at least 1, got {global_batch}")
         if not shapes:
             raise ValueError("there are no samples to draw from")
         self._size = global_batch
@@ -79,8 +77,6 @@ class BucketSampler:
 
     def epoch_of(self, step: int) -> int:
         """The epoch of a step, both counted from 0."""
-        if step < 0:
-            raise ValueError(f"steps are counted from 0, got {step}")
         return step // self._steps
 
     def global_batch(self, step: int) -> list[Draw]:
@@ -97,8 +93,6 @@ class BucketSampler:
 
         Together the ranks have exactly the global batch. Raises ValueError if it cannot be divided so.
         """
-        if ranks < 1 or accumulate < 1 or not 0 <= rank < ranks:
-            raise ValueError(f"there is no rank {rank} of {ranks} with {accumulate} micro-batches")
         parts = ranks * accumulate
         if self._size % parts:
             raise ValueError(

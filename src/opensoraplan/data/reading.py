@@ -161,10 +161,6 @@ def read_numbered(
     Raises FileNotFoundError, TooShortError for too few frames, and ValueError for a file without readable
     video, damaged before the last one, frames of several sizes, or a crop outside of the picture.
     """
-    if not numbers or numbers[0] < 0 or any(later < earlier for earlier, later in pairwise(numbers)):
-        raise ValueError(f"frame numbers must rise from 0 or more, got {list(numbers)}")
-    if crop is not None and not (0 <= crop[0] < crop[1] and 0 <= crop[2] < crop[3]):
-        raise ValueError(f"crop must be [left, right, top, bottom] with left < right, got {list(crop)}")
     _check_file(path)
     if rate is not None or picture_format(path) is not None:
         shots = shots_of(path, rate=None if rate is None else frame_rate(rate))

@@ -317,8 +317,6 @@ def samples_needed(counts: Iterable[int], *, min_batches: int, global_batch: int
     Those of `min_batches` global batches, as in the original. Where no shape has so many, those of one
     batch, so that small sets can be trained on: the original keeps nothing of them.
     """
-    if global_batch < 1:
-        raise ValueError(f"global_batch must be at least 1, got {global_batch}")
     enough = min_batches * global_batch
     return enough if any(count >= enough for count in counts) else global_batch
 

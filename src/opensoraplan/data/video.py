@@ -72,8 +72,6 @@ def fit(frames: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
     their values.
     """
     _check_pixels(frames)
-    if height < 1 or width < 1:
-        raise ValueError(f"height and width must be positive, got {height} x {width}")
     crop = _centre_crop(frames, height=height, width=width)
     return _resized(crop, Framing((height, width), top=0, left=0, height=height, width=width))
 
@@ -82,12 +80,9 @@ def scale_and_cut(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
     """Resize whole uint8 frames [T, H, W, 3] to `framing.resized` and keep the part of them that it names.
 
     Returns float32 [3, T, height, width] in [-1, 1]. This is the original's training transform where sizes
-    are not forced (MaxHWStrideResizeVideo, SpatialStrideCropVideo); values are as in `fit`. Raises ValueError
-    for a part that is not inside.
+    are not forced (MaxHWStrideResizeVideo, SpatialStrideCropVideo); values are as in `fit`.
     """
     _check_pixels(frames)
-    if framing.top + framing.height > framing.resized[0] or framing.left + framing.width > framing.resized[1]:
-        raise ValueError(f"the part {framing} is not inside of the resized frame")
     return _resized(frames, framing)
 
 

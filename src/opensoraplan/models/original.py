@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -223,12 +223,31 @@ class Format:
     unread: Mapping[str, Shape] = field(default_factory=dict)
 
 
-class OriginalModel(Protocol):
-    """A model of ours that says how the original writes it."""
+class OriginalModel(nn.Module):
+    """A model of ours that the original has, too. `original_config` is `denoiser_config` or `vae_config`."""
 
-    def original_format(self) -> Format: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def get_submodule(self, target: str) -> nn.Module: ...
+    original_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+    @classmethod
+    def from_original(
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A model from the original's config keys and tensor names; tensors keep their dtype unless one is
+        given.
+
+        Reads one tensor at a time, so that a lazy mapping costs no more memory than the model. Raises
+        ValueError that names every unknown config key and every tensor that is missing, unexpected or
+        mis-shaped. The fixed Haar filters of a VAE, if there, are checked and dropped.
+        """
+        settings = cls.original_config(config)
+        with torch.device("meta"):
+            model = cls(**settings)
+        load(model, state_dict, dtype=dtype)
+        return model
+
+    def original_format(self) -> Format:
+        """How the original names and what it adds to these tensors."""
+        return Format()
 
 
 # --- Loading ------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ B batch, C latent channels, T/H/W latent grid, S video tokens, L text tokens, D 
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -396,13 +396,14 @@ class Stages(nn.Module):
 
 
 # diffusers' pipelines load a class only where they find the name ModelMixin beside it.
-class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCacheMixin, AttentionMixin):
+class SparseUMMDiT(
+    StrictMixin, LoraMixin, original.OriginalModel, ModelMixin, ConfigMixin, CheckedCacheMixin, AttentionMixin
+):
     """The denoiser of Open-Sora Plan v1.5.0. The defaults are the released model: 8,504,661,120 parameters.
 
     Args:
         num_attention_heads, attention_head_dim: their product is the width D. The head width is a multiple of
-        16,
-            and of 32 / gcd with the shares 4:6:6, so that each of the rotary parts is even.
+        16, and of 32 / gcd with the shares 4:6:6, so that each of the rotary parts is even.
         in_channels: of the noisy latents and what is put beside them. out_channels: of the latents.
         num_layers: blocks of each stage, an odd number of stages, each with an even number of blocks.
         sparse_n: the Skiparse rate of each stage; None: dense. Weights do not depend on it: see
@@ -418,6 +419,7 @@ class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCache
     original).
     """
 
+    original_config = staticmethod(original.denoiser_config)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SparseUMMDiTBlock"]  # noqa: RUF012
     _repeated_blocks = ["SparseUMMDiTBlock"]  # noqa: RUF012
@@ -472,23 +474,6 @@ class SparseUMMDiT(StrictMixin, LoraMixin, ModelMixin, ConfigMixin, CheckedCache
         self.norm_final = NORMS[norm_cls](dim, eps=norm_eps)
         self.norm_out = AdaNormOut(dim, embed_dim=timestep_embed_dim, **norm)
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
-
-    @classmethod
-    def from_original(
-        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
-    ) -> Self:
-        """A model from the original's config keys and tensor names; tensors keep their dtype unless one is
-        given.
-
-        Reads one tensor at a time, so that a lazy mapping costs no more memory than the model. Raises
-        ValueError that names every unknown config key and every tensor that is missing, unexpected or
-        mis-shaped.
-        """
-        settings = original.denoiser_config(config)
-        with torch.device("meta"):
-            model = cls(**settings)
-        original.load(model, state_dict, dtype=dtype)
-        return model
 
     def original_format(self) -> original.Format:
         """How the original names these tensors."""

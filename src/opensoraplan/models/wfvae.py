@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -468,7 +468,7 @@ def shift_and_scale(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Te
     return shift.view(-1, 1, 1, 1), scale.view(-1, 1, 1, 1)
 
 
-class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
+class WFVAE(StrictMixin, original.OriginalModel, ModelMixin, ConfigMixin):
     """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release: 227,035,624 learned
     values.
 
@@ -476,8 +476,7 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         base_channels: width of the first stage; the others have 2 and 4 times that. latent_channels: channels
         of the latents. encoder_num_resblocks, decoder_num_resblocks: resnets of each stage.
         encoder_energy_flow_hidden_size, decoder_energy_flow_hidden_size: channels of the wavelet flow beside
-        the
-            main path.
+        the main path.
         connect_res_layer_num: resnets of the decoder's flow.
         shift, scale: per latent channel; the denoiser works on (latents - shift) * scale. None: 0 and 1.
 
@@ -485,6 +484,7 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
     docs/model.md section 2, arXiv 2411.17459.
     """
 
+    original_config = staticmethod(original.vae_config)
     _supports_gradient_checkpointing = False
     _no_split_modules = ["ResnetBlock"]  # noqa: RUF012
     strides = RELEASE
@@ -522,22 +522,6 @@ class WFVAE(StrictMixin, ModelMixin, ConfigMixin):
         )
         self.enable_streaming()
         self.disable_tiling()
-
-    @classmethod
-    def from_original(
-        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
-    ) -> Self:
-        """A model from the original's config keys and tensor names; tensors keep their dtype unless one is
-        given.
-
-        The fixed Haar filters, if there, are checked and dropped. Raises ValueError that names every unknown
-        config key and every tensor that is missing, unexpected or mis-shaped.
-        """
-        settings = original.vae_config(config)
-        with torch.device("meta"):
-            model = cls(**settings)
-        original.load(model, state_dict, dtype=dtype)
-        return model
 
     def original_format(self) -> original.Format:
         """How the original names these tensors: as we do, and its files carry the Haar filters besides."""

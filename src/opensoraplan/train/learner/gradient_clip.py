@@ -7,7 +7,7 @@ Not here: going back to a checkpoint after repeated outliers, which is the train
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -85,10 +85,6 @@ class AdaptiveClip:
     """
 
     def __init__(self, *, ema_decay: float = 0.99, outlier: Outlier = "skip") -> None:
-        if not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}: the original has 0.99")
-        if outlier not in get_args(Outlier):
-            raise ValueError(f"outlier must be one of {', '.join(get_args(Outlier))}, got {outlier!r}")
         self.ema_decay = ema_decay
         self.outlier: Outlier = outlier
         self._mean: float | None = None

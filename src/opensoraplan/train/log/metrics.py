@@ -62,8 +62,6 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
         console: TextIO | None = None,
     ) -> None:
-        if not 0 <= start <= steps:
-            raise ValueError(f"start must be between 0 and {steps} steps, got {start}")
         self.steps = steps
         self.shown = tuple(shown)
         self._open = ExitStack()
@@ -186,10 +184,6 @@ class Averages:
         loss of those samples whose sigmas lie in that quarter of [0, 1].
         """
         losses = losses.detach().float()
-        if losses.ndim != 1 or losses.shape != sigmas.shape:
-            raise ValueError(
-                f"losses and sigmas must be [B], got {list(losses.shape)} and {list(sigmas.shape)}"
-            )
         self.add("loss", losses.mean(), count=len(losses))
         quarter = (sigmas.detach().to(losses.device) * QUARTERS).long().clamp(0, QUARTERS - 1)
         if self._quarters is None:
