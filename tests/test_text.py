@@ -203,6 +203,14 @@ def test_the_empty_prompt_is_the_end_token_alone(parts: dict) -> None:
     assert not found.sequence.requires_grad
 
 
+def test_nothing_is_kept_for_gradients(parts: dict) -> None:
+    encoder = parts["text_encoder"].requires_grad_(True)
+    try:
+        assert not encode(["a red ball"], parts).sequence.requires_grad
+    finally:
+        encoder.requires_grad_(False)
+
+
 def test_clip_pools_at_the_end_token(parts: dict) -> None:
     model, tokenizer = parts["text_encoder_2"], parts["tokenizer_2"]
     prompt = "a red ball over green grass"

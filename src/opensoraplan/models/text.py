@@ -130,7 +130,6 @@ class PromptEmbeds:
         )
 
 
-@torch.no_grad()
 @dataclass(frozen=True, eq=False)
 class TextEncoders:
     """T5 and CLIP, each after its tokenizer; named as in the pipeline."""
@@ -141,6 +140,7 @@ class TextEncoders:
     text_encoder_2: CLIPTextModelWithProjection
 
 
+@torch.no_grad()
 def encode_prompts(
     texts: Sequence[str],
     encoders: TextEncoders,
