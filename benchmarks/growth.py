@@ -22,8 +22,8 @@ from torch import Tensor
 
 from opensoraplan import builtin
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
-from opensoraplan.runtime.quantisation import keep_weights
-from opensoraplan.runtime.step_cache import measured, skipping
+from opensoraplan.runtime.quantisation import quantise_weights
+from opensoraplan.runtime.step_cache import measure_ratios, skip_steps
 from opensoraplan.samplers import SOLVERS
 
 PROMPT = "A large red star moves to the right over a green meadow."
@@ -73,13 +73,13 @@ def measure(frames: int, steps: int) -> tuple[float, float, float, float]:
         for _ in pipeline.iter_decode(latents):
             pass
 
-    def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    def measure_ratios(work: Callable[[], Any]) -> tuple[Any, float, float]:
         before, began = begin_peak(), time.perf_counter()
         result = work()
         return result, time.perf_counter() - began, (resident_peak() - before) / 1e9
 
-    latents, denoising_s, denoising_gb = measured(denoise)
-    _, decoding_s, decoding_gb = measured(decode)
+    latents, denoising_s, denoising_gb = measure_ratios(denoise)
+    _, decoding_s, decoding_gb = measure_ratios(decode)
     return denoising_s, decoding_s, denoising_gb, decoding_gb
 
 
@@ -100,7 +100,7 @@ def left_out(steps: int) -> list[str]:
     """Rows of the second table: time, and how far videos are from exact ones."""
     pipeline = load()
     options = {"frames": FRAMES, "num_inference_steps": steps}
-    with measured(pipeline.transformer) as ratios:
+    with measure_ratios(pipeline.transformer) as ratios:
         latents_of(pipeline, OTHER_PROMPT, batched_guidance=True, **options)
     latents_of(pipeline, PROMPT, **options)
 
@@ -112,21 +112,21 @@ def left_out(steps: int) -> list[str]:
     exact_s, exact = timed()
     lines = ["| | time / exact | PSNR to the exact video, dB |", "|---|---|---|"]
     for threshold in THRESHOLDS:
-        with skipping(pipeline.transformer, ratios, threshold=threshold, steps=steps):
+        with skip_steps(pipeline.transformer, ratios, threshold=threshold, steps=steps):
             seconds, video = timed()
         lines.append(f"| step cache {threshold} | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
     seconds, video = timed(guidance_interval=(0.0, 0.5))
     lines.append(f"| guided in the first half only | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
     seconds, video = timed(num_inference_steps=steps // 2)
     lines.append(f"| half the steps | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
-    keep_weights(pipeline.transformer, "int8")
+    quantise_weights(pipeline.transformer, "int8")
     seconds, video = timed()
     lines.append(f"| int8 weights | {seconds / exact_s:.2f} | {_psnr(video, exact):.1f} |")
     pipeline = load()
     pipeline.transformer.to(torch.bfloat16)
     _, video = timed()
     lines.append(f"| denoiser in bf16 | | {_psnr(video, exact):.1f} |")
-    keep_weights(pipeline.transformer, "fp8")
+    quantise_weights(pipeline.transformer, "fp8")
     _, video = timed()
     lines.append(f"| the same, fp8 weights (their time is a card's) | | {_psnr(video, exact):.1f} |")
     return lines

@@ -20,7 +20,7 @@ import torch
 from load_release import fill
 from timing import machine, ready, resident_peak, seconds, wait
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.generate.planning import needs_of
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
@@ -37,7 +37,7 @@ from opensoraplan.runtime.placement import (
     fit_decoding,
     plans_for,
 )
-from opensoraplan.runtime.quantisation import check_weights, keep_weights
+from opensoraplan.runtime.quantisation import check_weight_precision, quantise_weights
 from opensoraplan.samplers import make_scheduler
 from opensoraplan.shapes import latent_shape
 
@@ -62,7 +62,7 @@ def random_model(kind: type[Any], config: dict[str, Any], device: torch.device) 
 
 def denoiser_of(options: argparse.Namespace, device: torch.device) -> SparseUMMDiT:
     model = random_model(SparseUMMDiT, TINY if options.tiny else {}, device)
-    keep_weights(model, options.weights)
+    quantise_weights(model, options.weights)
     return model
 
 
@@ -207,10 +207,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=121)
     parser.add_argument("--height", type=int, default=576)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--weights", choices=get_args(Weights), default="whole", help="as in osp generate")
+    parser.add_argument(
+        "--weights", choices=get_args(WeightPrecision), default="whole", help="as in osp generate"
+    )
     options = parser.parse_args()
     device = ready(options.device)
-    check_weights(options.weights, device, torch.bfloat16)
+    check_weight_precision(options.weights, device, torch.bfloat16)
     if options.part is not None:
         PARTS[options.part](options, device)
         return

@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
-from opensoraplan.data.buckets import BucketSampler, Draw, Shape
+from opensoraplan.data.buckets import BucketSampler, Draw, VideoShape
 
 IMAGE, SHORT, LONG = (1, 32, 32), (9, 32, 32), (17, 32, 48)
 # 13, 10 and 25 samples; mixed up, and with 8 to a batch 1 + 1 + 3 steps and a remainder of each.
-SHAPES: list[Shape] = [(IMAGE, SHORT, LONG, LONG)[i * 7 % 4] for i in range(40)] + [IMAGE] * 3 + [LONG] * 5
+SHAPES: list[VideoShape] = (
+    [(IMAGE, SHORT, LONG, LONG)[i * 7 % 4] for i in range(40)] + [IMAGE] * 3 + [LONG] * 5
+)
 STEPS = 5  # of an epoch
 
 

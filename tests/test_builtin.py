@@ -53,7 +53,7 @@ def test_its_files_name_no_place_on_a_machine() -> None:
 def test_generate_without_a_model_uses_it(osp: Command, tmp_path: Path) -> None:
     outcome = osp("generate", "a red ball moves left", "--steps", "1", "--out", "a.mp4")
     info = probe(tmp_path / "a.mp4")
-    assert "small built-in one knows coloured shapes" in outcome.log
+    assert "as no --model is given; it knows coloured shapes" in outcome.log
     assert (info.frames, info.height, info.width, info.fps) == (25, 96, 128, 12)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == "a red ball moves left"

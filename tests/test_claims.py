@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from opensoraplan.claims import claim, claimed, clear_dead_claims, lock_of, share_out
+from opensoraplan.claims import claim, clear_dead_claims, hold_claim, lock_of, share_out
 
 # Claims what it is told to, says so, and waits for the end of its input.
 CLAIM = """
@@ -46,7 +46,7 @@ def test_one_process_has_it_until_it_dies(tmp_path: Path) -> None:
         assert claim(path) is None
         assert claim(tmp_path / "other.mp4") is not None
         with pytest.raises(ValueError, match=rf"another process \({process.pid} on .*\) is making .*: wait"):
-            claimed(path, doing=f"making {path.name}").__enter__()
+            hold_claim(path, doing=f"making {path.name}").__enter__()
         with claimant(path) as (_, other):
             assert other == "taken"
         process.send_signal(signal.SIGKILL)
@@ -74,10 +74,10 @@ def test_a_forked_process_does_not_keep_it(tmp_path: Path) -> None:
 
 
 def test_parts_of_one_process_exclude_each_other(tmp_path: Path) -> None:
-    with claimed(tmp_path / "a", doing="making it"):
+    with hold_claim(tmp_path / "a", doing="making it"):
         assert claim(tmp_path / "a") is None
         assert claim(tmp_path / "a") is None  # to have tried it releases nothing
-    with claimed(tmp_path / "a", doing="making it"):
+    with hold_claim(tmp_path / "a", doing="making it"):
         pass
     assert os.listdir(tmp_path) == []
 

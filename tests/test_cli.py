@@ -36,7 +36,7 @@ from opensoraplan.fingerprint import fingerprint_parts
 from opensoraplan.formats.checkpoints import load_checkpoint
 from opensoraplan.generate import saved
 from opensoraplan.generate.job import run
-from opensoraplan.generate.planning import instead_of_host, tell_peak
+from opensoraplan.generate.planning import advice_for_full_host, report_peak
 from opensoraplan.generate.session import Session
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import Plan
@@ -109,7 +109,7 @@ def test_the_guides_file_as_printed(osp: Command, tiny_release: Path, tmp_path: 
     said += process.communicate(timeout=60)[1]
 
     assert process.returncode == 130, said
-    assert said.endswith("stopped, 1 of 2 done: the same command goes on\nosp: stopped\n")
+    assert said.endswith("stopped after 1 of 2 videos: continue with the same command\nosp: stopped\n")
     # What the guide's file has that means nothing here is named, and fp16 is warned of once.
     assert "without meaning here" in said
     assert "micro_batch_size" in said
@@ -297,7 +297,9 @@ def test_a_prompt_file_of_one_continues_too(osp: Command, tiny_model: Path, tmp_
         assert osp("generate", "p.csv", "--model", tiny_model, *SMALL, "--out", "a.png").code == 0
     assert names(tmp_path) == ["a.json", "a.png", "p.csv"]
     command = ["generate", "p.csv", "--model", tiny_model, *SMALL, "--out", "a.png"]
-    assert "--fps has no effect: pictures have no frame rate" in mistake(osp(*command, "--fps", "12"))
+    assert "--fps has no effect: pictures (--frames 1) have no frame rate" in mistake(
+        osp(*command, "--fps", "12")
+    )
     assert osp(*command, "--no-resume").code == 0
     assert names(tmp_path) == ["a.json", "a.png", "a_1.json", "a_1.png", "p.csv"]
 
@@ -332,11 +334,11 @@ def test_a_vae_that_was_replaced_is_told_before_decoding(
         torch.zeros(1, VAE["latent_dim"], 1, 4, 4), 1, record, {"shift": None, "scale": None}
     )
     saved.write(tmp_path / "a.latents.safetensors", latents)
-    assert "another VAE" not in osp("decode", "a.latents.safetensors").log
+    assert "is not the VAE" not in osp("decode", "a.latents.safetensors").log
     change_weights(model / "vae")
     outcome = osp("decode", "a.latents.safetensors")
     assert outcome.code == 0, outcome
-    assert "model has another VAE than the model that made the latents" in outcome.log
+    assert "model/vae is not the VAE of the model that made the latents" in outcome.log
 
 
 def change_weights(component: Path) -> None:
@@ -365,7 +367,7 @@ def test_latents_of_a_failed_decode_become_the_video(osp: Command, tiny_model: P
     assert osp(*command, "--out", "b.mp4").code == 0
     assert torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(tmp_path / "b.mp4"))
     outcome = osp("decode", "b.mp4")
-    assert (outcome.code, "b.mp4 has no latents of osp generate" in outcome.err) == (2, True)
+    assert (outcome.code, "b.mp4 is not a latents file of osp generate" in outcome.err) == (2, True)
 
 
 def test_there_and_back(osp: Command, tiny_model: Path, tmp_path: Path) -> None:
@@ -408,7 +410,7 @@ def test_merging_shards_alone(osp: Command, tiny_release: Path, tiny_model: Path
     assert only.endswith("has EMA weights only (ema_state_dict), but ema is False: --ema takes them")
     (tmp_path / "ema.pt").unlink()
     again = osp("convert", "--transformer", "shards", "--to", "release", "--out", "a/model.pt")
-    assert "a/model.pt exists: give another name" in mistake(again)
+    assert "a/model.pt exists: use another name" in mistake(again)
     assert osp(
         *("convert", "--transformer", "shards", "--ema", "false", "--to", "megatron"),
         *("--tp", "1", "--out", "whole"),
@@ -491,10 +493,13 @@ QUICK = {
     "prompt file": ("generate cats.txt --model {model}", "prompt file cats.txt does not exist .* full stop"),
     "not prompts": ("generate {release}/model_ema.pt --model {model}", "model_ema.pt is a file, but not of"),
     "absent model": ("generate cat --model nowhere", "nowhere does not exist"),
-    "file as model": ("generate cat --model {release}/model_ema.pt", "it is a file; .* with `osp convert`"),
+    "file as model": (
+        "generate cat --model {release}/model_ema.pt",
+        "it is a file; `osp convert` makes a model folder",
+    ),
     "part as model": (
         "generate cat --model {model}/vae",
-        "model/vae is not .*: it is a part of one, .*model",
+        "model/vae is not .*: it is a part of the model folder .*model",
     ),
     "other folder": ("generate cat --model {release}", "it has no model_index.json"),
     "two models": ("generate cat --model {model} --config {guide} --device cpu", "leave out --config$"),
@@ -506,7 +511,7 @@ QUICK = {
     "absent config": ("generate cat --config nowhere.json", "the config nowhere.json does not exist"),
     "prompt after set": (
         "generate --config {guide} --set fps=8 cat",
-        "got 'cat' .a prompt comes before --set",
+        "got 'cat' .put the prompt before --set",
     ),
     "parts missing": (
         "generate cat --vae {release}/wfvae.ckpt",
@@ -528,7 +533,7 @@ QUICK = {
     "step cache of parts": (
         "generate cat --config {guide} --step-cache 0.06 --transformer {model} --vae {model} "
         "--text-encoder {model} --text-encoder-2 {model}",
-        "--step-cache needs a model in one folder",
+        "--step-cache needs a model folder",
     ),
     "calibrate absent": ("calibrate --model nowhere", "nowhere does not exist"),
     "calibrate frames": ("calibrate --model {model} --frames 10 --out x.json", "got 10: use 9 or 17"),
@@ -557,7 +562,7 @@ QUICK = {
     "convert what": ("convert --out x", "not given: --transformer, --vae, "),
     "convert a model": (
         "convert --model {model} --out x",
-        "already a diffusers folder: give --to megatron or",
+        "already a diffusers folder: use --to megatron or",
     ),
     "convert back what": ("convert --to megatron --out x", "--to megatron needs --model"),
     "merge and convert": (
@@ -630,7 +635,7 @@ def test_quick_mistakes(
         ("generate a red ball --steps 9 --out x", r'put quotes around a prompt: osp generate "a red ball"$'),
         (
             "launch --processes 2 train RUN.toml --resume latest",
-            r"goes behind --: osp launch --processes 8 -- ",
+            r"after --: osp launch --processes 8 -- ",
         ),
         ("generate cat --config", "--config: expected one argument"),
     ],
@@ -672,7 +677,7 @@ SET = {
     "not v1.5": ("ae.norm_type=groupnorm", "norm_type = 'groupnorm' is not part of v1.5.0; only 'layernorm'"),
     "channels": (
         "predictor.in_channels=6",
-        "made for 6 channels .in_channels., but the VAE's latents have 4",
+        "needs 6 channels .in_channels., but the VAE's latents have 4",
     ),
     "width": (
         "predictor.num_heads=3",
@@ -803,10 +808,10 @@ def test_templates(osp: Command, tiny_model: Path) -> None:
 
 def test_what_helps_a_host_without_room_for_the_weights() -> None:
     card, plan = torch.device("cuda"), Plan("resident", 1, denoising=25 * 10**9, decoding=30 * 10**9)
-    advice = partial(instead_of_host, plan, card, whole=20 * 10**9)
-    assert "--memory resident loads it straight there" in advice(free=33 * 10**9)
+    advice = partial(advice_for_full_host, plan, card, whole=20 * 10**9)
+    assert "--memory resident loads it there directly" in advice(free=33 * 10**9)
     assert advice(free=32 * 10**9).endswith(
-        "if 30 GB and some more were free there, and 32 GB are: ask for fewer or smaller frames"
+        "more than 30 GB must be free there, and 32 GB are: ask for fewer or smaller frames"
     )
     assert advice(free=21 * 10**9).endswith("and 21 GB are")
 
@@ -822,7 +827,7 @@ def test_placements_are_for_cards(osp: Command, tiny_model: Path) -> None:
         ([*SMALL, "--height", 16, "--width", 16], "the tokens of 9 x 16 x 16 are padded from 2 to 4"),
         (
             [*SMALL, "--guidance", 8, "--batched-guidance"],
-            "--batched-guidance pads the shorter of its prompts",
+            "--batched-guidance pads the shorter of the two prompts",
         ),
     ],
 )
@@ -852,7 +857,7 @@ def test_a_host_short_of_memory_is_warned(
     assert (level, again, rest) == (
         "WARNING",
         peak,
-        ": the system may end it; fewer or smaller frames need less",
+        ": the system may kill the process; fewer or smaller frames need less",
     )
 
 
@@ -882,7 +887,7 @@ def test_a_size_beyond_memory_leaves_no_folder(osp: Command, tiny_model: Path, t
 
 def test_more_memory_than_there_ever_is_is_refused() -> None:
     with pytest.raises(MemoryError, match=r"take 100,000\.0 GB of memory, cpu has .* GB, swap included: ask"):
-        tell_peak(10**14, torch.device("cpu"), free=10**15)
+        report_peak(10**14, torch.device("cpu"), free=10**15)
 
 
 def test_help_of_generate_is_in_groups(osp: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,10 @@ def test_selection_from_the_guides_file(tmp_path: Path) -> None:
         (["{clips}", "--set", "train_fps"], "a change is written section.key=value, got 'train_fps'"),
         (["{clips}"], "clips"),
         (["{run}", "--global-batch", "0"], "--global-batch must be at least 1, got 0"),
-        (["{run}", "--seed", "1"], "is a run, whose settings decide this: use --set .* instead of --seed"),
+        (
+            ["{run}", "--seed", "1"],
+            "is a run, so its settings are used: .* --set .* instead of --seed",
+        ),
         (
             ["{run}", "--set", "num_frames=9"],
             "unknown key 'num_frames' .did you mean 'data.selection.num_frames'",

@@ -27,17 +27,25 @@ def test_names_of_the_options_given(line: str, names: set[str]) -> None:
 
 
 CASES: dict[str, tuple[Generate, dict[str, object], str]] = {
-    "guidance_rescale": (Generate(guidance_rescale=0.5), {"guidance": 1.0}, "no guidance"),
-    "guidance_interval": (Generate(guidance_interval=(0.0, 0.5)), {"guidance": 1.0}, "no guidance"),
-    "batched_guidance": (Generate(batched_guidance=True), {"guidance": 0.5}, "no guidance"),
-    "negative_prompt": (Generate(negative_prompt="rain"), {"guidance": 1.0}, "no guidance"),
-    "default_negative_prompt": (Generate(default_negative_prompt="rain"), {"guidance": 1.0}, "no guidance"),
-    "branch_ranks": (Generate(sharing=Sharing(branch_ranks=2)), {"guidance": 1.0}, "whose two branches"),
-    "fps": (Generate(fps=12), {"frames": 1}, "pictures have no frame rate"),
+    "guidance_rescale": (Generate(guidance_rescale=0.5), {"guidance": 1.0}, "guidance is off"),
+    "guidance_interval": (Generate(guidance_interval=(0.0, 0.5)), {"guidance": 1.0}, "guidance is off"),
+    "batched_guidance": (Generate(batched_guidance=True), {"guidance": 0.5}, "guidance is off"),
+    "negative_prompt": (Generate(negative_prompt="rain"), {"guidance": 1.0}, "guidance is off"),
+    "default_negative_prompt": (
+        Generate(default_negative_prompt="rain"),
+        {"guidance": 1.0},
+        "guidance is off",
+    ),
+    "branch_ranks": (
+        Generate(sharing=Sharing(branch_ranks=2)),
+        {"guidance": 1.0},
+        "the branches of guidance",
+    ),
+    "fps": (Generate(fps=12), {"frames": 1}, "have no frame rate"),
     "save_every": (Generate(save_every=2), {"step_cache": 0.1}, "only after the last step"),
     "keep_chinese": (Generate(keep_chinese=True, clean_prompts=False), {}, "prompts are not cleaned"),
-    "tiling": (Generate(tiling=True), {"width": 256}, "at most 256 x 256 are a single tile"),
-    "solver": (Generate(solver="adams"), {"steps": 1}, "one step: give --steps 2 or more"),
+    "tiling": (Generate(tiling=True), {"width": 256}, "up to 256 x 256 fit into one tile"),
+    "solver": (Generate(solver="adams"), {"steps": 1}, "use --steps 2 or more"),
 }
 
 
@@ -77,7 +85,7 @@ def test_schedules_that_the_models_scheduler_does_not_take(
     index = (tiny_model / INDEX).read_text()
     (tmp_path / INDEX).write_text(index.replace("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"))
     check_scheduler(tmp_path, set(), [own])
-    with pytest.raises(ValueError, match=f"{option} cannot be set for the FlowMatchHeunDiscreteScheduler"):
+    with pytest.raises(ValueError, match=f"{option} cannot be used with the FlowMatchHeunDiscreteScheduler"):
         check_scheduler(tmp_path, set(), [own, asked])
     with pytest.raises(ValueError, match=r"--save-every has no effect: .* FlowMatchHeunDiscreteScheduler"):
         check_scheduler(tmp_path, {"save_every"}, [own])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opensoraplan.models import convolution
-from opensoraplan.models.wfvae import CausalConv3d, Stream
+from opensoraplan.models.wfvae import CausalConv3d, StreamState
 
 # Largest error over the standard deviation, which is 1. Measured: 2e-6; 0.02 (torch's own: 0.02).
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.04}
@@ -45,7 +45,7 @@ def test_it_is_the_convolution(dtype: torch.dtype, channels: int, frames: int, g
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 3, 2, 3], [5, 4], [2, 1, 6]])
 def test_a_clip_may_come_in_chunks(sizes: list[int]) -> None:
     layer, x = problem(torch.float32, channels=24, frames=9)
-    stream = Stream()
+    stream = StreamState()
     with torch.no_grad():
         made = torch.cat([layer(chunk, stream) for chunk in x.split(sizes, dim=2)], dim=2)
     assert (made - exact(layer, x)).abs().max() < ERROR[torch.float32]

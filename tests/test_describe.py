@@ -47,11 +47,11 @@ def test_a_release(tiny_release: Path) -> None:
         "dialect": "release",
         "dtype": "float32",
         "parameters": "989,392 in 306 tensors",
-        "EMA": "none beside these weights",
+        "EMA": "none",
         "tensor parallel": "1",
         "pipeline parallel": "1",
         "tensors": "complete",
-        "note": "Skiparse rates are in no tensor",
+        "note": "the file has no Skiparse rates",
     }
     assert "num_attention_heads=4, attention_head_dim=16," in config
     assert "num_layers=[2, 4, 2]" in config
@@ -60,7 +60,7 @@ def test_a_release(tiny_release: Path) -> None:
     assert lines["what"] == "WFVAE, VAE"
     assert lines["EMA"] == "these weights"
     assert lines["tensors"] == "complete, and 48 that are not needed"
-    assert lines["note"] == "shift and scale of the latents are in no tensor"
+    assert lines["note"] == "the file has no shift and scale of the latents"
     assert "latent_channels=4" in lines["config"]
 
 
@@ -176,7 +176,7 @@ def test_a_file_of_the_releases_size(tmp_path: Path) -> None:
     lines = lines_of(write("transformer_original_keys.json", {}))
     assert lines["parameters"] == "8,504,661,120 (the release's size) in 1178 tensors"
     assert (lines["tensors"], lines["dtype"]) == ("complete", "bfloat16")
-    assert lines["note"] == "Skiparse rates are in no tensor: the release's are shown"
+    assert lines["note"] == "the file has no Skiparse rates: those of the release are shown"
     assert "sparse_n=[1, 2, 4, 8, 4, 2, 1]" in lines["config"]
     (tmp_path / "model.pt").unlink()
 

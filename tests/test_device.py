@@ -14,7 +14,7 @@ import torch
 
 from opensoraplan.device import (
     available,
-    explained_memory,
+    explain_full_memory,
     free_in_container,
     free_memory,
     is_out_of_memory,
@@ -151,11 +151,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 )
 def test_full_memory_is_told_from_other_errors(error: RuntimeError) -> None:
     assert is_out_of_memory(error)
-    with pytest.raises(MemoryError, match="nine clips do not fit"), explained_memory("nine clips do not fit"):
+    with (
+        pytest.raises(MemoryError, match="nine clips do not fit"),
+        explain_full_memory("nine clips do not fit"),
+    ):
         raise error
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert not is_out_of_memory(other)
-    with pytest.raises(RuntimeError, match="mat1"), explained_memory("nine clips do not fit"):
+    with pytest.raises(RuntimeError, match="mat1"), explain_full_memory("nine clips do not fit"):
         raise other
 
 

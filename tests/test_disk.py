@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opensoraplan.disk import _move_without_link, clear_dead, made, write_new, write_whole
+from opensoraplan.disk import _move_without_link, clear_dead, make_folder, write_new, write_whole
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_moving_without_hard_links(tmp_path: Path) -> None:
 def test_folders_that_were_made_go_with_an_error(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     for folder in ("new/deep", "old/deep", "old/full"):
-        with suppress(ValueError), made(tmp_path / folder):
+        with suppress(ValueError), make_folder(tmp_path / folder):
             if folder == "old/full":
                 (tmp_path / folder / "file").touch()
             raise ValueError

@@ -15,7 +15,7 @@ BAD_JSON = {
     "nan": ('{"a":\n\nNaN}', "NaN is not a number of JSON in line 3"),
     "infinity": ('{"NaN":\n -Infinity}', "-Infinity is not a number of JSON in line 2"),
     "huge": ('{"a":\n 1e999}', "the number 1e999 is too large in line 2"),
-    "twice": ('{"a": 1, "a": 2}', "'a' is there twice"),
+    "twice": ('{"a": 1, "a": 2}', "'a' is given twice"),
     "syntax": ('{"a": 1,\n "b" 2}', "in line 2, column 6"),
 }
 BAD_TOML = {

@@ -48,7 +48,7 @@ def test_applied_gives_the_average_and_then_all_back_bit_for_bit(dtype: torch.dt
         model.weight.add_(1.0)
     ema.update(1)
     own, average = model.weight.detach().clone(), ema.values["weight"].clone()
-    with ema.applied():
+    with ema.swap_in():
         assert torch.equal(model.weight, average.to(dtype))
         assert not torch.equal(model.weight, own)
     assert torch.equal(model.weight, own)
@@ -63,7 +63,7 @@ def test_a_failure_on_the_way_leaves_both_as_they_were() -> None:
             weight.add_(1.0)
     before = [(weight.clone(), ema.values[name].clone()) for name, weight in model.named_parameters()]
     ema.values["1.weight"] = broken = torch.zeros(7, 7)  # which cannot be copied
-    with pytest.raises(RuntimeError), ema.applied():
+    with pytest.raises(RuntimeError), ema.swap_in():
         pass
     for (name, weight), (own, average) in zip(model.named_parameters(), before, strict=True):
         assert torch.equal(weight, own)

@@ -57,9 +57,9 @@ def test_latents_that_could_not_be_saved_are_not_promised(
     with full_disk():
         outcome = osp(*command)
     said = told(outcome)
-    assert "the latents of step 4 cannot be saved in a.latents.safetensors" in said
-    assert "nothing is saved of this video, which begins anew the next time" in said
-    assert "are in" not in said
+    assert "cannot save the latents after step 4 in a.latents.safetensors" in said
+    assert "nothing of this video is saved: it will start from the first step" in said
+    assert "are saved in" not in said
     assert "a.mp4" in mistake(outcome)
     assert names(tmp_path) == []
 
@@ -70,18 +70,18 @@ def test_latents_of_an_older_step_are_not_called_finished(
     command = ["generate", "a cat", "--model", tiny_model, *SMALL, "--save-every", 1, "--out", "a.mp4"]
     with full_disk(at_pass=3):
         said = told(osp(*command))
-    assert "the latents after step 2 of 4 are in a.latents.safetensors" in said
-    assert "finished" not in said
+    assert "the latents after step 2 of 4 are saved in a.latents.safetensors" in said
+    assert "the last step" not in said
     assert names(tmp_path) == ["a.latents.safetensors"]
     assert saved.read_record(tmp_path / "a.latents.safetensors")[1] == 2
     outcome = osp(*command, "--resume")
     assert outcome.code == 0, outcome
-    assert "going on after step 2 of 4" in outcome.log
+    assert "resuming after step 2 of 4" in outcome.log
     assert names(tmp_path) == ["a.json", "a.mp4"]
 
 
 def test_a_video_without_room_for_its_json_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with full_disk(room=10):
         generate.write_record(tmp_path / "a.mp4", {"prompt": "a cat", "steps": 50})
-    assert "a.mp4 is written, but not its .json, whose text is in its metadata: " in caplog.text
+    assert "a.mp4 is written, but its .json is not (the metadata has the same text): " in caplog.text
     assert names(tmp_path) == []

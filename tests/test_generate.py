@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from opensoraplan.data.video import read_frames
 from opensoraplan.generate import saved
-from opensoraplan.generate.job import Targets, check_targets, run, stem_of, stored_record
+from opensoraplan.generate.job import Targets, check_targets, read_stored_record, run, stem_of
 from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
@@ -265,7 +265,7 @@ def test_the_longest_name_that_is_taken_has_room_for_latents(tmp_path: Path) -> 
             break
         lengths.append(length)
         # Of another video that has latents there.
-        place = saved.place_of(out.with_stem(f"{out.stem}_99"))
+        place = saved.latents_path(out.with_stem(f"{out.stem}_99"))
         saved.write(place, saved.SavedLatents(torch.zeros(1), 1, {}, {}))
     assert lengths[-1] < 239
     assert names(tmp_path) == [f"{'a' * length}_99.latents.safetensors" for length in lengths]
@@ -320,7 +320,7 @@ def test_a_video_and_its_record(pipeline: OpenSoraPlanPipeline, tmp_path: Path) 
         metadata = json.loads(container.metadata["comment"])
     assert names(tmp_path) == ["ein-kätzchen-läuft-weg_seed0.json", "ein-kätzchen-läuft-weg_seed0.mp4"]
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert record == metadata == stored_record(path)
+    assert record == metadata == read_stored_record(path)
     wanted = {
         "model": "tiny",
         "prompt": prompt,
@@ -345,7 +345,11 @@ def test_a_picture_and_its_record(pipeline: OpenSoraPlanPipeline, tmp_path: Path
         assert (picture.format, picture.size, picture.mode) == ("PNG", (48, 32), "RGB")
         metadata = json.loads(picture.info["comment"])
     assert metadata["prompt"] == "a cat 🐈"
-    assert metadata == json.loads((tmp_path / "cat.json").read_text(encoding="utf-8")) == stored_record(path)
+    assert (
+        metadata
+        == json.loads((tmp_path / "cat.json").read_text(encoding="utf-8"))
+        == read_stored_record(path)
+    )
     assert names(tmp_path) == ["cat.json", "cat.png"]
 
 
@@ -433,13 +437,13 @@ def test_settings_of_the_model_count_too(pipeline: OpenSoraPlanPipeline, tmp_pat
     finally:
         pipeline.vae.disable_tiling()
     assert tiled != first
-    assert stored_record(tiled[0])["vae_tiling"] == [256, 64]  # type: ignore[index]
+    assert read_stored_record(tiled[0])["vae_tiling"] == [256, 64]  # type: ignore[index]
     assert make(pipeline, tmp_path, "a cat") == first
 
 
 def test_another_version_of_ours_continues(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
     made = make(pipeline, tmp_path, "a cat", frames=1)
-    record = stored_record(made[0])
+    record = read_stored_record(made[0])
     assert record is not None
     info = PngImagePlugin.PngInfo()
     info.add_itxt("comment", json.dumps(record | {"opensoraplan": "0.0.1"}))
@@ -467,7 +471,7 @@ def test_a_video_from_before_fingerprints_is_told_by_the_path(
     pipeline: OpenSoraPlanPipeline, tmp_path: Path
 ) -> None:
     made = make(pipeline, tmp_path, "a cat", model="tiny")
-    assert "fingerprint" not in (stored_record(made[0]) or {})
+    assert "fingerprint" not in (read_stored_record(made[0]) or {})
     assert make(pipeline, tmp_path, "a cat", model="tiny", fingerprints=OLD) == made
     assert make(pipeline, tmp_path, "a cat", model="other", fingerprints=OLD) != made
 
@@ -478,14 +482,14 @@ def test_another_config_and_other_ratios_are_another_model(pipeline: OpenSoraPla
         Session(pipeline, "tiny", fingerprints=OLD, step_ratios=ratios).record(request)
         for ratios in ([1.0, 0.9], [1.0, 0.8])
     )
-    assert saved.other_weights(first, other) == ["step_cache"]
+    assert saved.differing_parts(first, other) == ["step_cache"]
     shift = pipeline.vae.config["shift"]
     pipeline.vae.register_to_config(shift=[0.5] * 32)
     try:
         moved = Session(pipeline, "tiny", fingerprints=OLD, step_ratios=[1.0, 0.9]).record(request)
     finally:
         pipeline.vae.register_to_config(shift=shift)
-    assert saved.other_weights(first, moved) == ["configs"]
+    assert saved.differing_parts(first, moved) == ["configs"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0\0\0\x18ftypmp42"])
@@ -506,8 +510,8 @@ def test_a_stopped_run_continues(
     with pytest.raises(KeyboardInterrupt):
         make(pipeline, tmp_path, *PROMPTS)
     assert caplog.messages[-2:] == [
-        "nothing is saved of this video, which begins anew the next time",
-        "stopped, 1 of 2 done: the same command goes on",
+        "nothing of this video is saved: it will start from the first step",
+        "stopped after 1 of 2 videos: continue with the same command",
     ]
     assert names(tmp_path) == [f"{NAMES[0]}.json", f"{NAMES[0]}.mp4"]
     made = make(pipeline, tmp_path, *PROMPTS)
@@ -528,7 +532,7 @@ def test_stopping_while_decoding_leaves_the_latents(
             make(pipeline, tmp_path, "a cat", resume=False)
     finally:
         handle.remove()
-    assert caplog.messages[-1] == "stopped, 0 of 1 done: the same command with --resume goes on"
+    assert caplog.messages[-1] == "stopped after 0 of 1 videos: continue with the same command and --resume"
     assert names(tmp_path) == ["a-cat_seed0.latents.safetensors"]
 
 
@@ -556,7 +560,7 @@ def test_nan_keeps_the_last_good_latents(
         assert torch.equal(file.get_tensor("latents"), caught.value.last_good)
         record = json.loads(file.metadata()["record"])
     assert (record["prompt"], record["step"], record["steps"]) == ("a cat", 2, 4)
-    assert f"the latents after step 2 of 4 are in {path}" in caplog.messages
+    assert f"the latents after step 2 of 4 are saved in {path}" in caplog.messages
 
 
 def test_a_step_cache_does_not_go_on_from_the_middle(
@@ -574,7 +578,7 @@ def test_a_step_cache_does_not_go_on_from_the_middle(
     finally:
         handle.remove()
     assert names(tmp_path) == ["a-cat_seed0.latents.safetensors"]
-    assert "with a step cache, its latents are kept only once all steps are done" in caplog.messages
+    assert "with a step cache, latents are saved only after the last step" in caplog.messages
     make(pipeline, tmp_path, "a cat", steps=4, step_cache=0.1)
     assert denoiser.steps == 3 + 4
     assert names(tmp_path) == [
@@ -599,10 +603,10 @@ def test_latents_outlive_a_failure_to_write(
         latents = file.get_tensor("latents")
     wanted = sample(pipeline, num_frames=9, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     assert torch.equal(latents, wanted)
-    assert "the latents, which are finished, are in" in caplog.text
+    assert "the latents after the last step are saved in" in caplog.text
 
 
-def test_beginning_anew_keeps_the_latents_of_before(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
+def test_starting_again_keeps_the_saved_latents(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
     for part, calls in ((pipeline.vae.decoder, 0), (pipeline.transformer, 2)):
         before_it_stops = iter(range(calls))
 
@@ -723,5 +727,5 @@ def test_a_first_step_that_cannot_be(pipeline: OpenSoraPlanPipeline) -> None:
         sample(pipeline, num_inference_steps=2, first_step=2)
     with pytest.raises(ValueError, match="first_step 1 needs the latents after 1 steps"):
         sample(pipeline, num_inference_steps=2, first_step=1)
-    with pytest.raises(ValueError, match="no previous_velocity before the first step"):
+    with pytest.raises(ValueError, match="previous_velocity needs first_step"):
         sample(pipeline, num_inference_steps=2, previous_velocity=torch.zeros(1))

@@ -150,7 +150,7 @@ def test_averaged_gives_the_module_the_ema_and_then_its_own_weights() -> None:
     assert learner.ema is not None
     own = {name: p.detach().clone() for name, p in learner.module.named_parameters()}
     average = learner.ema.values["head.weight"].bfloat16()
-    with learner.averaged():
+    with learner.use_ema():
         assert torch.equal(learner.module.head.weight, average)
         assert torch.equal(learner.module.base.weight, own["base.weight"])
         assert not torch.equal(average, own["head.weight"])

@@ -135,7 +135,7 @@ def test_loras_that_cannot_be_used(tiny_model: Path, tmp_path: Path, files: list
     with pytest.raises(ValueError, match=r"foreign\.safetensors: .*\n.*blocks\.99"):
         Session.open(options_of(tiny_model), request(str(foreign)))
     session = Session.open(options_of(tiny_model), request())
-    with pytest.raises(ValueError, match=r"opened for no request with the LoRA .*a\.safetensors"):
+    with pytest.raises(ValueError, match=r"not opened for a request with the LoRA .*a\.safetensors"):
         session.run(request(str(files[0])))
 
 

@@ -455,7 +455,7 @@ def test_a_rate_that_is_left_out_is_24(tmp_path: Path, caplog: pytest.LogCapture
         *((20, 24.0), (20, 12.0), (20, 12.0), (1, None), (18, 24.0))
     ]
     (message,) = (text for text in caplog.messages if "no fps" in text)
-    assert "data.txt: 2 of 5 records have num_frames and no fps, and count as 24 fps: add fps" in message
+    assert "data.txt: 2 of 5 records have num_frames but no fps: assuming 24 fps; add fps" in message
 
 
 def test_folder_of_clips_with_captions_beside_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tiny_release import sources_of
 from torch import Tensor, nn
 
 from opensoraplan.data.reading import read_frames
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.formats.assemble import load_pipeline, open_pipeline
 from opensoraplan.generate import job as generate
 from opensoraplan.generate.planning import needs_of
@@ -27,8 +27,8 @@ from opensoraplan.runtime.placement import (
     peak_on_host,
     plans_for,
 )
-from opensoraplan.runtime.quantisation import keep_weights
-from opensoraplan.runtime.step_cache import skipping
+from opensoraplan.runtime.quantisation import quantise_weights
+from opensoraplan.runtime.step_cache import skip_steps
 from opensoraplan.runtime.streaming import stream_blocks
 
 GB = 10**9
@@ -80,7 +80,7 @@ def test_plans_become_leaner_and_the_least_is_said_to_be_too_much() -> None:
     for place, plan in enumerate(plans):
         assert all(plan.denoising < one.denoising or plan.decoding < one.decoding for one in plans[:place])
     with pytest.raises(
-        MemoryError, match=r"leanest plan \(streamed, .* 5\.6 GB\) .* the 5\.0 GB that are free"
+        MemoryError, match=r"needs the least memory \(streamed, .* 5\.6 GB\) .* the 5\.0 GB that are free"
     ):
         first_that_fits(plans, free=5 * GB)
 
@@ -122,14 +122,14 @@ def test_the_peak_on_a_host_is_of_what_it_decodes_at_a_time(pipeline: OpenSoraPl
 
 
 @pytest.mark.parametrize("kind", ["whole", "int8", "fp8"])
-def test_plans_are_the_same_before_weights_are_read(tiny_release: Path, kind: Weights) -> None:
+def test_plans_are_the_same_before_weights_are_read(tiny_release: Path, kind: WeightPrecision) -> None:
     opened = open_pipeline(sources_of(tiny_release))
     empty = opened.without_weights(torch.bfloat16)
     loaded = load_pipeline(opened, dtype=torch.bfloat16, device=CPU)
     weights = [weight for model in _models(loaded) for weight in model.parameters()]
     assert opened.weight_bytes(torch.bfloat16) == sum(weight.nbytes for weight in weights)
     for pipeline in (empty, loaded):
-        keep_weights(pipeline.transformer, kind)
+        quantise_weights(pipeline.transformer, kind)
     assert needs_of(empty, SMALL) == needs_of(loaded, SMALL)
 
 
@@ -179,11 +179,11 @@ def test_every_plan_gives_the_same_video(pipeline: OpenSoraPlanPipeline, placeme
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_every_plan_takes_smaller_weights(
-    pipeline: OpenSoraPlanPipeline, placement: str, kind: Weights
+    pipeline: OpenSoraPlanPipeline, placement: str, kind: WeightPrecision
 ) -> None:
     pipeline.transformer.to(torch.bfloat16)
     exact = latents_of(pipeline)
-    keep_weights(pipeline.transformer, kind)
+    quantise_weights(pipeline.transformer, kind)
     near = latents_of(pipeline)
     assert 0 < (near - exact).norm() < 0.1 * exact.norm()
     plans = plans_for([needs_of(pipeline, SMALL)], [placement])  # type: ignore[list-item]
@@ -223,7 +223,7 @@ def test_frames_that_were_to_be_decoded_at_once_are_said_not_to_be(
     assert not caplog.records
     pipeline.vae.disable_streaming()
     Arrangement(pipeline, plans, CPU)
-    assert "decoded some at a time, not at once" in caplog.text
+    assert "decoding in chunks instead of all frames at once" in caplog.text
 
 
 def test_streamed_blocks_are_on_the_device_only_while_they_compute(pipeline: OpenSoraPlanPipeline) -> None:
@@ -246,12 +246,12 @@ def test_streamed_blocks_are_on_the_device_only_while_they_compute(pipeline: Ope
 
 def test_a_step_cache_spares_streamed_blocks_their_way(pipeline: OpenSoraPlanPipeline) -> None:
     ratios = [1.0] * 8
-    with skipping(pipeline.transformer, ratios, threshold=1.0, steps=8):
+    with skip_steps(pipeline.transformer, ratios, threshold=1.0, steps=8):
         expected = latents_of(pipeline, steps=8)
     stream_blocks(pipeline.transformer, CPU)
     calls: list[int] = []
     pipeline.transformer.transformer_blocks[2].ff.register_forward_hook(lambda *_: calls.append(1))
-    with skipping(pipeline.transformer, ratios, threshold=1.0, steps=8):
+    with skip_steps(pipeline.transformer, ratios, threshold=1.0, steps=8):
         assert torch.equal(latents_of(pipeline, steps=8), expected)
     assert 2 <= len(calls) < 16  # of two branches
 

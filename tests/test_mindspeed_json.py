@@ -179,7 +179,7 @@ def test_comments_and_strings(tmp_path: Path) -> None:
         ("", "is not valid JSON"),
         ('{"a": 1 # }', "is not valid JSON"),
         ("[1]", "must hold one JSON object, got a list"),
-        ('{"a": {"b": 1, "b": 2}}', "is not valid JSON: key 'b' is there twice"),
+        ('{"a": {"b": 1, "b": 2}}', "is not valid JSON: key 'b' is given twice"),
         (b'{"a": "\xff"}', "is not UTF-8: invalid start byte in line 1"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.sizes import (
     BatchShape,
     DenoiserSizes,
@@ -23,7 +23,7 @@ from opensoraplan.models.sizes import (
 )
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
-from opensoraplan.runtime.quantisation import keep_weights
+from opensoraplan.runtime.quantisation import quantise_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RELEASE_GRID = (16, 72, 128)
@@ -124,10 +124,12 @@ def test_flops_of_the_release_are_near_two_for_each_parameter_and_token() -> Non
 
 
 @pytest.mark.parametrize(("compute", "kind"), [("fp32", "whole"), ("bf16", "whole"), ("bf16", "fp8")])
-def test_a_forward_pass_needs_what_is_alive_at_most(compute: Literal["fp32", "bf16"], kind: Weights) -> None:
+def test_a_forward_pass_needs_what_is_alive_at_most(
+    compute: Literal["fp32", "bf16"], kind: WeightPrecision
+) -> None:
     dtype, shape = DTYPES[compute], BatchShape((4, 16, 16), 8)
     model = nn.Module.to(SparseUMMDiT(**FOUR_HEADS), dtype).eval()
-    keep_weights(model, kind)
+    quantise_weights(model, kind)
     inputs = torch.randn(1, 4, *shape.grid), torch.rand(1), torch.randn(1, 8, 12), torch.randn(1, 10)
     with torch.no_grad(), Alive(*model.parameters(), *model.buffers()) as alive:
         model(*(tensor.to(dtype) for tensor in inputs))

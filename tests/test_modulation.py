@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.generate.planning import needs_of
 from opensoraplan.models.modulation import (
     HostLayer,
@@ -16,7 +16,7 @@ from opensoraplan.models.modulation import (
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.requests import Request
-from opensoraplan.runtime.quantisation import keep_weights
+from opensoraplan.runtime.quantisation import quantise_weights
 
 CPU = torch.device("cpu")
 
@@ -39,10 +39,10 @@ def inputs_of(model: SparseUMMDiT, *, batch: int, seed: int) -> dict[str, Tensor
 @pytest.mark.parametrize("kind", ["whole", "int8"])
 @torch.no_grad()
 def test_each_condition_has_the_bits_of_its_own_forward_pass(
-    pipeline: OpenSoraPlanPipeline, dtype: torch.dtype, kind: Weights
+    pipeline: OpenSoraPlanPipeline, dtype: torch.dtype, kind: WeightPrecision
 ) -> None:
     model = pipeline.transformer.to(dtype)
-    keep_weights(model, kind)
+    quantise_weights(model, kind)
     calls = [inputs_of(model, batch=batch, seed=seed) for seed, batch in enumerate((1, 2, 1))]
     expected = [model(**call).sample for call in calls]
 

@@ -318,9 +318,7 @@ def test_words_that_cleaning_removes_are_said_once_before_any_model_runs(
     caplog.clear()
     texts.register_to_config(keep_chinese=True)
     texts.encode_prompts(["一只猫 a cat 🎉 🎉"])
-    assert caplog.messages == [
-        "T5 has no tokens for 一只猫, 🎉: of these it reads only that they are unknown"
-    ]
+    assert caplog.messages == ["T5 has no tokens for 一只猫, 🎉: it only sees that they are unknown"]
     texts.register_to_config(keep_chinese=False)
     calls: list[object] = []
     handle = texts.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -454,12 +452,12 @@ def test_a_scheduler_that_draws_noise_follows_the_seed() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "options", "message"),
     [
-        (DDIMScheduler(), {}, "DDIMScheduler takes a prediction of type 'epsilon'"),
+        (DDIMScheduler(), {}, "DDIMScheduler has prediction_type 'epsilon'"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), {}, "use_flow_sigmas=True"),
         (
             FlowMatchHeunDiscreteScheduler(),
             {"shift": 3.0},
-            "FlowMatchHeunDiscreteScheduler are set in its",
+            "FlowMatchHeunDiscreteScheduler sets shift, schedule and solver",
         ),
         (FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), {}, "leave out use_karras_sigmas=True"),
     ],
@@ -663,7 +661,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({"prompt_embeds": None, "negative_prompt_embeds": None}, "either prompt or prompt_embeds"),
     "two prompts": ({"prompt": "a", "prompt_embeds": POSITIVE}, "either prompt or prompt_embeds"),
     "empty list": ({"prompt": []}, "list of prompts is empty"),
-    "no text": ({"prompt": ["a", 3]}, "prompt must be a string or several, got 3"),
+    "no text": ({"prompt": ["a", 3]}, "prompt must be a string or a list of strings, got 3"),
     "negative count": ({"prompt": "a", "negative_prompt": ["b", "c"]}, "2 negative prompts for 1 prompts"),
     "both negatives": (
         {"negative_prompt": "b", "negative_prompt_embeds": NEGATIVE},
@@ -672,7 +670,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "negative embeds": ({"negative_prompt_embeds": embeds(2, 3)}, "2 negative_prompt_embeds for 1 prompts"),
     "width of embeds": (
         {"prompt_embeds": PromptEmbeds(torch.ones(1, 2, 8), torch.ones(1, 2).bool(), torch.ones(1, 20))},
-        r"prompt_embeds have 8 \(T5\) and 20 \(CLIP\) channels, the denoiser was made for 24 and 20",
+        r"prompt_embeds have 8 \(T5\) and 20 \(CLIP\) channels, the denoiser needs 24 and 20",
     ),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
     "odd quadratic": (
@@ -683,7 +681,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"use_linear_quadratic_schedule": True, "shift": 3.0},
         "linear-quadratic schedule has no shift",
     ),
-    "two shifts": ({"use_dynamic_shifting": True, "shift": 3.0}, "takes the place of shift 3.0"),
+    "two shifts": ({"use_dynamic_shifting": True, "shift": 3.0}, "either shift 3.0 or the dynamic shift"),
     "shift": ({"shift": 0.0}, "shift must be greater than 0, got 0.0"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale must be at least 0 .*, got nan"),
     "rescale": ({"guidance_rescale": 7.0}, "guidance_rescale must be from 0 to 1, got 7.0"),
@@ -696,7 +694,10 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, "either seed or generator"),
     "latents": ({"latents": torch.zeros(1, 5, 2, 4, 4)}, r"latents must be \[B, 4, T, H, W\]"),
     "odd latents": ({"latents": torch.zeros(1, 4, 2, 3, 4)}, "H and W multiples of 2"),
-    "number of latents": ({"latents": torch.zeros(2, 4, 2, 4, 4)}, "latents are for 2 videos.* ask for 1"),
+    "number of latents": (
+        {"latents": torch.zeros(2, 4, 2, 4, 4)},
+        "for 2 videos, the prompts for 1",
+    ),
     "callback": (
         {"callback_on_step_end_tensor_inputs": ("noise",)},
         "can have latents, .*; not noise",
@@ -725,8 +726,8 @@ def test_bad_calls(options: dict[str, Any], message: str, texts: OpenSoraPlanPip
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"in_channels": 6}, r"made for 6 channels \(in_channels\), but the VAE's latents have 4"),
-        ({"out_channels": 8}, r"made for 8 channels \(out_channels\), but the VAE's latents have 4"),
+        ({"in_channels": 6}, r"needs 6 channels \(in_channels\), but the VAE's latents have 4"),
+        ({"out_channels": 8}, r"needs 8 channels \(out_channels\), but the VAE's latents have 4"),
     ],
 )
 def test_parts_that_do_not_fit(changes: dict[str, int], message: str) -> None:
@@ -739,7 +740,7 @@ def test_a_denoiser_of_more_than_latents_is_refused_without_a_vae() -> None:
     parts: dict[str, Any] = {**pipeline.components, "vae": None}
     OpenSoraPlanPipeline(**parts)
     wider = SparseUMMDiT(**DENOISER | {"in_channels": 9})
-    with pytest.raises(ValueError, match=r"made for 9 channels \(in_channels\), but its velocity has 4"):
+    with pytest.raises(ValueError, match=r"needs 9 channels \(in_channels\), but its velocity has 4"):
         OpenSoraPlanPipeline(**parts | {"transformer": wider})
 
 
@@ -751,7 +752,7 @@ def test_text_encoders_that_do_not_fit(texts: OpenSoraPlanPipeline, key: str, gi
     changes: dict[str, Any] = {key: 32}
     wider = SparseUMMDiT(**DENOISER | changes)
     parts: dict[str, Any] = texts.components | {"transformer": wider}
-    with pytest.raises(ValueError, match=rf"made for 32 channels \({key}\), but {gives}"):
+    with pytest.raises(ValueError, match=rf"needs 32 channels \({key}\), but {gives}"):
         OpenSoraPlanPipeline(**parts)
 
 

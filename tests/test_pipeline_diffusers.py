@@ -188,7 +188,10 @@ def test_a_callback_may_change_the_prompt(pipeline: OpenSoraPlanPipeline, batche
 
 
 RETURNS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "velocity": (lambda given: {"velocity": given["velocity"] * 2}, "another velocity, but its step is done"),
+    "velocity": (
+        lambda given: {"velocity": given["velocity"] * 2},
+        "cannot change velocity, whose step is done",
+    ),
     "unknown": (
         lambda given: {"latent": given["latents"]},
         "returned 'latent'; it can return latents, ",
@@ -377,7 +380,7 @@ def test_without_a_vae_there_are_latents(pipeline: OpenSoraPlanPipeline, compute
     expected = run(pipeline)
     pipeline.register_modules(vae=None)
     computed.clear()
-    with pytest.raises(ValueError, match="no VAE to make 'pil' of latents: give output_type='latent'"):
+    with pytest.raises(ValueError, match="no VAE, so output_type must be 'latent', got 'pil'"):
         run(pipeline, output_type="pil")
     assert computed == []
     assert torch.equal(run(pipeline), expected)
@@ -387,7 +390,7 @@ def test_without_a_denoiser_there_is_an_error_at_once(
     pipeline: OpenSoraPlanPipeline, computed: list[str]
 ) -> None:
     pipeline.register_modules(transformer=None)
-    with pytest.raises(ValueError, match=r"no denoiser \(transformer\)"):
+    with pytest.raises(ValueError, match=r"this pipeline has no transformer"):
         run(pipeline)
     assert computed == []
 
@@ -396,18 +399,26 @@ def test_without_a_denoiser_there_is_an_error_at_once(
 @pytest.mark.parametrize(
     ("scheduler", "options", "message"),
     [
-        (UniPCMultistepScheduler(**FLOW), {"shift": 3.0}, "UniPCMultistepScheduler are set in its own"),
+        (
+            UniPCMultistepScheduler(**FLOW),
+            {"shift": 3.0},
+            "UniPCMultistepScheduler sets shift, schedule and solver",
+        ),
         (
             UniPCMultistepScheduler(**FLOW),
             {"solver": "adams"},
-            "UniPCMultistepScheduler are set in its own",
+            "UniPCMultistepScheduler sets shift, schedule and solver",
         ),
-        (IPNDMScheduler(), {}, "IPNDMScheduler does not step along a flow from timestep 1000 to 0"),
+        (
+            IPNDMScheduler(),
+            {},
+            "IPNDMScheduler, with these options, does not step along a flow from timestep 1000 to 0",
+        ),
         (RePaintScheduler(), {}, "RePaintScheduler cannot step along a flow: TypeError: .*original_image"),
         (
             DPMSolverMultistepScheduler(**FLOW, use_karras_sigmas=True),
             {},
-            "not with these options: .*its first step is not finite",
+            "with these options, .*its first step is not finite",
         ),
     ],
     ids=["shift", "solver", "no flow", "no step", "not finite"],

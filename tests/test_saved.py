@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (found.step, found.record, found.scaling, found.negative) == (0, RECORD, SCALING, None)
     assert found.prompt is not None
     assert torch.equal(found.prompt.pooled, prompt.pooled)
-    assert saved.is_of(tmp_path / "a", RECORD)
+    assert saved.is_latents_of(tmp_path / "a", RECORD)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"steps": None}, "record: steps: Input should be a valid integer"),
         ({"steps": "4"}, "record: steps: Input should be a valid integer, got '4'"),
         ({"steps": 10**30}, "record: steps: .* less than or equal to 10000"),
-        ({"height": 96}, r"has latents \[1, 4, 2, 4, 6\], its record says \[1, channels, 2, 12, 6\]"),
+        (
+            {"height": 96},
+            r"has latents of shape \[1, 4, 2, 4, 6\]; its record needs \[1, channels, 2, 12, 6\]",
+        ),
         ({"frames": [9]}, "record: frames: "),
         ({"frames": 10}, "frames must be 8k \\+ 1"),
         ({"fps": 0}, "record: fps: "),
@@ -70,7 +73,7 @@ def test_records_that_are_none(changes: dict[str, Any], fault: str, tmp_path: Pa
         saved.read_record(path)
     assert str(error.value).startswith(str(path))
     assert "pydantic" not in str(error.value)
-    assert not saved.is_of(path, RECORD)
+    assert not saved.is_latents_of(path, RECORD)
 
 
 @pytest.mark.parametrize("missing", ["prompt", "model", "frames", "height", "width", "fps", "steps", "seed"])
@@ -86,17 +89,17 @@ def test_a_record_without_a_field(missing: str, tmp_path: Path) -> None:
         ({"record": [1]}, "record must hold one JSON object, got a list"),
         ({"record": {"a": float("nan")}}, "record is not valid JSON: NaN"),
         ({"step": -1}, "record: step: .* greater than or equal to 0, got -1"),
-        ({"step": 5}, "step 5 is behind the last of 4 steps"),
+        ({"step": 5}, "step 5 is greater than the number of steps, 4"),
         ({"step": True}, "record: step: "),
         ({"scaling": []}, "scaling must hold one JSON object"),
         ({"scaling": {"shift": None}}, "scaling: scale: Field required"),
         ({"scaling": {"shift": None, "scale": [1.0]}}, "scale has 1 values for 4 channels"),
         ({"scaling": {"shift": None, "scale": [0.0] * 4}}, "scaling: scale.0: .* greater than 0"),
-        ({"latents": LATENTS.repeat(2, 1, 1, 1, 1)}, r"has latents \[2, 4, 2, 4, 6\]"),
-        ({"latents": LATENTS[0]}, r"has latents \[4, 2, 4, 6\]"),
+        ({"latents": LATENTS.repeat(2, 1, 1, 1, 1)}, r"has latents of shape \[2, 4, 2, 4, 6\]"),
+        ({"latents": LATENTS[0]}, r"has latents of shape \[4, 2, 4, 6\]"),
         ({"latents": LATENTS / 0}, "latents is not finite"),
         ({"velocity": LATENTS[:, :2].clone()}, "has velocity"),
-        ({"prompt.mask": torch.ones(1, 3)}, "has a prompt of shapes"),
+        ({"prompt.mask": torch.ones(1, 3)}, "the embeddings of its prompt have the shapes"),
     ],
 )
 def test_files_that_are_damaged(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:

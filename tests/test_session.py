@@ -157,7 +157,7 @@ def test_requests_that_a_session_was_not_opened_for(session: Session) -> None:
     for change in ({"frames": 49, "width": 48}, {"height": 64}, {"batched_guidance": True, "frames": 33}):
         with pytest.raises(ValueError, match="more than this session was opened for, 17 frames of 48 x 32"):
             session.run(Request(prompt="a cat", **SMALL | change))
-    with pytest.raises(ValueError, match=r"step_cache 0\.1 needs a session that was opened for"):
+    with pytest.raises(ValueError, match=r"step_cache 0\.1 needs a model calibrated with"):
         session.run(Request(prompt="a cat", **SMALL, step_cache=0.1))
     with pytest.raises(ValueError, match="cleaning leaves nothing of the prompt"):
         session.run(Request(prompt="你好", **SMALL))

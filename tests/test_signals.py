@@ -16,7 +16,7 @@ import render_clips
 from command import TIMEOUT, Command, Running, mistake
 
 from opensoraplan import cli
-from opensoraplan.cli.surroundings import limit_spinning, settled
+from opensoraplan.cli.surroundings import guard_signals_and_streams, limit_spinning
 from opensoraplan.generate import saved
 from opensoraplan.parallel import ranks
 
@@ -61,12 +61,12 @@ def test_a_stopped_generation_saves_latents(
     made.wait_until(place.exists)
     refused = mistake(osp(*long))
     assert f"another process ({made.pid} on " in refused
-    assert "is making this very video" in refused
+    assert "is making the same video" in refused
     made.send(signal.SIGTERM)
     assert made.wait() == 128 + signal.SIGTERM, made.said()
     told = made.said()
     assert told.endswith("osp: stopped\n")
-    assert "stopped, 0 of 1 done: the same command with --resume goes on" in told
+    assert "stopped after 0 of 1 videos: continue with the same command and --resume" in told
     assert "Traceback" not in told
     assert os.listdir(tmp_path / "samples") == [place.name]
     assert saved.read_record(place)[1] > 1
@@ -94,7 +94,7 @@ class Dying:
 
 def test_a_signal_that_python_ignores_comes_again() -> None:
     """What is raised where an object is removed is lost; the callbacks of imports are such places."""
-    with settled("osp") as stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+    with guard_signals_and_streams("osp") as stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         Dying()
         end = time.monotonic() + 5
         while time.monotonic() < end:

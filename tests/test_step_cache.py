@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
-from opensoraplan.runtime.step_cache import Calibration, measured, skipping
+from opensoraplan.runtime.step_cache import Calibration, measure_ratios, skip_steps
 
 STEPS = 10
 
@@ -42,7 +42,7 @@ def test_calibrating_measures_a_ratio_for_each_step_and_changes_nothing(
     pipeline: OpenSoraPlanPipeline, tmp_path: Path
 ) -> None:
     expected = latents_of(pipeline, batched=True)
-    with measured(pipeline.transformer) as ratios:
+    with measure_ratios(pipeline.transformer) as ratios:
         assert torch.equal(latents_of(pipeline, batched=True), expected)
     assert len(ratios) == STEPS
     assert ratios[0] == 1.0
@@ -54,17 +54,17 @@ def test_calibrating_measures_a_ratio_for_each_step_and_changes_nothing(
 
 
 def test_ratios_of_other_weights_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Calibration(ratios=(1.0, 0.9)).check_weights("a", tmp_path)  # of a file that does not tell
-    Calibration(ratios=(1.0, 0.9), transformer="a").check_weights("a", tmp_path)
+    Calibration(ratios=(1.0, 0.9)).warn_of_other_weights("a", tmp_path)  # of a file that does not tell
+    Calibration(ratios=(1.0, 0.9), transformer="a").warn_of_other_weights("a", tmp_path)
     assert not caplog.messages
-    Calibration(ratios=(1.0, 0.9), transformer="a").check_weights("b", tmp_path)
-    assert "step_cache.json was measured on other files than " in caplog.text
+    Calibration(ratios=(1.0, 0.9), transformer="a").warn_of_other_weights("b", tmp_path)
+    assert "step_cache.json was measured on other files than those in " in caplog.text
     assert "delete it and run `osp calibrate --model " in caplog.text
 
 
 def test_without_an_error_allowed_nothing_is_left_out(pipeline: OpenSoraPlanPipeline) -> None:
     expected = latents_of(pipeline)
-    with skipping(pipeline.transformer, [1.0, *[0.9] * (STEPS - 1)], threshold=0.01, steps=STEPS):
+    with skip_steps(pipeline.transformer, [1.0, *[0.9] * (STEPS - 1)], threshold=0.01, steps=STEPS):
         assert torch.equal(latents_of(pipeline), expected)
 
 
@@ -73,7 +73,7 @@ def test_steps_that_hardly_change_are_left_out_in_each_branch(
     pipeline: OpenSoraPlanPipeline, guidance: float
 ) -> None:
     expected, calls = latents_of(pipeline, guidance=guidance), count_calls(pipeline)
-    with skipping(pipeline.transformer, [1.0] * STEPS, threshold=0.05, steps=STEPS):
+    with skip_steps(pipeline.transformer, [1.0] * STEPS, threshold=0.05, steps=STEPS):
         first = latents_of(pipeline, guidance=guidance)
         computed = len(calls)
         again = latents_of(pipeline, guidance=guidance)
@@ -90,6 +90,6 @@ def test_steps_that_hardly_change_are_left_out_in_each_branch(
 def test_sparse_ends_are_refused(pipeline: OpenSoraPlanPipeline) -> None:
     stages = len(pipeline.transformer.config["num_layers"])
     pipeline.transformer.set_sparsity([2] * stages)
-    refused = skipping(pipeline.transformer, [1.0] * STEPS, threshold=0.05, steps=STEPS)
+    refused = skip_steps(pipeline.transformer, [1.0] * STEPS, threshold=0.05, steps=STEPS)
     with pytest.raises(ValueError, match="dense first and last stages"), refused:
         pass

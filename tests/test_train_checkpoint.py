@@ -52,7 +52,7 @@ def test_oldest_are_removed_save_every_so_manieth(tmp_path: Path) -> None:
 def test_what_is_set_aside_stays_until_the_next_is_saved(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         save(tmp_path, step, keep=9)
-    checkpoint.set_aside(tmp_path, after=4)
+    checkpoint.hide_later(tmp_path, after=4)
     assert checkpoint.steps(tmp_path) == [4]
     aside = sorted((tmp_path / checkpoint.FOLDER).glob(".superseded-*"))
     assert [folder.name[-2:] for folder in aside] == ["08", "12"]

@@ -1,5 +1,5 @@
-"""Training of the VAE: losses, resuming, the finished folder, a frozen encoder, and the optional
-adversary.
+"""Training of the VAE: losses, resuming, the finished folder, a frozen encoder,
+and the optional adversary.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from tiny_models import SHALLOW_VAE
 from torch.nn import functional as F
 
-from opensoraplan.claims import claimed
+from opensoraplan.claims import hold_claim
 from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.video import fit, read_frames
 from opensoraplan.formats.assemble import load_vae
@@ -204,7 +204,7 @@ def test_an_extended_run_keeps_its_vae_until_the_new_one_is_whole(vae_run: MakeR
     first = train(vae_run(optimizer={"steps": 1}))
     written = (first / "diffusion_pytorch_model.safetensors").read_bytes()
     longer = vae_run(optimizer={"steps": 2})
-    with claimed(longer.output / ".vae.new", doing="it"), pytest.raises(ValueError, match="is writing"):
+    with hold_claim(longer.output / ".vae.new", doing="it"), pytest.raises(ValueError, match="is writing"):
         train(longer, resume="latest")
     assert (first / "diffusion_pytorch_model.safetensors").read_bytes() == written
     assert train(longer, resume="latest") == first

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.generate.planning import needs_of
 from opensoraplan.models.sizes import DenoiserSizes
 from opensoraplan.pipeline import OpenSoraPlanPipeline
@@ -15,9 +15,9 @@ from opensoraplan.runtime.quantisation import (
     LARGEST_FP8,
     Fp8Linear,
     Int8Linear,
-    check_weights,
-    keep_weights,
-    weights_of,
+    check_weight_precision,
+    quantise_weights,
+    weight_precision_of,
 )
 
 SMALL = Request(prompt="a", frames=9, height=32, width=32)
@@ -68,11 +68,11 @@ def test_fp8_is_off_by_a_sixteenth_of_each_factor_at_most() -> None:
 
 
 @pytest.mark.parametrize("kind", ["whole", "int8", "fp8"])
-def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline, kind: Weights) -> None:
+def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline, kind: WeightPrecision) -> None:
     transformer = pipeline.transformer.to(torch.bfloat16)
     before = needs_of(pipeline, SMALL)
-    keep_weights(transformer, kind)
-    assert weights_of(transformer) == kind
+    quantise_weights(transformer, kind)
+    assert weight_precision_of(transformer) == kind
     needs = needs_of(pipeline, SMALL)
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     model = DenoiserSizes(config)
@@ -85,9 +85,9 @@ def test_the_blocks_take_what_is_predicted(pipeline: OpenSoraPlanPipeline, kind:
 
 
 def test_fp8_is_refused_where_it_cannot_be(pipeline: OpenSoraPlanPipeline) -> None:
-    with pytest.raises(ValueError, match="for computing in bf16, not float32"):
-        keep_weights(pipeline.transformer, "fp8")
+    with pytest.raises(ValueError, match="fp8 weights need dtype bf16, got float32"):
+        quantise_weights(pipeline.transformer, "fp8")
     other = torch.device("privateuseone:0")
-    with pytest.raises(ValueError, match=r"privateuseone:0 does not multiply in fp8.*int8 .* all devices"):
-        check_weights("fp8", other, torch.bfloat16)
-    check_weights("int8", other, torch.float16)
+    with pytest.raises(ValueError, match=r"privateuseone:0 does not support fp8.*int8 .* all devices"):
+        check_weight_precision("fp8", other, torch.bfloat16)
+    check_weight_precision("int8", other, torch.float16)

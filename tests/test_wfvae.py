@@ -11,7 +11,7 @@ from torch import Tensor
 from opensoraplan.models.chunks import blend, frame_chunks, latent_chunks, tile_starts
 from opensoraplan.models.wfvae import (
     WFVAE,
-    Stream,
+    StreamState,
     Tile,
     Upsample,
     fixed_tensors,
@@ -116,7 +116,7 @@ def test_haar_is_undone_by_its_inverse() -> None:
     torch.testing.assert_close(
         inverse_haar(coefficients, None), x, atol=2e-3, rtol=0
     )  # 8 * 0.3536^2 is not 1
-    stream = Stream()
+    stream = StreamState()
     first = haar(x[:, :, :1], stream)
     stream.first = False
     torch.testing.assert_close(torch.cat([first, haar(x[:, :, 1:], stream)], dim=2), coefficients)
@@ -167,8 +167,8 @@ def test_blended_cuttings_are_the_picture(zoom: int) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_tiled_is_not_far_from_the_whole(vae: WFVAE, streaming: bool) -> None:
-    """With random weights the attention of each tile differs much; a wrong place or stream would differ by 1
-    and more.
+    """With random weights the attention of each tile differs much; a wrong place or stream would differ by
+    1 and more.
     """
     y, x = torch.meshgrid(torch.linspace(-1, 1, 160), torch.linspace(-1, 1, 192), indexing="ij")
     video = torch.stack([x, y, x * y])[None, :, None] * torch.linspace(0.5, 1, 17)[:, None, None]

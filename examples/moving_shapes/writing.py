@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from opensoraplan.claims import claim, share_out
 from opensoraplan.data.video import VideoWriter, frame_rate
-from opensoraplan.disk import clear_dead, made, write_whole
+from opensoraplan.disk import clear_dead, make_folder, write_whole
 from opensoraplan.settings import Settings
 
 # Raise it when the same scene comes out with other pixels or captions: old data sets are then not continued.
@@ -84,11 +84,11 @@ def write_dataset(
     )
     _scene(0, settings)  # raises for a thing that nobody knows
     _check_folder(root, settings)
-    with made(root):
+    with make_folder(root):
         text = settings.model_dump_json(indent=1)
         # Before the clips: another process that sees these has to see whose they are.
         write_whole(root / _SETTINGS, lambda file: file.write_text(text))
-        with made(clips):
+        with make_folder(clips):
             return _write_clips(root, settings, count)
 
 

@@ -1,4 +1,4 @@
-"""Two things at a time where one does not need the other: the next is begun while this one is used."""
+"""Prefetching: the next result is computed in a thread while the current one is used."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,9 +8,9 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def one_ahead(make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
-    """Yield make(each of `given`) in turn. A thread makes one while the next is taken from `given`, and while
-    the one before is used.
+def map_ahead(make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
+    """Yield make(item) for each item of `given`, in order. A thread computes a result while the caller uses
+    the one before and the next item is taken from `given`.
     """
     with ThreadPoolExecutor(1) as thread:
         following: Future[Made] | None = None

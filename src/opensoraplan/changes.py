@@ -1,5 +1,5 @@
-"""Changes of single values, written section.key=value: what every --set takes. The value is TOML or JSON, and
-what is neither, such as a path, is text.
+"""Changes of single values, section.key=value, as every --set takes them. The value is TOML or JSON; anything
+else, such as a path, is text.
 """
 
 import datetime
@@ -10,8 +10,8 @@ from opensoraplan.documents import DocumentError, parse_json, parse_toml
 from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 
-# What stands for no value, which TOML cannot write otherwise.
-NOTHING = ("none", "null")
+# Words for None, which TOML lacks.
+NONE_WORDS = ("none", "null")
 
 Values = dict[str, Any]
 
@@ -19,10 +19,10 @@ Values = dict[str, Any]
 def apply_changes(
     values: Mapping[str, Any], changes: Iterable[str], *, kind: type[Settings] | None = None
 ) -> Values:
-    """`values` with the changes. `kind`: the settings that they are values of; without it a change must be
-    of a section that `values` have.
+    """Apply changes to `values`. `kind`: the settings class, which knows the keys; without it, a change must
+    be in a section that `values` has.
 
-    Raises ValueError, which names the change, for the first whose key is unknown.
+    Raises ValueError for the first change whose key is unknown.
     """
     changed = dict(values)
     for change in changes:
@@ -35,7 +35,7 @@ def apply_changes(
 
 
 def parse_change(change: str) -> Values:
-    """A change as nested values: {"section": {"key": value}}. "none" and "null" are None."""
+    """Parse a change to nested values, {"section": {"key": value}}. "none" and "null" are None."""
     name, equals, text = change.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -49,7 +49,7 @@ def parse_change(change: str) -> Values:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
-    """Tables key by key, anything else as `over` has it."""
+    """Merge tables key by key; other values of `over` replace those of `base`."""
     values = dict(base)
     for key, value in over.items():
         below = values.get(key)
@@ -57,16 +57,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
     return values
 
 
-def replace_nothing(values: Mapping[str, Any]) -> Values:
-    """None where "none" is written, as deep as tables go."""
+def replace_none_words(values: Mapping[str, Any]) -> Values:
+    """Replace "none" and "null" by None in all tables."""
     return {
-        key: replace_nothing(value) if isinstance(value, dict) else None if _is_nothing(value) else value
+        key: replace_none_words(value) if isinstance(value, dict) else None if _is_none_word(value) else value
         for key, value in values.items()
     }
 
 
 def _missing_section(new: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """What to say of the first section of `new` that the values do not have, if there is one."""
+    """A message for the first section of `new` that `values` does not have, if there is one."""
     for name, inner in new.items():
         if not isinstance(inner, dict):
             continue
@@ -79,10 +79,10 @@ def _missing_section(new: Mapping[str, Any], values: Mapping[str, Any]) -> list[
 
 
 def _parse_value(text: str) -> Any:  # noqa: ANN401 (a TOML or JSON value)
-    if _is_nothing(text):
+    if _is_none_word(text):
         return None
     try:
-        content = replace_nothing(parse_toml(f"value = {text}", where=text))
+        content = replace_none_words(parse_toml(f"value = {text}", where=text))
     except DocumentError:
         try:
             return parse_json(text, where=text)
@@ -92,5 +92,5 @@ def _parse_value(text: str) -> Any:  # noqa: ANN401 (a TOML or JSON value)
     return text if len(content) > 1 or isinstance(value, datetime.date | datetime.time) else value
 
 
-def _is_nothing(value: object) -> bool:
-    return isinstance(value, str) and value.lower() in NOTHING
+def _is_none_word(value: object) -> bool:
+    return isinstance(value, str) and value.lower() in NONE_WORDS

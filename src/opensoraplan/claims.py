@@ -1,7 +1,8 @@
-"""Work that several processes share: each claims a piece, and a piece whose process died is free again.
+"""Claims let several processes share work: each claims a piece, and the claims of a dead
+process are released.
 
-A claim is a lock on a hidden file, which the kernel releases when the process ends, however it ends. Threads
-exclude each other as processes do. Where a file system has no locks, every claim is granted.
+A claim is a lock on a hidden file, which the kernel releases when the process ends for whatever reason. It
+also excludes other threads. On a file system without locks, every claim is granted.
 """
 
 import errno
@@ -31,18 +32,19 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 LOCKS = ".osp-*.lock"
-# What the system says to a lock that another process has.
+# Error numbers for a lock that another process holds.
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK)
-# Windows keeps others from reading what is locked: a byte far behind the few that are written.
+# Windows does not let others read a locked byte, so lock one far after the few that are written.
 _LOCKED_BYTE = 1 << 30
-# Seconds between two looks at what other processes are still working on.
+# Seconds between checks of what other processes are still working on.
 _POLL_S = 0.5
 
 
 class Claim:
-    """A claim that this process holds until `release`, the end of its `with` block, or its own end.
+    """A claim that this process holds until `release`, the end of the `with` block, or the end
+    of the process.
 
-    `is_certain`: False where the file system has no locks, so that another process may have it, too.
+    `is_certain`: False on a file system without locks, where another process may hold the same claim.
     """
 
     def __init__(self, lock: Path, descriptor: int, *, is_certain: bool) -> None:
@@ -52,7 +54,7 @@ class Claim:
         _held.add(self)
 
     def release(self) -> None:
-        """Give the claim back and remove its file. Doing so twice is no error."""
+        """Release the claim and remove its file. May be called twice."""
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
@@ -61,7 +63,7 @@ class Claim:
         os.close(descriptor)
 
     def drop(self) -> None:
-        """In a forked process, which has got a copy: leave the claim to the process that it belongs to."""
+        """Drop the copy of the claim that a forked process has; the parent process keeps it."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -76,16 +78,16 @@ class Claim:
 
 
 def claim(path: Path) -> Claim | None:
-    """Claim `path`, which need not exist, in a folder that does. None: another process, or another part of
-    this one, has claimed it. Raises OSError for a folder that cannot be written to.
+    """Claim `path`, which need not exist, in an existing folder. Returns None if another process, or other
+    code in this one, has claimed it. Raises OSError if the folder cannot be written to.
     """
     return _claim_lock(lock_of(path))
 
 
 @contextmanager
-def claimed(path: Path, *, doing: str) -> Iterator[None]:
-    """Hold the claim of `path` during the block. Raises ValueError if another process has claimed it; `doing`
-    says what that does, "training in runs/a" for example.
+def hold_claim(path: Path, *, doing: str) -> Iterator[None]:
+    """Hold a claim of `path` during the block. Raises ValueError if another process has claimed it; `doing`
+    says what it does there, for example "training in runs/a".
     """
     own = claim(path)
     if own is None:
@@ -97,7 +99,7 @@ def claimed(path: Path, *, doing: str) -> Iterator[None]:
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether `path` is claimed at this moment."""
+    """Whether `path` is claimed now."""
     own = claim(path)
     if own is not None:
         own.release()
@@ -105,7 +107,7 @@ def is_claimed(path: Path) -> bool:
 
 
 def lock_of(path: Path) -> Path:
-    """The hidden file that is locked by who claims `path`. Its name is short, however long that of `path`."""
+    """The hidden lock file for a claim of `path`. Its name is short even if that of `path` is long."""
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     return path.with_name(f".osp-{digest}.lock")
 
@@ -131,14 +133,14 @@ def clear_dead_claims(folder: Path) -> None:
 
 
 def share_out(items: Iterable[Item], work: Callable[[Item], bool], *, what: str) -> None:
-    """Let `work` do each item, or return False for one that another process is at. Those are tried again
-    after all others, until every item is done by some process. `what`: the items, for the log.
+    """Call `work` for each item. It returns False for an item that another process is working on; these are
+    tried again after all others, until every item is done. `what`: name of the items, for the log.
     """
     share_in_passes(items, lambda left: [item for item in left if not work(item)], what=what)
 
 
 def share_in_passes(items: Iterable[Item], work: Callable[[list[Item]], list[Item]], *, what: str) -> None:
-    """As `share_out`, for work on many items at a time: it returns those that other processes are at."""
+    """As `share_out`, but `work` gets all items at once and returns those that other processes work on."""
     left = list(items)
     waiting = False
     while left:
@@ -163,14 +165,14 @@ def _claim_lock(lock: Path) -> Claim | None:
         os.close(descriptor)
         if is_certain is None:
             return None
-        # Who had it before has removed the file since it was opened here: lock the new one.
+        # The last holder has removed the file since it was opened here: lock the new one.
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """True: locked. False: there are no locks here. None: somebody else has it."""
+    """Returns True if locked, False if the file system has no locks, None if another process has the lock."""
     try:
         if fcntl is not None:
-            # Not lockf: it would not hold off this process, which would lose the lock by reading the file.
+            # Not lockf: it does not exclude this process, and reading the file would release the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt is not None:
             os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
@@ -191,7 +193,7 @@ def _is_still(descriptor: int, lock: Path) -> bool:
         return False
 
 
-# What a forked process (of a data loader, say) must not hold on to: it may outlive the one that was killed.
+# Claims that a forked process, as of a data loader, must not keep: it may outlive its parent.
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 

@@ -24,7 +24,7 @@ Fps = Annotated[float, Field(ge=0.001, le=1000)]
 # How a denoiser that is trained from nothing starts: models/initial_weights.py.
 Initialisation = Literal["adaln_zero", "original"]
 # How the denoiser's matrices are kept: runtime/quantisation.py.
-Weights = Literal["whole", "int8", "fp8"]
+WeightPrecision = Literal["whole", "int8", "fp8"]
 # Where weights are kept: runtime/placement.py; "auto": the fastest placement that fits.
 Memory = Literal["auto", "resident", "in-turn", "streamed"]
 

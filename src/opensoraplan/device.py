@@ -179,8 +179,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def explained_memory(what: str) -> Iterator[None]:
-    """Turn torch's errors for full memory into a MemoryError that says what does not fit, and what would."""
+def explain_full_memory(what: str) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into a MemoryError with the message `what`."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, in place of others or under free names. Full disks told
-in plain words.
+"""Atomic writing: files and folders appear complete or not at all, under free names or in place of others.
+Turns errors of full disks into plain messages.
 
-What is being made lies in a hidden folder beside its later place, `.osp-HEX.partial`. Its process has claimed
-it; when that is dead, the next process that makes something beside it removes it.
+Unfinished files are in a hidden folder next to their destination, `.osp-HEX.partial`, which their process has
+claimed. If that process dies, the next one that writes there removes the folder.
 """
 
 import errno
@@ -22,16 +22,16 @@ from safetensors import SafetensorError
 
 from opensoraplan.claims import claim, clear_dead_claims
 
-# Seconds without a change after which nobody works there any more, where the file system has no locks.
+# Without file locks, an unfinished folder counts as abandoned after this many seconds without a change.
 _ABANDONED = 3600
-# How the names begin of unfinished files and claims.
+# Prefix of the names of unfinished files and claims.
 OWN = ".osp-"
 _PARTIAL = f"{OWN}*.partial"
 
 
 def user_cache_folder() -> Path:
-    """Where things are kept that can be made again: $XDG_CACHE_HOME/opensoraplan, or the system's usual
-    place. It need not exist. Raises RuntimeError for a user without a home.
+    """The user's cache folder: $XDG_CACHE_HOME/opensoraplan, or the system's usual place. It need not exist.
+    Raises RuntimeError for a user without a home.
     """
     variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
     if given := os.environ.get(variable):
@@ -41,7 +41,7 @@ def user_cache_folder() -> Path:
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # which flushes neither folders nor what is open for reading only
+    if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading only
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -51,9 +51,9 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Make a folder with its parents; if the block raises, remove those that are new, unless something is in
-    them by then. Raises OSError if it cannot be made.
+def make_folder(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents. If the block raises, remove the new ones that are still empty. Raises
+    OSError if the folder cannot be made.
     """
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -67,7 +67,7 @@ def made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def workplace(folder: Path) -> Iterator[Path]:
+def work_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder in `folder`, to make files in that are moved to their places when they are whole. It is
     removed at the end of the block with what is left in it. Raises OSError if it cannot be made.
     """
@@ -84,7 +84,7 @@ def workplace(folder: Path) -> Iterator[Path]:
 
 
 def _remove(place: Path) -> None:
-    """Remove a folder with what is in it, also if a signal comes in the middle of that."""
+    """Remove a folder with its content, even if a signal arrives meanwhile."""
     try:
         shutil.rmtree(place, ignore_errors=True)
     except KeyboardInterrupt:
@@ -93,7 +93,7 @@ def _remove(place: Path) -> None:
 
 
 def clear_dead(folder: Path) -> None:
-    """Remove what processes that died left in `folder`: unfinished files, and claims."""
+    """Remove unfinished files and claims of dead processes from `folder`."""
     for place in folder.glob(_PARTIAL):
         with suppress(OSError):  # somebody else's, or gone
             own = claim(place)
@@ -105,15 +105,15 @@ def clear_dead(folder: Path) -> None:
     clear_dead_claims(folder)
 
 
-# Every file of a large folder is written by `workplace`, which need not look through it each time.
+# Cached, since `work_folder` would search a large folder for each file that is written to it.
 _clear_dead_once = cache(clear_dead)
 
 
-def permit(path: Path) -> None:
-    """Let those read a new file, or the files of a new folder, who may read what this process makes as usual:
-    the umask says who. safetensors lets the user alone read what it writes.
+def apply_umask(path: Path) -> None:
+    """Give a new file, or the files of a new folder, the permissions that the umask gives to new files:
+    safetensors makes files that only the user may read.
     """
-    # The umask itself cannot be asked without being changed, for other threads, too.
+    # A probe file, since reading the umask means changing it for all threads.
     probe = (path if path.is_dir() else path.parent) / f"{OWN}{secrets.token_hex(8)}"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     usual = os.fstat(descriptor).st_mode & 0o666
@@ -125,19 +125,19 @@ def permit(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file in another place, flush it to the disk, and rename it to `path`.
+    """Let `write` make a file elsewhere, flush it to the disk, and rename it to `path`.
 
-    Several may write the same file at once: the last to finish wins. Raises OSError that names `path`.
+    Several processes may write the same file: the last one to finish wins. Raises OSError that names `path`.
     """
-    with named_errors(path), workplace(path.parent) as place:
+    with name_path_in_errors(path), work_folder(path.parent) as place:
         temporary = place / path.name
         write(temporary)
-        permit(temporary)
+        apply_umask(temporary)
         flush(temporary)
         temporary.replace(path)
 
 
-def numbered(path: Path) -> Iterator[Path]:
+def numbered_paths(path: Path) -> Iterator[Path]:
     """clip.mp4, clip_1.mp4, clip_2.mp4, ..."""
     yield path
     for number in itertools.count(1):
@@ -145,12 +145,11 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, wanted: Path) -> Path:
-    """Move a finished file to the first of the `numbered` names of `wanted` that does not exist.
+    """Move a finished file to the first of the `numbered_paths` of `wanted` that does not exist. Returns it.
 
-    Returns the name taken. Never overwrites, and no two callers get the same name. Both are in one file
-    system.
+    Never overwrites, and no two callers get the same name. Both paths must be in one file system.
     """
-    names = numbered(wanted)
+    names = numbered_paths(wanted)
     while True:
         path = next(names)
         with suppress(FileExistsError):
@@ -162,15 +161,15 @@ def write_new(wanted: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` make a file, and give it the name `wanted` or, if that is taken, one with a number. Returns
     the name; nothing is left of an attempt that fails. Raises OSError that names `wanted`.
     """
-    with named_errors(wanted), workplace(wanted.parent) as place:
+    with name_path_in_errors(wanted), work_folder(wanted.parent) as place:
         temporary = place / wanted.name
         write(temporary)
-        permit(temporary)
+        apply_umask(temporary)
         return publish(temporary, wanted)
 
 
 def _move_to_new(temporary: Path, path: Path) -> None:
-    """Move a file to a name that must be new, or raise FileExistsError."""
+    """Move a file to `path`, or raise FileExistsError if it exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -182,7 +181,7 @@ def _move_to_new(temporary: Path, path: Path) -> None:
 
 
 def _move_without_link(temporary: Path, path: Path) -> None:
-    """`_move_to_new` where the file system has no hard links: an empty file holds the name for a moment."""
+    """`_move_to_new` for file systems without hard links: an empty file reserves the name."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         temporary.replace(path)
@@ -192,8 +191,8 @@ def _move_without_link(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk in the block become OSErrors that name `path`, not a temporary file or nothing."""
+def name_path_in_errors(path: Path) -> Iterator[None]:
+    """Make disk errors in the block name `path` instead of a temporary file or nothing."""
     try:
         yield
     except OSError as error:
@@ -208,7 +207,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def plain_errors(path: Path, *, whole: str) -> Iterator[None]:
+def explain_disk_errors(path: Path, *, whole: str) -> Iterator[None]:
     """Raise ValueError for a disk that is full or cannot be written to; `whole` says what is safe still."""
     try:
         yield

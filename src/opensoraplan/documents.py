@@ -1,5 +1,5 @@
-"""JSON and TOML from outside, read in one place. Every fault is one ValueError with the file, the reason, and
-the line if it can be told.
+"""Reads JSON and TOML files of users. Every error is a ValueError with the file, the reason and, where
+possible, the line.
 """
 
 import json
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Larger files are no settings or manifests, and would fill memory.
+# Largest file: settings and manifests are far smaller.
 MAX_BYTES = 2 << 30
-# No document of ours, of the guide or of transformers comes near it; code that walks through one may recurse.
+# Deepest nesting: no document of ours, the guide or transformers comes near it, so code may recurse.
 MAX_DEPTH = 64
 _STRING = r'"(?:\\.|[^"\\\n])*"'
 _STRING_OR_COMMENT = re.compile(rf"{_STRING}|#[^\n]*")
 _TOKEN = re.compile(rf"{_STRING}|[\[\]{{}}]|[-+.\w]+")
 _TOML_PLACE = re.compile(r"(.*) \(at line (\d+), column (\d+)\)")
-# Whole JSON is small next to that; Python refuses integers beyond it, too, unless it is told otherwise.
+# Most digits of an integer, which is Python's own default.
 _MAX_DIGITS = 4300
 
 
@@ -34,7 +34,7 @@ class DocumentError(ValueError):
 
 
 def check_file(path: Path) -> None:
-    """Raise ValueError for what is not there, and for folders, pipes and devices, which end or never do."""
+    """Raise ValueError unless `path` is a regular file: reading a pipe or a device might never end."""
     try:
         if path.is_file():
             return
@@ -45,8 +45,8 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises ValueError for what is not a regular
-    file, cannot be read or is in another encoding.
+    """Read a text file in UTF-8, with or without a byte order mark. Raises ValueError for anything but a
+    regular file, and for one that cannot be read or has another encoding.
     """
     check_file(path)
     try:
@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, *, comments: bool = False) -> Any:  # noqa: ANN401 (any JSON value)
-    """The value of a JSON file. `comments`: it may have `#` comments, as the guide's files have."""
+    """Read a JSON file. `comments`: allow `#` comments, which the guide's files have."""
     text = read_text(path)
     if comments:
         text = _STRING_OR_COMMENT.sub(lambda match: match[0] if match[0].startswith('"') else "", text)
@@ -72,20 +72,20 @@ def read_json(path: Path, *, comments: bool = False) -> Any:  # noqa: ANN401 (an
 
 
 def read_json_object(path: Path, *, comments: bool = False) -> dict[str, Any]:
-    """The same for a file that must hold one JSON object."""
+    """Read a JSON file that must hold one object."""
     return as_object(read_json(path, comments=comments), where=str(path))
 
 
 def as_object(content: Any, *, where: str) -> dict[str, Any]:  # noqa: ANN401 (any JSON value)
-    """A JSON value that must be an object. Raises ValueError, which begins with `where`, for any other."""
+    """Return a JSON value that must be an object. Raises ValueError, starting with `where`, for any other."""
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold one JSON object, got {kind_of(content)}")
     return content
 
 
 def parse_json(text: str, *, where: str, line: int = 1) -> Any:  # noqa: ANN401 (any JSON value)
-    """The value of a JSON text, which begins in that line of `where`. Raises DocumentError for text that is
-    not JSON: NaN and infinities, keys that are there twice, numbers and nesting beyond reason included.
+    """Parse a JSON text that starts in `line` of `where`. Raises DocumentError for invalid JSON, and also for
+    NaN and infinities, duplicate keys, and too long numbers or too deep nesting.
     """
 
     def wrong(reason: str, within: int | None, column: str = "") -> DocumentError:
@@ -96,22 +96,25 @@ def parse_json(text: str, *, where: str, line: int = 1) -> Any:  # noqa: ANN401 
         raise wrong("it is empty", None)
     try:
         value = json.loads(
-            text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite
+            text,
+            object_pairs_hook=_refuse_duplicate_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
         )
     except RecursionError:
         raise wrong("it is nested too deeply", _line_of_depth(text)) from None
     except json.JSONDecodeError as error:
         raise wrong(error.msg, error.lineno, str(error.colno)) from None
     except ValueError as error:
-        raise wrong(_short(error), _line_of_number(text)) from None
+        raise wrong(_describe(error), _line_of_number(text)) from None
     if _is_deep(value):
         raise wrong("it is nested too deeply", _line_of_depth(text))
     return value
 
 
 def read_shard_index(path: Path) -> dict[str, str]:
-    """Tensor -> file of a model's `*.index.json`. Raises ValueError for one that is none, or that names files
-    outside of its folder.
+    """Read the map tensor -> file from a model's `*.index.json`. Raises ValueError for an invalid one, or one
+    that names files outside of its folder.
     """
     weights = read_json_object(path).get("weight_map")
     if not isinstance(weights, dict):
@@ -125,12 +128,12 @@ def read_shard_index(path: Path) -> dict[str, str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file."""
+    """Read a TOML file."""
     return parse_toml(read_text(path), where=str(path))
 
 
 def parse_toml(text: str, *, where: str) -> dict[str, Any]:
-    """The content of a TOML text. Raises DocumentError for text that is not TOML."""
+    """Parse a TOML text. Raises DocumentError for invalid TOML."""
     try:
         content = tomllib.loads(text)
     except RecursionError:
@@ -138,7 +141,7 @@ def parse_toml(text: str, *, where: str) -> dict[str, Any]:
     except ValueError as error:
         if place := _TOML_PLACE.fullmatch(str(error)):
             raise DocumentError(where, "TOML", place[1], line=int(place[2]), column=place[3]) from None
-        raise DocumentError(where, "TOML", _short(error), line=_line_of_number(text)) from None
+        raise DocumentError(where, "TOML", _describe(error), line=_line_of_number(text)) from None
     if _is_deep(content):
         raise DocumentError(where, "TOML", "it is nested too deeply", line=_line_of_depth(text))
     return content
@@ -150,28 +153,28 @@ def kind_of(value: Any) -> str:  # noqa: ANN401 (any JSON value)
     return kinds.get(type(value), "a number")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {twice!r} is there twice")
+        raise ValueError(f"key {twice!r} is given twice")
     return content
 
 
-def _no_constant(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _finite(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
         raise ValueError(f"the number {digits[:20]} is too large")
     return number
 
 
-def _short(error: ValueError) -> str:
-    """What Python says, in the words of users for integers beyond its limit of digits."""
+def _describe(error: ValueError) -> str:
+    """Python's message, or a plain one for integers with too many digits."""
     return "an integer has too many digits" if "integer string conversion" in str(error) else str(error)
 
 
@@ -192,7 +195,7 @@ def _is_deep(content: Any) -> bool:  # noqa: ANN401 (any JSON value)
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
-    """Strings, brackets and words of a document, and the line that each is in."""
+    """Yield strings, brackets and words of a document with their lines."""
     line, end = 1, 0
     for match in _TOKEN.finditer(text):
         line, end = line + text.count("\n", end, match.start()), match.start()
@@ -209,12 +212,12 @@ def _line_of_depth(text: str) -> int | None:
 
 
 def _line_of_number(text: str) -> int | None:
-    """The line of the first number that is too long or not finite; None if that was not the fault."""
-    wrong = (line for token, line in _tokens(text) if not token.startswith('"') and _is_no_number(token))
+    """The line of the first number that is too long or not finite, if there is one."""
+    wrong = (line for token, line in _tokens(text) if not token.startswith('"') and _is_bad_number(token))
     return next(wrong, None)
 
 
-def _is_no_number(word: str) -> bool:
+def _is_bad_number(word: str) -> bool:
     if len(word) > _MAX_DIGITS:
         return True
     try:

@@ -21,7 +21,7 @@ from opensoraplan.documents import parse_json, read_json_object
 
 # Changes with whatever changes the fingerprint of the same file.
 _VERSION = 1
-# Bytes: smaller files are read whole; of others so much at a time, once in so many.
+# Bytes: files up to _WHOLE are read whole; of larger ones, _CHUNK bytes are read every _SPACING bytes.
 _WHOLE, _CHUNK, _SPACING = 1 << 20, 4096, 16 << 20
 # Of weights, whose configs and tokenizers have a few MB.
 _WHOLE_OF_MODELS = 8 << 20
@@ -38,7 +38,7 @@ _NO_WEIGHTS_NAMES = ("generate.json", "step_cache.json", "LICENSE", "LICENSE.txt
 
 
 def fingerprint_file(path: Path) -> str:
-    """32 hexadecimal digits that tell the content of a file, of any kind. Reads 1 MB at most, or a header.
+    """Fingerprint of a file's content: 32 hexadecimal digits. Reads at most 1 MB, or a header.
 
     Raises OSError for a file that cannot be read, and ValueError for what is no regular file.
     """
@@ -46,9 +46,9 @@ def fingerprint_file(path: Path) -> str:
 
 
 def fingerprint_weights(path: Path) -> str:
-    """32 hexadecimal digits that tell the weights in `path`, a file or a folder with all of its files, but
-    hidden ones and texts for people. Kept in the user's cache folder: the second call only looks at the
-    sizes and times of large files.
+    """Fingerprint of the weights in `path`, a file or a folder with all of its files except hidden and text
+    files: 32 hexadecimal digits. Cached in the user's cache folder: a second call only checks sizes and times
+    of large files.
 
     Raises OSError for files that cannot be read, and ValueError for what is no regular file.
     """
@@ -65,7 +65,7 @@ def fingerprint_parts(paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def hash_text(text: str) -> str:
-    """32 hexadecimal digits of a text; it may have lone surrogates, as names of files have."""
+    """Hash of a text, 32 hexadecimal digits. The text may have lone surrogates, as file names do."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -91,7 +91,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _hash_of_part(path: Path) -> str:
-    """Of a file in a folder of weights. Of a config without what the libraries note for themselves, as the
+    """Hash of a file in a folder of weights. A config is hashed without keys that libraries add, such as the
     path that a model was loaded from.
     """
     if path.name != "config.json":
@@ -100,12 +100,12 @@ def _hash_of_part(path: Path) -> str:
         config = read_json_object(path)
     except ValueError:  # whoever loads it will say so
         return _hash_cached(path)
-    told = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
-    return hash_text(json.dumps(told, sort_keys=True))
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    return hash_text(json.dumps(kept, sort_keys=True))
 
 
 def _hash_cached(path: Path) -> str:
-    """`_hash_file` of a file of weights, from the user's cache folder if it has not changed since."""
+    """`_hash_file` of a file of weights, from the user's cache folder if the file has not changed."""
     before = path.stat()
     if before.st_size <= _WHOLE:  # reading it costs no more than reading the entry
         return _hash_file(path, whole=_WHOLE_OF_MODELS)
@@ -125,13 +125,13 @@ def _hash_cached(path: Path) -> str:
 
 
 def _key(path: Path, status: os.stat_result) -> str:
-    """What changes when a file does: st_ctime also if its modification time was set back."""
+    """Cache key that changes with the file: st_ctime changes even if the modification time is set back."""
     times = status.st_mtime_ns, status.st_ctime_ns
     return hash_text(json.dumps([_VERSION, os.path.realpath(path), status.st_ino, status.st_size, *times]))
 
 
 def _hash_file(path: Path, *, whole: int) -> str:
-    """Of the size and of those bytes of a file that `_ranges` gives; all of them up to `whole`."""
+    """Hash of a file's size and of the bytes in `_ranges`, or of all bytes up to the size `whole`."""
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb") as file:
@@ -147,8 +147,8 @@ def _hash_file(path: Path, *, whole: int) -> str:
 
 
 def _ranges(file: IO[bytes], size: int) -> Iterator[tuple[int, int]]:
-    """Which bytes of a large file count: both ends, its directory, and the middle of each tensor; of a file
-    without a directory, samples at even distances.
+    """The byte ranges of a large file that are hashed: both ends, the directory and the middle of each
+    tensor. For a file without a directory, evenly spaced samples.
     """
     yield 0, _ENDS
     yield size - _ENDS, size

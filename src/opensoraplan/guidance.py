@@ -1,5 +1,5 @@
-"""What the denoiser is told in each step: the prompts alone, or for classifier-free guidance the negative
-prompts as well. The formula is in flow.py.
+"""The branches of classifier-free guidance: which conditions the denoiser gets in each step. The formula
+is in flow.py.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from opensoraplan.models.text import PromptEmbeds
 
 
 class Branches:
-    """The branches of guidance, each a call of the denoiser, by the names of their caches.
+    """The branches of guidance: each is one call of the denoiser, under the name of its cache.
 
-    `positive`: of all B videos, and `encode_negative` gives the same of their negative prompts, once it is
-    needed. `guided`: the steps that are guided if the scale is greater than 1. `batched`: both branches are
-    one call of 2 B samples, the negative prompts first.
+    `positive`: conditions of all B videos. `encode_negative` makes those of their negative prompts when they
+    are first needed. `guided`: the steps that use guidance if the scale is above 1. `batched`: both branches
+    are one call with 2 B samples, the negative prompts first.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Branches:
         self._encode_negative = encode_negative
 
     def of(self, step: int, *, scale: float) -> dict[str, Conditions]:
-        """What a step, counted from 0, runs the denoiser on at this guidance scale."""
+        """The branches of a step, counted from 0, at this guidance scale."""
         if not self.is_guided(step, scale=scale):
             return {"cond": self.positive}
         if self.batched:
@@ -46,7 +46,7 @@ class Branches:
         return scale > 1 and step in self.guided
 
     def replace(self, *, sequence: Tensor | None = None, pooled: Tensor | None = None) -> None:
-        """Go on with other T5 states [B, L, D] or CLIP vectors [B, P] of the prompts."""
+        """Replace the T5 states [B, L, D] or CLIP vectors [B, P] of the prompts in later steps."""
         text = self.positive.text
         changed = PromptEmbeds(
             text.sequence if sequence is None else sequence.to(text.sequence),

@@ -1,5 +1,5 @@
-"""OpenSoraPlanPipeline: prompt -> embeddings -> denoising loop -> frames. No maths of its own, no files but
-diffusers'.
+"""OpenSoraPlanPipeline: prompt -> embeddings -> denoising loop -> frames. No maths of its own, no
+files but diffusers'.
 
 Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent grid.
 """
@@ -43,10 +43,10 @@ from opensoraplan.pipeline_inputs import (
     check_parts,
     check_texts,
     draw,
-    generators,
+    make_generators,
+    make_seeds,
     range_of_steps,
-    spread,
-    spread_seeds,
+    repeat_texts,
 )
 from opensoraplan.samplers import Sampler, Schedule, is_default_scheduler, make_sampler
 from opensoraplan.shapes import RELEASE, latent_shape
@@ -58,8 +58,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class NonFiniteLatentsError(FloatingPointError):
-    """The latents became NaN or infinite. `step` counts from 1; `last_good` [B, C, T, H, W] are those before
-    it.
+    """The latents became NaN or infinite in `step`, counted from 1. `last_good` [B, C, T, H, W] are the
+    latents before it.
     """
 
     def __init__(self, step: int, *, steps: int, last_good: Tensor) -> None:
@@ -74,8 +74,8 @@ class NonFiniteLatentsError(FloatingPointError):
 @dataclass
 class VideoOutput(BaseOutput):
     """`frames`: B videos, as lists of images, an array [B, frames, height, width, 3] in [0, 1], a tensor
-    [B, frames, 3, height, width] in [0, 1], or normalised latents [B, C, T, H, W]. `seeds`: of each of the B,
-    given or drawn; None for generators.
+    [B, frames, 3, height, width] in [0, 1], or normalised latents [B, C, T, H, W]. `seeds`: the seed of each
+    video, given or drawn; None if generators were given.
     """
 
     frames: list[list[Image.Image]] | np.ndarray | Tensor
@@ -85,12 +85,11 @@ class VideoOutput(BaseOutput):
 class OpenSoraPlanPipeline(DiffusionPipeline):
     """Text to video with Open-Sora Plan v1.5.0.
 
-    Text encoders and tokenizers may be None if `prompt_embeds` are given to every call, and the VAE if only
-    latents are asked for. The default scheduler
-    is a FlowMatchEulerDiscreteScheduler, which is only read for `shift` and `use_dynamic_shifting`, the
-    defaults of each call: its sigmas are `flow`'s, as in the original. Any other flow-matching scheduler of
-    diffusers is used as it is. The last five arguments are those of `PromptSettings` and the length of a
-    prompt in T5 tokens; they are saved with the pipeline.
+    Text encoders and tokenizers may be None if every call gets `prompt_embeds`, and the VAE may be None if
+    every call asks for latents. Of the default scheduler, a FlowMatchEulerDiscreteScheduler, only `shift` and
+    `use_dynamic_shifting` are used, as defaults of each call; its sigmas are `flow`'s, as in the original.
+    Any other flow-matching scheduler of diffusers is used as it is. The last five arguments are those of
+    `PromptSettings` and the length of a prompt in T5 tokens; they are saved with the pipeline.
 
     Raises ValueError for parts that do not fit each other.
     """
@@ -103,12 +102,12 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     vae: VideoVAE
     # Where it computes, if weights come there only for that; set by runtime/placement.py.
     streamed_to: torch.device | None = None
-    # Of the call under way, or the last one.
+    # State of the current call, or of the last one.
     _guidance_scale = 1.0
     _num_timesteps = 0
     _interrupt = False
     _current_timestep: Tensor | None = None
-    # Whether it decodes, or was stopped by an error while it did.
+    # True while decoding; an error during decoding leaves it True.
     is_decoding = False
 
     def __init__(
@@ -147,8 +146,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: Any, **options: Any) -> Any:  # noqa: ANN401
-        """As in diffusers, but a local folder's JSON files are read and checked first. Raises ValueError
-        for damaged ones, which names file and key.
+        """As in diffusers, but the JSON files of a local folder are checked first. Raises ValueError, with
+        file and key, for damaged ones.
         """
         folder = Path(path)
         if (folder / INDEX).is_file():
@@ -158,8 +157,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return super().from_pretrained(path, **options)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:  # noqa: ANN401
-        """As in diffusers, and with it what the folder that this was loaded from says of generating:
-        generate.json and step_cache.json.
+        """As in diffusers. Also copies generate.json and step_cache.json from the folder that this pipeline
+        was loaded from.
         """
         source, target = Path(self.config.get("_name_or_path") or ""), Path(save_directory)
         for name in (GENERATE_FILE, STEP_CACHE_FILE) if (source / INDEX).is_file() else ():
@@ -170,7 +169,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call; a callback may change `_guidance_scale` for the steps that follow."""
+        """Guidance scale of the call. A callback may set `_guidance_scale` for the following steps."""
         return self._guidance_scale
 
     @property
@@ -180,17 +179,17 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """How many steps the call has; some schedulers make more than num_inference_steps."""
+        """Number of steps of the call; some schedulers make more than num_inference_steps."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """1000 * sigma of the step under way; None outside of denoising."""
+        """1000 * sigma of the current step; None outside of denoising."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which makes its step the last."""
+        """Whether a callback has set `_interrupt`, which ends the call after its step."""
         return self._interrupt
 
     @property
@@ -199,8 +198,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
 
     @property
     def prompt_settings(self) -> PromptSettings:
-        """What is done to a prompt before it is encoded. Change it by `register_to_config` or in the
-        constructor.
+        """How prompts are prepared before they are encoded. Set in the constructor, or
+        later with `register_to_config`.
         """
         return PromptSettings(
             template=self.config["prompt_template"],
@@ -210,8 +209,9 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         )
 
     def encode_prompts(self, prompts: Sequence[str], *, negative: bool = False) -> PromptEmbeds:
-        """Embeddings of prompts, wrapped and cleaned by the prompt settings (`negative`: as negative
-        prompts). Warns of words that cleaning removes. Raises ValueError if next to nothing is left.
+        """Embeddings of prompts, after the prompt settings' template and cleaning (`negative`: those
+        for negative prompts). Warns of words that cleaning removes. Raises ValueError if it
+        leaves almost nothing.
         """
         return self.encode_texts(self._prepare_prompts(prompts, negative=negative))
 
@@ -229,7 +229,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             raise ValueError("this pipeline has no text encoders: give prompt_embeds")
         for text in dict.fromkeys(texts):
             if words := unknown_words(text, self.tokenizer):
-                said = "T5 has no tokens for %s: of these it reads only that they are unknown"
+                said = "T5 has no tokens for %s: it only sees that they are unknown"
                 logger.warning(said, shorten(", ".join(words), 200, placeholder=" ..."))
         return encode_texts(
             texts,
@@ -279,40 +279,38 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             height, width: pixels, multiples of 16.
             num_frames: 8k + 1.
             num_inference_steps: denoising steps.
-            guidance_scale: strength of the prompt; 1 or less is without guidance, at half the cost.
-            guidance_rescale: share, 0 to 1, of the guided velocity that is given the conditional one's
-                standard deviation.
-            guidance_interval: the part of the steps that is guided, as fractions (start, end) of their
-                number.
-            batched_guidance: both branches in one batch instead of one after the other: more memory.
-            shift, use_dynamic_shifting: of the schedule, instead of the scheduler's. Only for the default
-                scheduler, as is the next.
-            use_linear_quadratic_schedule: that schedule, which has no shift.
-            solver: "euler", as in the original, or "adams", the two-step Adams-Bashforth method: as near to
-                the flow with half the steps. Only for the default scheduler.
+            guidance_scale: classifier-free guidance scale; 1 or less switches guidance off, at half the cost.
+            guidance_rescale: 0 to 1. How far the guided velocity's standard deviation is moved to that of the
+                conditional one.
+            guidance_interval: part of the steps that use guidance, as fractions (start, end).
+            batched_guidance: compute both branches in one batch, which needs more memory.
+            shift, use_dynamic_shifting: timestep shift, instead of the scheduler's. Only for the default
+                scheduler.
+            use_linear_quadratic_schedule: use this schedule, which has no shift. Only for the default
+                scheduler.
+            solver: "euler", as in the original, or "adams", the two-step Adams-Bashforth method, which needs
+                half the steps for the same accuracy. Only for the default scheduler.
             num_videos_per_prompt: videos of the first prompt come first.
-            seed: of the first video, the others count on from it; or one for each of the B. None: drawn from
-                torch's global generator, which `torch.manual_seed` sets; the output has it.
-            generator: instead of a seed, one for all or one for each of the B. One seed gives one video on
-                every device, since seeds draw on the CPU; a generator draws on its own device.
-            latents: noise [B, C, T, H, W] to start from, which also says the size of the video.
-            first_step: how many steps were done already; `latents` are those after them. Only for the
-                default scheduler.
-            previous_velocity: that of the step before `first_step`, from which "adams" goes on.
-            output_type: "pil", "np", "pt" or "latent", see `VideoOutput`; `iter_decode` makes frames of the
-                last.
+            seed: of the first video, each further video adds 1; or one seed for each of the B. None: drawn
+                from torch's global generator, and returned in the output.
+            generator: instead of a seed, one generator for all or one for each of the B. Seeds draw noise on
+                the CPU, so a seed gives the same video on every device; a generator draws on its own device.
+            latents: noise [B, C, T, H, W] to start from, which also sets the size of the video.
+            first_step: number of steps that `latents` have already gone through. Only for the default
+                scheduler.
+            previous_velocity: velocity of the step before `first_step`, for "adams".
+            output_type: "pil", "np", "pt" or "latent", see `VideoOutput`; `iter_decode` decodes latents.
             callback_on_step_end: called with (pipeline, step, timestep, tensors) after each step, `step`
-                counting from 0; or a callback of diffusers, such as SDCFGCutoffCallback. What it returns in a
-                dict takes effect from the next step on: "latents", "prompt_embeds" [B, L, D] and
-                "pooled_prompt_embeds" [B, P]. So does a change of `pipeline._guidance_scale`, and setting
-                `pipeline._interrupt = True` makes this step the last.
-            callback_on_step_end_tensor_inputs: which of these tensors, and of "velocity" (after guidance, of
-                the step that is done, so it cannot be replaced), a callback gets.
+                counting from 0; or a callback of diffusers, such as SDCFGCutoffCallback. It may return a dict
+                of tensors to use from the next step on: "latents", "prompt_embeds" [B, L, D] and
+                "pooled_prompt_embeds" [B, P]. It may also set `pipeline._guidance_scale`, or end the call
+                after this step with `pipeline._interrupt = True`.
+            callback_on_step_end_tensor_inputs: which of these tensors a callback gets, and whether it gets
+                "velocity", that of this step after guidance, which it cannot replace.
             return_dict: False returns the tuple (frames,) instead.
 
-        Raises ValueError for bad arguments before any model runs, and for what a callback returns that cannot
-        take effect; NonFiniteLatentsError if the latents become NaN or infinite, FloatingPointError if the
-        decoded frames do.
+        Raises ValueError for bad arguments before any model runs, and for impossible results of a callback;
+        NonFiniteLatentsError if the latents become NaN or infinite, FloatingPointError if decoded frames do.
         """
         self.is_decoding = False
         if latents is None:
@@ -325,10 +323,12 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if output_type != "latent" and self.vae is None:
             raise ValueError(
-                f"this pipeline has no VAE to make {output_type!r} of latents: give output_type='latent'"
+                f"this pipeline has no VAE, so output_type must be 'latent', got {output_type!r}"
             )
         if self.transformer is None:
-            raise ValueError("this pipeline has no denoiser (transformer): it can only encode and decode")
+            raise ValueError(
+                "this pipeline has no transformer: it can only encode prompts and decode latents"
+            )
         inputs = callback_inputs(
             callback_on_step_end, callback_on_step_end_tensor_inputs, known=self._callback_tensor_inputs
         )
@@ -338,11 +338,11 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
         batch = len(prompts) * num_videos_per_prompt
         if latents is not None and latents.shape[0] != batch:
-            raise ValueError(f"latents are for {latents.shape[0]} videos, the prompts ask for {batch}")
+            raise ValueError(f"latents are for {latents.shape[0]} videos, the prompts for {batch}")
         if seed is not None and generator is not None:
             raise ValueError("give either seed or generator")
-        seeds = spread_seeds(batch, seed) if generator is None else None
-        sources = generators(batch, seeds, generator)
+        seeds = make_seeds(batch, seed) if generator is None else None
+        sources = make_generators(batch, seeds, generator)
         schedule = Schedule(
             num_inference_steps, shift, use_dynamic_shifting, use_linear_quadratic_schedule, solver
         )
@@ -417,13 +417,13 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         rescale: float,
         call_back: Callable[..., Tensor] | None,
     ) -> Tensor:
-        """Latents [B, C, T, H, W] in fp32 after the steps from `first_step` on."""
-        steps, told = len(sampler.timesteps), False
+        """Run the steps from `first_step` on. Returns latents [B, C, T, H, W] in fp32."""
+        steps, warned = len(sampler.timesteps), False
         planned: tuple[float, Conditions] | None = None
         calls: list[dict[str, Conditions]] = []
         vectors: list[dict[str, Modulation]] | None = None
         names: Collection[str] | None = None
-        take_overflows(self.transformer.transformer_blocks)  # of what was computed before
+        take_overflows(self.transformer.transformer_blocks)  # forget those of earlier calls
         with self.progress_bar(total=steps) as progress:  # type: ignore[call-issue]
             progress.update(first_step)
             for index in range(first_step, steps):
@@ -435,12 +435,12 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                         vectors = self._modulations(sampler.timesteps, calls)
                 before, names = names, calls[index].keys()
                 if branches.batched and before not in (None, names) and self.transformer.is_cache_enabled:
-                    self.transformer._reset_stateful_cache()  # some caches hold what a larger batch gave
+                    self.transformer._reset_stateful_cache()  # some caches hold tensors of a larger batch
                 self._current_timestep = timestep
                 context = {"step_index": index, "num_inference_steps": steps}
                 modulation = vectors[index] if vectors else None
                 velocity = self._velocity(latents, timestep, calls[index], modulation, context)
-                told = told or self._warn_of_overflow(index + 1, steps=steps)
+                warned = warned or self._warn_of_overflow(index + 1, steps=steps)
                 if branches.is_guided(index, scale=scale):
                     uncond, cond = velocity.chunk(2)
                     velocity = flow.guide(uncond, cond, scale, rescale)
@@ -465,8 +465,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         velocity: Tensor,
         branches: Branches,
     ) -> Tensor:
-        """Call a callback after a step with the tensors of these names. Returns the latents to go on from;
-        other changes are made in `branches`.
+        """Call a callback after a step with the tensors of these names. Returns the latents for the next
+        step; other changes are made in `branches`.
         """
         text = branches.positive.text
         given = {
@@ -487,24 +487,25 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return changed.get("latents", latents).to(latents)
 
     def iter_decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames [B, 3, t, height, width] in [0, 1] (fp32, on the CPU) of normalised latents [B, C, T, H, W],
-        chunk by chunk: a long video never is in memory whole. Raises FloatingPointError if they are NaN.
+        """Decode normalised latents [B, C, T, H, W] chunk by chunk, so that a long video is never in memory
+        as a whole. Yields frames [B, 3, t, height, width] in [0, 1], fp32 on the CPU. Raises
+        FloatingPointError if they are not finite.
         """
-        for pixels in self._decoded(latents):
+        for pixels in self._decode_pixels(latents):
             yield (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 
     def iter_pictures(self, latents: Tensor) -> Iterator[Tensor]:
-        """The frames of one video as files take them: uint8 [t, height, width, 3], on the CPU. Made on the
-        device, for a quarter of the bytes has to leave it.
+        """Decode one video as `iter_decode`, but to uint8 [t, height, width, 3] for files. Rounded on the
+        device, so that a quarter of the bytes is copied from it.
         """
-        for pixels in self._decoded(latents):
+        for pixels in self._decode_pixels(latents):
             yield to_uint8(pixels[0]).cpu()
 
     @torch.no_grad()
-    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels [B, 3, t, height, width], about [-1, 1], chunk by chunk."""
+    def _decode_pixels(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels [B, 3, t, height, width], about [-1, 1], chunk by chunk."""
         self.is_decoding = True
-        # Offloading moves a model when its `forward` is called, which is not so here.
+        # Offloading moves a model when its `forward` is called, which decoding does not do.
         hook = getattr(self.vae, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(self.vae)
@@ -523,7 +524,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         self, latents: Tensor, output_type: OutputType
     ) -> list[list[Image.Image]] | np.ndarray | Tensor:
         if output_type == "pil":
-            chunks = [torch.stack([*map(to_uint8, pixels)]).cpu() for pixels in self._decoded(latents)]
+            chunks = [torch.stack([*map(to_uint8, pixels)]).cpu() for pixels in self._decode_pixels(latents)]
             return [[*map(Image.fromarray, video)] for video in torch.cat(chunks, dim=1).numpy()]
         frames = torch.cat(list(self.iter_decode(latents)), dim=2).transpose(1, 2)  # [B, T, 3, H, W]
         return frames if output_type == "pt" else frames.movedim(2, -1).numpy()
@@ -536,8 +537,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         modulation: dict[str, Modulation] | None,
         context: dict[str, int],
     ) -> Tensor:
-        """Velocities in fp32 of all branches [B, ...], the unconditional one first. `context`: where in the
-        run this is, for caches.
+        """Velocities of all branches [B, ...] in fp32, the unconditional one first. `context`: step and
+        number of steps, for caches.
         """
         outputs = []
         sigma = float(timestep) / flow.TIMESTEP_SCALE
@@ -555,12 +556,12 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return torch.cat(outputs)
 
     def _warn_of_overflow(self, step: int, *, steps: int) -> bool:
-        """Whether something in this step, which counts from 1, left the range of fp16: then warn of it."""
+        """Warn if values in this step, counted from 1, were clipped to the range of fp16. Returns whether."""
         blocks = take_overflows(self.transformer.transformer_blocks)
         if blocks:
             logger.warning(
-                "values beyond the range of fp16 (65504) were cut off in block %s in step %d of %d: "
-                "the video may suffer from it; dtype bf16 has no such limit",
+                "values were clipped to the range of fp16 (65504) in block %s in step %d of %d: "
+                "the video may be worse for it; dtype bf16 has no such limit",
                 ", ".join(map(str, blocks)),
                 step,
                 steps,
@@ -570,20 +571,20 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
     def _modulations(
         self, timesteps: Tensor, calls: Sequence[dict[str, Conditions]]
     ) -> list[dict[str, Modulation]]:
-        """Of each branch of each step. Of all steps, also where a run goes on in the middle: it then gets the
-        bits of a run that was not broken off.
+        """Modulation of each branch in each step. Computed for all steps even when resuming, so that a
+        resumed video has the same bits as one that was not stopped.
         """
         conditions = [
-            (timestep.expand(told.batch_size), told.text.pooled)
+            (timestep.expand(branch.batch_size), branch.text.pooled)
             for timestep, branches in zip(timesteps, calls, strict=True)
-            for told in branches.values()
+            for branch in branches.values()
         ]
         made = iter(modulations(self.transformer, conditions, device=self._execution_device))
         return [{name: next(made) for name in branches} for branches in calls]
 
     @property
     def has_default_scheduler(self) -> bool:
-        """Whether sampling is by our own steps, see `is_default_scheduler`."""
+        """Whether our own samplers are used, see `is_default_scheduler`."""
         return is_default_scheduler(self.scheduler)
 
     def _check_first_step(
@@ -595,10 +596,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         if first_step and latents is None:
             raise ValueError(f"first_step {first_step} needs the latents after {first_step} steps")
         if previous is not None and not first_step:
-            raise ValueError("there is no previous_velocity before the first step: give first_step")
+            raise ValueError("previous_velocity needs first_step")
         if first_step and not self.has_default_scheduler:
             name = type(self.scheduler).__name__
-            raise ValueError(f"the {name} may remember earlier steps: it cannot begin at step {first_step}")
+            raise ValueError(f"a {name} may depend on earlier steps: it cannot start at step {first_step}")
 
     def _latent_grid(self, latents: Tensor) -> tuple[int, int, int]:
         channels, patch = self.transformer.config["out_channels"], self.transformer.config["patch_size"]
@@ -641,7 +642,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                     "give one, or one for each"
                 )
             return [""] * count
-        negatives = spread(prompt, count)
+        negatives = repeat_texts(prompt, count)
         check_texts(negatives, name="negative_prompt")
         return negatives
 
@@ -652,5 +653,5 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         if got != wanted:
             raise ValueError(
                 f"{name} have {got[0]} (T5) and {got[1]} (CLIP) channels, "
-                f"the denoiser was made for {wanted[0]} and {wanted[1]}"
+                f"the denoiser needs {wanted[0]} and {wanted[1]}"
             )

@@ -1,7 +1,4 @@
-"""What a call of the pipeline, and the pipeline itself, is given: checked, and spread over its videos.
-
-No model runs here.
-"""
+"""Checks arguments of the pipeline and of its calls, and repeats them for each video. No model runs here."""
 
 import math
 import operator
@@ -20,14 +17,14 @@ LARGEST_SEED = 2**63 - 1
 
 
 def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:  # noqa: ANN401
-    """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass, is not
-    checked.
+    """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass,
+    is not checked.
     """
     latents, gives = vae and vae.latent_channels, "the VAE's latents have"
     if transformer is not None and vae is None:
         latents, gives = transformer.config["out_channels"], "its velocity has"
     widths = [
-        # Of noisy latents alone: no conditions are put beside them.
+        # Only noisy latents: nothing is concatenated to them.
         ("in_channels", gives, latents),
         ("out_channels", gives, latents),
         ("caption_channels", "the T5 encoder gives", text_encoder and text_encoder.config.d_model),
@@ -36,11 +33,11 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: A
     for key, gives, width in widths:
         if transformer is not None and width and width != transformer.config[key]:
             wanted = transformer.config[key]
-            raise ValueError(f"the denoiser was made for {wanted} channels ({key}), but {gives} {width}")
+            raise ValueError(f"the denoiser needs {wanted} channels ({key}), but {gives} {width}")
 
 
 def check_guidance(scale: float, rescale: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Raise ValueError for settings of guidance that cannot be."""
+    """Raise ValueError for impossible settings of guidance."""
     if not 0 <= scale < math.inf:
         raise ValueError(f"guidance_scale must be at least 0 (1 or less: no guidance), got {scale}")
     if not 0 <= rescale <= 1:
@@ -54,7 +51,7 @@ def check_texts(texts: Sequence[str], *, name: str) -> None:
     """Raise ValueError unless all are strings."""
     strange = [text for text in texts if not isinstance(text, str)]
     if strange:
-        raise ValueError(f"{name} must be a string or several, got {strange[0]!r}")
+        raise ValueError(f"{name} must be a string or a list of strings, got {strange[0]!r}")
 
 
 def range_of_steps(interval: tuple[float, float], steps: int) -> range:
@@ -63,18 +60,18 @@ def range_of_steps(interval: tuple[float, float], steps: int) -> range:
     return range(round(start * steps), round(end * steps))
 
 
-def spread(value: str | Sequence[str] | None, count: int) -> list[str]:
-    """One string for each of `count` prompts, from one for all or one for each."""
+def repeat_texts(value: str | Sequence[str] | None, count: int) -> list[str]:
+    """One negative prompt for each of `count` prompts, from one for all or one for each."""
     values = [value or ""] * count if value is None or isinstance(value, str) else list(value)
     if len(values) != count:
         raise ValueError(f"{len(values)} negative prompts for {count} prompts: give one, or one for each")
     return values
 
 
-def generators(
+def make_generators(
     batch: int, seeds: Sequence[int] | None, generator: torch.Generator | list[torch.Generator] | None
 ) -> list[torch.Generator]:
-    """A source of noise for each of `batch` videos: new ones on the CPU by `seeds`, or those given."""
+    """A generator for each of `batch` videos: new ones on the CPU with these `seeds`, or those given."""
     if isinstance(generator, torch.Generator):
         return [generator] * batch
     if generator is None:
@@ -84,8 +81,8 @@ def generators(
     return list(generator)
 
 
-def spread_seeds(batch: int, seed: int | Sequence[int] | None) -> list[int]:
-    """A seed for each of `batch` videos, counting on from the first or as given. None: a first one drawn from
+def make_seeds(batch: int, seed: int | Sequence[int] | None) -> list[int]:
+    """A seed for each of `batch` videos: as given, or counting up from one. None: the first one is drawn from
     torch's global generator.
     """
     if seed is None:
@@ -100,13 +97,13 @@ def spread_seeds(batch: int, seed: int | Sequence[int] | None) -> list[int]:
 
 
 def callback_inputs(callback: object, names: Sequence[str], *, known: Sequence[str]) -> Sequence[str]:
-    """The names of the tensors that a callback gets: its own if it is one of diffusers', else these `names`.
-    Raises ValueError for those that are not `known`, and for a callback that needs what there is not.
+    """The names of the tensors that a callback gets: a callback of diffusers says which, any other gets
+    `names`. Raises ValueError for names that are not `known`, and for callbacks that cannot work here.
     """
     several = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
     official = [one for one in several if isinstance(one, PipelineCallback)]
     if any(isinstance(one, IPAdapterScaleCutoffCallback) for one in official):
-        raise ValueError("IPAdapterScaleCutoffCallback has no use: this pipeline has no IP adapters")
+        raise ValueError("IPAdapterScaleCutoffCallback has no effect: this pipeline has no IP adapters")
     if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
         names = callback.tensor_inputs
     if unknown := sorted(set(names) - set(known)):
@@ -116,10 +113,11 @@ def callback_inputs(callback: object, names: Sequence[str], *, known: Sequence[s
 
 
 def changed_tensors(given: Mapping[str, Tensor], returned: object) -> dict[str, Tensor]:
-    """What a callback has changed: the tensors that it `returned` which are not those it was `given`.
+    """The tensors that a callback changed: those that it `returned` and that differ from those `given`.
 
-    The last row alone of prompt embeddings counts as unchanged: so diffusers' callbacks cut off the
-    unconditional branch, which ours come without. Raises ValueError for what cannot take effect.
+    If it returns only the last row of prompt embeddings, they count as unchanged: diffusers' callbacks cut
+    off the unconditional branch this way, which our embeddings do not have. Raises ValueError for tensors
+    that cannot take effect.
     """
     if returned is None:
         return {}
@@ -134,7 +132,7 @@ def changed_tensors(given: Mapping[str, Tensor], returned: object) -> dict[str, 
             continue
         if name == "velocity":
             raise ValueError(
-                "the callback returned another velocity, but its step is done: return latents instead"
+                "the callback cannot change velocity, whose step is done: return latents instead"
             )
         if not isinstance(value, Tensor) or value.shape != before.shape:
             if name != "latents" and isinstance(value, Tensor) and torch.equal(value, before[-1:]):

@@ -64,7 +64,7 @@ class Request(Settings):
     @field_validator("guidance_interval", mode="before")
     @classmethod
     def _split_interval(cls, value: Any) -> Any:  # noqa: ANN401 (whatever a file holds)
-        """A cell of a .csv holds both numbers, JSON has no tuples."""
+        """A cell of a .csv has both numbers. JSON has no tuples."""
         values = value.replace(",", " ").split() if isinstance(value, str) else value
         return tuple(values) if isinstance(values, list) else values
 

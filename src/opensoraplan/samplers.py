@@ -1,5 +1,5 @@
-"""How latents go from one step to the next: by Euler's or Adams' method over `flow`'s sigmas, or by another
-flow-matching scheduler of diffusers. No model runs here.
+"""Samplers: Euler's and Adams' methods over `flow`'s sigmas, or any flow-matching scheduler of diffusers. No
+model runs here.
 """
 
 import copy
@@ -19,7 +19,7 @@ from opensoraplan.defaults import Solver
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
-# Options of the default scheduler that would change its steps, at the values that do not.
+# Options of the default scheduler that we do not use, with the values that have no effect.
 UNREAD_OPTIONS = {
     "stochastic_sampling": False,
     "invert_sigmas": False,
@@ -50,8 +50,8 @@ class EulerSampler:
 
 
 class AdamsSampler(EulerSampler):
-    """`flow.adams_step` over the same sigmas. The first step, which knows no velocity before its own, is
-    Euler's, unless it goes on from the `previous` one.
+    """`flow.adams_step` over the same sigmas. The first step is Euler's, unless the velocity of the step
+    before it is given as `previous`.
     """
 
     def __init__(self, sigmas: Tensor, previous: Tensor | None = None) -> None:
@@ -68,8 +68,8 @@ class AdamsSampler(EulerSampler):
 
 
 class SchedulerSampler:
-    """A flow-matching scheduler of diffusers, after its `set_timesteps`. `sources`: a generator for each
-    video, for schedulers that draw noise at every step.
+    """A flow-matching scheduler of diffusers, after its `set_timesteps`. `sources`: one generator per video,
+    for schedulers that draw noise in every step.
     """
 
     def __init__(self, scheduler: Any, sources: list[torch.Generator]) -> None:  # noqa: ANN401 (no shared interface)
@@ -85,7 +85,7 @@ class SchedulerSampler:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a call asks of its steps. None: as the default scheduler's config says."""
+    """Number of steps, schedule and solver of a call. None: as in the default scheduler's config."""
 
     steps: int
     shift: float | None = None
@@ -97,13 +97,13 @@ class Schedule:
 def make_scheduler(
     *, shift: float = 7.0, use_dynamic_shifting: bool = False
 ) -> FlowMatchEulerDiscreteScheduler:
-    """The default scheduler, which holds the defaults of a call's `shift` and `use_dynamic_shifting`."""
+    """The default scheduler, whose config has the defaults for `shift` and `use_dynamic_shifting`."""
     return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=use_dynamic_shifting)
 
 
 def is_default_scheduler(scheduler: Any) -> bool:  # noqa: ANN401
-    """Whether sampling is by our own steps, which can begin anywhere, from the latents and, for Adams, the
-    velocity before. A subclass, which may step differently, is used as it is.
+    """Whether our own samplers are used, which can start at any step, from the latents and, for Adams, the
+    previous velocity. A subclass may step differently, so it is used as it is.
     """
     return type(scheduler) is FlowMatchEulerDiscreteScheduler
 
@@ -116,11 +116,11 @@ def make_sampler(
     previous: Tensor | None = None,
     sources: list[torch.Generator] | None = None,
 ) -> Sampler:
-    """The sampler of one call for latents [B, C, *grid]; `previous` is the velocity that Adams goes on from,
-    `sources` as in `SchedulerSampler`.
+    """The sampler of one call for latents [B, C, *grid]. `previous`: velocity of the step before, for Adams.
+    `sources`: as in `SchedulerSampler`.
 
-    Raises ValueError for a schedule that cannot be, or that the scheduler does not take, and for schedulers
-    that do not step along a flow.
+    Raises ValueError for an impossible schedule, one that the scheduler does not support, and schedulers that
+    do not step along a flow.
     """
     if schedule.steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {schedule.steps}")
@@ -141,7 +141,7 @@ def _sigmas(config: Mapping[str, Any], schedule: Schedule, grid: tuple[int, int,
             raise ValueError("the linear-quadratic schedule has no shift: leave shift out")
         return flow.linear_quadratic_sigmas(schedule.steps)
     if shift is not None and dynamic:
-        raise ValueError(f"the dynamic shift takes the place of shift {shift}: give one of them")
+        raise ValueError(f"give either shift {shift} or the dynamic shift")
     if dynamic is None:
         dynamic = shift is None and config["use_dynamic_shifting"]
     if dynamic:
@@ -159,10 +159,14 @@ def _scheduler_sampler(
     grid: tuple[int, int, int],
     sources: list[torch.Generator] | None,
 ) -> SchedulerSampler:
-    """A scheduler of diffusers with its timesteps set. A step of its copy, on noise, shows if it can."""
+    """Set the timesteps of a scheduler of diffusers. A trial step of a copy, on
+    noise, checks that it works.
+    """
     name, config = type(scheduler).__name__, scheduler.config
     if schedule != Schedule(schedule.steps):
-        raise ValueError(f"shift, schedule and solver of a {name} are set in its own config, not in the call")
+        raise ValueError(
+            f"a {name} sets shift, schedule and solver in its config: leave them out of the call"
+        )
     check_flow_scheduler(scheduler)
     mu = {"mu": flow.dynamic_mu(*grid[1:])} if config.get("use_dynamic_shifting") else {}
     trial = torch.Generator().manual_seed(0)
@@ -177,7 +181,7 @@ def _scheduler_sampler(
     descends = bool((timesteps.diff() <= 0).all())
     if not (finite and descends and 1 < timesteps[0] <= flow.TIMESTEP_SCALE and timesteps[-1] >= 0):
         raise ValueError(
-            f"the {name} does not step along a flow from timestep 1000 to 0, or not with these options: its "
+            f"the {name}, with these options, does not step along a flow from timestep 1000 to 0: its "
             f"timesteps are {timesteps[0]:g} to {timesteps[-1]:g}, its first step is "
             f"{'finite' if finite else 'not finite'}"
         )
@@ -190,18 +194,18 @@ def check_flow_scheduler(scheduler: Any) -> None:  # noqa: ANN401
     prediction = config.get("prediction_type", "flow_prediction")
     if prediction != "flow_prediction":
         raise ValueError(
-            f"the {name} takes a prediction of type {prediction!r}, but this model predicts the flow: "
-            "give it prediction_type='flow_prediction' and use_flow_sigmas=True, where it has them"
+            f"the {name} has prediction_type {prediction!r}, but this model predicts the flow: "
+            "use prediction_type='flow_prediction' and use_flow_sigmas=True, if it has them"
         )
     if not config.get("use_flow_sigmas", True):
         raise ValueError(f"the {name} needs use_flow_sigmas=True for this model")
 
 
 def check_default_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for options of the default scheduler that nobody would read."""
+    """Raise ValueError for options of the default scheduler that would have no effect."""
     unread = [f"{key}={config[key]!r}" for key, value in UNREAD_OPTIONS.items() if config[key] != value]
     if unread:
         raise ValueError(
-            "of the default scheduler, only shift and use_dynamic_shifting are read: "
+            "only shift and use_dynamic_shifting of the default scheduler have an effect: "
             f"leave out {', '.join(unread)}"
         )

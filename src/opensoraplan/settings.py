@@ -1,4 +1,4 @@
-"""Settings that a user writes, and files of our own format: frozen, with unknown keys as errors that name the
+"""Base class of settings and of our own JSON files: frozen models, whose errors for unknown keys name the
 nearest known one.
 """
 
@@ -13,28 +13,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from opensoraplan.documents import read_json_object
 from opensoraplan.names import did_you_mean
 
-# Of a message: faults that are named, and characters of a value.
+# Most faults that a message names, and most characters of a value that it shows.
 _NAMED, _SHOWN = 5, 80
-# What pydantic says of classes, which no user knows.
+# Part of pydantic's messages that names classes, which users do not know.
 _CLASS = re.compile(r" or instance of \w+$")
 
 
 class Settings(BaseModel):
-    """Base of every settings model. Numbers are finite, and neither true nor false is one. `read` instead of
-    the constructor gives messages for users.
+    """Base class of all settings. Numbers must be finite, and true and false are not numbers. Use `read`
+    instead of the constructor for messages that users understand.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_numbers(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse what pydantic takes for 0 or 1."""
+    def _refuse_bools(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse true and false where pydantic would read them as 1 and 0."""
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
         values = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, bool) for one in values) and not _may_be_bool(annotation):
-            raise ValueError("true or false is given for a number or text")
+            raise ValueError("true and false are neither numbers nor text")
         return value
 
     @classmethod
@@ -50,27 +50,29 @@ class Settings(BaseModel):
         except ValidationError as error:
             places: dict[tuple[type[BaseModel], tuple[Any, ...]], list[Any]] = {}
             for problem in error.errors():
-                places.setdefault(_located(cls, problem["loc"]), []).append(problem)
+                places.setdefault(_find_section(cls, problem["loc"]), []).append(problem)
             problems = [_explain(cls, *place, found) for place, found in places.items()]
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             raise ValueError(f"{where}: " + "; ".join(problems[:_NAMED]) + more) from None
 
     @classmethod
     def unknown_keys(cls, values: Mapping[str, Any], *, also: Sequence[str] = ()) -> dict[str, str]:
-        """The keys of a mapping, as a user writes them, that these settings do not have, and what to say of
-        each. Values are not looked at, and keys may be missing. `also`: names to suggest besides.
+        """The keys of a mapping that these settings do not have, each with a message. Values are not checked,
+        and keys may be missing. `also`: further names to suggest.
         """
         try:
             cls.model_validate(dict(values))
         except ValidationError as error:
             problems = [problem for problem in error.errors() if problem["type"] == "extra_forbidden"]
-            places = [_located(cls, problem["loc"]) for problem in problems]
-            return {_dotted(place): _unknown_key(cls, section, place, also) for section, place in places}
+            places = [_find_section(cls, problem["loc"]) for problem in problems]
+            return {_join_keys(place): _unknown_key(cls, section, place, also) for section, place in places}
         return {}
 
     @classmethod
     def sections(cls, before: str = "") -> Iterator[tuple[str, list[str]]]:
-        """The keys of these settings and of each section in them, whose name ends in a dot."""
+        """Yield each section, as a prefix ending in a dot, with its keys; the
+        prefix of the top level is "".
+        """
         yield before, list(cls.model_fields)
         for key, field in cls.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
@@ -78,13 +80,15 @@ class Settings(BaseModel):
 
     @classmethod
     def read_file(cls, path: Path) -> Self:
-        """Settings from a JSON file that holds one object of them. Raises ValueError for anything else."""
+        """Read settings from a JSON file with one object. Raises ValueError for anything else."""
         return cls.read(read_json_object(path), where=str(path))
 
 
-def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[BaseModel], tuple[Any, ...]]:
-    """The section that a key is in, and the whole key as a user writes it: where a field has several types,
-    pydantic's own location goes on with the one that was tried.
+def _find_section(
+    model: type[BaseModel], location: tuple[Any, ...]
+) -> tuple[type[BaseModel], tuple[Any, ...]]:
+    """The section that a key is in, and its full path as a user writes it. For a field with several types,
+    pydantic's location also has the type that it tried.
     """
     for depth, part in enumerate(location[:-1]):
         if isinstance(part, int):
@@ -103,13 +107,13 @@ def _located(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[type[Ba
 def _explain(
     model: type[Settings], section: type[BaseModel], location: tuple[Any, ...], problems: list[Any]
 ) -> str:
-    """What is wrong at one place: one problem, or one with each type that a field may have."""
-    name, first = _dotted(location), problems[0]
+    """The message for one key: one problem, or one for each type that the field may have."""
+    name, first = _join_keys(location), problems[0]
     if first["type"] == "extra_forbidden":
         return _unknown_key(model, section, location)
     messages = [_CLASS.sub("", problem["msg"].removeprefix("Value error, ")) for problem in problems]
     message = " or ".join([messages[0], *(text.removeprefix("Input should be ") for text in messages[1:])])
-    # What contradicts itself in a section is in the message; the whole section would bury it.
+    # For a contradiction within a section, the message has the values; the whole section would be too long.
     silent = first["type"] == "missing" or isinstance(first["input"], Mapping)
     got = "" if silent else f", got {shown(first['input'])}"
     return f"{name}: {message}{got}" if name else message
@@ -118,21 +122,21 @@ def _explain(
 def _unknown_key(
     model: type[Settings], section: type[BaseModel], location: tuple[Any, ...], also: Sequence[str] = ()
 ) -> str:
-    """A key that is unknown, with the section of the model that has it, or the nearest of its own section."""
+    """The message for an unknown key: suggests the section that has it, or the nearest key of its section."""
     key = str(location[-1])
     elsewhere = next((f"{before}{key}" for before, keys in model.sections() if key in keys), None)
     if elsewhere is not None:
-        return f"unknown key {_dotted(location)!r} (did you mean {elsewhere!r}?)"
+        return f"unknown key {_join_keys(location)!r} (did you mean {elsewhere!r}?)"
     known = [*section.model_fields, *([] if location[:-1] else also)]
-    return f"unknown key {_dotted(location)!r}{did_you_mean(key, known)}"
+    return f"unknown key {_join_keys(location)!r}{did_you_mean(key, known)}"
 
 
-def _dotted(location: tuple[Any, ...]) -> str:
+def _join_keys(location: tuple[Any, ...]) -> str:
     return ".".join(map(str, location))
 
 
 def shown(value: Any) -> str:  # noqa: ANN401 (whatever is given)
-    """A value as Python writes it, cut to fit a message."""
+    """A value as Python writes it, shortened for a message."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits
@@ -141,7 +145,7 @@ def shown(value: Any) -> str:  # noqa: ANN401 (whatever is given)
 
 
 def _may_be_bool(annotation: Any) -> bool:  # noqa: ANN401 (any type there is)
-    """Whether a field of this type takes true or false, or is a model, whose own fields are checked."""
+    """Whether a field of this type may be true or false, or is a model, which checks its own fields."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return True
     return (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from opensoraplan import flow
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.device import DTYPES
 from opensoraplan.generate.planning import needs_of
 from opensoraplan.models.conditions import Conditions
@@ -29,7 +29,7 @@ from opensoraplan.plan.memory import training_memory
 from opensoraplan.plan.step import TrainingOptions, TrainingStep
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import Arrangement, Placement, plans_for
-from opensoraplan.runtime.quantisation import keep_weights
+from opensoraplan.runtime.quantisation import quantise_weights
 from opensoraplan.samplers import make_scheduler
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.ema import Ema
@@ -116,7 +116,7 @@ def generating(
     request: Request,
     placement: Placement,
     *,
-    weights: Weights = "whole",
+    weights: WeightPrecision = "whole",
     chunks: tuple[int, ...] = (16,),
 ) -> list[Counted]:
     """One case for each number of latent frames that are decoded at a time."""
@@ -142,7 +142,7 @@ def _decode(pipeline: OpenSoraPlanPipeline, latents: Tensor) -> None:
         del pixels
 
 
-def _pipeline(models: Models, *, weights: Weights, device: str | None) -> OpenSoraPlanPipeline:
+def _pipeline(models: Models, *, weights: WeightPrecision, device: str | None) -> OpenSoraPlanPipeline:
     """All four models in bf16 without values, on the card, or untouched on the host (None)."""
     with torch.device("meta"):
         parts: list[nn.Module] = [
@@ -152,7 +152,7 @@ def _pipeline(models: Models, *, weights: Weights, device: str | None) -> OpenSo
             CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP | models.clip)),
         ]
     parts = [nn.Module.to(part, torch.bfloat16).eval().requires_grad_(False) for part in parts]
-    keep_weights(parts[0], weights)  # type: ignore[arg-type]
+    quantise_weights(parts[0], weights)  # type: ignore[arg-type]
     denoiser, vae, t5, clip = (part.to_empty(device=device or "cpu") for part in parts)
     pipeline = OpenSoraPlanPipeline(denoiser, vae, t5, None, clip, None, make_scheduler())
     pipeline.set_progress_bar_config(disable=True)

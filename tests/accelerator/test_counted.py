@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from counting import SMALL, TRAINED, generating, training
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.sizes import BatchShape
 from opensoraplan.plan.step import TrainingOptions
 from opensoraplan.requests import Request
@@ -18,7 +18,7 @@ REQUEST = Request(prompt="any", frames=57, height=288, width=512, steps=1)
     ("placement", "weights"),
     [("resident", "whole"), ("in-turn", "int8"), ("streamed", "whole")],
 )
-def test_generating(placement: Placement, weights: Weights) -> None:
+def test_generating(placement: Placement, weights: WeightPrecision) -> None:
     cases = generating(SMALL, REQUEST, placement, weights=weights, chunks=(16, 1))
     assert cases
     for case in cases:

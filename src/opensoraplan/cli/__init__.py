@@ -1,36 +1,36 @@
-"""The command `osp`, from its first moment to its exit code. What takes time to import is imported only once
-signals are dealt with.
+"""Entry point of the command `osp`: signals, streams, exit codes. Slow imports come after signal
+handlers are installed.
 
-A user's mistake ends in one line on stderr and exit code 2; a traceback is a bug of ours.
+A user's mistake gives one line on stderr and exit code 2; a traceback is a bug of ours.
 """
 
 import os
 import signal
 import sys
 
-TYPE_CHECKING = False  # typing takes longer to import than all else here
+TYPE_CHECKING = False  # importing typing would take longer than everything else here
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opensoraplan.cli.surroundings import Stop
 
-# Where a shell says that nobody reads stdout any more: 128 and SIGPIPE.
-_NOBODY_READS = 141
+# A shell's exit code for a command that SIGPIPE ended: 128 + 13.
+_BROKEN_PIPE = 141
 
 
 def main(job: "Callable[[list[str]], None] | None" = None, *, program: str = "osp") -> None:
-    """Run the command, or another program's `job` of its command line in the same surroundings. Mistakes of
-    the user end with exit code 2 and one message, anything else is a bug.
+    """Run the command, or another program's `job`, which gets the command line. Mistakes of the user end with
+    one message and exit code 2; anything else is a bug.
     """
     before = signal.getsignal(signal.SIGINT)
     is_usual = before is signal.default_int_handler
     if is_usual:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # for now: it ends without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # during imports, Ctrl-C ends without a traceback
     try:
-        from opensoraplan.cli.surroundings import limit_spinning, settled
+        from opensoraplan.cli.surroundings import guard_signals_and_streams, limit_spinning
 
         limit_spinning()
-        with settled(program) as stop:
+        with guard_signals_and_streams(program) as stop:
             code = _run(job, program, stop)
     finally:
         if is_usual:
@@ -40,7 +40,7 @@ def main(job: "Callable[[list[str]], None] | None" = None, *, program: str = "os
 
 
 def _run(job: "Callable[[list[str]], None] | None", program: str, stop: "Stop") -> int:
-    """Run the verb, or the job; what ends it becomes a message and an exit code."""
+    """Run the verb, or the job. Turns errors into a message and an exit code."""
     try:
         try:
             _set_up_logging()
@@ -53,11 +53,11 @@ def _run(job: "Callable[[list[str]], None] | None", program: str, stop: "Stop") 
     except SystemExit:
         raise
     except BaseException as error:
-        if stop.signal is not None:  # whatever became of it: an import may turn it into an error of its own
+        if stop.signal is not None:  # whatever the error is: imports may turn the interrupt into another one
             sys.stderr.write(f"{program}: stopped\n")
             return 128 + stop.signal
         if isinstance(error, BrokenPipeError) and error.filename == "stdout":
-            return _NOBODY_READS
+            return _BROKEN_PIPE
         message = _message(error)
         if message is None:
             raise
@@ -71,12 +71,12 @@ def _set_up_logging() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("opensoraplan").setLevel(logging.INFO)
-    # transformers reads this when it is imported. Its bars would break into ours.
+    # transformers reads this when it is imported. Its progress bars would interrupt ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _message(error: BaseException) -> str | None:
-    """What to say of an error that a user can help; None for a bug of ours."""
+    """The message for an error that the user can do something about; None for a bug of ours."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):

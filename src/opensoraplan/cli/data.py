@@ -1,4 +1,4 @@
-"""`osp data`: check clips to train on, look at many at once."""
+"""`osp data check` and `data sheet`: options, and checks before work starts."""
 
 import logging
 import sys
@@ -33,13 +33,13 @@ class DataCheck:
     csv: OptionalPath = None
     """Also write each clip with the decision and its reason to this .csv file."""
     global_batch: Annotated[int | None, optional("N")] = None
-    """Samples per step: also drop shapes that are too rare for such batches. Default: the run's."""
+    """Samples per step: also drop shapes with too few clips for such batches. Default: the run's."""
     all_files: bool = False
-    """Open every file, even if the manifest has all facts, and compare. Clips with another size or frame rate
-    than the manifest says are dropped.
+    """Open every file, even if the manifest has size, length and frame rate, and drop clips that differ
+    from the manifest.
     """
     captions: bool = True
-    """Drop clips without a caption. --no-captions is for training a VAE and the default for its runs."""
+    """Drop clips without a caption. --no-captions is for training a VAE, and is the default for its runs."""
     seed: Annotated[int | None, optional("N", "(default: 0)")] = None
     """Random seed of the windows and of drop_short_ratio."""
     set: Annotated[Changes, optional("KEY=VALUE ...")] = ()
@@ -115,7 +115,7 @@ def data_check(options: DataCheck) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether this describes a run, which the config.json of one does, too, rather than clips."""
+    """Whether this file describes a run (its RUN.toml or config.json) and not clips."""
     if path.suffix != ".json" or not path.is_file():
         return path.suffix == ".toml"
     content = read_json(path)
@@ -123,7 +123,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _read_run(options: DataCheck, changes: list[str]) -> "RunSettings":
-    """The run that is to be checked."""
+    """Read the settings of the run to check."""
     from opensoraplan.train.run.files import read_settings
 
     path = options.manifest
@@ -131,7 +131,7 @@ def _read_run(options: DataCheck, changes: list[str]) -> "RunSettings":
     twice = [name for name, value in given.items() if value is not None]
     if twice:
         raise ValueError(
-            f"{path} is a run, whose settings decide this: use --set data.root=..., seed=... or "
+            f"{path} is a run, so its settings are used: change them with --set data.root=..., seed=... or "
             f"data.selection.KEY=... instead of {', '.join(twice)}"
         )
     return read_settings(path, changes=changes)

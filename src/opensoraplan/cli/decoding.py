@@ -1,4 +1,4 @@
-"""`osp decode` and `osp calibrate`: options, and what is checked before a model is loaded."""
+"""`osp decode` and `osp calibrate`: options, and checks before a model is loaded."""
 
 import logging
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from opensoraplan.cli.options import Dtype, OptionalDevice, optional
 from opensoraplan.cli.parts import check_model
 from opensoraplan.defaults import STEP_CACHE_FILE, GenerateDefaults
-from opensoraplan.disk import made
+from opensoraplan.disk import make_folder
 from opensoraplan.fingerprint import fingerprint_weights
 from opensoraplan.requests import Request
 
@@ -72,7 +72,7 @@ def calibrate(options: Calibrate) -> None:
     check_model(folder)
     out = options.out or folder / STEP_CACHE_FILE
     if out.exists():
-        raise ValueError(f"{out} exists already: delete it, or give another file by --out")
+        raise ValueError(f"{out} exists already: delete it, or give another file with --out")
     usual = {"frames": 57, "height": 288, "width": 512, "steps": 50, "guidance": 8.0}
     usual |= GenerateDefaults.of(folder).model_dump(include=set(usual), exclude_none=True)
     asked = {name: getattr(options, name) for name in usual}
@@ -92,13 +92,13 @@ def calibrate(options: Calibrate) -> None:
         session.check(request)
 
         def measure(_again: bool) -> tuple[float, ...]:
-            with step_cache.measured(session.pipeline.transformer) as ratios:
+            with step_cache.measure_ratios(session.pipeline.transformer) as ratios:
                 session.denoise(request)
             return tuple(ratios)
 
         ratios = session.attempt(request, measure)
         found = step_cache.Calibration(ratios=ratios, transformer=session.fingerprints["transformer"])
-    with made(out.parent):
+    with make_folder(out.parent):
         found.write(out)
     logger.info("wrote %s: osp generate ... --step-cache 0.06", out)
 
@@ -111,9 +111,9 @@ def decode(options: Decode) -> None:
     model = record["model"]
     path = options.vae or Path(model["vae"] if isinstance(model, dict) else model)
     if not path.exists():
-        raise FileNotFoundError(f"{path}, which made the latents, does not exist: give its VAE by --vae")
+        raise FileNotFoundError(f"{path}, the model of the latents, does not exist: give its VAE with --vae")
     if step < record["steps"]:
-        logger.warning("only %d of %d steps were done: the video will be noisy", step, record["steps"])
+        logger.warning("only %d of %d steps are done: the video will be noisy", step, record["steps"])
     if options.vae is None:
         _check_vae(record, path)
     stem = options.latents.name.removesuffix(saved.SUFFIX)
@@ -122,7 +122,7 @@ def decode(options: Decode) -> None:
     from opensoraplan.device import (
         DTYPES,
         dtype_name,
-        explained_memory,
+        explain_full_memory,
         prepare,
         resolve_device,
         resolve_dtype,
@@ -161,15 +161,16 @@ def decode(options: Decode) -> None:
     fit_decoding(vae, [(frames, height, width)], device)
     vae.register_to_config(**{key: value for key, value in found.scaling.items() if key in vae.config})
     record |= {"vae_dtype": dtype_name(vae.dtype), "vae_tiling": vae.tiling}
-    full = "the frames do not fit into memory: --tiling needs less, and is not exact"
-    with explained_memory(full), made(wanted.parent):
+    full = "the frames do not fit into memory: --tiling needs less, but is not exact"
+    with explain_full_memory(full), make_folder(wanted.parent):
         written = job.write_frames(pipeline, found.latents, wanted, record, fps=record["fps"])
     logger.info("wrote %s", written)
 
 
 def _check_vae(record: dict[str, Any], path: Path) -> None:
-    """Warn if the VAE where the latents' model is, or was, is another one now."""
+    """Warn if the VAE at this path is not the one of the model that made the latents."""
     made_by = record.get("fingerprint")
     component = path if isinstance(record["model"], dict) else path / "vae"
     if isinstance(made_by, dict) and made_by.get("vae") != fingerprint_weights(component):
-        logger.warning("%s has another VAE than the model that made the latents: give that by --vae", path)
+        said = "%s is not the VAE of the model that made the latents: give that one with --vae"
+        logger.warning(said, component)

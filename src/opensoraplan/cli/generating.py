@@ -1,4 +1,4 @@
-"""`osp generate`: options, and what is checked before the model is loaded by a session."""
+"""`osp generate`: options, and checks before a session loads the model."""
 
 import itertools
 import logging
@@ -22,8 +22,8 @@ from opensoraplan.cli.parts import (
     options_of_parts,
     read_prompt_config,
 )
-from opensoraplan.defaults import Memory, Solver, Weights
-from opensoraplan.disk import made
+from opensoraplan.defaults import Memory, Solver, WeightPrecision
+from opensoraplan.disk import make_folder
 from opensoraplan.fingerprint import fingerprint_parts
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.requests import Request, is_prompt_file, read_requests
@@ -116,7 +116,7 @@ class Generate:
     streamed: the denoiser block by block, which needs the least memory and the most time. auto: the
     fastest that fits.
     """
-    weights: Weights = "whole"
+    weights: WeightPrecision = "whole"
     """Precision in which the denoiser's weights are stored. int8: half the memory of bf16. fp8: feed-forwards
     are also multiplied in fp8, on cards that support it. Neither is exact.
     """
@@ -146,7 +146,7 @@ class Generate:
     """several devices"""
 
 
-# What --help shows together; the basics are in none of them.
+# Groups of options in --help; the basic options are in none of them.
 GROUPS = {
     "sampling": (
         *("guidance", "guidance_rescale", "guidance_interval", "batched_guidance", "solver", "shift"),
@@ -161,16 +161,16 @@ GROUPS = {
 
 
 def hint(words: list[str]) -> str | None:
-    """What was probably meant by words that `osp generate` does not understand: a prompt without quotes."""
+    """What to do about unknown words: quote the prompt, if there are several."""
     prompt = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), words))
     return f'put quotes around a prompt: osp generate "{prompt}"' if " " in prompt else None
 
 
 def generate(options: Generate, inference: "Inference | None", given: Collection[str] = frozenset()) -> None:
-    """`osp generate`: everything that can be wrong is checked before the model is loaded. `given`: the
-    options that are on the command line, which have to act.
+    """`osp generate`. Checks everything that can be wrong before the model is loaded. `given`: the options on
+    the command line, each of which must have an effect.
     """
-    asked = _checked(options, inference, given)
+    asked = _check_options(options, inference, given)
 
     from opensoraplan.generate import job
     from opensoraplan.generate.session import Session
@@ -179,11 +179,35 @@ def generate(options: Generate, inference: "Inference | None", given: Collection
     for warning in asked.warnings if place_in_job()[0] == 0 else ():
         logger.warning(warning)
     how = _session_options(options, inference, asked)
-    with Session.open(how, asked.requests) as session, made(asked.targets[0].parent):
+    with Session.open(how, asked.requests) as session, make_folder(asked.targets[0].parent):
         job.run(session, asked.requests, asked.targets, resume=asked.resume, save_every=options.save_every)
 
 
-def _session_options(options: Generate, inference: "Inference | None", asked: "_Asked") -> "SessionOptions":
+def check(options: Generate, inference: "Inference | None", given: Collection[str]) -> None:
+    """Raise what `generate` would raise before it loads torch."""
+    _check_options(options, inference, given)
+
+
+@dataclass(frozen=True)
+class _CheckedOptions:
+    """What to make, with which model, and where to: the result of the checks that need no torch. `folder`:
+    the model's, or None for a model in parts. `paths`, `fingerprints`: of its parts in either case.
+    """
+
+    requests: list[Request]
+    targets: list[Path]
+    folder: Path | None
+    paths: dict[str, Path]
+    fingerprints: dict[str, str]
+    step_ratios: tuple[float, ...]
+    prompts: PromptSettings
+    warnings: list[str]
+    resume: bool
+
+
+def _session_options(
+    options: Generate, inference: "Inference | None", asked: _CheckedOptions
+) -> "SessionOptions":
     from opensoraplan.generate.session import SessionOptions
 
     same = ("device", "dtype", "vae_dtype", "memory", "weights", "attention", "compile", "tiling")
@@ -203,29 +227,9 @@ def _session_options(options: Generate, inference: "Inference | None", asked: "_
     )
 
 
-def check(options: Generate, inference: "Inference | None", given: Collection[str]) -> None:
-    """Raise what `generate` would raise before it loads torch."""
-    _checked(options, inference, given)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What to make, by what, and where to: all that can be checked without torch. `folder`: the model's, or
-    None for one in parts, which are at `paths` in any case, with these `fingerprints`.
-    """
-
-    requests: list[Request]
-    targets: list[Path]
-    folder: Path | None
-    paths: dict[str, Path]
-    fingerprints: dict[str, str]
-    step_ratios: tuple[float, ...]
-    prompts: PromptSettings
-    warnings: list[str]
-    resume: bool
-
-
-def _checked(options: Generate, inference: "Inference | None", given_names: Collection[str]) -> _Asked:
+def _check_options(
+    options: Generate, inference: "Inference | None", given_names: Collection[str]
+) -> _CheckedOptions:
     from opensoraplan.generate import job
 
     if not options.prompt.strip():
@@ -246,7 +250,7 @@ def _checked(options: Generate, inference: "Inference | None", given_names: Coll
         from opensoraplan import builtin
 
         folder = builtin.folder()
-        logger.info("no --model is given: the small built-in one knows %s", builtin.KNOWS)
+        logger.info("using the small built-in model, as no --model is given; it knows %s", builtin.KNOWS)
     if folder is not None:
         check_model(folder)
         paths = {name: folder / name for name in PARTS}
@@ -270,13 +274,13 @@ def _checked(options: Generate, inference: "Inference | None", given_names: Coll
     if options.parts.ema is not None:
         fingerprints["ema"] = str(options.parts.ema)
     if folder is not None and calibration is not None:
-        calibration.check_weights(fingerprints["transformer"], folder)
+        calibration.warn_of_other_weights(fingerprints["transformer"], folder)
     ratios = () if calibration is None else calibration.ratios
-    return _Asked(requests, targets, folder, paths, fingerprints, ratios, prompts, warnings, resume)
+    return _CheckedOptions(requests, targets, folder, paths, fingerprints, ratios, prompts, warnings, resume)
 
 
 def _prompt_settings(options: Generate, folder: Path | None) -> PromptSettings:
-    """The model's, but for those that are given."""
+    """The model's prompt settings, with the given options in place of its own."""
     given = {
         "prompt_template": options.prompt_template,
         "default_negative_prompt": options.default_negative_prompt,
@@ -291,7 +295,7 @@ def _prompt_settings(options: Generate, folder: Path | None) -> PromptSettings:
 
 
 def _warn_of_sizes(folder: Path, requests: list[Request]) -> None:
-    """Warn if a model whose generate.json names one size of video is asked for others."""
+    """Warn if frames are not of the size in the model's generate.json, if it has one."""
     from opensoraplan.defaults import GenerateDefaults
 
     usual = GenerateDefaults.of(folder)
@@ -305,13 +309,11 @@ def _warn_of_sizes(folder: Path, requests: list[Request]) -> None:
 
 
 def _step_cache(requests: list[Request], folder: Path | None) -> "Calibration | None":
-    """What the model was calibrated to, if any video needs it."""
+    """The model's calibration, if any video needs it."""
     if not any(request.step_cache for request in requests):
         return None
     if folder is None:
-        raise ValueError(
-            "--step-cache needs a model in one folder, by --model, that `osp calibrate` has seen"
-        )
+        raise ValueError("--step-cache needs a model folder (--model) calibrated with `osp calibrate`")
     from opensoraplan.runtime.step_cache import Calibration
 
     return Calibration.of(folder)

@@ -1,5 +1,5 @@
-"""How --help shows a verb's options: in groups, with descriptions that are wrapped. tyro, which parses them,
-knows groups as nested dataclasses only, and keeps the line breaks of docstrings.
+"""Groups a verb's options in --help and wraps their descriptions. tyro, which parses them, takes groups only
+as nested dataclasses, and keeps the line breaks of docstrings.
 """
 
 import ast
@@ -17,9 +17,9 @@ Options = TypeVar("Options")
 Groups = Mapping[str, Sequence[str]]
 
 
-def grouped(kind: type, groups: Groups, defaults: Mapping[str, Any] = MappingProxyType({})) -> type:
-    """Options of a verb as tyro is to parse them: a class with the fields of `kind`, those of `groups` in a
-    dataclass for each group. `defaults` go before the class's own. `ungrouped` is the way back.
+def group_options(kind: type, groups: Groups, defaults: Mapping[str, Any] = MappingProxyType({})) -> type:
+    """The class of options that tyro parses: the fields of `kind`, with a nested dataclass for each of
+    `groups`. `defaults` go before the class's own. `ungroup_options` reverses this.
     """
     descriptions, types = attribute_docs(kind), get_type_hints(kind, include_extras=True)
 
@@ -27,7 +27,9 @@ def grouped(kind: type, groups: Groups, defaults: Mapping[str, Any] = MappingPro
         value = defaults.get(one.name, one.default)
         if is_dataclass(value):
             values = {inner.name: getattr(value, inner.name) for inner in fields(value)}
-            return _group(one.name, descriptions.get(one.name, one.name), grouped(type(value), {}, values))
+            return _group(
+                one.name, descriptions.get(one.name, one.name), group_options(type(value), {}, values)
+            )
         shown = types[one.name]
         if one.name in descriptions:
             shown = Annotated[shown, arg(help=descriptions[one.name])]
@@ -40,14 +42,14 @@ def grouped(kind: type, groups: Groups, defaults: Mapping[str, Any] = MappingPro
         name = title.replace(" ", "_")
         made = make_dataclass(name, [entry(every[one]) for one in names], frozen=True, kw_only=True)
         entries.append(_group(name, title, made))
-    # tyro shows them in this order: the groups of `kind` itself come last.
+    # tyro shows them in this order: groups that `kind` has itself come last.
     entries.sort(key=lambda one: is_dataclass(one[2].default) and one[0] in every)
     namespace = {"__doc__": kind.__doc__}
     return make_dataclass(kind.__name__, entries, frozen=True, kw_only=True, namespace=namespace)
 
 
-def ungrouped(kind: type[Options], parsed: Any) -> Options:  # noqa: ANN401 (what `grouped` made)
-    """Options of a verb from what tyro has parsed."""
+def ungroup_options(kind: type[Options], parsed: Any) -> Options:  # noqa: ANN401 (a class of `group_options`)
+    """A verb's options from those that tyro has parsed."""
     own = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for one in fields(parsed):
@@ -55,7 +57,7 @@ def ungrouped(kind: type[Options], parsed: Any) -> Options:  # noqa: ANN401 (wha
         if one.name not in own:
             values |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
         elif is_dataclass(own[one.name].default):
-            values[one.name] = ungrouped(type(own[one.name].default), value)
+            values[one.name] = ungroup_options(type(own[one.name].default), value)
         else:
             values[one.name] = value
     return kind(**values)

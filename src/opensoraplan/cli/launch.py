@@ -1,4 +1,4 @@
-"""`osp launch`: the line that starts a command in several processes."""
+"""`osp launch`: starts a command in several processes with torchrun."""
 
 import os
 import shlex
@@ -25,7 +25,7 @@ class Launch:
     nodes: int = 1
     """Number of machines."""
     node_rank: Annotated[int | None, optional("INT")] = None
-    """Number of this machine, from 0."""
+    """Number of this machine, counted from 0."""
     master: Annotated[str | None, optional("HOST:PORT")] = None
     """Address and free port of the first machine."""
     max_restarts: int = 0
@@ -35,8 +35,8 @@ class Launch:
 
 
 def hint(words: list[str]) -> str | None:
-    """What was probably meant by words that `osp launch` does not know: a command without -- before it."""
-    return "the command goes behind --: osp launch --processes 8 -- train RUN.toml" if words else None
+    """What to do about unknown words: put -- before the command."""
+    return "put the command after --: osp launch --processes 8 -- train RUN.toml" if words else None
 
 
 def launch(options: Launch) -> None:
@@ -49,7 +49,7 @@ def launch(options: Launch) -> None:
 
 
 def launch_line(options: Launch) -> list[str]:
-    """The torchrun command. Raises ValueError for numbers that start nothing."""
+    """The torchrun command. Raises ValueError for impossible numbers."""
     from opensoraplan.parallel.ranks import OWN_STORE, SHUTDOWN
 
     for name, least in (("processes", 1), ("nodes", 1), ("max_restarts", 0)):
@@ -65,14 +65,14 @@ def launch_line(options: Launch) -> list[str]:
             raise ValueError("--node-rank and --master go with --nodes 2 or more")
         line.append("--standalone")
     else:
-        line += _meeting(options)
+        line += _rendezvous_options(options)
     if options.max_restarts:
         line.append(f"--max-restarts={options.max_restarts}")
     return [*line, "-m", "opensoraplan", *options.command]
 
 
-def _meeting(options: Launch) -> list[str]:
-    """How the processes of several machines find each other."""
+def _rendezvous_options(options: Launch) -> list[str]:
+    """Options of torchrun for several machines."""
     rank, nodes = options.node_rank, options.nodes
     if rank is None or not 0 <= rank < nodes:
         got = "none" if rank is None else rank
@@ -80,9 +80,9 @@ def _meeting(options: Launch) -> list[str]:
     host, _, port = (options.master or "").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(
-            f"with --nodes {nodes}, --master must be HOST:PORT of the first, got {options.master}"
+            f"with --nodes {nodes}, --master must be HOST:PORT of the first machine, got {options.master}"
         )
-    # By c10d, not torchrun's static meeting: there, other machines do not hear of a process that died.
+    # c10d, since with torchrun's static rendezvous other machines do not learn that a process died.
     return [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",

@@ -1,4 +1,4 @@
-"""`osp convert`, `reconstruct` and `inspect`: options, and what is checked before the job begins."""
+"""`osp convert`, `reconstruct` and `inspect`: options, and checks before work starts."""
 
 import logging
 import sys
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert the original's checkpoints to a diffusers model folder, or a model folder back to the
-    original's formats.
+    """Convert the original's checkpoints to a diffusers model folder, or a model folder back to
+    the original's formats.
 
     To diffusers: --transformer, --vae, --text-encoder and --text-encoder-2, or --config. Back: --model FOLDER
-    with --to megatron (and --tp) or --to release. --transformer alone merges the shards of a denoiser, or
-    splits them anew. Every tensor is accounted for, or nothing is written.
+    with --to megatron (and --tp) or --to release. --transformer alone, with one of these, merges the shards
+    of a denoiser or splits them for another --tp. If a tensor is missing or unknown, nothing is written.
     """
 
     out: Path
-    """Folder to write, new or empty. With --transformer alone and --to release also a file, for example
-    model.pt.
+    """Folder to write, new or empty. With --transformer alone and --to release also a file,
+    for example model.pt.
     """
     to: Literal["diffusers", "megatron", "release"] = "diffusers"
     """Format: a diffusers folder, Megatron shards, or the release's files."""
@@ -82,8 +82,8 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Describe a checkpoint: format, precision, parameters, EMA, tensor-parallel size, and the config that it
-    matches.
+    """Describe a checkpoint: format, precision, parameters, EMA, tensor-parallel size, and the config
+    that it matches.
     """
 
     path: Positional[Path]
@@ -95,7 +95,7 @@ def convert(options: Convert, inference: "Inference | None") -> None:
     if options.to == "diffusers":
         if options.model is not None:
             raise ValueError(
-                f"{options.model} is already a diffusers folder: give --to megatron or --to release"
+                f"{options.model} is already a diffusers folder: use --to megatron or --to release"
             )
         if options.tp != 1:
             raise ValueError(f"--tp {options.tp} goes with --to megatron")
@@ -134,7 +134,7 @@ def convert(options: Convert, inference: "Inference | None") -> None:
 
 
 def _convert_denoiser(options: Convert, inference: "Inference | None") -> None:
-    """Merge the shards of a denoiser, or share them out anew."""
+    """Merge the shards of a denoiser, or split it into another number of shards."""
     parts = options.parts
     if parts.transformer is None:
         raise ValueError(
@@ -147,7 +147,7 @@ def _convert_denoiser(options: Convert, inference: "Inference | None") -> None:
 
     from opensoraplan.formats.assemble import export_denoiser, merge_denoiser
 
-    # As in the original's script, the EMA weights only if they are asked for.
+    # As in the original's script, EMA weights only on request.
     ema = bool(parts.ema)
     if options.to == "megatron":
         export_denoiser(parts.transformer, options.out, tensor_parallel=options.tp, ema=ema)

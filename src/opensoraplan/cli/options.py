@@ -1,4 +1,4 @@
-"""What the verbs' options have in common."""
+"""Types and checks that the options of several verbs share."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +11,7 @@ Changes = UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
 def optional(metavar: str, hint: str = "") -> Any:  # noqa: ANN401 (a marker for Annotated)
-    """How --help shows an option that may be left out: without None, and with `hint` for what happens
-    then.
-    """
+    """Show an option in --help without its default None, but with `hint`."""
     return arg(metavar=metavar, help_behavior_hint=hint)
 
 

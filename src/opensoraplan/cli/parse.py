@@ -1,4 +1,4 @@
-"""A command line becomes an object of options, a page of --help, or one message of what is wrong."""
+"""Parses a command line into an object of options, or shows --help, or says what is wrong."""
 
 import contextlib
 import io
@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from opensoraplan.cli.help import Groups, grouped, ungrouped
+from opensoraplan.cli.help import Groups, group_options, ungroup_options
 from opensoraplan.names import did_you_mean
 
 Options = TypeVar("Options")
-# What was probably meant by words of which the first cannot be understood; None if it cannot tell.
+# Suggests what was meant by unknown words of a command line; None if it has no suggestion.
 Hint = Callable[[list[str]], str | None]
 
 
@@ -34,19 +34,19 @@ def parse_options(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     hint: Hint = no_hint,
 ) -> Options:
-    """Options of a command line that `check_options` has seen; `groups` and `defaults` as in `grouped`.
-    Raises ValueError, or ends, for what cannot be read.
+    """Parse a command line that passed `check_options`; `groups` and `defaults` as in `group_options`. Raises
+    ValueError or SystemExit for options that cannot be read.
     """
-    with _wrapped_help():
-        grammar = grouped(kind, groups, defaults)
+    with _wrap_help():
+        grammar = group_options(kind, groups, defaults)
         parsed, unknown = tyro.cli(grammar, prog=program, args=words, return_unknown_args=True)
     if unknown:
         raise ValueError(hint(words) or f"{program} does not understand {' '.join(unknown)!r}")
-    return ungrouped(kind, parsed)
+    return ungroup_options(kind, parsed)
 
 
 def check_options(kind: type, words: list[str], *, program: str, hint: Hint = no_hint) -> None:
-    """Refuse an option that there is not, and name the one that was probably meant."""
+    """Raise ValueError for an unknown option, with the one that was probably meant."""
     known = _option_names(kind)
     given = list(itertools.takewhile(lambda word: word != "--", words))
     for index, word in enumerate(given):
@@ -63,7 +63,7 @@ def help_width() -> int:
 
 
 def _option_names(options: type) -> list[str]:
-    """The options of a verb and of its groups, as they are written: --frames, --tiling, --no-tiling, ..."""
+    """The options of a verb and of its groups as on the command line: --frames, --tiling, --no-tiling, ..."""
     names: list[str] = []
     for field in fields(options):
         if is_dataclass(field.default):
@@ -75,8 +75,8 @@ def _option_names(options: type) -> list[str]:
 
 
 @contextlib.contextmanager
-def _wrapped_help() -> Iterator[None]:
-    """Wrap the paragraphs of help at the width of the terminal, which tyro only does in its boxes."""
+def _wrap_help() -> Iterator[None]:
+    """Wrap the paragraphs of help to the width of the terminal. tyro does so only in its boxes."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown):

@@ -1,4 +1,4 @@
-"""Where the parts of a model are: options, the guide's config, folders, and what is checked of them."""
+"""Where the parts of a model are: options, the guide's config, folders, and checks of them."""
 
 import argparse
 import itertools
@@ -44,7 +44,7 @@ NO_PARTS = Parts()
 
 
 def spell_out_ema(words: list[str]) -> list[str]:
-    """The command line with the value True behind an --ema that has none."""
+    """The command line with True added after an --ema without a value."""
     spelled: list[str] = []
     for word, following in itertools.pairwise([*words, ""]):
         given = following.lower() in ("true", "false")
@@ -56,22 +56,20 @@ def spell_out_ema(words: list[str]) -> list[str]:
 
 
 def read_config(arguments: list[str]) -> "Inference | None":
-    """The config that --config names, read before all else: its values become the defaults of the other
-    options.
-    """
+    """Read the config that --config names. Its values become the defaults of the other options."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     finder.add_argument("--set", nargs="*", action="extend", default=[])
     found, _ = finder.parse_known_args(arguments)
     if found.config is None:
         if found.set:
-            raise ValueError("--set changes values of --config, which is not given")
+            raise ValueError("--set changes values of --config: give that, too")
         return None
     if not found.config.is_file():
         raise FileNotFoundError(f"the config {found.config} does not exist")
     for change in found.set:
         if "=" not in change:
-            raise ValueError(f"--set takes KEY=VALUE, got {change!r} (a prompt comes before --set)")
+            raise ValueError(f"--set takes KEY=VALUE, got {change!r} (put the prompt before --set)")
 
     from opensoraplan.formats.mindspeed.inference import read_inference
 
@@ -85,8 +83,8 @@ def read_config(arguments: list[str]) -> "Inference | None":
 
 
 def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[str, Any]:
-    """Defaults of `osp generate` that go with the model: those of --config, or those that a folder keeps in
-    generate.json (`osp export` writes it); without any model those of the built-in one.
+    """The model's defaults for the options of `osp generate`: from --config, or from generate.json in the
+    model's folder (`osp export` writes it). Without a model, those of the built-in one.
     """
     if inference is not None:
         return inference.generate
@@ -107,7 +105,7 @@ def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[s
 
 
 def read_prompt_config(folder: Path | None) -> dict[str, Any]:
-    """What a model's folder says of prompts; nothing for one in parts, or that is no such folder. Raises
+    """The prompt settings of a model's folder; empty for a model in parts or another folder. Raises
     ValueError for a damaged one.
     """
     if folder is None or not (folder / INDEX).is_file():
@@ -116,14 +114,14 @@ def read_prompt_config(folder: Path | None) -> dict[str, Any]:
 
 
 def options_of_parts(parts: Parts, inference: "Inference | None") -> list[str]:
-    """The options given that say where the parts of a model are, as they are written."""
+    """The given options that name parts of a model, as written on the command line."""
     names = [field.name for field in fields(parts) if getattr(parts, field.name) != field.default]
     return (["--config"] if inference else []) + [f"--{name.replace('_', '-')}" for name in names]
 
 
 def find_paths(parts: Parts, inference: "Inference | None") -> dict[str, Path]:
-    """The files of a model's parts: those given one by one, before those of the config. ValueError for what
-    nobody gives, FileNotFoundError for what is not there.
+    """The files of a model's parts: options go before the config. Raises ValueError for parts that neither
+    gives, and FileNotFoundError for files that do not exist.
     """
     paths = dict(inference.sources) if inference else {}
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
@@ -157,14 +155,14 @@ def make_sources(paths: dict[str, Path], parts: Parts, inference: "Inference | N
 
 
 def check_model(path: Path) -> None:
-    """FileNotFoundError or ValueError unless this is a folder that `osp convert` wrote."""
+    """Raise FileNotFoundError or ValueError unless this is a model folder."""
     check_exists(path)
     index = path / INDEX
     if not index.is_file():
         hint = "it has no model_index.json"
         if path.is_file():
-            hint = "it is a file; turn the original's files into one with `osp convert`"
+            hint = "it is a file; `osp convert` makes a model folder from the original's files"
         elif (path.parent / index.name).is_file():
-            hint = f"it is a part of one, {path.parent}"
-        raise ValueError(f"{path} is not a folder that `osp convert` wrote: {hint}")
+            hint = f"it is a part of the model folder {path.parent}"
+        raise ValueError(f"{path} is not a model folder: {hint}")
     check_model_files(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from opensoraplan.cli.options import Changes, Dtype, check_exists, optional
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 
 if TYPE_CHECKING:
     from opensoraplan.models.sizes import DenoiserSizes
@@ -99,7 +99,7 @@ class Plan:
     """Samples per epoch, to predict its time and the size of the feature cache."""
     generate: bool = False
     """Predict the needs of generating one video on one device instead."""
-    weights: Weights = "whole"
+    weights: WeightPrecision = "whole"
     """With --generate: precision in which the denoiser's weights are stored."""
     vae_dtype: Annotated[Dtype | None, optional("{bf16,fp16,fp32}", "(default: that of --compute)")] = None
     """With --generate: precision of the VAE."""

@@ -1,4 +1,4 @@
-"""`osp cache`, `train`, `train-vae` and `export`: options, and what is checked before the job begins."""
+"""`osp cache`, `train`, `train-vae` and `export`: options, and checks before work starts."""
 
 import logging
 import sys
@@ -36,8 +36,8 @@ class Train:
     """Train or fine-tune the denoiser on captioned clips, or on features that `osp cache` has encoded. With
     method = "vae" in the run's file, train the VAE.
 
-    Ctrl-C and SIGTERM save a checkpoint before the run ends (exit code 130 or 143). The same command with
-    --resume latest continues it.
+    Ctrl-C and SIGTERM save a checkpoint before the run ends (exit code 130 or 143). Continue with the same
+    command and --resume latest.
     """
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
@@ -68,8 +68,8 @@ class Cache:
     """Encode the clips and captions of a run once, so that training needs neither the VAE nor
     the text encoders.
 
-    The same command again continues. Training refuses features that come from another VAE, other text
-    encoders or other clips.
+    If stopped, continue with the same command. Training refuses features that come from another VAE, other
+    text encoders or other clips.
     """
 
     files: OmitArgPrefixes[RunFiles] = RunFiles()
@@ -116,7 +116,7 @@ class Export:
 
 
 def hint(words: list[str]) -> str | None:
-    """The setting of a run that is given as if it were an option, as in --lr 1e-4."""
+    """What to do about unknown words: a setting of the run, as in --lr 1e-4, is changed with --set."""
     if not words[0].startswith("--"):
         return None
     from opensoraplan.train.config import TrainSettings, VAETrainSettings
@@ -138,12 +138,12 @@ def train(options: Train) -> None:
         settings = read_settings(files.config, changes=changes)
     else:
         settings = read_run(files.config, model_json=files.model, data_json=files.data, changes=changes)
-    with _ends_in_one_sentence():
+    with _report_errors():
         job(settings, resume=options.resume)
 
 
 def train_vae(options: TrainVAE) -> None:
-    """`osp train-vae`: `osp train` of a file that need not name its method."""
+    """`osp train-vae`: `osp train` for a file that need not say method = "vae"."""
     from opensoraplan.train.config import VAETrainSettings
     from opensoraplan.train.run.files import read_settings
     from opensoraplan.train.run.trainer import train as job
@@ -151,14 +151,14 @@ def train_vae(options: TrainVAE) -> None:
     settings = read_settings(options.config, changes=[*chain(*options.set)], method="vae")
     if not isinstance(settings, VAETrainSettings):
         raise ValueError(f'{options.config} has method = "{settings.method}": use osp train')
-    with _ends_in_one_sentence():
+    with _report_errors():
         job(settings, resume=options.resume)
 
 
 @contextmanager
-def _ends_in_one_sentence() -> Iterator[None]:
-    """A run that a signal ended is not finished: exit code 128 + its number, as shells and schedulers do. An
-    error that is a bug of ours says so below its traceback, with exit code 1.
+def _report_errors() -> Iterator[None]:
+    """Report a run that a signal stopped with exit code 128 + its number, as shells and schedulers do, and a
+    bug of ours with its traceback and exit code 1.
     """
     from opensoraplan.device import is_out_of_memory
     from opensoraplan.parallel.ranks import explain
@@ -180,7 +180,7 @@ def _ends_in_one_sentence() -> Iterator[None]:
 
 
 def cache(options: Cache) -> None:
-    """`osp cache`; of several processes that torchrun started, each writes some of the shards."""
+    """`osp cache`. Under torchrun, each process writes some of the shards."""
     from opensoraplan.parallel.ranks import place_in_job
     from opensoraplan.train.inputs.cache import write_cache
     from opensoraplan.train.run.files import read_run
@@ -202,7 +202,7 @@ def cache(options: Cache) -> None:
     if options.engine == "torchrun":
         if rank:
             logging.getLogger("opensoraplan").setLevel(logging.WARNING)
-        with _ends_in_one_sentence():
+        with _report_errors():
             write_cache(settings, out, rank=rank, ranks=ranks)
         return
     if ranks > 1:

@@ -1,5 +1,5 @@
-"""The verbs of `osp`: finds the one that is meant, parses its options, runs it. Heavy imports are inside the
-verbs, so that --help is quick.
+"""The verbs of `osp`: finds the verb of a command line, parses its options and runs it. Slow imports are
+inside the verbs, so that --help is quick.
 """
 
 import sys
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verb:
-    """The dataclass of a verb's options, whose docstring is its help, and the function that takes them."""
+    """A verb: the dataclass of its options, whose docstring is its help, and the function that runs it."""
 
     options: type
     run: Callable[..., None]
     with_config: bool = False
-    """Whether --config may name the guide's inference JSON, which `run` then gets, too."""
+    """Whether it has --config, the guide's inference JSON, which `run` then gets as second argument."""
     groups: Groups = field(default_factory=dict)
-    """Options that --help shows together, by title; the others come first."""
+    """Groups of options in --help, by title; options of no group come first."""
     hint: Hint = field(default=no_hint)
 
     @property
     def summary(self) -> str:
-        """The first sentence of its help."""
+        """The first paragraph of its help."""
         return " ".join((self.options.__doc__ or "").partition("\n\n")[0].split())
 
 
@@ -64,7 +64,7 @@ GROUPS = {
         "launch": Verb(launch.Launch, launch.launch, hint=launch.hint),
     },
 }
-# What several processes can do together.
+# Verbs that several processes can run together.
 LAUNCHED = ("train", "cache", "generate")
 VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 
@@ -91,8 +91,8 @@ def run(words: list[str]) -> None:
 
 
 def _parse(words: list[str]) -> "tuple[Verb, Any, Inference | None, list[str]]":
-    """The verb, its options, what --config gives, and the words behind the verb. Raises ValueError, or ends,
-    for what cannot be read.
+    """The verb, its options, the content of --config, and the words after the verb. Raises ValueError or
+    SystemExit for words that cannot be read.
     """
     name, rest = _verb_of(words)
     verb = VERBS[name]
@@ -109,12 +109,12 @@ def _parse(words: list[str]) -> "tuple[Verb, Any, Inference | None, list[str]]":
 
 
 def _check_launched(options: launch.Launch) -> None:
-    """Raise what the command to launch would raise first, before torchrun starts and wraps it in its own
-    report. `--print` may be for another machine, whose files are not here.
+    """Check the command to launch, before torchrun starts and wraps its error in a report of its own. With
+    --print, files are not checked: they may be on another machine.
     """
     command = [*options.command]
     if not command:
-        return  # which `launch` tells
+        return  # `launch` raises an error for this
     if command[0] not in LAUNCHED:
         near = did_you_mean(command[0], LAUNCHED)
         raise ValueError(f"osp launch runs {', '.join(LAUNCHED)}, not {command[0]!r}{near}")
@@ -147,7 +147,7 @@ def _verb_of(words: list[str]) -> tuple[str, list[str]]:
 
 
 def overview(groups: dict[str, dict[str, Verb]], program: str) -> str:
-    """The page of --help that lists verbs, a line or two for each."""
+    """The page of --help that lists the verbs."""
     lines = [f"usage: {program} VERB ...    ({program} VERB --help shows the options of a verb)", ""]
     if program == "osp":
         lines += ["Open-Sora Plan v1.5.0: video from text.", ""]

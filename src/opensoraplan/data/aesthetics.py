@@ -1,6 +1,6 @@
-"""Sentences on their quality in the captions of especially ugly and beautiful clips (`use_aesthetic`).
+"""Adds a sentence on quality to captions of especially ugly or beautiful clips (`use_aesthetic`).
 
-The model was trained on these very sentences, so they are the original's.
+The sentences are the original's, since the model was trained with them.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import replace
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
 
-# Scores up to the first and from the second on are worth a sentence (docs/model.md, section 6).
+# Scores up to the first, and from the second on, get a sentence (docs/model.md, section 6).
 _UGLY, _BEAUTIFUL = 4.25, 5.75
 
 _LOW_VIDEO = (
@@ -54,8 +54,8 @@ _HIGH_IMAGE = (
 
 
 def aesthetic_notices(record: Record) -> tuple[str, ...]:
-    """The ten sentences of which a caption of the record gets one; none for a score between 4.25 and 5.75,
-    and without a score.
+    """The ten sentences from which a caption of the record gets one; none for a score between 4.25 and 5.75,
+    or without a score.
     """
     score = record.aesthetic
     if score is None or _UGLY < score < _BEAUTIFUL:
@@ -65,16 +65,16 @@ def aesthetic_notices(record: Record) -> tuple[str, ...]:
 
 
 def add_aesthetic_notices(samples: Iterable[Sample], *, seed: int) -> tuple[Sample, ...]:
-    """The samples with a sentence before or after each of their captions, where their score asks for one.
+    """Add a sentence before or after each caption of the samples whose score asks for one.
 
-    Which one and where is drawn by `seed`, the file's name, its cut and the place of the caption: it stays
-    the same in all epochs, after a resume, in any process and in the feature cache. (The original draws anew
-    each time, and so never twice the same.)
+    Sentence and place are drawn from `seed`, the file's name, its cut and the index of the caption: they are
+    the same in all epochs, after a resume, in any process and in the feature cache. (The original draws
+    again each time.)
     """
-    return tuple(_with_notice(sample, seed=seed) for sample in samples)
+    return tuple(_add_notice(sample, seed=seed) for sample in samples)
 
 
-def _with_notice(sample: Sample, *, seed: int) -> Sample:
+def _add_notice(sample: Sample, *, seed: int) -> Sample:
     record = sample.record
     notices = aesthetic_notices(record)
     if not notices:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-Shape = tuple[int, int, int]
+VideoShape = tuple[int, int, int]
 
 
 class Draw(NamedTuple):
-    """One sample's turn: sample `index` in pass `epoch` over the data, at place `slot` of the global batch of
-    `step`. Whatever is random about it is drawn from these numbers and a seed.
+    """One use of a sample: sample `index` in epoch `epoch`, at position `slot` of the global batch of `step`.
+    Its random choices depend only on these numbers and a seed.
     """
 
     index: int
@@ -27,27 +27,27 @@ class Draw(NamedTuple):
 
 
 class BucketSampler:
-    """Global batches of one shape each. What a step holds depends on `shapes`, `global_batch`, `seed` and the
-    step only, so that a run resumes anywhere, on any number of ranks.
+    """Global batches of one shape each. The samples of a step depend only on `shapes`, `global_batch`, `seed`
+    and the step, so that a run can resume at any step, on any number of ranks.
 
-    `shapes` has (frames, height, width) of each sample; images are shapes of one frame. In an epoch every
-    sample comes at most once, in an order of its own; of each shape, the remainder that fills no global batch
-    is left out, other samples in each epoch.
+    `shapes` has (frames, height, width) of each sample; images have one frame. In an epoch every sample comes
+    at most once, shuffled anew; of each shape, the remainder that does not fill a global batch is left out,
+    other samples in each epoch.
 
-    Raises ValueError if no shape has enough samples for a global batch; shapes that have not are never drawn,
-    which a warning says.
+    Raises ValueError if no shape has enough samples for a global batch. Warns of single shapes that have too
+    few, which are never drawn.
     """
 
-    def __init__(self, shapes: Sequence[Shape], *, global_batch: int, seed: int) -> None:
+    def __init__(self, shapes: Sequence[VideoShape], *, global_batch: int, seed: int) -> None:
         if not shapes:
             raise ValueError("there are no samples to draw from")
         self._size = global_batch
         self._seed = seed
-        codes: dict[Shape, int] = {}
+        codes: dict[VideoShape, int] = {}
         coded = np.fromiter((codes.setdefault(shape, len(codes)) for shape in shapes), np.int32, len(shapes))
         order = np.argsort(coded, kind="stable")
         parts = np.split(order, np.cumsum(np.bincount(coded))[:-1])
-        # By shape, so that the order of the samples decides nothing but their indices.
+        # Sorted by shape, so that the order of the samples changes only their indices.
         buckets = sorted(zip(codes, parts, strict=True), key=lambda bucket: bucket[0])
         self._buckets = [(shape, part) for shape, part in buckets if len(part) >= global_batch]
         rare = [(shape, len(part)) for shape, part in buckets if len(part) < global_batch]
@@ -67,12 +67,12 @@ class BucketSampler:
 
     @property
     def size(self) -> int:
-        """How many samples a step has."""
+        """Number of samples in a step."""
         return self._size
 
     @property
-    def dropped_per_epoch(self) -> dict[Shape, int]:
-        """How many samples of each shape an epoch leaves out, where it leaves out any."""
+    def dropped_per_epoch(self) -> dict[VideoShape, int]:
+        """Number of samples of each shape that an epoch leaves out, without zeros."""
         return dict(self._dropped)
 
     def epoch_of(self, step: int) -> int:
@@ -80,10 +80,10 @@ class BucketSampler:
         return step // self._steps
 
     def global_batch(self, step: int) -> list[Draw]:
-        """All samples of a step, which is counted from 0; they have one shape."""
+        """All samples of a step, counted from 0; they have one shape."""
         epoch = self.epoch_of(step)
         if epoch != self._epoch:
-            self._batches = self._shuffled(epoch)
+            self._batches = self._shuffle(epoch)
             self._epoch = epoch
         row = self._batches[step % self._steps].tolist()
         return [Draw(index, epoch, step, slot) for slot, index in enumerate(row)]
@@ -91,7 +91,7 @@ class BucketSampler:
     def share(self, step: int, *, rank: int, ranks: int, accumulate: int) -> list[list[Draw]]:
         """The `accumulate` micro-batches of one of `ranks` processes, all of equal size.
 
-        Together the ranks have exactly the global batch. Raises ValueError if it cannot be divided so.
+        Together, all ranks have exactly the global batch. Raises ValueError if it cannot be divided equally.
         """
         parts = ranks * accumulate
         if self._size % parts:
@@ -105,7 +105,7 @@ class BucketSampler:
         return [draws[start : start + each] for start in starts]
 
     def _nearest(self, parts: int) -> str:
-        """What would be valid instead."""
+        """Advice: the nearest valid numbers."""
         below, above = self._size // parts * parts, (self._size // parts + 1) * parts
         batches = " or ".join(str(size) for size in (below, above) if size)
         divisors = [number for number in range(1, self._size + 1) if self._size % number == 0]
@@ -114,9 +114,9 @@ class BucketSampler:
         products = f"{fewer}" if more is None else f"{fewer} or {more}"
         return f"use a global batch of {batches}, or ranks x micro-batches = {products}"
 
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
         """The samples of each step of an epoch, [steps, global batch]."""
-        # RandomState's streams are frozen (NEP 19): a run also resumes with another numpy.
+        # RandomState never changes its numbers (NEP 19): a run can resume with another version of numpy.
         chance = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, epoch])))
         batches = [
             chance.permutation(part)[: len(part) // self._size * self._size].reshape(-1, self._size)
@@ -125,5 +125,5 @@ class BucketSampler:
         return np.concatenate(batches)[chance.permutation(self._steps)]
 
 
-def _counts(shapes: Iterable[tuple[Shape, int]]) -> str:
+def _counts(shapes: Iterable[tuple[VideoShape, int]]) -> str:
     return ", ".join(f"{count} of {'x'.join(map(str, shape))}" for shape, count in shapes)

@@ -1,5 +1,5 @@
-"""What `osp data check` tells of a selection: a table to read and a CSV of every record. The decisions
-themselves are in selection.py.
+"""The report of `osp data check` on a selection: a table, and a CSV with every
+record. selection.py decides.
 """
 
 import csv
@@ -14,7 +14,7 @@ def table_of(selection: Selection) -> str:
     """The table: what is kept, what is dropped by reason with examples, and the shapes of what is kept."""
     kept, dropped = len(selection.kept), len(selection.dropped)
     blocks = [
-        _aligned(
+        _align(
             [
                 ("records", str(kept + dropped), ""),
                 ("kept", str(kept), _totals(selection)),
@@ -29,7 +29,7 @@ def table_of(selection: Selection) -> str:
         rows = [("T x H x W", "samples", "")] + [
             (" x ".join(map(str, shape)), str(count), f"{count / kept:.1%}") for shape, count in shapes
         ]
-        blocks.append("Shapes\n" + _aligned(rows))
+        blocks.append("Shapes\n" + _align(rows))
     return "\n\n".join(blocks)
 
 
@@ -90,7 +90,7 @@ def _dropped_lines(selection: Selection) -> Iterator[str]:
             yield "      " + (drop.detail if path in drop.detail else f"{path}: {drop.detail}")
 
 
-def _aligned(rows: Sequence[tuple[str, str, str]]) -> str:
+def _align(rows: Sequence[tuple[str, str, str]]) -> str:
     """Rows of a name, a number and a remark, each number flush right."""
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(

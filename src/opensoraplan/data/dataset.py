@@ -1,5 +1,5 @@
-"""Samples as tensors and captions, for a DataLoader: a file that cannot be read costs another sample, not the
-run.
+"""Samples as tensors and captions, for a DataLoader: a file that cannot be read costs another sample,
+not the run.
 
 Not here: which samples there are (selection.py) and when each has its turn (buckets.py).
 """
@@ -17,7 +17,7 @@ import av.error
 import torch
 from torch.utils.data import Dataset
 
-from opensoraplan.data.buckets import Draw, Shape
+from opensoraplan.data.buckets import Draw, VideoShape
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, TooShortError, fit, installed_reader, read_numbered, scale_and_cut
@@ -26,13 +26,11 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# How many samples are tried for one place of a batch.
+# How many samples are tried for one position in a batch.
 _ATTEMPTS = 5
-# Among so many samples of the same shape they are looked for.
+# Most samples of the same shape among which replacements are drawn.
 _CONSIDERED = 1000
-
-
-# So many frames more than decode may be claimed by files that were cut out of others without encoding.
+# Files that were cut without re-encoding may claim up to this many frames more than can be decoded.
 _CLAIMED = 16
 
 
@@ -45,7 +43,7 @@ class Failure(NamedTuple):
 
 @dataclass
 class Clip:
-    """`video` float32 [3, T, H, W] in [-1, 1] of `sample`; `failures` are what was tried before."""
+    """`video` float32 [3, T, H, W] in [-1, 1] of `sample`. `failures`: files that were tried before it."""
 
     video: torch.Tensor
     caption: str
@@ -63,12 +61,12 @@ class Batch:
 
 
 def all_captions(sample: Sample) -> tuple[str, ...]:
-    """Everything that `caption_of` may say of a sample, without dropout. Without captions, that is ""."""
+    """All captions that `caption_of` may choose for a sample, without dropout; "" if it has none."""
     return sample.record.captions or ("",)
 
 
 def caption_of(sample: Sample, draw: Draw, *, seed: int, dropout: float) -> str:
-    """One of `all_captions`, or "" with probability `dropout`, by (seed, epoch, index) of `draw`."""
+    """One of `all_captions`, or "" with probability `dropout`; depends on (seed, epoch, index) of `draw`."""
     chance = _chance("caption", seed, draw)
     if chance.random() < dropout:
         return ""
@@ -76,7 +74,7 @@ def caption_of(sample: Sample, draw: Draw, *, seed: int, dropout: float) -> str:
 
 
 class UnreadableClipError(ValueError):
-    """Neither a clip nor any that might take its place can be read."""
+    """Neither a clip nor any of its replacements can be read."""
 
 
 class ClipDataset(Dataset[Clip]):
@@ -103,9 +101,9 @@ class ClipDataset(Dataset[Clip]):
         self._seed = seed
         self._new_windows = new_windows
         self._caption_dropout = caption_dropout
-        # Here, so that one that is missing is said once and not by every worker.
+        # Here, so that a missing reader is logged once and not by every worker.
         self._reader: Reader = installed_reader(reader)
-        self._same: dict[Shape, list[int]] = {}
+        self._same: dict[VideoShape, list[int]] = {}
         for index, sample in enumerate(samples):
             self._same.setdefault(sample.shape, []).append(index)
 
@@ -115,7 +113,7 @@ class ClipDataset(Dataset[Clip]):
     def __getitem__(self, draw: Draw) -> Clip:
         failures: list[Failure] = []
         for index in islice(self._candidates(draw), _ATTEMPTS if self._replace else 1):
-            sample = self._placed(draw._replace(index=index))
+            sample = self._place_window(draw._replace(index=index))
             try:
                 video = self._read(sample)
             except (OSError, ValueError, av.error.FFmpegError) as error:
@@ -131,8 +129,8 @@ class ClipDataset(Dataset[Clip]):
         )
 
     def _candidates(self, draw: Draw) -> Iterator[int]:
-        """The sample drawn, then others of its shape: those of other files first, since what is wrong is
-        mostly wrong with a whole file.
+        """Yield the sample drawn, then others of its shape: other files first, since mostly a whole
+        file is damaged.
         """
         yield draw.index
         same = self._same[self._samples[draw.index].shape]
@@ -147,7 +145,7 @@ class ClipDataset(Dataset[Clip]):
                 again.append(index)
         yield from again
 
-    def _placed(self, draw: Draw) -> Sample:
+    def _place_window(self, draw: Draw) -> Sample:
         """The sample with this epoch's window."""
         sample = self._samples[draw.index]
         if not self._new_windows or sample.windows == 1:
@@ -159,7 +157,7 @@ class ClipDataset(Dataset[Clip]):
         try:
             frames = self._read_numbered(record, numbers)
         except TooShortError as error:
-            # A manifest may believe what the file claims; the window goes inside of what decodes.
+            # The manifest may have the length that the file claims: move the window into what decodes.
             over, start = numbers[-1] + 1 - error.frames, 0 if record.cut is None else record.cut[0]
             if over > _CLAIMED or numbers[0] - over < start:
                 raise
@@ -176,7 +174,7 @@ class ClipDataset(Dataset[Clip]):
         return read_numbered(record.path, numbers, crop=record.crop, reader=reader, rate=rate)
 
 
-def readable(
+def iter_readable(
     dataset: Dataset[Item], count: int, *, agree: Callable[[bool], bool] = bool
 ) -> Iterator[tuple[Draw, Item]]:
     """The first `count` items, to measure something on, without those that cannot be read, each of which is
@@ -210,18 +208,18 @@ def collate(clips: Sequence[Clip]) -> Batch:
 
 
 class BadFiles:
-    """The account of unreadable files, in the main process: warns once of each and allows `limit` of them."""
+    """Counts unreadable files in the main process: warns once of each and allows `limit` of them."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._messages: dict[Path, str] = {}
 
     def __len__(self) -> int:
-        """How many different files could not be read."""
+        """Number of different unreadable files."""
         return len(self._messages)
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Take note; raises ValueError with all of them if there are now more than the limit."""
+        """Add failures. Raises ValueError with all of them if there are now more than the limit."""
         for path, message in failures:
             if path not in self._messages:
                 self._messages[path] = message
@@ -246,6 +244,6 @@ def _check_aspect(frames: torch.Tensor, record: Record) -> None:
 
 
 def _chance(purpose: str, seed: int, draw: Draw) -> random.Random:
-    """Random numbers for one purpose, of a sample in an epoch."""
+    """A random generator for one purpose, seeded by sample and epoch."""
     key = f"{purpose} {seed} {draw.epoch} {draw.index}".encode()
     return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8]))

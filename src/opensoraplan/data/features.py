@@ -48,7 +48,7 @@ from opensoraplan.data.shards import (
     video_name,
     write_shard,
 )
-from opensoraplan.disk import OWN, clear_dead, plain_errors, write_whole
+from opensoraplan.disk import OWN, clear_dead, explain_disk_errors, write_whole
 from opensoraplan.settings import Settings
 from opensoraplan.shapes import RELEASE, Strides
 
@@ -129,7 +129,7 @@ def begin(folder: Path, description: Description) -> None:
     """
     check_place(folder, description.parts)
     if not (folder / DESCRIPTION).exists():
-        with plain_errors(folder, whole=WHOLE):
+        with explain_disk_errors(folder, whole=WHOLE):
             folder.mkdir(parents=True, exist_ok=True)
         _write_description(folder, description)
     # Read it again in any case: another process may have begun at the same moment.
@@ -452,5 +452,5 @@ def _short(value: str) -> str:
 
 def _write_description(folder: Path, description: Description) -> None:
     text = json.dumps(description.model_dump(), indent=1) + "\n"  # ASCII
-    with plain_errors(folder / DESCRIPTION, whole=WHOLE):
+    with explain_disk_errors(folder / DESCRIPTION, whole=WHOLE):
         write_whole(folder / DESCRIPTION, lambda path: path.write_text(text))

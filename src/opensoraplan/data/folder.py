@@ -24,7 +24,7 @@ _LIST = "data.txt"
 _ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def list_in(folder: Path) -> Path | None:
+def find_list(folder: Path) -> Path | None:
     """The data.txt of a folder if it is a list of `folder,annotation` lines, as the original has it,
     and not the caption of a clip.
     """

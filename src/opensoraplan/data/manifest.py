@@ -1,6 +1,6 @@
-"""Training manifests: which clips there are, with captions, sizes and lengths, in every format we read.
+"""Training manifests: reads lists of clips with captions, sizes and lengths, in every supported format.
 
-Not here: what a record is and how the rest is found out (record.py), which are trained on (selection.py).
+Not here: records and how missing properties are found (record.py), which clips to train on (selection.py).
 """
 
 import csv
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from opensoraplan.data.folder import list_in, read_folder
+from opensoraplan.data.folder import find_list, read_folder
 from opensoraplan.data.record import Record, complete, probe_cache
 from opensoraplan.documents import DocumentError, check_file, parse_json, read_json, read_text
 
@@ -24,12 +24,12 @@ _PATH_KEYS = ("path", "video")
 _CAPTION_KEYS = ("cap", "caption", "text")
 _AESTHETIC_KEYS = ("aesthetic", "aes")
 _OTHER_KEYS = ("num_frames", "fps", "height", "width", "resolution", "cut", "crop")
-# How many wrong rows a message names.
+# Most wrong rows that a message names.
 _NAMED = 5
-# The rate of a record that tells how many frames there are and not how fast they are, as in the original.
+# Frame rate of a record with num_frames but without fps, as in the original.
 _ASSUMED_FPS = 24.0
 
-# A row of a manifest, or what is wrong with it.
+# A row of a manifest, or an error for an invalid one.
 _Row = Mapping[str, Any] | ValueError
 
 
@@ -50,13 +50,13 @@ def read_manifest(
 
     A record may also have num_frames, fps, height and width (or resolution {height, width}), cut [start,
     end], crop [left, right, top, bottom], aesthetic|aes. Captions are a string or a list of them; "" is a
-    caption, too (in .csv, where it cannot be told from an empty cell, there is none). Relative paths start
-    from `root`, else from the manifest's folder (those that a .txt itself has may also start from the current
-    one). With num_frames and without fps, a video counts as one of 24, with one warning, as in the original.
+    caption, too (but not in .csv, where it is an empty cell). Relative paths start from `root`, else from the
+    manifest's folder (those in a .txt may also start from the current folder). A video with num_frames but
+    without fps is taken to have 24 fps, with one warning, as in the original.
 
-    What is missing is read from the files (`probing` "all" opens every file, "none" no file) by `workers`
-    threads and remembered in the user's cache folder, if that can be written to. Files that cannot be read
-    get an `error` and are counted in one warning.
+    Missing properties are read from the files (`probing` "all" opens every file, "none" no file) by `workers`
+    threads and cached in the user's cache folder, if that can be written to. Files that cannot be read get an
+    `error`, and one warning says how many.
 
     Raises FileNotFoundError for a missing manifest, ValueError for one without records or with wrong lines,
     which it names.
@@ -64,7 +64,7 @@ def read_manifest(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"manifest {path} does not exist")
-    listed = list_in(path) if path.is_dir() else path
+    listed = find_list(path) if path.is_dir() else path
     if listed is None:
         records = read_folder(path)
     else:
@@ -77,7 +77,7 @@ def read_manifest(
 def _read_file(path: Path, *, root: Path | None) -> list[Record]:
     base = path.parent if root is None else root
     listed = path.suffix.lower() == ".txt"
-    parts = list(_listed(path, base=base)) if listed else [(base, path)]
+    parts = list(_read_list(path, base=base)) if listed else [(base, path)]
     records: list[Record] = []
     problems: list[str] = []
     assumed = sum(
@@ -91,14 +91,14 @@ def _read_file(path: Path, *, root: Path | None) -> list[Record]:
         raise ValueError(f"manifest {path} has no records")
     if assumed:
         logger.warning(
-            "%s: %d of %d records have num_frames and no fps, and count as %g fps: add fps, or leave out "
-            "num_frames to have both looked up in the files",
+            "%s: %d of %d records have num_frames but no fps: assuming %g fps; add fps, or leave "
+            "out num_frames to have both read from the files",
             *(path, assumed, len(records), _ASSUMED_FPS),
         )
     return records
 
 
-def _listed(path: Path, *, base: Path) -> Iterator[tuple[Path, Path]]:
+def _read_list(path: Path, *, base: Path) -> Iterator[tuple[Path, Path]]:
     """The `folder,annotation` lines of a data.txt."""
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -113,13 +113,13 @@ def _listed(path: Path, *, base: Path) -> Iterator[tuple[Path, Path]]:
                 f"{where}: annotation must be {'|'.join(MANIFEST_SUFFIXES[1:])}, got {annotation}"
             )
         yield (
-            _existing(folder, base=base, what=f"{where}: folder"),
-            _existing(annotation, base=path.parent, what=f"{where}: annotation"),
+            _find_existing(folder, base=base, what=f"{where}: folder"),
+            _find_existing(annotation, base=path.parent, what=f"{where}: annotation"),
         )
 
 
-def _existing(name: str, *, base: Path, what: str) -> Path:
-    """`name` from `base` or, as the original has it, from the current folder."""
+def _find_existing(name: str, *, base: Path, what: str) -> Path:
+    """Find `name` in `base` or, as the original does, in the current folder."""
     for found in (base / name, Path(name)):
         if found.exists():
             return found
@@ -127,8 +127,8 @@ def _existing(name: str, *, base: Path, what: str) -> Path:
 
 
 def _read_annotation(path: Path, *, folder: Path, records: list[Record], problems: list[str]) -> int:
-    """Append the records of one file, and what is wrong with its other rows. Returns how many of the records
-    got a rate that the file does not give.
+    """Append the records of one file to `records`, and errors of invalid rows to `problems`. Returns the
+    number of records whose frame rate was assumed.
     """
     rows = assumed = 0
     captioned = False
@@ -142,7 +142,7 @@ def _read_annotation(path: Path, *, folder: Path, records: list[Record], problem
                 columns.update(dict.fromkeys(map(str, row)))
                 captioned = any(key in row for key in _CAPTION_KEYS)
             record = _record(row, folder=folder)
-            if record.fps is None and not record.is_image and _has(row, ("num_frames",)):
+            if record.fps is None and not record.is_image and _has_any(row, ("num_frames",)):
                 record = replace(record, fps=_ASSUMED_FPS)
                 assumed += 1
             records.append(record)
@@ -155,7 +155,7 @@ def _read_annotation(path: Path, *, folder: Path, records: list[Record], problem
 
 
 def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
-    """The rows of one file and where in it they are."""
+    """The rows of one file with their positions in it."""
     check_file(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -173,7 +173,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, _Row]]:
     content = read_json(path)
     if isinstance(content, dict):
         rows = [
-            (f"entry {key!r}", {"path": key, **row} if _is_row(row) and not _has(row, _PATH_KEYS) else row)
+            (
+                f"entry {key!r}",
+                {"path": key, **row} if _is_row(row) and not _has_any(row, _PATH_KEYS) else row,
+            )
             for key, row in content.items()
         ]
     elif isinstance(content, list):
@@ -249,12 +252,14 @@ def _is_missing(value: object) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _has(row: Mapping[str, Any], keys: Sequence[str]) -> bool:
+def _has_any(row: Mapping[str, Any], keys: Sequence[str]) -> bool:
     return any(not _is_missing(row.get(key)) for key in keys)
 
 
-def _one_of(row: Mapping[str, Any], keys: Sequence[str], *, blank: bool = False) -> Any:  # noqa: ANN401 (any)
-    """The value under one of several names, None if it is missing; with `blank`, "" if there is only that."""
+def _get_one(row: Mapping[str, Any], keys: Sequence[str], *, blank: bool = False) -> Any:  # noqa: ANN401 (any)
+    """The value of the first of several keys that is present, else None; with `blank`, "" if that
+    is the value.
+    """
     found = [key for key in keys if not _is_missing(row.get(key))]
     if not found:
         return "" if blank and any(row.get(key) == "" for key in keys) else None
@@ -266,7 +271,7 @@ def _one_of(row: Mapping[str, Any], keys: Sequence[str], *, blank: bool = False)
 
 
 def _record(row: Mapping[str, Any], *, folder: Path) -> Record:
-    name = _one_of(row, _PATH_KEYS)
+    name = _get_one(row, _PATH_KEYS)
     if not isinstance(name, str):
         got = f"got {name!r}" if name is not None else f"has only {', '.join(map(str, row)) or 'nothing'}"
         raise ValueError(f"a record needs a path (any of {', '.join(_PATH_KEYS)}), {got}")
@@ -279,7 +284,7 @@ def _record(row: Mapping[str, Any], *, folder: Path) -> Record:
     cut, crop = _span(row, "cut"), _span(row, "crop")
     record = Record(
         path,
-        _captions(_one_of(row, _CAPTION_KEYS, blank=True)),
+        _captions(_get_one(row, _CAPTION_KEYS, blank=True)),
         num_frames=_count(row, "num_frames"),
         fps=_positive(row, ("fps",)),
         height=_count(size, "height") or _count(row, "height"),
@@ -289,13 +294,13 @@ def _record(row: Mapping[str, Any], *, folder: Path) -> Record:
         aesthetic=_number(row, _AESTHETIC_KEYS),
     )
     if record.is_image:
-        # Its annotation may count none, and has no rate worth keeping.
+        # Annotations of images may have no frames, or a meaningless rate.
         record = replace(record, num_frames=1, fps=None, cut=None)
-    return _narrowed(record)
+    return _apply_cut_and_crop(record)
 
 
-def _narrowed(record: Record) -> Record:
-    """`record` with the length of its cut and the size of its crop, which never exceed the whole."""
+def _apply_cut_and_crop(record: Record) -> Record:
+    """Limit a record's length to its cut and its size to its crop."""
     if record.cut is None and record.crop is None:
         return record
     frames, height, width = record.num_frames, record.height, record.width
@@ -309,7 +314,7 @@ def _narrowed(record: Record) -> Record:
 
 
 def _captions(value: object) -> tuple[str, ...]:
-    """One caption or several, without white space at their ends; blank ones count."""
+    """One caption or several, stripped of white space; blank ones are kept."""
     captions: list[str] = []
     for caption in value if isinstance(value, list) else [value]:
         if caption != "" and _is_missing(caption):
@@ -331,7 +336,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _number(row: Mapping[str, Any], keys: Sequence[str]) -> float | None:
-    value = _one_of(row, keys)
+    value = _get_one(row, keys)
     if value is None:
         return None
     try:

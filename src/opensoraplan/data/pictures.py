@@ -15,10 +15,10 @@ from opensoraplan.documents import check_file
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # Several pictures in one of these are a video. In other formats they are pages, or one picture in many sizes.
 ANIMATED_SUFFIXES = (".webp", ".avif")
-# What transparent parts show.
+# Behind transparent pixels.
 BACKGROUND = "white"
 _ANIMATED_FORMATS = frozenset(("WEBP", "AVIF"))
-# How long a still is on screen, and a picture of an animation that does not say, as browsers have it.
+# Seconds on screen: of a still, and of an animation's picture without a duration, as in browsers.
 _STILL, _UNTIMED = Fraction(1, 25), Fraction(1, 10)
 
 
@@ -38,7 +38,7 @@ def picture_format(path: str | Path) -> str | None:
     except UnidentifiedImageError:
         return None
     except Exception as error:
-        raise _plain(path, error) from error
+        raise _explain(path, error) from error
 
 
 def read_pictures(path: str | Path) -> Iterator[tuple[np.ndarray, Fraction]]:
@@ -56,20 +56,20 @@ def read_pictures(path: str | Path) -> Iterator[tuple[np.ndarray, Fraction]]:
                 image.load()
                 milliseconds = image.info.get("duration") or 0
                 seconds = Fraction(round(milliseconds * 1000), 1_000_000) or _UNTIMED
-                yield _rgb(_upright(image)), seconds if animated else _STILL
+                yield _to_rgb(_turn_upright(image)), seconds if animated else _STILL
     except Exception as error:
-        raise _plain(path, error) from error
+        raise _explain(path, error) from error
 
 
-def _plain(path: str | Path, error: Exception) -> Exception:
-    """What is wrong with a file in one sentence: Pillow's decoders raise errors of any kind."""
+def _explain(path: str | Path, error: Exception) -> Exception:
+    """A ValueError for a damaged file: Pillow's decoders raise errors of any kind."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation has it; as stored if its EXIF data cannot be read."""
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Turn a picture by its EXIF orientation; if its EXIF data cannot be read, leave it as stored."""
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # of any kind, as above
@@ -77,7 +77,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels as uint8 [H, W, 3]."""
     if image.mode.startswith("I"):
         grey = np.asarray(image)

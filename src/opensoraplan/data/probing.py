@@ -1,5 +1,5 @@
-"""What a video or picture is: how many frames decode, when, and of which size. Found in the container's index
-or packets where they tell it for certain, else by decoding; the length that a container claims is no fact.
+"""Probing of videos and pictures: number, times and size of the frames that decode. Read from the container's
+index or packets where they are reliable, else by decoding; the length that a container claims is not used.
 
 Not here: the frames themselves (reading.py).
 """
@@ -20,26 +20,26 @@ from opensoraplan.data.reading import (
     PACKET_IS_FRAME,
     REORDERED,
     SAME_INSTANT,
-    Shot,
+    TimedFrame,
     UncertainError,
     codec_of,
+    decode_timed,
     listed_stamps,
     mean_rate,
-    opened,
+    open_video,
     orientation_of,
-    picture_shots,
-    timed_shots,
+    picture_frames,
 )
 
 # Start and end of a span are both rounded.
 _ROUNDED = 2 * SAME_INSTANT
-# How many of the gaps between frames must be those of a rate for it to be the file's, with holes.
+# A rate is the file's, with missing frames, if at least this part of the gaps between frames matches it.
 _TYPICAL = Fraction(3, 4)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is.
+    """Properties of a video.
 
     `frames` is how many decode, which `count_frames` gives, too. `fps` is a rate that the file names, if
     nearly all frames keep it by their time stamps, else their mean rate. `variable`: some frame appears at
@@ -69,27 +69,27 @@ def probe(path: str | Path) -> VideoInfo:
     """
     picture = picture_format(path)
     if picture is not None:
-        shots = list(picture_shots(path))
-        starts = [shot.start for shot in shots]
-        gaps = sorted(shot.end - shot.start for shot in shots)
-        return _described(shots[0].frame, starts, told=[1 / gaps[len(gaps) // 2]], codec=picture)
-    with opened(path) as (container, stream):
-        shots = timed_shots(path, container, stream)
-        first = next(shots).frame
-        starts = _counted(path, container, stream, first, shots)
+        timed_frames = list(picture_frames(path))
+        starts = [timed.start for timed in timed_frames]
+        gaps = sorted(timed.end - timed.start for timed in timed_frames)
+        return _describe(timed_frames[0].frame, starts, rates=[1 / gaps[len(gaps) // 2]], codec=picture)
+    with open_video(path) as (container, stream):
+        timed_frames = decode_timed(path, container, stream)
+        first = next(timed_frames).frame
+        starts = _frame_times(path, container, stream, first, timed_frames)
         rates = (mean_rate(stream), stream.guessed_rate, stream.base_rate)
-        return _described(first, starts, told=[rate for rate in rates if rate], codec=codec_of(stream))
+        return _describe(first, starts, rates=[rate for rate in rates if rate], codec=codec_of(stream))
 
 
-def _described(
-    first: VideoFrame, starts: Sequence[Fraction], *, told: Sequence[Fraction], codec: str
+def _describe(
+    first: VideoFrame, starts: Sequence[Fraction], *, rates: Sequence[Fraction], codec: str
 ) -> VideoInfo:
-    """A video of which the `first` frame and the times of all are known, and the rates that it names."""
+    """Describe a video by its `first` frame, the times of all frames, and the rates that the file names."""
     height, width = first.height, first.width
     if orientation_of(first)[0]:
         height, width = width, height
-    fps = _rate(starts, told)
-    variable = _strays(starts, fps)
+    fps = _rate(starts, rates)
+    variable = _is_irregular(starts, fps)
     frames = len(starts)
     resampled = int((starts[-1] + SAME_INSTANT) * fps) + 1 if variable else frames
     return VideoInfo(
@@ -104,13 +104,13 @@ def _described(
     )
 
 
-def _rate(starts: Sequence[Fraction], told: Sequence[Fraction]) -> Fraction:
+def _rate(starts: Sequence[Fraction], rates: Sequence[Fraction]) -> Fraction:
     """The rate of frames that appear at those times: the first one that the file names if they keep it, or
     the one that nearly all of them keep, else their mean.
     """
     last, span = len(starts) - 1, starts[-1]
-    if span <= 0 or (abs(span - last / told[0]) <= _ROUNDED and not _strays(starts, told[0])):
-        return told[0]
+    if span <= 0 or (abs(span - last / rates[0]) <= _ROUNDED and not _is_irregular(starts, rates[0])):
+        return rates[0]
     mean = last / span
     gaps = sorted(after - before for before, after in pairwise(starts))
     if gaps[-1] - gaps[0] <= 2 * _ROUNDED:
@@ -120,20 +120,20 @@ def _rate(starts: Sequence[Fraction], told: Sequence[Fraction]) -> Fraction:
     if len(near) < _TYPICAL * last:
         return mean
     typical = sum(near, Fraction(0)) / len(near)
-    return next((rate for rate in told if abs(1 / rate - typical) <= _ROUNDED), 1 / typical)
+    return next((rate for rate in rates if abs(1 / rate - typical) <= _ROUNDED), 1 / typical)
 
 
-def _strays(starts: Sequence[Fraction], rate: Fraction) -> bool:
+def _is_irregular(starts: Sequence[Fraction], rate: Fraction) -> bool:
     """Whether some frame appears at least a whole frame's time before or after its place at a rate."""
     return any(abs(start * rate - place) >= 1 for place, start in enumerate(starts))
 
 
-def _counted(
+def _frame_times(
     path: str | Path,
     container: InputContainer,
     stream: VideoStream,
     first: VideoFrame,
-    rest: Iterable[Shot],
+    rest: Iterable[TimedFrame],
 ) -> Sequence[Fraction]:
     """When each frame of a file appears, in seconds from the `first` one on: by its index or packets if they
     are its frames, else by decoding the `rest`.
@@ -141,16 +141,16 @@ def _counted(
     # Two packets may be one interlaced frame, where the container leaves them apart.
     if not first.interlaced_frame and first.pts is not None and first.time_base == stream.time_base:
         tick = stream.time_base or Fraction(0)
-        stamps = _indexed(path, container, stream, first=first.pts)
+        stamps = _times_from_index(path, container, stream, first=first.pts)
         if stamps is None and codec_of(stream) in PACKET_IS_FRAME:
             with suppress(UncertainError):
                 stamps = listed_stamps(path, first=first.pts)
         if stamps is not None:
             return [(stamp - stamps[0]) * tick for stamp in stamps]
-    return [Fraction(0), *(shot.start for shot in rest)]
+    return [Fraction(0), *(timed.start for timed in rest)]
 
 
-def _indexed(
+def _times_from_index(
     path: str | Path, container: InputContainer, stream: VideoStream, *, first: int
 ) -> Sequence[Fraction] | None:
     """Time stamps of all frames if the index of an mp4 shows that they are evenly spaced; `first` is that of
@@ -184,7 +184,7 @@ def _edges(path: str | Path, times: Sequence[int], *, first: int) -> tuple[int, 
     """How many packets are shown before the `first` frame that can be decoded, which happens where a clip was
     cut out of a longer one, and the latest time stamp. `times` of decoding are those of the index.
     """
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         early = 0
         for packet in container.demux(stream):
             if packet.dts is None or packet.pts is None or packet.dts > first:
@@ -203,7 +203,7 @@ def _is_fragmented(path: str | Path) -> bool:
                 return True
             size = int.from_bytes(header[:4])
             size = int.from_bytes(header[8:]) if size == 1 else size
-            if size < 8:  # of 0 it goes on to the end
+            if size < 8:  # 0: to the end of the file
                 return False
             file.seek(size - len(header), 1)
     return False

@@ -41,23 +41,23 @@ SWSCALE = 0x2 | 0x2000 | 0x40000
 _NTSC_RATES = (12, 15, 24, 30, 48, 60, 120, 240)
 # Matroska rounds time stamps to milliseconds: two that differ by half of one are the same instant.
 SAME_INSTANT = Fraction(1, 2000)
-# Decoding so few frames costs no more than looking for a keyframe.
+# Decoding up to this many frames costs no more than seeking a keyframe.
 _NEAR = 32
 # Codecs in which one packet is one frame, so that packets can be counted instead of frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vvc", "vp9", "av1", "mpeg2video", "mjpeg", "prores", "ffv1"))
-# What `orientation_of` gives for turns to the left by so many degrees.
+# `orientation_of` for rotations to the left, in degrees.
 _TURNS = {
     0: (False, False, False),
     90: (True, True, False),
     180: (False, True, True),
     270: (True, False, True),
 }
-# The most frames that a decoder holds back to put them in order.
+# Most frames that a decoder holds back to reorder them.
 REORDERED = 32
 
 
 class TooShortError(ValueError):
-    """A video has only so many `frames`, fewer than asked for."""
+    """A video has fewer frames than asked for: only `frames`."""
 
     def __init__(self, path: str | Path, *, frames: int, asked: int) -> None:
         super().__init__(f"{path} has {frames} frames, asked for frame {asked}")
@@ -65,11 +65,11 @@ class TooShortError(ValueError):
 
 
 class UncertainError(Exception):
-    """The packets of this file might be other frames than decoding gives."""
+    """The packets of this file may not match the frames that decoding gives."""
 
 
 @dataclass(frozen=True)
-class Shot:
+class TimedFrame:
     """A decoded frame and the time that it is on screen, in seconds from the first frame."""
 
     start: Fraction
@@ -78,7 +78,7 @@ class Shot:
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
-    """`fps` as an exact rate. A float that is meant as n * 1000/1001 (23.976, 29.97, ...) becomes just that.
+    """`fps` as an exact rate. Floats that mean n * 1000/1001 (23.976, 29.97, ...) become that fraction.
 
     Raises ValueError unless it is from 0.001 to 1000 frames a second.
     """
@@ -98,7 +98,7 @@ def count_frames(path: str | Path, *, fps: float | Fraction | None = None, limit
     Raises FileNotFoundError, or ValueError for a file without readable video or damaged before `limit`.
     """
     rate = None if fps is None else frame_rate(fps)
-    return sum(1 for _ in islice(shots_of(path, rate=rate), limit))
+    return sum(1 for _ in islice(decode_file(path, rate=rate), limit))
 
 
 def iter_frames(
@@ -110,14 +110,14 @@ def iter_frames(
     after the first frame appears, and `start` and `count` are in frames of the new rate. Rotation and
     mirroring that the file asks for are applied. A repeated frame is the same tensor again.
 
-    Raises FileNotFoundError, and ValueError for a file without readable video, fewer frames than asked for, a
-    size that changes on the way and, once all frames before the damage are out, for a damaged or cut-off
-    file.
+    Raises FileNotFoundError, and ValueError for a file without readable video, fewer frames than asked
+    for, a size that changes on the way and, once all frames before the damage are out, for a damaged
+    or cut-off file.
     """
     if start < 0 or (count is not None and count < 1):
         raise ValueError(f"start must be at least 0 and count at least 1, got start {start}, count {count}")
     rate = None if fps is None else frame_rate(fps)
-    return (picture for picture, _ in _pictures(path, start=start, count=count, rate=rate))
+    return (picture for picture, _ in _iter_pictures(path, start=start, count=count, rate=rate))
 
 
 def iter_timed_frames(
@@ -126,7 +126,7 @@ def iter_timed_frames(
     """The first `count` frames as in `iter_frames`, each with the seconds from the first frame on at which it
     appears and disappears. Errors: see `iter_frames`.
     """
-    shown = _pictures(path, start=0, count=count, rate=None)
+    shown = _iter_pictures(path, start=0, count=count, rate=None)
     before = next(shown)
     for after in shown:
         yield before[0], (before[1].start, after[1].start)
@@ -163,25 +163,29 @@ def read_numbered(
     """
     _check_file(path)
     if rate is not None or picture_format(path) is not None:
-        shots = shots_of(path, rate=None if rate is None else frame_rate(rate))
-        return _chosen(path, enumerate(shot.frame for shot in shots), numbers, crop=crop)
+        timed_frames = decode_file(path, rate=None if rate is None else frame_rate(rate))
+        return _select_frames(path, enumerate(timed.frame for timed in timed_frames), numbers, crop=crop)
     if installed_reader(reader) != "pyav":
-        frames = _by_decord(path, numbers) if reader == "decord" else _by_torchcodec(path, numbers)
+        frames = (
+            _read_with_decord(path, numbers) if reader == "decord" else _read_with_torchcodec(path, numbers)
+        )
         if frames is not None:
-            return _cropped(path, frames, crop)
+            return _crop(path, frames, crop)
     if numbers[0] >= _NEAR:
         try:
-            with opened(path) as (container, stream):
-                return _chosen(path, _sought(path, container, stream, numbers), numbers, crop=crop)
+            with open_video(path) as (container, stream):
+                return _select_frames(
+                    path, _decode_from_keyframe(path, container, stream, numbers), numbers, crop=crop
+                )
         except (UncertainError, av.error.FFmpegError):
             logger.debug("%s: frames are counted from the first one on", path)
-    with opened(path) as (container, stream):
-        frames = enumerate(_decoded(path, container, stream))
-        return _chosen(path, frames, numbers, crop=crop)
+    with open_video(path) as (container, stream):
+        frames = enumerate(_decode(path, container, stream))
+        return _select_frames(path, frames, numbers, crop=crop)
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream, closed afterwards."""
     _check_file(path)
     try:
@@ -223,7 +227,7 @@ def mean_rate(stream: VideoStream) -> Fraction:
     return stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)
 
 
-def _promised(container: InputContainer, stream: VideoStream, *, origin: Fraction) -> Fraction | None:
+def _stated_duration(container: InputContainer, stream: VideoStream, *, origin: Fraction) -> Fraction | None:
     """How many seconds of video follow the first frame, which appears at `origin`, according to the file."""
     # Matroska has one length, that of the whole file, which FFmpeg puts here now and then.
     if "matroska" not in container.format.name and stream.duration and stream.time_base:
@@ -233,7 +237,7 @@ def _promised(container: InputContainer, stream: VideoStream, *, origin: Fractio
     return Fraction(container.duration, av.time_base) - origin
 
 
-def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def _decode(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """All frames of a stream in the order shown. At damage: those before it, then ValueError."""
     codec = cast(VideoCodecContext, stream.codec_context)
     frames = 0
@@ -257,11 +261,11 @@ def _decoded(path: str | Path, container: InputContainer, stream: VideoStream) -
         raise ValueError(f"{path} is damaged or cut off after {frames} frames: {damage}")
 
 
-def timed_shots(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[Shot]:
+def decode_timed(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[TimedFrame]:
     """The frames of a stream with the times that they are on screen; at least one, or ValueError."""
     origin = None
     end = Fraction(0)
-    for frame in _decoded(path, container, stream):
+    for frame in _decode(path, container, stream):
         tick = frame.time_base or stream.time_base or Fraction(0)
         # Raw streams have no time stamps: each frame follows the one before.
         stamp = frame.pts * tick if frame.pts is not None else end + (origin or 0)
@@ -269,76 +273,78 @@ def timed_shots(path: str | Path, container: InputContainer, stream: VideoStream
             origin = stamp
         start = stamp - origin
         end = start + (frame.duration * tick or 1 / mean_rate(stream))
-        yield Shot(start=start, end=end, frame=frame)
+        yield TimedFrame(start=start, end=end, frame=frame)
     if origin is None:
         raise ValueError(f"{path} has a video stream ({codec_of(stream)}) without frames")
-    promised = _promised(container, stream, origin=origin)
+    promised = _stated_duration(container, stream, origin=origin)
     if promised is not None and end < promised * Fraction(9, 10):
         # No error: a last frame may rightly stay on screen for long, and Matroska counts no frames.
         logger.warning("%s: frames end after %.2f s of %.2f s: is the file truncated?", path, end, promised)
 
 
-def _resampled(shots: Iterable[Shot], rate: Fraction) -> Iterator[Shot]:
+def _resample(timed_frames: Iterable[TimedFrame], rate: Fraction) -> Iterator[TimedFrame]:
     """What is on screen at 0, 1 / rate, 2 / rate, ... seconds; at least one frame if there is any."""
     shown = None
     index = 0
-    for shot in shots:
-        while shown is not None and index / rate + SAME_INSTANT < shot.start:
+    for timed in timed_frames:
+        while shown is not None and index / rate + SAME_INSTANT < timed.start:
             yield shown
             index += 1
-        shown = shot
+        shown = timed
     # Twice the tolerance, since start and duration of the last frame are both rounded.
     while shown is not None and (index == 0 or index / rate + 2 * SAME_INSTANT < shown.end):
         yield shown
         index += 1
 
 
-def shots_of(path: str | Path, *, rate: Fraction | None) -> Iterator[Shot]:
+def decode_file(path: str | Path, *, rate: Fraction | None) -> Iterator[TimedFrame]:
     """All frames of a file, resampled if there is a rate, not yet converted to RGB."""
     if picture_format(path) is not None:
-        shots = picture_shots(path)
-        yield from shots if rate is None else _resampled(shots, rate)
+        timed_frames = picture_frames(path)
+        yield from timed_frames if rate is None else _resample(timed_frames, rate)
         return
-    with opened(path) as (container, stream):
-        shots = timed_shots(path, container, stream)
-        yield from shots if rate is None else _resampled(shots, rate)
+    with open_video(path) as (container, stream):
+        timed_frames = decode_timed(path, container, stream)
+        yield from timed_frames if rate is None else _resample(timed_frames, rate)
 
 
-def picture_shots(path: str | Path) -> Iterator[Shot]:
+def picture_frames(path: str | Path) -> Iterator[TimedFrame]:
     """The pictures of a file that Pillow reads."""
     start = Fraction(0)
     for pixels, seconds in read_pictures(path):
-        yield Shot(start=start, end=start + seconds, frame=VideoFrame.from_ndarray(pixels, format="rgb24"))
+        yield TimedFrame(
+            start=start, end=start + seconds, frame=VideoFrame.from_ndarray(pixels, format="rgb24")
+        )
         start += seconds
 
 
-def _pictures(
+def _iter_pictures(
     path: str | Path, *, start: int, count: int | None, rate: Fraction | None
-) -> Iterator[tuple[torch.Tensor, Shot]]:
+) -> Iterator[tuple[torch.Tensor, TimedFrame]]:
     """`iter_frames` after its checks, with when each frame is on screen."""
     stop = None if count is None else start + count
     seen = 0
     frame, picture = None, torch.empty(0)
-    for shot in islice(shots_of(path, rate=rate), stop):
+    for timed in islice(decode_file(path, rate=rate), stop):
         seen += 1
         if seen <= start:
             continue
-        if shot.frame is not frame:
-            before, picture = picture, _rgb(shot.frame)
+        if timed.frame is not frame:
+            before, picture = picture, _to_rgb(timed.frame)
             if frame is not None and before.shape != picture.shape:
                 sizes = " to ".join(
                     f"{height} x {width}" for height, width, _ in (before.shape, picture.shape)
                 )
                 raise ValueError(f"{path} changes its size from {sizes} at frame {seen - 1}")
-            frame = shot.frame
-        yield picture, shot
+            frame = timed.frame
+        yield picture, timed
     if seen < (start + 1 if stop is None else stop):
         wanted = f"frame {start} on" if stop is None else f"frames {start} to {stop - 1}"
         at = "" if rate is None else f" at {float(rate):g} a second"
         raise ValueError(f"{path} has {seen} frames{at}, asked for {wanted}")
 
 
-def _rgb(frame: VideoFrame) -> torch.Tensor:
+def _to_rgb(frame: VideoFrame) -> torch.Tensor:
     """A decoded frame as an upright picture in its own memory, uint8 [H, W, 3]."""
     # Threads of its own would outlive the frame until garbage is collected, and in a forked process, which
     # lacks them, freeing them hangs or crashes.
@@ -354,7 +360,7 @@ def orientation_of(frame: VideoFrame) -> tuple[bool, bool, bool]:
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # With data of a kind that PyAV does not know, it tells the angle only, not whether it is mirrored.
+        # If PyAV does not know the kind of data, it gives only the angle, not whether it is mirrored.
         if frame.rotation % 90 == 0:
             return _TURNS[frame.rotation % 360]
     else:
@@ -367,18 +373,16 @@ def orientation_of(frame: VideoFrame) -> tuple[bool, bool, bool]:
             return False, d < 0, a < 0
         if max(abs(a), abs(d)) * 50 < min(abs(b), abs(c)):
             return True, b < 0, c < 0
-    raise ValueError(
-        f"the video is to be turned by {frame.rotation} degrees; only multiples of 90 are possible"
-    )
+    raise ValueError(f"the video is rotated by {frame.rotation} degrees; only multiples of 90 can be read")
 
 
-def _sought(
+def _decode_from_keyframe(
     path: str | Path, container: InputContainer, stream: VideoStream, numbers: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Frames with their numbers from a keyframe before the first wanted one on; else UncertainError."""
     if codec_of(stream) not in PACKET_IS_FRAME:
         raise UncertainError
-    first = next(_sound(path, container, stream), None)
+    first = next(_decode_intact(path, container, stream), None)
     if first is None or first.pts is None or first.time_base != stream.time_base:
         raise UncertainError
     last = numbers[-1]
@@ -390,7 +394,7 @@ def _sought(
         stamps = listed_stamps(path, first=first.pts, last=last)
     _seek(container, stream, stamps[numbers[0]])
     number = None
-    for frame in _sound(path, container, stream):
+    for frame in _decode_intact(path, container, stream):
         if number is None:
             # Frames shown before a keyframe may need ones that were not decoded.
             if not frame.key_frame:
@@ -408,10 +412,10 @@ def _sought(
     raise UncertainError
 
 
-def _sound(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """All frames from here on; UncertainError at damage, so that counting says where it is."""
+def _decode_intact(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Yield all further frames. Raises UncertainError at damage; decoding from the start then says where."""
     try:
-        yield from _decoded(path, container, stream)
+        yield from _decode(path, container, stream)
     except ValueError as error:
         raise UncertainError from error
 
@@ -436,7 +440,7 @@ def listed_stamps(path: str | Path, *, first: int, last: int | None = None) -> S
     decoded; `first` is that of frame 0.
     """
     stamps: list[int] = []
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard:
                 continue
@@ -471,7 +475,7 @@ def _seek(container: InputContainer, stream: VideoStream, stamp: int) -> None:
     raise UncertainError
 
 
-def _chosen(
+def _select_frames(
     path: str | Path,
     frames: Iterator[tuple[int, VideoFrame]],
     numbers: Sequence[int],
@@ -485,7 +489,7 @@ def _chosen(
         seen = number + 1
         if number != numbers[filled]:
             continue
-        picture = _cropped(path, _rgb(frame)[None], crop)[0]
+        picture = _crop(path, _to_rgb(frame)[None], crop)[0]
         if not filled:
             result = picture.new_empty(len(numbers), *picture.shape)
         elif picture.shape != result.shape[1:]:
@@ -499,7 +503,7 @@ def _chosen(
     raise TooShortError(path, frames=seen, asked=numbers[-1])
 
 
-def _cropped(path: str | Path, frames: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
+def _crop(path: str | Path, frames: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
     """The part (left, right, top, bottom) of frames [T, H, W, 3]."""
     if crop is None:
         return frames
@@ -511,18 +515,18 @@ def _cropped(path: str | Path, frames: torch.Tensor, crop: tuple[int, int, int, 
 
 
 def installed_reader(reader: Reader) -> Reader:
-    """`reader`, or "pyav" in place of one whose package is not installed, which is said once a process."""
+    """`reader`, or "pyav" if its package is not installed, which is logged once per process."""
     return reader if reader == "pyav" or _is_installed(reader) else "pyav"
 
 
 @cache
 def _is_installed(reader: Reader) -> bool:
-    """Whether the package of a reader can be loaded; says so, once a process, if not."""
+    """Whether the package of a reader can be loaded. If not, logs it once per process."""
     try:
         import_module("torchcodec.decoders" if reader == "torchcodec" else reader)
     except ModuleNotFoundError:
         problem = "is not installed"
-    except (ImportError, OSError, RuntimeError) as error:  # such as FFmpeg's libraries, which it has not
+    except (ImportError, OSError, RuntimeError) as error:  # for example, FFmpeg's libraries are missing
         problem = f"cannot be loaded ({str(error).strip().partition(chr(10))[0]})"
     else:
         return True
@@ -530,7 +534,7 @@ def _is_installed(reader: Reader) -> bool:
     return False
 
 
-def _by_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
+def _read_with_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
     """Frames [len(numbers), H, W, 3], or None of a file that decord cannot read, such as one of AV1."""
     import decord  # type: ignore[import-not-found]
 
@@ -539,10 +543,10 @@ def _by_decord(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
         _check_count(path, len(video), numbers)
         return torch.from_numpy(video.get_batch(list(numbers)).asnumpy())
     except decord.DECORDError as error:
-        return _left_to_pyav(path, "decord", error)
+        return _fall_back_to_pyav(path, "decord", error)
 
 
-def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
+def _read_with_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | None:
     """Frames [len(numbers), H, W, 3], or None of a file that torchcodec cannot read."""
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
@@ -551,17 +555,17 @@ def _by_torchcodec(path: str | Path, numbers: Sequence[int]) -> torch.Tensor | N
         _check_count(path, len(video), numbers)
         return video.get_frames_at(indices=list(numbers)).data
     except RuntimeError as error:
-        return _left_to_pyav(path, "torchcodec", error)
+        return _fall_back_to_pyav(path, "torchcodec", error)
 
 
-def _left_to_pyav(path: str | Path, reader: Reader, error: Exception) -> None:
+def _fall_back_to_pyav(path: str | Path, reader: Reader, error: Exception) -> None:
     reason = str(error).strip().rpartition("\n")[2]
     logger.debug("%s cannot be read by %s (%s): it is read with PyAV", path, reader, reason)
-    _warn_that_some_are_left(reader)
+    _warn_of_fallback(reader)
 
 
 @cache
-def _warn_that_some_are_left(reader: Reader) -> None:
+def _warn_of_fallback(reader: Reader) -> None:
     logger.warning("not all videos can be read by %s: the others are read with PyAV", reader)
 
 

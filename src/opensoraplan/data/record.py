@@ -1,4 +1,4 @@
-"""A clip and what is known of it; what is missing is read from its file, in parallel and only once.
+"""A clip and its known properties; missing ones are read from its file, in parallel and only once.
 
 Not here: manifests (manifest.py), which clips are trained on (selection.py), decoding (video.py).
 """
@@ -25,23 +25,23 @@ from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# How many files that cannot be read the warning names.
+# Most unreadable files that the warning names.
 _NAMED = 5
-# Of what is remembered of files. Before 3, lengths were those that files claim.
+# Version of the probe cache. Before 3, it had the lengths that files claim.
 _VERSION = 3
-# How far, relatively, the rate of a manifest may be from that of the file, which may be a mean.
+# Relative tolerance between a manifest's frame rate and the file's, which may be a mean.
 _SAME_FPS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A clip (or an image, which is a clip of one frame) and what is known of it.
+    """A clip (or an image, which is a clip of one frame) and its known properties.
 
     `num_frames` and `fps` are those of the file; with `cut` = (start, end), frame numbers in the file of
     which the end is not included, `num_frames` counts only the frames in it. `height` and `width` are those
     of the upright picture in pixels; with `crop` = (left, right, top, bottom), those of the part cut out.
-    None is unknown. `variable`: the file was found to have no constant rate; its frames are then those of one
-    resampled to `fps`. `error` says why the file could not be read, if that was found out.
+    None is unknown. `variable`: the file has no constant rate; its frames are then counted after resampling
+    to `fps`. `error`: why the file could not be read, if that was tried.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Record:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is missing that selection needs to know of the file."""
+        """Whether the record has all properties that selection needs."""
         timed = self.num_frames is not None and (self.is_image or self.fps is not None)
         return timed and self.height is not None and self.width is not None
 
@@ -88,14 +88,14 @@ class _Probed:
 
 
 class _ProbeCache(Settings):
-    """The file that remembers what probing found, by path."""
+    """The cache file with the results of probing, by path."""
 
     version: Literal[3] = _VERSION
     files: dict[str, _Probed]
 
 
 def probe_cache(manifest: Path) -> Path | None:
-    """Where what probing finds of a manifest's files is remembered, in the user's cache folder, if any."""
+    """The cache file for probing a manifest's files, in the user's cache folder; None without a home."""
     name = str(manifest.resolve()).encode("utf-8", "surrogateescape")
     try:
         return user_cache_folder() / "probed" / f"{hashlib.sha256(name).hexdigest()[:32]}.json"
@@ -112,13 +112,14 @@ def complete(
     workers: int = 16,
     save_every_s: float = 120.0,
 ) -> list[Record]:
-    """The same records with nothing missing, or with an `error`; those are counted in one warning.
+    """Fill in missing properties of records, or an `error` for files that cannot be read. Logs one warning
+    with the number of errors.
 
-    Files of records that lack something (or of all, with `every_file`) are opened by `workers` threads. What
-    they say is remembered in the JSON file `cache`, by path, size and time of change, if that can be written;
-    it is written down every `save_every_s` seconds, too, lest hours of it are lost. With
-    `every_file`, records are held against their files: more frames than a file has are lowered to its own,
-    and another size, or a rate that is more than 1% off, is an `error`.
+    `workers` threads open the files of incomplete records (with `every_file`, of all). The results are
+    saved in the JSON file `cache`, by path, size and modification time, every `save_every_s` seconds and
+    at the end, if it can be written. With `every_file`, records are compared with their files: a number of
+    frames that is larger than the file's is lowered to it, and another size, or a rate more than 1% off,
+    is an `error`.
     """
     wanted = [index for index, record in enumerate(records) if every_file or not record.is_complete]
     if not wanted:
@@ -129,20 +130,20 @@ def complete(
         "probing %d of %d files for values that the manifest does not give", len(wanted), len(records)
     )
 
-    def look(index: int) -> tuple[int, str, _Probed | str]:
+    def probe_one(index: int) -> tuple[int, str, _Probed | str]:
         path = records[index].path
         key = str(path.absolute()).encode("utf-8", "backslashreplace").decode()
-        return index, key, _look(path, known.get(key))
+        return index, key, _probe(path, known.get(key))
 
     result = list(records)
     executor = ThreadPoolExecutor(workers)
     saved = time.monotonic()
     try:
-        for index, key, found in executor.map(look, wanted):
+        for index, key, found in executor.map(probe_one, wanted):
             if isinstance(found, str):
                 result[index] = replace(records[index], error=found)
                 continue
-            result[index] = _filled(records[index], found, compared=every_file)
+            result[index] = _complete(records[index], found, compared=every_file)
             if known.get(key) != found:
                 fresh[key] = found
             if fresh and time.monotonic() - saved > save_every_s:
@@ -162,8 +163,8 @@ def complete(
     return result
 
 
-def _look(path: Path, known: _Probed | None) -> _Probed | str:
-    """What `path` is, or why it cannot be read."""
+def _probe(path: Path, known: _Probed | None) -> _Probed | str:
+    """Properties of the file, or why it cannot be read."""
     try:
         stat = path.stat()
         if known is not None and (known.size, known.mtime) == (stat.st_size, stat.st_mtime_ns):
@@ -184,16 +185,16 @@ def _look(path: Path, known: _Probed | None) -> _Probed | str:
     )
 
 
-def _filled(record: Record, found: _Probed, *, compared: bool) -> Record:
-    """`record` with what it lacks, or with an error if its cut or crop is outside of the file's picture or,
-    if it is to be `compared`, it contradicts the file.
+def _complete(record: Record, found: _Probed, *, compared: bool) -> Record:
+    """Complete a record from its file. Sets an error if cut or crop are outside of the video or, if
+    `compared`, if the record contradicts the file.
     """
     if record.cut is not None and record.cut[0] >= found.frames:
         return replace(record, error=f"{record.path} has {found.frames} frames, cut is {list(record.cut)}")
     if record.crop is not None and (record.crop[1] > found.width or record.crop[3] > found.height):
         size = f"{found.height} x {found.width} (height x width)"
         return replace(record, error=f"{record.path} is {size}, crop is {list(record.crop)}")
-    if compared and (different := _different(record, found)):
+    if compared and (different := _describe_differences(record, found)):
         return replace(record, error=f"{record.path}: {different}")
     # Numbers that a manifest gives are of the file's own frames.
     variable = found.variable and record.cut is None and record.fps is None and record.num_frames is None
@@ -213,8 +214,8 @@ def _filled(record: Record, found: _Probed, *, compared: bool) -> Record:
     )
 
 
-def _different(record: Record, found: _Probed) -> str:
-    """What the manifest and the file say of size and rate where they differ; "" where they do not."""
+def _describe_differences(record: Record, found: _Probed) -> str:
+    """How size and rate of the manifest differ from the file's; "" if they do not."""
     problems: list[str] = []
     height, width = record.height or found.height, record.width or found.width
     # With a crop they are those of the part.
@@ -228,7 +229,7 @@ def _different(record: Record, found: _Probed) -> str:
 
 
 def _load(cache: Path | None) -> Mapping[str, _Probed]:
-    """What was remembered; anything else in that place, or of another version, is as good as nothing."""
+    """Read the probe cache; empty if it is damaged or of another version."""
     try:
         if cache is None or not cache.exists():
             return {}
@@ -242,7 +243,7 @@ def _load(cache: Path | None) -> Mapping[str, _Probed]:
 
 
 def _save(cache: Path | None, known: Mapping[str, _Probed]) -> None:
-    """Remember, if the folder can be written to; readers see the old file or the new one, never a part."""
+    """Write the probe cache atomically, if its folder can be written to."""
     if cache is None:
         return
     content = _ProbeCache(files=dict(known)).model_dump_json()

@@ -1,6 +1,7 @@
-"""Which records are trained on, at which frames and size, and why the others are not: the original's rules.
+"""Selects the records to train on, with their frames and size, and says why others are dropped:
+the original's rules.
 
-Pure arithmetic on records: no file is opened here. Batches of one shape are made in buckets.py.
+Pure arithmetic on records, no file is opened. buckets.py makes batches.
 """
 
 import hashlib
@@ -20,14 +21,14 @@ from opensoraplan.data.sizes import Framing, frame_five_ratios, frame_freely
 from opensoraplan.settings import Settings
 from opensoraplan.shapes import SIDE_MULTIPLE, TEMPORAL_STRIDE
 
-# Rates that differ by less are one rate, so that 23.976 is not resampled to 24.
+# Frame rates that differ by less are the same, so that 23.976 is not resampled to 24.
 _SAME_FPS = 0.1
 # Examples of a reason in messages and reports.
 EXAMPLES = 3
 
 
 class Reason(StrEnum):
-    """Why a record is not trained on. The value is its short name, `sentence` tells what to do about it."""
+    """Why a record is dropped. The value is a short name; `sentence` explains it."""
 
     UNREADABLE = "unreadable"
     NO_CAPTION = "no caption"
@@ -111,26 +112,26 @@ class SelectionSettings(Settings):
 
     @property
     def smallest_area(self) -> int:
-        """min_hxw or what stands for it."""
+        """min_hxw, or its default."""
         if self.min_hxw is not None:
             return self.min_hxw
         return self.max_height * self.max_width if self.force_resolution else 1
 
     @property
     def largest_area(self) -> int:
-        """max_hxw or what stands for it."""
+        """max_hxw, or its default."""
         return self.max_height * self.max_width if self.max_hxw is None else self.max_hxw
 
     @property
     def largest_size(self) -> tuple[int, int]:
-        """Height and width of the largest samples; of many, those that are nearest to square."""
+        """Height and width of the largest samples; if several are possible, the size nearest to square."""
         if self.force_resolution:
             return self.max_height, self.max_width
         side = math.isqrt(self.largest_area) // self.hw_stride * self.hw_stride
         return side, side
 
     def sample_frames(self, frames: int) -> int:
-        """The most frames, of so many, that a sample can have; 0 if none."""
+        """The largest valid number of frames for a sample from a clip with `frames`; 0 if there is none."""
         unit = self.ae_stride_t * self.sequence_parallel
         # With k + 1 = j P latent frames, the pixel frames 8 k + 1 are 8 P j - 7.
         return max(0, (frames + self.ae_stride_t - 1) // unit * unit - self.ae_stride_t + 1)
@@ -155,7 +156,7 @@ def _check_strides(settings: SelectionSettings) -> None:
 
 def _check_frames(settings: SelectionSettings) -> None:
     wanted, fewest = settings.num_frames, settings.min_num_frames
-    # One frame is training on images, where min_num_frames has no say.
+    # Training on images, for which min_num_frames has no effect.
     if wanted == 1:
         return
     below = settings.sample_frames(wanted)
@@ -202,13 +203,13 @@ def _check_sizes(settings: SelectionSettings) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A record that is trained on: `num_frames` frames of `height` x `width` pixels.
+    """A record to train on, as `num_frames` frames of `height` x `width` pixels.
 
-    `index` is the record's place in the manifest. The frames are found in three steps: every `step`th frame
-    of the file from `start` on makes `resampled` frames; those are thinned evenly to `thinned` (as many, if
-    nothing is sped up); of those a window of `num_frames` frames begins at `window`, which may be anything
-    below `windows`. `framing`: how frames are scaled and cut; None (force_resolution): they are cut to the
-    aspect of `height` x `width` and scaled to it.
+    `index` is the record's position in the manifest. The frames are chosen in three steps: every `step`th
+    frame of the file from `start` on gives `resampled` frames; these are thinned evenly to `thinned` (the
+    same number unless the clip is sped up); of these, a window of `num_frames` frames starts at `window`,
+    which is below `windows`. `framing`: how frames are scaled and cropped; None (force_resolution): they are
+    cropped to the aspect ratio of `height` x `width` and scaled to it.
     """
 
     index: int
@@ -231,7 +232,7 @@ class Sample:
 
     @property
     def frame_numbers(self) -> tuple[int, ...]:
-        """The frames of the file that are read, counted from 0, rising."""
+        """Numbers of the file's frames to read, from 0, in ascending order."""
         last = self.thinned - 1
         places = range(self.window, self.window + self.num_frames)
         if self.thinned < self.resampled:
@@ -239,14 +240,14 @@ class Sample:
         return tuple(math.floor(self.start + place * self.step) for place in places)
 
     def at(self, window: int) -> Self:
-        """The same sample with its window elsewhere, 0 <= window < `windows`; for another epoch, say."""
+        """The same sample with another window, 0 <= window < `windows`, for example for another epoch."""
         assert 0 <= window < self.windows
         return replace(self, window=window)
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A record that is not trained on; `detail` has the numbers behind `reason`."""
+    """A dropped record; `detail` has the numbers behind `reason`."""
 
     index: int
     record: Record
@@ -256,7 +257,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select` made of the records; both parts are in the manifest's order."""
+    """The result of `select`; both parts are in the manifest's order."""
 
     settings: SelectionSettings
     kept: tuple[Sample, ...]
@@ -284,11 +285,11 @@ def select(
     need_captions: bool = True,
     allow_empty: bool = False,
 ) -> Selection:
-    """Decide for every record whether it is trained on, at which frames and size (docs/model.md, section 6).
+    """Decide for every record whether to train on it, with which frames and size (docs/model.md, section 6).
 
-    What is random, windows of long clips and which short ones are dropped, depends on `seed` and the record
-    only, not on the other records. With `global_batch`, the samples of a step over all ranks, shapes that
-    have fewer than `samples_needed` are dropped. `need_captions` False is for training a VAE.
+    Random choices (windows of long clips, which short clips are dropped) depend only on `seed` and the
+    record, not on other records. With `global_batch`, the samples of a step over all ranks, shapes with fewer
+    samples than `samples_needed` are dropped. `need_captions` False is for training a VAE.
 
     Raises ValueError without records and, unless `allow_empty`, if none is kept.
     """
@@ -303,7 +304,7 @@ def select(
         else:
             dropped.append(Dropped(index, record, outcome.reason, outcome.detail))
     if global_batch is not None:
-        kept, rare = _without_rare(kept, settings=settings, global_batch=global_batch)
+        kept, rare = _drop_rare(kept, settings=settings, global_batch=global_batch)
         dropped = sorted(dropped + rare, key=lambda drop: drop.index)
     selection = Selection(settings, tuple(kept), tuple(dropped))
     if not kept and not allow_empty:
@@ -312,20 +313,20 @@ def select(
 
 
 def samples_needed(counts: Iterable[int], *, min_batches: int, global_batch: int) -> int:
-    """How many samples a shape must have to be trained on, where there are `counts` of the shapes.
+    """Number of samples that a shape needs to be kept; `counts` has the number of samples of each shape.
 
-    Those of `min_batches` global batches, as in the original. Where no shape has so many, those of one
-    batch, so that small sets can be trained on: the original keeps nothing of them.
+    `min_batches` global batches, as in the original. If no shape has enough for that, one global batch, so
+    that small data sets can be trained on, of which the original would keep nothing.
     """
     enough = min_batches * global_batch
     return enough if any(count >= enough for count in counts) else global_batch
 
 
-def repeated(samples: Sequence[Sample], repeat: Mapping[str, int]) -> list[int]:
-    """The places of all samples, those again that have a caption in which a regular expression of `repeat` is
-    found, so many times more as it says; for several expressions these add up.
+def repeat_samples(samples: Sequence[Sample], repeat: Mapping[str, int]) -> list[int]:
+    """Indices of all samples, repeated by caption: for each regular expression of `repeat` that matches one
+    of its captions, a sample is repeated that number of times more.
 
-    Raises ValueError for an expression that is found in no caption.
+    Raises ValueError for an expression that matches no caption.
     """
     times = [1] * len(samples)
     for pattern, more in repeat.items():
@@ -348,7 +349,7 @@ def _reasons(selection: Selection) -> str:
     )
 
 
-def _without_rare(
+def _drop_rare(
     samples: list[Sample], *, settings: SelectionSettings, global_batch: int
 ) -> tuple[list[Sample], list[Dropped]]:
     counts = Counter(sample.shape for sample in samples)
@@ -386,17 +387,17 @@ def _decide(
     framing = size if isinstance(size, Framing) else None
     height, width = size[-2:]  # in which both kinds end
     sample = Sample(index, record, num_frames=1, height=height, width=width, framing=framing)
-    return sample if record.is_image else _timed(sample, settings=settings, seed=seed)
+    return sample if record.is_image else _choose_frames(sample, settings=settings, seed=seed)
 
 
 def _size(height: int, width: int, *, settings: SelectionSettings) -> tuple[int, int] | Framing | _Drop:
-    """Height and width of the sample that a frame of this size makes, or how it is scaled and cut."""
+    """Height and width of a sample from frames of this size, or how they are scaled and cropped."""
     low, high = settings.min_h_div_w_ratio, settings.max_h_div_w_ratio
     if not low <= height / width <= high:
         return _Drop(Reason.ASPECT, f"{height}/{width} = {height / width:.3f}, allowed {low:g} .. {high:g}")
     least = settings.smallest_area
     if settings.force_resolution:
-        # What the centre crop to the target's aspect leaves shall be large enough, too.
+        # The centre crop to the target's aspect ratio must be large enough, too.
         one, other = sorted((height * settings.max_width, width * settings.max_height))
         least = -(-least * other // one)
     if height * width < least:
@@ -411,8 +412,8 @@ def _size(height: int, width: int, *, settings: SelectionSettings) -> tuple[int,
     return framing
 
 
-def _timed(sample: Sample, *, settings: SelectionSettings, seed: int) -> Sample | _Drop:
-    """`sample` with the frames of its video."""
+def _choose_frames(sample: Sample, *, settings: SelectionSettings, seed: int) -> Sample | _Drop:
+    """`sample` with frames chosen from its video, or why it is dropped."""
     record, wanted, rate = sample.record, settings.num_frames, settings.train_fps
     if record.num_frames is None or record.fps is None:
         return _Drop(Reason.NO_LENGTH, f"num_frames {record.num_frames}, fps {record.fps}")
@@ -425,7 +426,7 @@ def _timed(sample: Sample, *, settings: SelectionSettings, seed: int) -> Sample 
             Reason.TOO_LONG, f"{record.num_frames} frames at {record.fps:g} fps, at most {int(most)}"
         )
     resampled = math.ceil(record.num_frames / step)
-    thinned = _thinned(resampled, settings=settings)
+    thinned = _count_sped_up(resampled, settings=settings)
     frames = settings.sample_frames(min(thinned, wanted))
     length = f"{thinned} frames" + ("" if step == 1 else f" ({record.num_frames} at {record.fps:g} fps)")
     if frames < settings.min_num_frames:
@@ -446,15 +447,15 @@ def _timed(sample: Sample, *, settings: SelectionSettings, seed: int) -> Sample 
     )
 
 
-def _thinned(frames: int, *, settings: SelectionSettings) -> int:
-    """How many of `frames` are left when the clip is sped up, but to no fewer than wanted."""
+def _count_sped_up(frames: int, *, settings: SelectionSettings) -> int:
+    """Number of frames after speeding up a clip, at least as many as wanted."""
     if settings.speed_factor == 1 or frames <= settings.num_frames:
         return frames
     return max(settings.num_frames, int(frames / settings.speed_factor))
 
 
 def _chance(record: Record, *, seed: int) -> random.Random:
-    """Random numbers of one record: its neighbours may come and go without changing them."""
+    """A random generator for one record, independent of other records."""
     # By name, not by path: the same data on another disk makes the same run.
     key = f"{seed} {record.cut} {record.path.name}".encode("utf-8", "surrogatepass")
     return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8]))

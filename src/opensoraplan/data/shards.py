@@ -23,7 +23,7 @@ from torch import Tensor
 
 from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
-from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.disk import explain_disk_errors, write_whole
 from opensoraplan.documents import as_object, kind_of
 from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
@@ -200,15 +200,15 @@ def shard_path(folder: Path, kind: Kind, shard: int) -> Path:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], index: VideoIndex | TextIndex) -> None:
-    """Write a file, or nothing at all. Raises ValueError in plain words for a disk that is full or cannot be
-    written to.
+    """Write a file, or nothing at all. Raises ValueError in plain words for a disk that is full or cannot
+    be written to.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {name: _checksum(tensor) for name, tensor in plain.items()}
     # Not by pydantic, whose text is UTF-8.
     text = json.dumps({**index.model_dump(exclude={"checksums"}), "checksums": checksums})
     metadata = {_INDEX: _text_checksum(text) + text}
-    with plain_errors(path, whole=WHOLE):
+    with explain_disk_errors(path, whole=WHOLE):
         write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
 
 

@@ -1,4 +1,4 @@
-"""How a frame of any size becomes one of a training sample: scaled, then cut. Pure arithmetic, no pixels.
+"""How frames of any size are scaled and cropped to a training sample. Pure arithmetic, no pixels.
 
 With the original's roundings, in floating point and in its order (docs/model.md, section 6), so that every
 frame gets the size it has there. Not here: one size for all (`force_resolution`), cut first and then scaled.

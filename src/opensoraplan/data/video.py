@@ -1,4 +1,4 @@
-"""Writing video by PyAV (H.264 mp4), the pixel transform of training, and by the same door what reads video.
+"""Writes video with PyAV (H.264 mp4), and has the pixel transform of training. Re-exports what reads video.
 
 Not here: how video is read (reading.py, probing.py), which clips to take, captions, batches.
 """
@@ -36,7 +36,7 @@ from opensoraplan.data.reading import (
     read_numbered,
 )
 from opensoraplan.data.sizes import Framing
-from opensoraplan.disk import named_errors, publish, workplace
+from opensoraplan.disk import name_path_in_errors, publish, work_folder
 
 __all__ = [
     "Reader",
@@ -59,21 +59,21 @@ __all__ = [
 # ITU-T H.273's code of BT.709 (primaries, transfer and matrix alike), and FFmpeg's of limited range.
 _BT709 = 1
 _LIMITED_RANGE = 1
-# Seconds that frames of a varying rate are timed in; in it, all usual rates are whole numbers.
+# Time base of videos with a variable rate, in seconds: frames of all usual rates last a whole number of it.
 _TIMED_TICK = Fraction(1, 90_000)
 
 
 def fit(frames: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
-    """Cut uint8 frames [T, H, W, 3] to the aspect of `height` x `width` around their centre and resize them.
+    """Centre-crop uint8 frames [T, H, W, 3] to the aspect ratio of `height` x `width` and resize them.
 
     Returns float32 [3, T, height, width] in [-1, 1]. This is the original's training transform: bicubic with
     both `antialias` and `align_corners` of torch on (which scales by (in - 1) / (out - 1), yet keeps pixel
-    centres, and so differs from either alone). Overshoots of the filter are clamped. Frames of that size keep
-    their values.
+    centres, and so differs from either alone). Overshoots of the filter are clamped. Frames of that size
+    keep their values.
     """
     _check_pixels(frames)
     crop = _centre_crop(frames, height=height, width=width)
-    return _resized(crop, Framing((height, width), top=0, left=0, height=height, width=width))
+    return _resize(crop, Framing((height, width), top=0, left=0, height=height, width=width))
 
 
 def scale_and_cut(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
@@ -83,10 +83,10 @@ def scale_and_cut(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
     are not forced (MaxHWStrideResizeVideo, SpatialStrideCropVideo); values are as in `fit`.
     """
     _check_pixels(frames)
-    return _resized(frames, framing)
+    return _resize(frames, framing)
 
 
-def _resized(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
+def _resize(frames: torch.Tensor, framing: Framing) -> torch.Tensor:
     """A part of the resized frames as float32 [3, T, height, width] in [-1, 1]."""
     rows = slice(framing.top, framing.top + framing.height)
     columns = slice(framing.left, framing.left + framing.width)
@@ -114,9 +114,8 @@ class VideoWriter:
     The file appears under its name when the block ends well; after an exception nothing is left of it. `crf`
     is x264's quality, from 1 (best) to 51. `title` and `comment` are stored as mp4 metadata. With `timed`,
     frames come with the times that they are on screen, and `fps` is only their mean. `path` is the name asked
-    for and, after the block, the name given. Raises ValueError for a name, fps, crf or frames
-    that cannot be; on entry, FileNotFoundError, PermissionError and the like for a folder that cannot be
-    written to.
+    for and, after the block, the name given. Raises ValueError for a name, fps, crf or frames that cannot be;
+    on entry, FileNotFoundError, PermissionError and the like for a folder that cannot be written to.
     """
 
     def __init__(
@@ -148,9 +147,9 @@ class VideoWriter:
         self._durations: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        # Made now, so that a folder that cannot be written to is found before any work.
-        with named_errors(self.path):
-            self._temporary = self._stack.enter_context(workplace(self.path.parent)) / self.path.name
+        # Made now, so that a folder that cannot be written to is an error before any work.
+        with name_path_in_errors(self.path):
+            self._temporary = self._stack.enter_context(work_folder(self.path.parent)) / self.path.name
         return self
 
     def write(
@@ -179,14 +178,14 @@ class VideoWriter:
             if times is not None:
                 start, end = (round(time / self._tick) for time in times[index])
                 frame.pts, self._durations[start] = start, end - start
-            with named_errors(self.path):  # where the disk is found full
+            with name_path_in_errors(self.path):  # where the disk is found full
                 self._mux(self._stream.encode(frame))
             self._written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with named_errors(self.path), self._stack:
+        with name_path_in_errors(self.path), self._stack:
             if kind is None:
                 self._finish()
             elif self._container is not None:
@@ -216,7 +215,7 @@ class VideoWriter:
     def _mux(self, packets: Sequence[Packet]) -> None:
         assert self._container is not None
         for packet in packets:
-            # x264 gives the last frame the time of a usual one.
+            # x264 gives the last frame the usual duration.
             if packet.pts in self._durations:
                 packet.duration = self._durations.pop(packet.pts)
             self._container.mux(packet)

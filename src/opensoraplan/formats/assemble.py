@@ -1,4 +1,4 @@
-"""A whole pipeline from the files in which its parts exist: in memory, or as a diffusers folder, and back."""
+"""Loads whole pipelines from the files of their parts, and converts them to diffusers folders and back."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ from opensoraplan.formats.export import (
     write_release,
     write_release_file,
 )
-from opensoraplan.formats.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, naming
+from opensoraplan.formats.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, name_path
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
@@ -43,12 +43,11 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a pipeline's parts are. `transformer`, `vae`: checkpoints of any dialect; the rest: local
-    folders.
+    """Paths of a pipeline's parts. `transformer`, `vae`: checkpoints of any dialect; the rest: local folders.
 
-    The configs are our constructors' arguments; None: told from the tensors' shapes. `sparse_n`: Skiparse
-    rates instead of the config's. `ema`: which weights of the denoiser, as in `load_checkpoint`; the VAE's
-    are its EMA weights where there are some.
+    The configs are our constructors' arguments; None: inferred from the tensors' shapes. `sparse_n`: Skiparse
+    rates instead of the config's. `ema`: which weights of the denoiser, as in `load_checkpoint`; the VAE uses
+    its EMA weights if it has some.
     """
 
     transformer: Path
@@ -64,16 +63,16 @@ class Sources:
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
-        """Those of a diffusers folder."""
+        """The parts of a diffusers folder."""
         paths: dict[str, Any] = {name: folder / name for name in COMPONENTS}
         return cls(**paths)
 
     def paths(self) -> dict[str, Path]:
-        """Where each part is, by its name."""
+        """The path of each part, by name."""
         return {name: getattr(self, name) for name in COMPONENTS}
 
     def check_exist(self) -> None:
-        """Raise FileNotFoundError that names every part whose path does not exist."""
+        """Raise FileNotFoundError with all parts whose paths do not exist."""
         missing = [f"{name}: {path}" for name, path in self.paths().items() if not path.exists()]
         if missing:
             raise FileNotFoundError(f"these paths do not exist: {'; '.join(missing)}")
@@ -84,10 +83,10 @@ def empty_denoiser(
 ) -> SparseUMMDiT:
     """A denoiser on the meta device that fits the checkpoint, with Skiparse `rates` (None: the config's).
 
-    `config`: our constructor's arguments; None: what the checkpoint tells. Raises ValueError if it is of a
-    VAE, or if its Skiparse rates are not known.
+    `config`: our constructor's arguments; None: inferred from the checkpoint. Raises ValueError for a VAE's
+    checkpoint, or if the Skiparse rates are not known.
     """
-    with naming(checkpoint.path):
+    with name_path(checkpoint.path):
         if kind_of(checkpoint.shapes) != "denoiser":
             raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
         arguments = dict(config_of(checkpoint) if config is None else config)
@@ -96,7 +95,7 @@ def empty_denoiser(
         stages = list(arguments.get("num_layers", RELEASE_LAYERS))
         if "sparse_n" not in arguments and stages != RELEASE_LAYERS:
             raise ValueError(
-                f"the Skiparse rates of stages {stages} are in no tensor: "
+                f"the checkpoint does not have the Skiparse rates of the stages {stages}: "
                 f"give --config, or --sparse-n with {len(stages)} rates (all 1: dense)"
             )
         return cast(SparseUMMDiT, empty_model(checkpoint, arguments))
@@ -106,7 +105,7 @@ def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE
     """A VAE on the meta device that fits the checkpoint; `config` and errors as in `empty_denoiser`, but that
     it goes before what the checkpoint's own says, and need not be whole: in that are shift and scale.
     """
-    with naming(checkpoint.path):
+    with name_path(checkpoint.path):
         if kind_of(checkpoint.shapes) != "vae":
             raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
         if config is not None and checkpoint.info.config is not None:
@@ -133,21 +132,21 @@ class Opened(Generic[Model]):
     names: Mapping[str, str]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Our names and the tensors, each read when it is its turn."""
+        """Yield our names with the tensors, each of which is read when it is its turn."""
         return ((ours, self.tensors[theirs]) for ours, theirs in self.names.items())
 
 
 def open_denoiser(
     path: Path, config: Mapping[str, Any] | None = None, *, rates: Sequence[int] | None = None
 ) -> Opened[SparseUMMDiT]:
-    """A denoiser of any dialect, or that of a diffusers folder, its weights unread."""
+    """Open a denoiser of any dialect, or that of a diffusers folder. Weights are not read yet."""
     checkpoint = open_checkpoint(component_of(path, "transformer"))
     denoiser = empty_denoiser(checkpoint, config, rates=rates)
     return Opened(denoiser, checkpoint, original.match(denoiser, checkpoint))
 
 
 def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVAE]:
-    """A VAE of any dialect, or that of a diffusers folder, its weights unread."""
+    """Open a VAE of any dialect, or that of a diffusers folder. Weights are not read yet."""
     checkpoint = open_checkpoint(component_of(path, "vae"))
     vae = empty_vae(checkpoint, config)
     return Opened(vae, checkpoint, original.match(vae, checkpoint))
@@ -155,8 +154,8 @@ def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVA
 
 @dataclass(frozen=True)
 class OpenedPipeline:
-    """Denoiser and VAE, known to be whole and to fit each other, and where the rest is. No weights are read
-    yet.
+    """Denoiser and VAE, known to be whole and to fit each other, and where the rest is. No weights
+    are read yet.
     """
 
     sources: Sources
@@ -179,7 +178,7 @@ class OpenedPipeline:
         )
 
     def weight_bytes(self, dtype: torch.dtype, *, vae_dtype: torch.dtype | None = None) -> int:
-        """What the weights take that `load_parts` would load."""
+        """Bytes of the weights that `load_parts` would load."""
         text_encoder = empty_text_encoder(self.sources.text_encoder, kind="t5")
         text_encoder_2 = empty_text_encoder(self.sources.text_encoder_2, kind="clip")
         in_dtype = sum(_count(model) for model in (self.denoiser.model, text_encoder, text_encoder_2))
@@ -203,7 +202,7 @@ def open_pipeline(sources: Sources) -> OpenedPipeline:
     check_parts(transformer, vae, None, None)
     if sources.vae_config is None and vae_file.info.config is None and vae.config["shift"] is None:
         logger.warning(
-            "%s: the shift and scale of its latents are in no tensor and nobody gives them: left out",
+            "%s: the file has no shift and scale of the latents: none are used",
             vae_file.path,
         )
     return OpenedPipeline(
@@ -232,8 +231,8 @@ def load_parts(
     text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
     text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
     check_parts(transformer, vae, text_encoder, text_encoder_2)
-    original.fill(vae, opened.vae.names, _On(device, opened.vae.tensors), dtype=vae_dtype or dtype)
-    original.fill(transformer, opened.denoiser.names, _On(device, opened.denoiser.tensors), dtype=dtype)
+    original.fill(vae, opened.vae.names, _OnDevice(device, opened.vae.tensors), dtype=vae_dtype or dtype)
+    original.fill(transformer, opened.denoiser.names, _OnDevice(device, opened.denoiser.tensors), dtype=dtype)
     return {
         "transformer": transformer.eval().to(device),  # type: ignore[arg-type]
         "vae": vae.eval().to(device),  # type: ignore[arg-type]
@@ -260,8 +259,8 @@ def load_pipeline(
     )
 
 
-class _On(Mapping[str, Tensor]):
-    """Tensors that go to a device when they are taken out."""
+class _OnDevice(Mapping[str, Tensor]):
+    """A mapping of tensors that moves each one to a device when it is read."""
 
     def __init__(self, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
         self._device = device
@@ -278,11 +277,11 @@ class _On(Mapping[str, Tensor]):
 
 
 def _check_room(needed: int) -> None:
-    """Raise MemoryError if weights of so many bytes do not fit into the host's memory."""
+    """Raise MemoryError if weights of `needed` bytes do not fit into host memory."""
     free = free_memory(torch.device("cpu")) + psutil.swap_memory().free
     if needed > free:
         raise MemoryError(
-            f"the weights take {needed / 1e9:.3g} GB of the host's memory, and {free / 1e9:.3g} GB are free, "
+            f"the weights take {needed / 1e9:.3g} GB of host memory, and {free / 1e9:.3g} GB are free, "
             "swap included"
         )
 
@@ -328,8 +327,8 @@ def write_pipeline(
 ) -> None:
     """Fill `folder` with a pipeline: these two models and the text encoders of `sources`.
 
-    `prompts`: the pipeline's prompt settings, where they are not the original's. `dtype`: None keeps each
-    tensor's own.
+    `prompts`: the pipeline's prompt settings, where they are not the original's. `dtype`: None keeps
+    each tensor's own.
     """
     text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
     pipeline = OpenSoraPlanPipeline(
@@ -363,7 +362,7 @@ def export_denoiser(model: Path, out: Path, *, tensor_parallel: int, ema: bool |
     """Write the denoiser of a diffusers folder (or of any checkpoint of one, `ema` as in `load_checkpoint`)
     as Megatron shards.
 
-    Raises ValueError if `out` exists, or if the heads cannot be shared out among `tensor_parallel` ranks.
+    Raises ValueError if `out` exists, or if `tensor_parallel` does not divide the heads.
     """
     with new_folder(out) as folder:
         checkpoint = open_checkpoint(component_of(model, "transformer"), ema=ema)
@@ -373,8 +372,8 @@ def export_denoiser(model: Path, out: Path, *, tensor_parallel: int, ema: bool |
 
 def merge_denoiser(path: Path, out: Path, *, ema: bool) -> None:
     """Write the denoiser of Megatron shards (or of any checkpoint) as one pickle of a flat dict, as the
-    original's convert_mm_to_ckpt.py does. `out`: the file, or a folder, in which it is model.pt or, of EMA
-    weights, model_ema.pt.
+    original's convert_mm_to_ckpt.py does. `out`: the file, or a folder, in which it is model.pt or, of
+    EMA weights, model_ema.pt.
 
     Raises ValueError if there is that file, and for shards without such weights.
     """
@@ -389,7 +388,7 @@ def merge_denoiser(path: Path, out: Path, *, ema: bool) -> None:
 def _empty_of(checkpoint: Checkpoint) -> SparseUMMDiT:
     denoiser = empty_model(checkpoint)
     if not isinstance(denoiser, SparseUMMDiT):
-        raise ValueError(f"{checkpoint.path} has the weights of a VAE, and those of a denoiser are needed")
+        raise ValueError(f"{checkpoint.path} has the weights of a VAE: give those of a denoiser")
     return denoiser
 
 
@@ -398,7 +397,7 @@ def export_release(model: Path, out: Path) -> None:
     exists, or if `model` is no such folder.
     """
     if not (model / "model_index.json").is_file():
-        raise ValueError(f"{model} is no diffusers folder with denoiser and VAE: it has no model_index.json")
+        raise ValueError(f"{model} is not a model folder with denoiser and VAE: it has no model_index.json")
     with new_folder(out) as folder:
         for name in ("transformer", "vae"):
             checkpoint = open_checkpoint(model / name)

@@ -1,8 +1,7 @@
-"""Reading every dialect in which Open-Sora Plan v1.5.0 weights exist, as one mapping with the release's
-names.
+"""Reads checkpoints of every dialect of Open-Sora Plan v1.5.0 as one mapping with the release's names.
 
 Dialects: release pickles, Megatron shards (tensor and pipeline parallel), MindSpeed-MM's names in either, VAE
-pickles, and diffusers folders. Tensors are read one at a time, when they are taken; writing is in export.py.
+pickles, and diffusers folders. Each tensor is read when it is accessed. export.py writes checkpoints.
 """
 
 import argparse
@@ -36,16 +35,16 @@ from opensoraplan.settings import shown
 
 logger = logging.getLogger(__name__)
 
-# Where the training frameworks put the model inside theirs.
+# Prefix that training frameworks add to names.
 PREFIX = re.compile(r"^(module\.)+")
 
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 SHARD_FILE = "model_optim_rng.pt"
 ITERATION_FOLDER = re.compile(r"iter_(\d+)")
-# What a pipeline rank counts from 0.
+# Modules that each pipeline rank numbers from 0.
 NUMBERED = re.compile(rf"({NESTED}|skip_norm_linear|skip_norm_linear_enc)\.(\d+)\.(.+)")
 TRACKER = "latest_checkpointed_iteration.txt"
-# Where a folder of the release may hold its one file.
+# Possible places of the one file in a folder of the release.
 RELEASE_FILES = (
     "model_ema.pt",
     "model.pt",
@@ -59,14 +58,12 @@ Dialect = Literal["release", "megatron", "diffusers", "safetensors"]
 
 
 class Checkpoint(StoredTensors):
-    """The tensors of a checkpoint by the release's names, read when taken, and what was learned of it on the
-    way.
-    """
+    """The tensors of a checkpoint by the release's names, read when accessed, and `info` about it."""
 
     def __init__(self, stored: Mapping[str, Stored], info: "Info") -> None:
         odd = [f"{name} ({t.dtype})" for name, t in stored.items() if not t.dtype.is_floating_point]
         if odd:
-            raise ValueError(f"{info.path} has weights that are no floating-point numbers: {', '.join(odd)}")
+            raise ValueError(f"{info.path} has weights that are not floating-point: {', '.join(odd)}")
         super().__init__(stored)
         self.info = info
 
@@ -77,10 +74,10 @@ class Checkpoint(StoredTensors):
 
 @dataclass(frozen=True)
 class Info:
-    """What a checkpoint is. `path`: its file, or the folder that holds its files. `names`: whose attention
-    names it has. `ema`: whether these are the EMA weights; `has_ema`: whether the file has them.
-    `extra_states`: entries without weights that were left out. `config`: our own config, where the checkpoint
-    has one.
+    """Properties of a checkpoint. `path`: its file, or the folder of its files. `names`: whose names for
+    attention it uses. `ema`: whether these are EMA weights; `has_ema`: whether the file has EMA weights.
+    `extra_states`: number of ignored entries without weights. `config`: our own config, if the
+    checkpoint has one.
     """
 
     dialect: Dialect
@@ -96,17 +93,19 @@ class Info:
 
 
 def load_checkpoint(path: str | Path, *, ema: bool | None = None) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whatever its dialect, by the release's names, merged and in memory.
+    """Load all tensors of a checkpoint of any dialect, by the release's names, with shards merged.
 
-    `ema`: True for the EMA weights, False for the others, None for EMA weights where there are some. Pickles
-    are read with weights_only. Raises FileNotFoundError for a path that does not exist, ValueError for one
-    that is no checkpoint, is truncated, holds code, or has no such weights.
+    `ema`: True for the EMA weights, False for the others, None for EMA weights if there are some. Pickles are
+    read with weights_only. Raises FileNotFoundError for a path that does not exist, and ValueError for a file
+    that is not a checkpoint, is truncated, contains code, or does not have these weights.
     """
     return dict(open_checkpoint(path, ema=ema))
 
 
 def open_checkpoint(path: str | Path, *, ema: bool | None = None) -> Checkpoint:
-    """As `load_checkpoint`, but a mapping that reads each tensor when it is taken and keeps none."""
+    """As `load_checkpoint`, but returns a mapping that reads each tensor when it
+    is accessed and keeps none.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -129,7 +128,7 @@ def _open_folder(path: Path, ema: bool | None) -> Checkpoint:
     if (path / "model_index.json").exists():
         raise ValueError(f"{path} is a whole pipeline: give {path / 'transformer'} or {path / 'vae'}")
     raise ValueError(
-        f"{path} holds no checkpoint: expected {TRACKER}, mp_rank_XX/{SHARD_FILE}, {RELEASE_FILES[0]}, "
+        f"{path} has no checkpoint: expected {TRACKER}, mp_rank_XX/{SHARD_FILE}, {RELEASE_FILES[0]}, "
         f"{RELEASE_FILES[-1]} or a diffusers component (config.json and safetensors)"
     )
 
@@ -156,16 +155,16 @@ def _open_file(path: Path, ema: bool | None) -> Checkpoint:
 
 def _refuse_ema(path: Path, ema: bool | None) -> None:
     if ema:
-        raise ValueError(f"{path} has one set of weights and no EMA beside it, but ema is True")
+        raise ValueError(f"{path} has one set of weights and no separate EMA weights, but ema is True")
 
 
 def _find_weights(content: Any, info: Info, path: Path, ema: bool | None) -> tuple[dict[str, Stored], Info]:  # noqa: ANN401
-    """The chosen weights in what a file holds, without `module.` prefixes and `_extra_state` entries."""
+    """The chosen weights of a file's content, without `module.` prefixes and `_extra_state` entries."""
     if not isinstance(content, dict):
         known = {Stored: "tensor", Ignored: "pickled object"}
         what = known.get(type(content), type(content).__name__)
-        raise ValueError(f"{path} holds a {what}, not a dict of tensors")
-    # An empty dict is what training without EMA leaves there.
+        raise ValueError(f"{path} contains a {what}, not a dict of tensors")
+    # Training without EMA leaves an empty dict.
     ema_key = next((key for key in EMA_KEYS if isinstance(content.get(key), dict) and content[key]), None)
     if ema and ema_key is None:
         raise ValueError(f"{path} has no EMA weights ({' or '.join(EMA_KEYS)}), but ema is True")
@@ -190,7 +189,7 @@ def _find_weights(content: Any, info: Info, path: Path, ema: bool | None) -> tup
     if strange:
         more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise ValueError(
-            f"{path} is not a checkpoint of weights: these entries are no tensors: "
+            f"{path} is not a checkpoint of weights: these entries are not tensors: "
             f"{', '.join(strange[:5])}{more}"
         )
     if not tensors:
@@ -199,7 +198,7 @@ def _find_weights(content: Any, info: Info, path: Path, ema: bool | None) -> tup
 
 
 def _plain_weights(content: dict[str, Any]) -> dict[str, Any] | None:
-    """The weights that are no EMA: `model`, `state_dict.gen_model`, `state_dict`, or the dict itself."""
+    """The weights that are not EMA: `model`, `state_dict.gen_model`, `state_dict`, or the dict itself."""
     if isinstance(content.get("model"), dict):
         return content["model"]
     if isinstance(inner := content.get("state_dict"), dict):
@@ -243,11 +242,11 @@ def _open_diffusers(folder: Path, ema: bool | None) -> Checkpoint:
 
 
 def _iteration_folder(path: Path) -> Path | None:
-    """The folder that holds mp_rank_XX folders with shards, under `path` or itself; None if there is none."""
+    """The folder with mp_rank_XX folders of shards: `path` or one in it; None if there is none."""
     if (path / TRACKER).exists():
         iteration = read_text(path / TRACKER).strip()
         if iteration != "release" and not re.fullmatch(r"[0-9]{1,12}", iteration):
-            raise ValueError(f"{path / TRACKER} must say a number or release, not {shown(iteration)}")
+            raise ValueError(f"{path / TRACKER} must contain a number or release, not {shown(iteration)}")
         folder = path / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
         if not folder.is_dir():
             raise ValueError(f"{path / TRACKER} says {iteration!r}, but there is no folder {folder}")
@@ -295,7 +294,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
         if match := RANK_FOLDER.fullmatch(path.name):
             rank = int(match[1]), int(match[2] or 0)
             if rank in ranks:
-                raise ValueError(f"{ranks[rank].parent} and {path} are the same rank: leave one there")
+                raise ValueError(f"{ranks[rank].parent} and {path} are the same rank: remove one of them")
             ranks[rank] = path / SHARD_FILE
     if not ranks:
         raise ValueError(f"{folder} has no mp_rank_XX folders")
@@ -306,7 +305,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
         more = f" and {absent - len(missing):,} more" if absent > len(missing) else ""
         raise ValueError(f"{folder} lacks the shards of these (tensor, pipeline) ranks: {missing}{more}")
     if absent := [str(path) for path in ranks.values() if not path.is_file()]:
-        raise ValueError(f"these shards are not there: {', '.join(absent)}")
+        raise ValueError(f"these shards are missing: {', '.join(absent)}")
     return ranks
 
 
@@ -317,7 +316,7 @@ def _sizes(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _parallel_sizes(content: Any) -> tuple[int, int] | None:  # noqa: ANN401 (whatever was pickled)
-    """(tensor, pipeline) parallel sizes of the run that saved a shard; None if it does not say."""
+    """(tensor, pipeline) parallel sizes of the run that saved a shard; None if they are not in it."""
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, argparse.Namespace):
         return None
@@ -327,13 +326,13 @@ def _parallel_sizes(content: Any) -> tuple[int, int] | None:  # noqa: ANN401 (wh
 
 
 def _count(names: Iterable[str], part: str) -> int:
-    """How many stages, or skip Linears, `names` have."""
+    """Number of stages, or skip Linears, in `names`."""
     found = (NUMBERED.fullmatch(name) for name in names)
     return 1 + max((int(match[2]) for match in found if match and match[1] == part), default=-1)
 
 
 def _renumber(name: str, first: Mapping[str, int]) -> str:
-    """A pipeline rank counts its stages and skip Linears from 0; here from those of the ranks before it."""
+    """Renumber the stages and skip Linears of a pipeline rank, which numbers its own from 0."""
     if match := NUMBERED.fullmatch(name):
         part, number, rest = match.groups()
         return f"{part}.{int(number) + first[part]}.{rest}"
@@ -353,18 +352,18 @@ def _merge_tensor_parallel(shards: list[Checkpoint], folder: Path) -> dict[str, 
         pieces = [shard.stored[name] for shard in shards]
         if any((piece.shape, piece.dtype) != (tensor.shape, tensor.dtype) for piece in pieces):
             kinds = ", ".join(f"{list(piece.shape)} {piece.dtype}" for piece in pieces)
-            raise ValueError(f"{folder}: the tensor-parallel ranks do not agree about {name}: {kinds}")
+            raise ValueError(f"{folder}: the tensor-parallel ranks have different {name}: {kinds}")
         dim = split_dimension(name)
         if dim is None or dim >= len(tensor.shape):
-            merged[name] = _alike(name, pieces, unlike)
+            merged[name] = _take_first(name, pieces, unlike)
         else:
-            merged[name] = _joined(pieces, dim)
+            merged[name] = _join(pieces, dim)
     return merged
 
 
-def _alike(name: str, pieces: list[Stored], unlike: list[str]) -> Stored:
-    """A tensor that every rank has whole. `unlike` collects those that turn out to differ; the first is
-    told.
+def _take_first(name: str, pieces: list[Stored], unlike: list[str]) -> Stored:
+    """A tensor that every rank has whole. `unlike` collects those that turn out to
+    differ; the first is told.
     """
 
     def read() -> Tensor:
@@ -372,8 +371,8 @@ def _alike(name: str, pieces: list[Stored], unlike: list[str]) -> Stored:
         if any(not torch.equal(piece.read(), value) for piece in pieces[1:]):
             if not unlike:
                 logger.warning(
-                    "%s should be the same on every tensor-parallel rank and is not: rank 0's is taken, "
-                    "as of every such tensor",
+                    "%s differs between tensor-parallel ranks, which should all have the same: using that of "
+                    "rank 0, and so for every such tensor",
                     name,
                 )
             unlike.append(name)
@@ -382,8 +381,8 @@ def _alike(name: str, pieces: list[Stored], unlike: list[str]) -> Stored:
     return replace(pieces[0], read=read)
 
 
-def _joined(pieces: list[Stored], dim: int) -> Stored:
-    """A tensor of which each rank has a part, cut along `dim`."""
+def _join(pieces: list[Stored], dim: int) -> Stored:
+    """Join the parts of a tensor that is split along `dim`."""
     shape = list(pieces[0].shape)
     part = shape[dim]
     shape[dim] = part * len(pieces)

@@ -1,4 +1,4 @@
-"""What `osp inspect` prints of a checkpoint. Nothing is loaded but what it takes to tell."""
+"""Describes a checkpoint for `osp inspect`, without loading its weights."""
 
 import math
 from pathlib import Path
@@ -36,16 +36,16 @@ def describe(path: Path) -> str:
         "iteration": info.iteration,
         "dtype": ", ".join(sorted(dtype_name(dtype) for dtype in checkpoint.dtypes)),
         "parameters": f"{parameters:,}{release} in {len(learned)} tensors",
-        "EMA": "these weights" if info.ema else "none beside these weights",
+        "EMA": "these weights" if info.ema else "none",
         "tensor parallel": info.tensor_parallel,
         "pipeline parallel": info.pipeline_parallel,
         "tensors": fits,
         "config": ", ".join(f"{key}={value}" for key, value in config.items()),
     }
     if isinstance(model, SparseUMMDiT) and info.config is None:
-        known = ": the release's are shown" if "sparse_n" in config else ""
-        lines["note"] = f"Skiparse rates are in no tensor{known}"
+        known = ": those of the release are shown" if "sparse_n" in config else ""
+        lines["note"] = f"the file has no Skiparse rates{known}"
     elif info.config is None:
-        known = ": the release's would be used" if "shift" not in config else ""
-        lines["note"] = f"shift and scale of the latents are in no tensor{known}"
+        known = ": those of the release would be used" if "shift" not in config else ""
+        lines["note"] = f"the file has no shift and scale of the latents{known}"
     return "\n".join(f"{name + ':':<18} {value}" for name, value in lines.items() if value is not None)

@@ -1,8 +1,8 @@
-"""Writing checkpoints: diffusers component folders, Megatron shards, the release's pickles. Reading is in
-checkpoints.py.
+"""Writing checkpoints: diffusers component folders, Megatron shards, the release's pickles. Reading
+is in checkpoints.py.
 
-Nothing that exists is overwritten: a folder is written under another name beside it and renamed when it is
-whole.
+Nothing that exists is overwritten: a folder is written under another name beside it and renamed when
+it is whole.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from opensoraplan.claims import claimed
-from opensoraplan.disk import made, named_errors, permit, workplace
+from opensoraplan.claims import hold_claim
+from opensoraplan.disk import apply_umask, make_folder, name_path_in_errors, work_folder
 from opensoraplan.formats.checkpoints import SHARD_FILE, TRACKER
 from opensoraplan.models import original
 from opensoraplan.models.sizes import split_dimension
@@ -33,11 +33,11 @@ RELEASE_VAE = "wfvae_888_dim32.ckpt"
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends without an error and is removed otherwise,
-    with every parent that did not exist.
+    """A folder to fill. It is moved to `path` if the block succeeds; otherwise it is removed, with every
+    parent that did not exist.
 
-    Raises ValueError if there is something at `path` already, if another process is writing there, or if
-    there is no way to.
+    Raises ValueError if `path` exists and is not empty, if another process is writing there, or if it cannot
+    be written to.
     """
     path = path.resolve()
     with _new_path(path, _check_free_folder) as partial:
@@ -49,7 +49,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path`; otherwise as `new_folder`."""
+    """A temporary path for a file that is moved to `path`, as in `new_folder`."""
     with _new_path(path.resolve(), _check_free_file) as partial:
         yield partial
 
@@ -59,26 +59,26 @@ def _new_path(path: Path, check_free: Callable[[Path], None]) -> Iterator[Path]:
     check_free(path)
     with ExitStack() as stack:
         try:
-            stack.enter_context(made(path.parent))
-            stack.enter_context(claimed(path, doing=f"writing {path}"))
+            stack.enter_context(make_folder(path.parent))
+            stack.enter_context(hold_claim(path, doing=f"writing {path}"))
             check_free(path)
-            partial = stack.enter_context(workplace(path.parent)) / path.name
+            partial = stack.enter_context(work_folder(path.parent)) / path.name
         except OSError as error:
             raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from error
-        with named_errors(path):
+        with name_path_in_errors(path):
             yield partial
-            permit(partial)
+            apply_umask(partial)
             partial.rename(path)
 
 
 def _check_free_folder(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty: give another folder")
+        raise ValueError(f"{path} exists and is not empty: use another folder")
 
 
 def _check_free_file(path: Path) -> None:
     if path.exists():
-        raise ValueError(f"{path} exists: give another name")
+        raise ValueError(f"{path} exists: use another name")
 
 
 def write_component(
@@ -110,7 +110,7 @@ def write_component(
             for ours in members:
                 shard[ours] = tensors[names[ours]].to(dtypes[ours]).contiguous()
                 progress.update()
-            with named_errors(folder / file):
+            with name_path_in_errors(folder / file):
                 save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -125,7 +125,7 @@ def check_shard_size(size: str) -> None:
     match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,6})?) ?(MB|GB|TB)", size.upper())
     scale = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
     if match is None or not 10**6 <= float(match[1]) * scale[match[2]] <= 10**12:
-        raise ValueError(f"the size of a shard is from 1MB to 1TB, written as 500MB or 2GB, got {size!r}")
+        raise ValueError(f"the size of a shard must be from 1MB to 1TB, such as 500MB or 2GB, got {size!r}")
 
 
 def write_megatron(
@@ -133,9 +133,9 @@ def write_megatron(
 ) -> None:
     """Write a denoiser as Megatron shards, one for each of `tensor_parallel` ranks, under `folder`/release.
 
-    `model` may be on the meta device, `tensors` have the original's names. With more than one rank the last
-    block gets the tensors that Megatron wants there and nothing reads (zeros). Raises ValueError if the heads
-    cannot be shared out evenly, and for tensors that do not fit.
+    `model` may be on the meta device, `tensors` have the original's names. With more than one rank, the last
+    block gets unused tensors (zeros) that Megatron expects. Raises ValueError if the heads cannot be split
+    evenly, and for tensors that do not fit.
     """
     heads = model.config["num_attention_heads"]
     if tensor_parallel < 1 or heads % tensor_parallel:
@@ -174,7 +174,7 @@ def write_release(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], fo
 
 
 def write_release_file(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """The same under a name of the caller's."""
+    """As `write_release`, but to this path."""
     flat = {name: tensors[name] for name in original.match(model, tensors).values()}
     dtype = next(iter(flat.values())).dtype
     flat |= {name: value.to(dtype) for name, value in model.original_format().fixed.items()}
@@ -182,7 +182,7 @@ def write_release_file(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor
 
 
 def _save_pickle(content: object, path: Path) -> None:
-    """`torch.save`, which raises OSError for a full disk. Given a path, it would not say why it failed."""
+    """`torch.save` that raises OSError for a full disk. Given a path, torch does not say why it fails."""
     try:
         with path.open("wb") as file:
             torch.save(content, file)

@@ -1,5 +1,5 @@
-"""What a checkpoint is a checkpoint of, told from the names and shapes of its tensors (the release's names),
-and an empty model to fit it. No weights are read.
+"""Infers model and config of a checkpoint from the names and shapes of its tensors (the release's names), and
+makes an empty model that fits it. No weights are read.
 """
 
 import re
@@ -13,10 +13,10 @@ import torch
 from opensoraplan.formats.checkpoints import Checkpoint
 from opensoraplan.models.original import NESTED
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.strict import Shape
+from opensoraplan.models.strict import TensorShape
 from opensoraplan.models.wfvae import WFVAE
 
-Kind = Literal["denoiser", "vae"]
+ModelKind = Literal["denoiser", "vae"]
 
 BLOCK = re.compile(rf"{NESTED}\.(\d{{1,3}})\.(\d{{1,3}})\.")
 NORM_BIASES = (".norm1.norm.bias", ".norm2.norm.bias", "norm_final.bias")
@@ -27,11 +27,11 @@ RELEASE_RATES = [1, 2, 4, 8, 4, 2, 1]
 def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> SparseUMMDiT | WFVAE:
     """A model on the meta device to fit the checkpoint.
 
-    `config`: our constructor's arguments; None: `config_of` the checkpoint, and dense where that does not
-    know the Skiparse rates. Raises ValueError, with the path, for tensors of neither model, and for a config
-    that makes none.
+    `config`: our constructor's arguments; None: `config_of` the checkpoint, and dense if that does
+    not have the Skiparse rates. Raises ValueError, with the path, for tensors of neither model and
+    for an invalid config.
     """
-    with naming(checkpoint.path):
+    with name_path(checkpoint.path):
         arguments: Mapping[str, Any] = config_of(checkpoint) if config is None else config
         denoiser = kind_of(checkpoint.shapes) == "denoiser"
         model_class = SparseUMMDiT if denoiser else WFVAE
@@ -43,29 +43,27 @@ def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None)
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Our constructor's arguments: the checkpoint's own config, else what its shapes tell."""
+    """Our constructor's arguments: the checkpoint's own config, else inferred from its shapes."""
     if checkpoint.info.config is not None:
         return {key: value for key, value in checkpoint.info.config.items() if not key.startswith("_")}
-    with naming(checkpoint.path):
+    with name_path(checkpoint.path):
         infer = infer_denoiser_config if kind_of(checkpoint.shapes) == "denoiser" else infer_vae_config
         return infer(checkpoint.shapes)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the path before the text of a ValueError, or of the TypeError that a wrong value in a config
-    makes.
-    """
+def name_path(path: Path) -> Iterator[None]:
+    """Put the path before the message of a ValueError, or of a TypeError from a wrong value in a config."""
     try:
         yield
     except ZeroDivisionError:
-        raise ValueError(f"{path}: a tensor that says how wide the model is has a side of 0") from None
+        raise ValueError(f"{path}: a tensor that determines the model's width has a side of 0") from None
     except (TypeError, ValueError) as error:
         text = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {text}") from None
 
 
-def kind_of(shapes: Mapping[str, Shape]) -> Kind:
+def kind_of(shapes: Mapping[str, TensorShape]) -> ModelKind:
     """Which of the two models these tensors are of. Raises ValueError for neither."""
     if "patch_embed.proj.weight" in shapes and any(name.startswith(f"{NESTED}.") for name in shapes):
         return "denoiser"
@@ -75,17 +73,17 @@ def kind_of(shapes: Mapping[str, Shape]) -> Kind:
     raise ValueError(f"these are the tensors of neither a SparseUMMDiT nor a WFVAE: {some}, ...")
 
 
-def infer_denoiser_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Our constructor's arguments from the shapes, all but the Skiparse rates, on which no weight depends.
+def infer_denoiser_config(shapes: Mapping[str, TensorShape]) -> dict[str, Any]:
+    """Our constructor's arguments from the shapes, except the Skiparse rates, which no weight depends on.
 
-    `sparse_n` is the release's where the stages are its, and missing otherwise. Raises ValueError that names
-    a tensor without which nothing can be told.
+    `sparse_n` is the release's if the stages are, and missing otherwise. Raises ValueError if a tensor that
+    is needed for this is missing.
     """
     found = (BLOCK.match(name) for name in shapes if name.startswith(f"{NESTED}."))
     blocks = {(int(match[1]), int(match[2])) for match in found if match}
     if not blocks:
         raise ValueError(
-            f"the blocks are not nested by stage ({NESTED}.0.0.): of a diffusers component, give the folder"
+            f"the blocks are not nested by stage ({NESTED}.0.0.): give the folder of a diffusers component"
         )
     stages = 1 + max(stage for stage, _ in blocks)
     num_layers = [1 + max((b for s, b in blocks if s == stage), default=-1) for stage in range(stages)]
@@ -93,7 +91,7 @@ def infer_denoiser_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     (head_dim,) = _need(shapes, f"{NESTED}.0.0.attn1.norm_q.weight", dimensions=1)
     embed_dim, pooled_dim = _need(shapes, "time_text_embed.text_embedder.linear_1.weight", dimensions=2)
 
-    def has(start: str) -> bool:  # any will do: one tensor that is missing must not make it another model
+    def has(start: str) -> bool:  # any of them: a single missing tensor must not make it another model
         return any(name.startswith(start) for name in shapes)
 
     config = {
@@ -114,9 +112,9 @@ def infer_denoiser_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return config | ({"sparse_n": RELEASE_RATES} if num_layers == RELEASE_LAYERS else {})
 
 
-def infer_vae_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Our constructor's arguments from the shapes, all but `shift` and `scale`, which are in no tensor: the
-    release's where the widths are its, and missing otherwise.
+def infer_vae_config(shapes: Mapping[str, TensorShape]) -> dict[str, Any]:
+    """Our constructor's arguments from the shapes. `shift` and `scale`, which are not in any tensor, are the
+    release's if the widths are, and missing otherwise.
     """
     base = _need(shapes, "encoder.down1.0.weight", dimensions=4)[0]
     config = {
@@ -133,7 +131,7 @@ def infer_vae_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return config | ({} if release else {"shift": None, "scale": None})
 
 
-def _need(shapes: Mapping[str, Shape], name: str, *, dimensions: int) -> Shape:
+def _need(shapes: Mapping[str, TensorShape], name: str, *, dimensions: int) -> TensorShape:
     if name not in shapes:
         raise ValueError(f"the tensor {name} is missing")
     if len(shapes[name]) != dimensions:
@@ -141,8 +139,8 @@ def _need(shapes: Mapping[str, Shape], name: str, *, dimensions: int) -> Shape:
     return shapes[name]
 
 
-def _count_resnets(shapes: Mapping[str, Shape], part: str) -> int:
-    """How many resnets follow one another in `part`, from the first that there is."""
+def _count_resnets(shapes: Mapping[str, TensorShape], part: str) -> int:
+    """Number of consecutive resnets in `part`, from its first one."""
     resnet = re.compile(rf"{re.escape(part)}\.(\d+)\.(?:norm|conv)[12]\.")
     numbers = sorted({int(match[1]) for name in shapes if (match := resnet.match(name))})
     run = 0

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opensoraplan.disk import named_errors
+from opensoraplan.disk import name_path_in_errors
 from opensoraplan.documents import parse_json
 from opensoraplan.formats.export import new_file, new_folder
 from opensoraplan.models.lora import HEADER_KEY, SETTINGS_FILE, WEIGHT_FILES, read_lora
@@ -126,7 +126,7 @@ def read_origin(source: Path) -> dict[str, Any]:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    with named_errors(path):
+    with name_path_in_errors(path):
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(header)
         )

@@ -1,7 +1,6 @@
 """The job behind `osp generate`: requests in, one mp4 (or png) and one json for each video out; resumable.
 
-What is asked for is read in requests.py; the model is a session's (session.py), reading and writing video are
-in data/video.py.
+requests.py reads what to make, session.py has the model, and data/video.py reads and writes video.
 """
 
 import hashlib
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensoraplan import shapes
-from opensoraplan.ahead import one_ahead
+from opensoraplan.ahead import map_ahead
 from opensoraplan.claims import claim, holder, share_out
-from opensoraplan.disk import numbered, workplace, write_new
+from opensoraplan.disk import numbered_paths, work_folder, write_new
 from opensoraplan.documents import parse_json
 from opensoraplan.requests import Request
 
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OTHER_FORMATS = (".avi", ".gif", ".jpeg", ".jpg", ".m4v", ".mkv", ".mov", ".webm", ".webp")
-# Of a name made of a prompt, in bytes: most file systems take 255 for a whole name.
+# Most bytes of a file name that come from the prompt: most file systems allow 255 for the whole name.
 STEM_BYTES = 120
 
 
 class Targets:
-    """Where videos go: the file of one request, or a folder with one name for each. Makes the folder, or
-    raises ValueError if it cannot be written to.
+    """Where videos go: one file, or a folder with one file per request. Raises ValueError if `out` cannot
+    be written to.
     """
 
     def __init__(self, out: Path, *, count: int) -> None:
@@ -57,7 +56,7 @@ class Targets:
         check_folder(self.folder, out.name if self.single else "")
 
     def path(self, index: int, request: Request) -> Path:
-        """The name wanted for the index-th video. One frame is a png, more are an mp4."""
+        """The preferred path of the index-th video: a png for one frame, else an mp4."""
         suffix = ".png" if request.frames == 1 else ".mp4"
         if self.single is not None:
             if self.single.suffix.lower() != suffix:
@@ -73,28 +72,28 @@ class Targets:
 
 
 def check_folder(folder: Path, name: str = "") -> None:
-    """Raise ValueError if a folder, or a file in it with a name like that, cannot be written. It need not
+    """Raise ValueError if a folder, or a file called `name` in it, cannot be written. The folder need not
     exist, and is not made.
     """
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if there == folder and not there.is_dir():
             raise ValueError(f"cannot write to {folder}: it is a file, not a folder")
-        with workplace(there) as place:
-            # The longest name that there may be.
+        with work_folder(there) as place:
+            # The longest name that a video's files can have.
             (place / f"{Path(name).stem}_999.latents.safetensors").touch()
     except OSError as error:
         raise ValueError(f"cannot write to {folder / name}: {error.strerror}") from error
 
 
 def stem_of(prompt: str) -> str:
-    """The words of a prompt as a part of a file name, cut to STEM_BYTES."""
+    """File name without suffix for a prompt: its words, cut to STEM_BYTES."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).encode()[:STEM_BYTES].decode(errors="ignore")
     return words.strip("-") or "video"
 
 
 def check_targets(requests: list[Request], out: Path) -> list[Path]:
-    """The wanted path of each request's video; raises ValueError if `out` cannot take them."""
+    """The preferred path of each request's video. Raises ValueError if `out` cannot hold them."""
     targets = Targets(out, count=len(requests))
     return [targets.path(index, request) for index, request in enumerate(requests)]
 
@@ -104,14 +103,15 @@ def run(
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
-    No file is overwritten: a name that is taken gets a number. With `resume`, a request whose video is
-    already among those is passed over, one whose latents were saved (see `make_video`) goes on from them, and
-    one that another process is making is left to it: several processes share the requests, and each waits
-    until all are made. Without it, that is a ValueError. Videos and latents of other weights are known by the
-    session's fingerprints (without, by its `model`). Of several ranks, which all call this, the first writes.
+    No file is overwritten: if a name is taken, a number is added. With `resume`, finished videos are skipped,
+    videos with saved latents (see `make_video`) continue from them, and a video that another process is
+    making is left to that process: several processes can share the requests, and each waits until all videos
+    are made. Without `resume`, a video that another process is making raises ValueError. The session's
+    fingerprints (or, without them, its `model`) tell whether files were made by the same weights. All ranks
+    call this; the first one writes.
 
-    Raises NonFiniteLatentsError if latents become NaN, after writing the last good ones beside the video, and
-    MemoryError for a size that does not fit.
+    Raises NonFiniteLatentsError if latents become NaN, after saving the last finite ones next to the video,
+    and MemoryError for a size that does not fit.
     """
     ranks = session.ranks
     written: dict[int, Path] = {}
@@ -121,7 +121,7 @@ def run(
         number, (request, wanted) = numbered_request
         record = session.record(request)
         with ExitStack() as stack:
-            if not ranks.agree(partial(_take, stack, wanted, record, others_wait=not resume)):
+            if not ranks.agree(partial(_claim_video, stack, wanted, record, must_be_free=not resume)):
                 return False
             done = ranks.agree(partial(find_done, wanted, record)) if resume else None
             if done is not None:
@@ -130,9 +130,9 @@ def run(
                 return True
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
             if request.step_cache:
-                logger.info("with a step cache, its latents are kept only once all steps are done")
-            make = partial(_make, session, request, wanted, record, save_every=save_every)
-            path = session.attempt(request, lambda again: make(go_on=resume or again))
+                logger.info("with a step cache, latents are saved only after the last step")
+            make = partial(_make_on_all_ranks, session, request, wanted, record, save_every=save_every)
+            path = session.attempt(request, lambda again: make(resume=resume or again))
             if path is not None:
                 logger.info("wrote %s", path)
                 written[number] = path
@@ -141,53 +141,54 @@ def run(
     try:
         share_out(enumerate(zip(requests, paths, strict=True), start=1), make_one, what="videos")
     except KeyboardInterrupt:
-        command = "the same command" if resume else "the same command with --resume"
-        logger.info("stopped, %d of %d done: %s goes on", len(written), total, command)
+        option = "" if resume else " and --resume"
+        said = "stopped after %d of %d videos: continue with the same command%s"
+        logger.info(said, len(written), total, option)
         raise
     return [path for _, path in sorted(written.items())]
 
 
-def _take(stack: ExitStack, wanted: Path, record: dict[str, Any], *, others_wait: bool) -> bool:
-    """Claim a video until the stack is left. False: another process is making it; `others_wait`: raise
-    ValueError then.
+def _claim_video(stack: ExitStack, wanted: Path, record: dict[str, Any], *, must_be_free: bool) -> bool:
+    """Claim a video until the stack is closed. If another process is making it, return False or, with
+    `must_be_free`, raise ValueError.
     """
-    # Which weights they are is told by fingerprint, wherever they are.
-    told = {"opensoraplan", "model"} if record.get("fingerprint") else {"opensoraplan"}
-    video = {key: value for key, value in record.items() if key not in told}
+    # Fingerprints identify the weights, wherever they are stored.
+    ignored = {"opensoraplan", "model"} if record.get("fingerprint") else {"opensoraplan"}
+    video = {key: value for key, value in record.items() if key not in ignored}
     digest = hashlib.sha256(json.dumps(video, sort_keys=True).encode()).hexdigest()
     work = wanted.with_name(f"{wanted.name} {digest}")
     own = claim(work)
     if own is not None:
         stack.enter_context(own)
-    elif others_wait:
+    elif must_be_free:
         raise ValueError(
-            f"another process ({holder(work)}) is making this very video: wait for it, stop it, or give "
+            f"another process ({holder(work)}) is making the same video: wait for it, stop it, or use "
             "another --seed"
         )
     return own is not None
 
 
-def _make(
+def _make_on_all_ranks(
     session: "Session",
     request: Request,
     wanted: Path,
     record: dict[str, Any],
     *,
     save_every: int,
-    go_on: bool,
+    resume: bool,
 ) -> Path | None:
-    """One video, from the latents that were saved of it if there are any (`go_on`); in other processes than
-    the first, which writes it, their share of it.
+    """Make one video, with `resume` from its saved latents if there are any. The first rank writes it and
+    returns its path; the others do their share of the work and return None.
     """
     ranks = session.ranks
-    start = ranks.agree(partial(find_latents, session, request, wanted, record)) if go_on else None
+    start = ranks.agree(partial(find_latents, session, request, wanted, record)) if resume else None
     if start is not None:
-        logger.info("going on after step %d of %d", start.step, request.steps)
+        logger.info("resuming after step %d of %d", start.step, request.steps)
         session.embeds.put(request, start)
     if ranks.first:
         if start is None:
-            set_latents_aside(wanted, record)
-        with _latents_claimed(wanted, record) as place:
+            move_unused_latents(wanted, record)
+        with _claim_latents_file(wanted, record) as place:
             return make_video(
                 session, request, wanted, record, place=place, start=start, save_every=save_every
             )
@@ -205,23 +206,23 @@ def make_video(
     start: "SavedLatents | None" = None,
     save_every: int = 0,
 ) -> Path:
-    """One video and its json. Frames go into the encoder as they are decoded. Returns the path of the video.
+    """Make one video and its json, and return the video's path. Frames are encoded as they are decoded.
 
-    Until it is written, the last latents that were good are kept in `place`, a file beside it: after every
-    `save_every` steps and when it is stopped (0: not before the last), before decoding, and when it fails.
-    Not in the middle of a run with a step cache, which would go on without what it has cached.
+    Until the video is written, the last finite latents are saved in `place`, a file next to it: every
+    `save_every` steps, when the command is stopped (neither if it is 0), before decoding, and when latents
+    become NaN. With a step cache they are saved only after the last step, since its state is not saved.
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
     save = partial(save_latents, place, record=record, session=session, request=request)
 
-    # Other schedulers may have more calls than steps, and cannot begin in the middle.
-    possible = bool(save_every) and session.can_continue(request)
+    # Other schedulers may have more calls than steps, and cannot resume between two steps.
+    resumable = bool(save_every) and session.can_resume(request)
     save_newest: Callable[[], None] | None = None
 
-    def keep(latents: "Tensor", step: int, velocity: "Tensor") -> None:
+    def after_step(latents: "Tensor", step: int, velocity: "Tensor") -> None:
         nonlocal save_newest
-        if possible and step < request.steps:
+        if resumable and step < request.steps:
             save_newest = partial(
                 save, latents, step, velocity=velocity if request.solver == "adams" else None
             )
@@ -230,54 +231,54 @@ def make_video(
                 save_newest = None
 
     try:
-        latents = session.denoise(request, start=start, after_step=keep)
+        latents = session.denoise(request, start=start, after_step=after_step)
     except NonFiniteLatentsError as error:
         save(error.last_good, min(error.step, request.steps) - 1)
-        logger.error(_describe_kept(place, record))
+        logger.error(_describe_saved(place, record))
         raise
     except KeyboardInterrupt:
         if save_newest is not None:
             save_newest()
-        logger.info(_describe_kept(place, record))
+        logger.info(_describe_saved(place, record))
         raise
     if start is None or start.step < request.steps:
         save(latents, request.steps)
     try:
         path = write_frames(session.pipeline, latents, wanted, record, fps=request.fps)
     except BaseException:
-        logger.error(_describe_kept(place, record))
+        logger.error(_describe_saved(place, record))
         raise
     place.unlink(missing_ok=True)
     return path
 
 
-def place_of_latents(wanted: Path, record: dict[str, Any]) -> Path:
-    """Where the latents of this very video are kept, or will be: no other video's are in that place."""
+def latents_path(wanted: Path, record: dict[str, Any]) -> Path:
+    """The file for the latents of this video: the first that is free or has latents of the same record."""
     from opensoraplan.generate import saved
 
-    places = map(saved.place_of, numbered(wanted))
-    return next(place for place in places if not place.exists() or saved.is_of(place, record))
+    places = map(saved.latents_path, numbered_paths(wanted))
+    return next(place for place in places if not place.exists() or saved.is_latents_of(place, record))
 
 
-def _describe_kept(place: Path, record: dict[str, Any]) -> str:
-    """What the disk has of a video that is not written: what could be saved last need not be the last."""
+def _describe_saved(place: Path, record: dict[str, Any]) -> str:
+    """Which latents of an unfinished video are on the disk: the newest may not have been saved."""
     from opensoraplan.generate import saved
 
-    step, steps = saved.step_of(place, record), record["steps"]
+    step, steps = saved.saved_step(place, record), record["steps"]
     if step is None:
-        return "nothing is saved of this video, which begins anew the next time"
+        return "nothing of this video is saved: it will start from the first step"
     if step == steps:
-        return f"the latents, which are finished, are in {place}: osp decode makes a video of them"
-    return f"the latents after step {step} of {steps} are in {place}"
+        return f"the latents after the last step are saved in {place}: decode them with osp decode"
+    return f"the latents after step {step} of {steps} are saved in {place}"
 
 
 @contextmanager
-def _latents_claimed(wanted: Path, record: dict[str, Any]) -> Iterator[Path]:
-    """`place_of_latents` that no other process means to write to, with another video of that name."""
+def _claim_latents_file(wanted: Path, record: dict[str, Any]) -> Iterator[Path]:
+    """`latents_path`, claimed: another process may be making another video with the same name."""
     from opensoraplan.generate import saved
 
-    for place in map(saved.place_of, numbered(wanted)):
-        if not place.exists() or saved.is_of(place, record):
+    for place in map(saved.latents_path, numbered_paths(wanted)):
+        if not place.exists() or saved.is_latents_of(place, record):
             own = claim(place)
             if own is not None:
                 with own:
@@ -285,46 +286,46 @@ def _latents_claimed(wanted: Path, record: dict[str, Any]) -> Iterator[Path]:
                 return
 
 
-def set_latents_aside(wanted: Path, record: dict[str, Any]) -> None:
-    """If a run has left latents of this video, give them another name, for one that begins anew."""
+def move_unused_latents(wanted: Path, record: dict[str, Any]) -> None:
+    """Rename saved latents of this video, which starts from the first step."""
     from opensoraplan.generate import saved
 
-    place = place_of_latents(wanted, record)
+    place = latents_path(wanted, record)
     if place.exists():
-        for other in map(saved.place_of, numbered(wanted)):
+        for other in map(saved.latents_path, numbered_paths(wanted)):
             own = None if other.exists() else claim(other)
             if own is not None:
                 with own:
                     place.rename(other)
                 break
-        logger.warning("%s has latents of this video, which begins anew: they are in %s now", place, other)
+        logger.warning("the saved latents %s are not used without --resume: moved to %s", place, other)
 
 
 def find_latents(
     session: "Session", request: Request, wanted: Path, record: dict[str, Any]
 ) -> "SavedLatents | None":
-    """Latents that a run that was stopped has left of this video, if the session can go on from them."""
+    """The saved latents of this video, if there are any and the session can resume from them."""
     from opensoraplan.generate import saved
 
-    place = place_of_latents(wanted, record)
+    place = latents_path(wanted, record)
     if not place.exists():
-        _tell_other_latents(wanted, record)
+        _warn_of_unusable_latents(wanted, record)
         return None
     found = saved.read(place)
-    return found if found.step == request.steps or session.can_continue(request) else None
+    return found if found.step == request.steps or session.can_resume(request) else None
 
 
-def _tell_other_latents(wanted: Path, record: dict[str, Any]) -> None:
-    """Name the latents of this video that other weights made, which nobody goes on from."""
+def _warn_of_unusable_latents(wanted: Path, record: dict[str, Any]) -> None:
+    """Warn of saved latents of this video that are damaged, or that other weights made."""
     from opensoraplan.generate import saved
 
-    for place in itertools.takewhile(Path.exists, map(saved.place_of, numbered(wanted))):
+    for place in itertools.takewhile(Path.exists, map(saved.latents_path, numbered_paths(wanted))):
         try:
             found, _ = saved.read_record(place)
         except ValueError as error:
-            logger.warning("%s: its latents are not used", error)
+            logger.warning("%s: these latents are not used", error)
             continue
-        if other := saved.other_weights(found, record):
+        if other := saved.differing_parts(found, record):
             logger.warning(
                 "%s was saved with another model (%s): starting from the first step", place, ", ".join(other)
             )
@@ -340,7 +341,7 @@ def save_latents(
     request: Request,
     velocity: "Tensor | None" = None,
 ) -> None:
-    """Keep the latents [1, C, T, H, W] after so many steps; a disk that is full is no reason to stop."""
+    """Save the latents [1, C, T, H, W] after `step` steps. If they cannot be written, only log a warning."""
     from safetensors import SafetensorError
 
     from opensoraplan.generate import saved
@@ -352,14 +353,14 @@ def save_latents(
         kept = saved.SavedLatents(latents, step, record, scaling, prompt, negative, velocity, vae.strides)
         saved.write(place, kept)
     except (OSError, SafetensorError) as error:
-        logger.warning("the latents of step %d cannot be saved in %s: %s", step, place, error)
+        logger.warning("cannot save the latents after step %d in %s: %s", step, place, error)
 
 
 def write_frames(
     pipeline: "OpenSoraPlanPipeline", latents: "Tensor", wanted: Path, record: dict[str, Any], *, fps: float
 ) -> Path:
-    """Decode latents [1, C, T, H, W] into an mp4, or a png of one frame, with `record` in its metadata and
-    beside it as json. Returns the path of the video, which is `wanted` or has a number more.
+    """Decode latents [1, C, T, H, W] into an mp4, or a png of one frame. Writes `record` into its metadata
+    and into a json next to it. Returns the video's path: `wanted`, with a number added if it is taken.
     """
     from PIL import Image, PngImagePlugin
     from tqdm import tqdm
@@ -368,7 +369,7 @@ def write_frames(
 
     comment = json.dumps(record, ensure_ascii=False)
     chunks = pipeline.iter_pictures(latents)
-    free = next(path for path in numbered(wanted) if not is_taken(path))
+    free = next(path for path in numbered_paths(wanted) if not is_taken(path))
     if wanted.suffix.lower() == ".png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("comment", comment)
@@ -386,7 +387,7 @@ def write_frames(
                 writer.write(chunk)
                 return len(chunk)
 
-            for frames in one_ahead(write, chunks):  # the next chunk is decoded meanwhile
+            for frames in map_ahead(write, chunks):  # while the next chunk is decoded
                 progress.update(frames)
         path = writer.path
     write_record(path, record)
@@ -394,32 +395,31 @@ def write_frames(
 
 
 def write_record(video: Path, record: dict[str, Any]) -> None:
-    """The json beside a video, for people and tools that do not read its metadata. A disk without room for it
-    is no reason to stop: the video is whole.
+    """Write the json next to a video, for people and tools that do not read its metadata. If it cannot be
+    written, only log a warning: the video is complete.
     """
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
     try:
         write_new(video.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
-        logger.warning("%s is written, but not its .json, whose text is in its metadata: %s", video, error)
+        said = "%s is written, but its .json is not (the metadata has the same text): %s"
+        logger.warning(said, video, error)
 
 
 def is_taken(video: Path) -> bool:
-    """Whether there is a video of this name, or a json, be it another video's or none's."""
+    """Whether a video, or a json, of this name exists."""
     return video.exists() or video.with_suffix(".json").exists()
 
 
 def find_done(wanted: Path, record: dict[str, Any]) -> Path | None:
-    """The video among `wanted` and its numbered siblings that was made from this very record and these
-    weights, if there is one.
-    """
+    """The finished video with the same record and weights among `wanted` and its numbered names, if any."""
     from opensoraplan.generate import saved
 
-    for path in itertools.takewhile(is_taken, numbered(wanted)):
-        stored = stored_record(path)
+    for path in itertools.takewhile(is_taken, numbered_paths(wanted)):
+        stored = read_stored_record(path)
         if stored is None:
             continue
-        if other := saved.other_weights(stored, record):
+        if other := saved.differing_parts(stored, record):
             logger.info("%s was made by another model (%s): making a new video", path, ", ".join(other))
         elif saved.is_same_video(stored, record):
             if not path.with_suffix(".json").exists():
@@ -428,7 +428,7 @@ def find_done(wanted: Path, record: dict[str, Any]) -> Path | None:
     return None
 
 
-def stored_record(path: Path) -> dict[str, Any] | None:
+def read_stored_record(path: Path) -> dict[str, Any] | None:
     """The record in the metadata of a video or picture; None if there is none."""
     import av
     from av.error import FFmpegError

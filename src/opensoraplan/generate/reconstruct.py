@@ -1,7 +1,5 @@
-"""A real video through the VAE and back: how much is lost (PSNR, SSIM), and both side by side in an mp4.
-
-The job behind `osp reconstruct`; reading, writing and the model itself are in data/video.py and
-models/wfvae.py.
+"""The job behind `osp reconstruct`: encodes and decodes a real video, measures PSNR and SSIM, and writes both
+side by side. data/video.py reads and writes video, models/wfvae.py is the model.
 """
 
 import logging
@@ -24,7 +22,7 @@ from opensoraplan.data.video import (
     probe,
     to_uint8,
 )
-from opensoraplan.disk import made
+from opensoraplan.disk import make_folder
 from opensoraplan.fidelity import Fidelity
 from opensoraplan.models.vae import VideoVAE
 from opensoraplan.runtime.placement import fit_decoding
@@ -32,7 +30,7 @@ from opensoraplan.shapes import Strides, check_frames, check_sides, latent_shape
 
 logger = logging.getLogger(__name__)
 
-# SSIM looks through a Gaussian window of 11 pixels; 16 is the first multiple of 8 in which one fits.
+# SSIM uses a Gaussian window of 11 pixels; 16 is the smallest multiple of 8 that holds one.
 _SMALLEST_SIDE = 16
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What came back: `psnr` in dB and mean `ssim` over `frames` x `height` x `width`; `path` is the mp4."""
+    """`psnr` in dB and mean `ssim` over `frames` x `height` x `width`; `path` of the mp4."""
 
     psnr: float
     ssim: float
@@ -64,16 +62,16 @@ def reconstruct(
 ) -> Reconstruction:
     """Encode the first frames of the video at `path` to the mode of their latents, decode them, compare.
 
-    `vae` decides on device and dtype. `frames` must be 8k + 1; None takes as many as there are. `height` and
-    `width` must be multiples of 8, at least 16; None takes the source's, or goes with the other one, rounded
-    down; the picture is cut to their aspect. `fps` resamples the source; without it, frames of a varying rate
-    keep their times. `out` is the mp4, source left and
-    result right, numbered if it exists; its folder is made. Both metrics compare 8-bit pixels. The source is
-    read twice, so that memory grows with the latents only. `progress(step, done, total)` gets "encode" or
-    "decode" and numbers of frames.
+    Computes on the device and in the dtype of `vae`. `frames`: 8k + 1; None takes as many as there are.
+    `height`, `width`: multiples of 8, at least 16; None takes the source's, or follows from the other one,
+    rounded down; frames are cropped to this aspect ratio. `fps` resamples the source; without it, frames keep
+    their times, also at a variable rate. `out`: the mp4, source left and result right; its folder is made,
+    and a number is added if the name is taken. Both metrics compare 8-bit pixels. The source is read twice,
+    so that only latents are kept in memory. `progress(step, done, total)` gets "encode" or "decode" and
+    numbers of frames.
 
-    Raises FileNotFoundError, and ValueError for a file without readable video, too few frames, sizes that
-    cannot be, and a result that is not finite.
+    Raises FileNotFoundError, and ValueError for a file without readable video, too few frames, impossible
+    sizes, and a result that is not finite.
     """
     strides = vae.strides
     if frames is not None:
@@ -91,7 +89,7 @@ def reconstruct(
     def moments() -> Iterator[Tensor]:
         pictures = iter_frames(path, count=frames, fps=fps)
         pieces = (source(pictures, strides.temporal) for _ in range(0, frames, strides.temporal))
-        counted = _counted(pieces, "encode", frames, progress)
+        counted = _report_progress(pieces, "encode", frames, progress)
         return vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
 
     out = Path(out)
@@ -99,12 +97,12 @@ def reconstruct(
     title = f"{Path(path).name}: source, WF-VAE"
     timed = info.variable and fps is None
     rate = info.fps if fps is None else fps
-    with made(out.parent), VideoWriter(out, fps=rate, title=title, timed=timed) as writer:
+    with make_folder(out.parent), VideoWriter(out, fps=rate, title=title, timed=timed) as writer:
         latents = torch.cat(list(moments()), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
         times: list[tuple[Fraction, Fraction]] = []
-        again = _noted(path, frames, times) if timed else iter_frames(path, count=frames, fps=fps)
+        again = _note_times(path, frames, times) if timed else iter_frames(path, count=frames, fps=fps)
         pieces = (decoded[0] for decoded in vae.iter_decode(latents))
-        for piece in _counted(pieces, "decode", frames, progress):
+        for piece in _report_progress(pieces, "decode", frames, progress):
             if not piece.isfinite().all():
                 raise ValueError(f"{path}: the VAE's result is not finite in {vae.dtype}; use float32")
             before = to_uint8(source(again, piece.shape[1])).to(piece.device)
@@ -120,16 +118,16 @@ def reconstruct(
     return result
 
 
-def _noted(path: str | Path, count: int, times: list[tuple[Fraction, Fraction]]) -> Iterator[Tensor]:
-    """The frames of a video; the times of each are appended to `times`."""
+def _note_times(path: str | Path, count: int, times: list[tuple[Fraction, Fraction]]) -> Iterator[Tensor]:
+    """Yield the frames of a video, and append the times of each to `times`."""
     for picture, time in iter_timed_frames(path, count=count):
         times.append(time)
         yield picture
 
 
 def _size(info: VideoInfo, *, height: int | None, width: int | None, stride: int) -> tuple[int, int]:
-    """The sides to work at, those given or from the source, multiples of `stride`; ValueError if they cannot
-    be.
+    """The sides to work at, those given or from the source, multiples of `stride`; ValueError if
+    they cannot be.
     """
 
     def down(side: int) -> int:
@@ -147,7 +145,7 @@ def _size(info: VideoInfo, *, height: int | None, width: int | None, stride: int
 
 
 def _length(path: str | Path, *, frames: int | None, fps: float | Fraction | None, strides: Strides) -> int:
-    """The frames to take, 8k + 1; ValueError if the video has fewer than asked for."""
+    """The number of frames to take, 8k + 1. Raises ValueError if the video has fewer than asked for."""
     there = count_frames(path, fps=fps, limit=frames)
     below, _ = nearest_frames(there, strides=strides)
     if frames is None:
@@ -159,8 +157,10 @@ def _length(path: str | Path, *, frames: int | None, fps: float | Fraction | Non
     return frames
 
 
-def _counted(pieces: Iterable[Tensor], step: str, total: int, progress: Progress | None) -> Iterator[Tensor]:
-    """Pass on pieces [3, t, H, W], telling `progress` of each one that is done."""
+def _report_progress(
+    pieces: Iterable[Tensor], step: str, total: int, progress: Progress | None
+) -> Iterator[Tensor]:
+    """Yield pieces [3, t, H, W] and report each finished one to `progress`."""
     done = 0
     for piece in pieces:
         yield piece

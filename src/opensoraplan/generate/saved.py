@@ -1,4 +1,4 @@
-"""Latents of a video under way, in a file beside it. For a broken run to go on, and for `osp decode`."""
+"""Files with the latents of an unfinished video, to resume it or to decode it with `osp decode`."""
 
 import json
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from opensoraplan.settings import Settings
 from opensoraplan.shapes import RELEASE, Strides
 
 SUFFIX = ".latents.safetensors"
-# How the parts of PromptEmbeds are called in the file, after the name of the prompt.
+# Fields of PromptEmbeds in the file, after the name of the prompt.
 _PARTS = ("sequence", "mask", "pooled")
-# What records got only later, and what the rest of them tells.
+# Keys that older records do not have. The other keys imply them.
 _ADDED = ("fingerprint", "encoded_prompt", "encoded_negative_prompt")
 
 Record = dict[str, Any]
 
 
 class _StoredRecord(Request):
-    """What must be in a record, with the step, for latents to be of use; older ones have less, newer more."""
+    """The keys that a record must have for its latents to be usable; it may have more."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -46,7 +46,7 @@ class _StoredRecord(Request):
     @model_validator(mode="after")
     def _check_step(self) -> Self:
         if self.step > self.steps:
-            raise ValueError(f"step {self.step} is behind the last of {self.steps} steps")
+            raise ValueError(f"step {self.step} is greater than the number of steps, {self.steps}")
         if isinstance(self.model, dict) and not isinstance(self.model.get("vae"), str):
             raise ValueError("model must say where its vae is")
         return self
@@ -77,13 +77,13 @@ class SavedLatents:
     strides: Strides = RELEASE
 
 
-def place_of(video: Path) -> Path:
-    """The file for the latents of a video of that name."""
+def latents_path(video: Path) -> Path:
+    """The file for the latents of a video at this path."""
     return video.with_suffix(SUFFIX)
 
 
 def write(path: Path, saved: SavedLatents) -> None:
-    """Write the file whole, in place of what there was. Errors are the disk's: OSError, SafetensorError."""
+    """Write the file atomically; it replaces an older one. Raises OSError or SafetensorError if it cannot."""
     tensors = {"latents": saved.latents}
     if saved.velocity is not None:
         tensors["velocity"] = saved.velocity
@@ -100,9 +100,7 @@ def write(path: Path, saved: SavedLatents) -> None:
 
 
 def read(path: Path) -> SavedLatents:
-    """What `write` wrote. Raises FileNotFoundError, and ValueError that names what is wrong with any other
-    file.
-    """
+    """Read what `write` wrote. Raises FileNotFoundError, and ValueError for a damaged or other file."""
     record, step = read_record(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -125,7 +123,7 @@ def read(path: Path) -> SavedLatents:
 
 
 def read_record(path: Path) -> tuple[Record, int]:
-    """Record and step without the tensors, whose shapes are checked. Raises as `read`."""
+    """Record and step. Checks the tensors' shapes without reading the tensors. Raises as `read`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     check_file(path)
@@ -136,7 +134,7 @@ def read_record(path: Path) -> tuple[Record, int]:
         if missing := {"record", "scaling"} - metadata.keys() or {"latents"} - shapes.keys():
             raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} has no latents of osp generate, which end in {SUFFIX} ({error})") from None
+        raise ValueError(f"{path} is not a latents file of osp generate, NAME{SUFFIX} ({error})") from None
     where = f"{path}, record"
     record = as_object(parse_json(metadata["record"], where=where), where=where)
     strides = _strides(metadata, where=f"{path}, strides")
@@ -159,11 +157,12 @@ def _strides(metadata: Mapping[str, str], *, where: str) -> Strides:
 
 
 def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple[int, int, int]) -> None:
-    """Raise ValueError for tensors that are not of one video on this grid of latents."""
+    """Raise ValueError for tensors that do not belong to one video with this latent grid."""
     latents = shapes["latents"]
     if len(latents) != 5 or latents[0] != 1 or latents[1] < 1 or latents[2:] != grid:
         raise ValueError(
-            f"{path} has latents {list(latents)}, its record says [1, channels, {', '.join(map(str, grid))}]"
+            f"{path} has latents of shape {list(latents)}; its record needs "
+            f"[1, channels, {', '.join(map(str, grid))}]"
         )
     if shapes.get("velocity", latents) != latents:
         raise ValueError(f"{path} has velocity {list(shapes['velocity'])} for latents {list(latents)}")
@@ -173,16 +172,17 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple
             continue
         sequence, mask, pooled = parts
         if len(sequence) != 3 or sequence[0] != 1 or mask != sequence[:2] or len(pooled) != 2:
-            raise ValueError(f"{path} has a {name} of shapes {', '.join(map(str, parts))}: it is damaged")
+            shown = ", ".join(map(str, parts))
+            raise ValueError(f"{path} is damaged: the embeddings of its {name} have the shapes {shown}")
 
 
-def is_of(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the file has latents of a video with this very record, of the same weights."""
-    return step_of(path, record) is not None
+def is_latents_of(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the file has latents of the video with this record, made by the same weights."""
+    return saved_step(path, record) is not None
 
 
-def step_of(path: Path, record: Mapping[str, Any]) -> int | None:
-    """After which step the latents in a file are; None if there are none of a video with this very record."""
+def saved_step(path: Path, record: Mapping[str, Any]) -> int | None:
+    """The step of the saved latents; None if the file has no latents of the video with this record."""
     try:
         found, step = read_record(path)
     except (OSError, ValueError):
@@ -191,9 +191,9 @@ def step_of(path: Path, record: Mapping[str, Any]) -> int | None:
 
 
 def is_same_video(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records are of one video, by whatever version of ours. Weights are told by fingerprint,
-    wherever they are; if one of the records is older than fingerprints, by the path of the model. What older
-    records do not have is taken as the same.
+    """Whether two records describe the same video, whichever version of this package wrote them. Weights are
+    compared by fingerprint or, if a record has none, by the path of the model. Keys that only one of two
+    records has because the other is older are ignored.
     """
     ignored = {"opensoraplan", *(key for key in _ADDED if key not in one or key not in other)}
     if "fingerprint" not in ignored:
@@ -202,9 +202,9 @@ def is_same_video(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return first == second
 
 
-def other_weights(found: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Which parts of the model differ between two records that agree in all else. Empty if none does, if
-    other things differ, too, or if one of them does not tell.
+def differing_parts(found: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """The parts of the model whose fingerprints differ, for two records that are the same otherwise. Empty
+    for records that differ in anything else, or of which one has no fingerprints.
     """
     before, now = found.get("fingerprint"), record.get("fingerprint")
     if not isinstance(before, dict) or not isinstance(now, dict):

@@ -1,6 +1,6 @@
-"""A model that is checked, loaded, planned and tuned once, and then asked for any number of videos.
+"""A session: checks, plans, loads and tunes a model once, then makes any number of videos with it.
 
-What is worked out before weights are read is in planning.py, files of videos are written in job.py.
+planning.py has what is computed before weights are read; job.py writes the videos' files.
 """
 
 import json
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from opensoraplan.defaults import SCHEDULER, check_model_files
-from opensoraplan.device import dtype_name, explained_memory
+from opensoraplan.device import dtype_name, explain_full_memory
 from opensoraplan.fingerprint import fingerprint_parts, fingerprint_weights, hash_text
 from opensoraplan.formats import assemble
 from opensoraplan.formats.lora import read_origin
 from opensoraplan.generate.planning import (
-    Outlook,
+    LoadingPlan,
     Place,
     SessionOptions,
-    look_ahead,
+    plan_loading,
     resolve_place,
     set_decoding,
     tune,
@@ -33,7 +33,7 @@ from opensoraplan.generate.planning import (
 from opensoraplan.generate.saved import SavedLatents
 from opensoraplan.models.lora import check_lora
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.strict import wrong_types_told
+from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.generating import share_generating
 from opensoraplan.parallel.ranks import ALONE, Ranks, joined
@@ -42,23 +42,23 @@ from opensoraplan.requests import Request
 from opensoraplan.runtime.compiling import compile_blocks
 from opensoraplan.runtime.loras import load_loras, use_loras
 from opensoraplan.runtime.placement import Arrangement
-from opensoraplan.runtime.quantisation import weights_of
-from opensoraplan.runtime.step_cache import Calibration, skipping
+from opensoraplan.runtime.quantisation import weight_precision_of
+from opensoraplan.runtime.step_cache import Calibration, skip_steps
 from opensoraplan.shapes import Strides
 
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
-# How long processes wait for each other: one may decode a long video alone.
+# Timeout of collectives: one process may decode a long video alone.
 PATIENCE_S = 7200.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a request gave: normalised latents [1, C, T, H, W] after `step` of its steps, and the `record` of
-    all that decides how its video looks. `frames`: uint8 [frames, height, width, 3] on the CPU; None if it
-    was stopped, if only latents were asked for, and in other processes than the first.
+    """The result of a request: normalised latents [1, C, T, H, W] after `step` steps, and the `record` of
+    everything that determines its video. `frames`: uint8 [frames, height, width, 3] on the CPU; None if the
+    request was stopped, if only latents were asked for, and in all processes but the first.
     """
 
     latents: Tensor
@@ -68,19 +68,19 @@ class Result:
 
 
 class PromptCache:
-    """The last prompt and the last negative prompt of a run, encoded: requests in a row often share one."""
+    """Keeps the embeddings of the last prompt and the last negative prompt, which requests often share."""
 
     def __init__(self, pipeline: OpenSoraPlanPipeline) -> None:
         self.pipeline = pipeline
         self.kept: dict[tuple[str, bool], PromptEmbeds] = {}
 
     def of(self, request: Request) -> tuple[PromptEmbeds, PromptEmbeds | None]:
-        """Embeddings of a request's prompt, and of its negative one if it is guided."""
+        """Embeddings of a request's prompt and, with guidance, of its negative prompt."""
         negative = self.get(request.negative_prompt, negative=True) if request.guidance > 1 else None
         return self.get(request.prompt), negative
 
     def put(self, request: Request, start: SavedLatents) -> None:
-        """Take over what was encoded for a request before."""
+        """Store the embeddings that were saved with a request's latents."""
         for key, embeds in (
             ((request.prompt, False), start.prompt),
             ((request.negative_prompt, True), start.negative),
@@ -89,7 +89,7 @@ class PromptCache:
                 self.kept[key] = embeds
 
     def get(self, text: str, *, negative: bool = False) -> PromptEmbeds:
-        """Embeddings of a prompt, or of a negative one."""
+        """Embeddings of a prompt, or of a negative prompt."""
         if (text, negative) not in self.kept:
             self.kept = {key: value for key, value in self.kept.items() if key[1] != negative}
             settings = self.pipeline.prompt_settings
@@ -100,17 +100,17 @@ class PromptCache:
 
 @dataclass
 class Session:
-    """A pipeline that is ready for requests: `open` makes one from a model's files; one that exists already
-    is given as `pipeline`.
+    """A pipeline that is ready for requests. `open` loads one from a model's files; the constructor takes a
+    `pipeline` that exists already.
 
-    `model`, a folder or the files of its parts, and the `fingerprints` of its weights go into the records.
-    `step_ratios`: what the model was calibrated to. Of several `ranks`, which all make the same calls, the
-    first writes and gets frames; `all_decode`: the others have a share in decoding; `batched`: they share out
-    the branches of guidance, whatever the requests say. `arrangement`: where the weights are kept, with
-    leaner plans for when memory is full. `largest`: no request may be larger than these; none: any. `loras`:
-    the files of those that are in the denoiser.
+    `model` (a folder, or the files of its parts) and the `fingerprints` of its weights go into the records.
+    `step_ratios`: the model's calibration for the step cache. All `ranks` make the same calls; the first one
+    writes files and gets frames. `all_decode`: all ranks decode, not only the first. `batched`: ranks split
+    the branches of guidance, so every request uses batched guidance. `arrangement`: where the weights are
+    kept, with plans that need less memory in case it runs out. `largest`: the largest requests allowed; if
+    empty, any size is. `loras`: files of the LoRAs in the denoiser.
 
-    A request that fails, or is stopped, leaves the session as it was.
+    A request that fails or is stopped does not change the session.
     """
 
     pipeline: OpenSoraPlanPipeline
@@ -130,14 +130,14 @@ class Session:
 
     @classmethod
     def open(cls, options: SessionOptions, largest: Request | Sequence[Request]) -> Self:
-        """Check, load, plan and tune a model for requests up to `largest`, one or several. Under torchrun,
-        join the other processes, which all open the same.
+        """Check, plan, load and tune a model for requests up to the size of `largest`. Under torchrun, all
+        processes open the same session and work together.
 
-        To be closed, or used in a `with` statement. Raises FileNotFoundError and ValueError before weights
-        are read, and MemoryError for what does not fit.
+        Close the session, or use it in a `with` statement. Raises FileNotFoundError and ValueError before
+        weights are read, and MemoryError if the model or a video does not fit.
         """
         requests = [largest] if isinstance(largest, Request) else list(largest)
-        options = _completed(options, requests)
+        options = _add_fingerprints(options, requests)
         place = resolve_place(options, requests)
         with ExitStack() as stack:
             ranks = stack.enter_context(joined(place.mesh, place.device, timeout=PATIENCE_S))
@@ -147,26 +147,26 @@ class Session:
 
     @classmethod
     def _load(cls, options: SessionOptions, requests: Sequence[Request], place: Place, ranks: Ranks) -> Self:
-        """Plan by the sizes of the model, then load it."""
+        """Plan from the sizes of the model, then load it."""
         device = place.device
         opened = assemble.open_pipeline(options.sources)
         empty = opened.without_weights(place.dtype, vae_dtype=place.vae_dtype)
         loras = _check_loras(empty.transformer, options, requests)
-        outlook = look_ahead(empty, options, requests, place)
-        pipeline = _load_pipeline(opened, options, place, outlook, loras)
+        loading = plan_loading(empty, options, requests, place)
+        pipeline = _load_pipeline(opened, options, place, loading, loras)
         pipeline.vae.streaming_latent_frames = empty.vae.streaming_latent_frames
-        arrangement = Arrangement(pipeline, outlook.plans, device) if outlook.plans else None
+        arrangement = Arrangement(pipeline, loading.plans, device) if loading.plans else None
         all_decode = False
         if ranks.mesh is not None:
             rows = {request.height // pipeline.vae.strides.spatial for request in requests}
             all_decode = share_generating(pipeline.transformer, pipeline.vae, ranks.mesh, rows=rows)
-        if options.compile:  # last: it is the blocks as they are now that are compiled
+        if options.compile:  # last, since it compiles the blocks as they are now
             compile_blocks(pipeline.transformer)
         shown = options.progress and ranks.first
         pipeline.set_progress_bar_config(desc="denoising", unit="step", disable=not shown)
         return cls(
             pipeline,
-            _told_model(options),
+            _model_paths(options),
             fingerprints=options.fingerprints or {},
             step_ratios=options.step_ratios or (),
             ranks=ranks,
@@ -178,7 +178,7 @@ class Session:
         )
 
     def close(self) -> None:
-        """Leave the other processes, if there are any. The pipeline stays usable."""
+        """Leave the process group, if there is one. The pipeline stays usable."""
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -200,11 +200,11 @@ class Session:
         """Make the video of a request, in memory; job.py writes files.
 
         `on_step` is called after each step with the number of steps done and the latents. `should_stop` is
-        asked after each step and, of one process, after each chunk of decoded frames: True ends the request,
-        and the result has the latents so far. Of several processes, all give it or none does.
+        called after each step and, with one process, after each chunk of decoded frames: if it returns True,
+        the request ends, and the result has the latents so far. Either all processes pass it or none does.
 
-        Raises ValueError for a request that the session was not opened for, NonFiniteLatentsError if latents
-        become NaN, FloatingPointError if frames do, and MemoryError for a size that does not fit.
+        Raises ValueError for a request that this session cannot make, NonFiniteLatentsError if latents become
+        NaN, FloatingPointError if frames do, and MemoryError for a size that does not fit.
         """
         self.check(request)
         record = self.record(request)
@@ -219,7 +219,7 @@ class Session:
         def after_step(latents: Tensor, step: int, velocity: Tensor) -> None:
             nonlocal kept, done
             done = step
-            if self.can_continue(request):
+            if self.can_resume(request):
                 velocity_needed = velocity if request.solver == "adams" and step < request.steps else None
                 kept = SavedLatents(latents, step, record, {}, velocity=velocity_needed)
             if on_step is not None:
@@ -237,20 +237,20 @@ class Session:
         return Result(latents, done if stopped else request.steps, record, frames)
 
     def check(self, request: Request) -> None:
-        """Warn of words that cleaning removes from its prompts. Raises ValueError for prompts of which next
-        to nothing is left, and for a request that the session was not opened for.
+        """Warn of words that cleaning removes from the prompts. Raises ValueError if cleaning leaves almost
+        nothing, and for a request that this session cannot make.
         """
         negatives = [request.negative_prompt] if request.guidance > 1 else []
         for warning in self.pipeline.prompt_settings.check_all([request.prompt], negatives):
             logger.warning(warning)
         if request.step_cache and not self.step_ratios:
             raise ValueError(
-                f"step_cache {request.step_cache:g} needs a session that was opened for a request with a "
-                "step cache, of a model that `osp calibrate` has seen"
+                f"step_cache {request.step_cache:g} needs a model calibrated with `osp calibrate`, and a "
+                "session opened for a request with a step cache"
             )
         for file in request.lora_strengths():
             if file not in self.loras:
-                raise ValueError(f"this session was opened for no request with the LoRA {file}")
+                raise ValueError(f"this session was not opened for a request with the LoRA {file}")
         strides = self.pipeline.vae.strides
         area, volume = _size(request, strides)
         if not self.largest:
@@ -259,28 +259,28 @@ class Session:
         if not any(area <= size[0] and volume <= size[1] for size in sizes):
             most = sizes[max(sizes)]
             raise ValueError(
-                f"{_named_size(request)} are more than this session was opened for, {_named_size(most)}: "
-                "open one for the largest request"
+                f"{_describe_size(request)} are more than this session was opened for, "
+                f"{_describe_size(most)}: open it for the largest request"
             )
         rows, count = request.height // strides.spatial, self.ranks.count
         if self.all_decode and rows % count:
             raise ValueError(
-                f"{rows} rows of latents (height {request.height}) are not {count} equal shares for the "
+                f"{rows} rows of latents (height {request.height}) cannot be split equally over the {count} "
                 "processes of this session: open it for a request of this height, too"
             )
 
-    def can_continue(self, request: Request) -> bool:
-        """Whether a video can begin in the middle: with other schedulers than the default one it cannot, nor
-        with a step cache, which would have nothing cached.
+    def can_resume(self, request: Request) -> bool:
+        """Whether a video can resume between two steps: not with a scheduler other than the default one, nor
+        with a step cache, whose state is not saved.
         """
         return self.pipeline.has_default_scheduler and not request.step_cache
 
     def attempt(self, request: Request, work: Callable[[bool], Made]) -> Made:
-        """What `work(False)` returns. If memory is full and there is a leaner plan, what `work(True)` returns
-        under that. Raises MemoryError if none is left.
+        """Return `work(False)`. If memory runs out, return `work(True)` with the next plan that needs less.
+        Raises MemoryError if there is no such plan.
         """
-        what = f"{_named_size(request)} do not fit into memory: ask for fewer or smaller ones"
-        with explained_memory(what):
+        what = f"{_describe_size(request)} do not fit into memory: ask for fewer or smaller ones"
+        with explain_full_memory(what):
             return work(False) if self.arrangement is None else self.arrangement.run(work)
 
     def denoise(
@@ -290,15 +290,15 @@ class Session:
         start: SavedLatents | None = None,
         after_step: Callable[[Tensor, int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Normalised latents [1, C, T, H, W] of a request, from noise or from where it was stopped.
-        `after_step` gets the latents, how many steps are done, and the last one's velocity.
+        """Denoise a request, from noise or from saved latents. Returns normalised latents [1, C, T, H, W].
+        `after_step` gets the latents, the number of steps done, and the last step's velocity.
         """
         if start is not None and start.step == request.steps:
             return start.latents
         pipeline = self.pipeline
-        pipeline.is_decoding = False  # of an earlier video that was broken off
+        pipeline.is_decoding = False  # an interrupted video may have left it True
 
-        def tell(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
+        def on_step_end(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
             if after_step is not None:
                 after_step(tensors["latents"], index + 1, tensors["velocity"])
 
@@ -306,7 +306,7 @@ class Session:
         prompt, negative = self.embeds.of(request)
         cached = nullcontext()
         if request.step_cache:
-            cached = skipping(
+            cached = skip_steps(
                 pipeline.transformer, self.step_ratios, threshold=request.step_cache, steps=request.steps
             )
         with cached:
@@ -330,7 +330,7 @@ class Session:
                 first_step=0 if start is None else start.step,
                 previous_velocity=None if start is None else start.velocity,
                 output_type="latent",
-                callback_on_step_end=tell,
+                callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=("latents", "velocity"),
             )
         assert isinstance(output, VideoOutput)
@@ -338,7 +338,7 @@ class Session:
         return output.frames
 
     def record(self, request: Request) -> dict[str, Any]:
-        """All that decides how a video looks, to be stored with it. Values are those of JSON."""
+        """Everything that determines a video, to be stored with it as JSON."""
         pipeline = self.pipeline
         scheduler, prompts = pipeline.scheduler.config, pipeline.prompt_settings
         guided = request.guidance > 1
@@ -356,7 +356,7 @@ class Session:
             },
             "sparse_n": pipeline.transformer.config["sparse_n"],
             "dtype": dtype_name(pipeline.transformer.dtype),
-            "weights": weights_of(pipeline.transformer),
+            "weights": weight_precision_of(pipeline.transformer),
             "vae_dtype": dtype_name(pipeline.vae.dtype),
             "vae_tiling": pipeline.vae.tiling,
             "opensoraplan": version("opensoraplan"),
@@ -375,12 +375,12 @@ class Session:
         return json.loads(json.dumps(record))
 
     def share_decoding(self, latents: Tensor) -> None:
-        """In other processes than the first: have a share in decoding, if they have one."""
+        """In all processes but the first: decode along with it, if all ranks decode."""
         for _ in self.pipeline.iter_decode(latents) if self.all_decode else ():
             pass
 
     def _frames(self, latents: Tensor, asked_to_stop: Callable[[], bool]) -> Tensor | None:
-        """uint8 frames [frames, height, width, 3] in the first process; None if it is stopped meanwhile."""
+        """uint8 frames [frames, height, width, 3]; None if stopped, and in all processes but the first."""
         if not self.ranks.first:
             self.share_decoding(latents)
             return None
@@ -392,8 +392,8 @@ class Session:
         return torch.cat(chunks)
 
 
-def _completed(options: SessionOptions, requests: Sequence[Request]) -> SessionOptions:
-    """The options with the model's fingerprints and, if a request needs it, its calibration."""
+def _add_fingerprints(options: SessionOptions, requests: Sequence[Request]) -> SessionOptions:
+    """Add the model's fingerprints to the options and, if a request needs it, its calibration."""
     folder, ratios = options.folder, options.step_ratios
     if options.fingerprints is not None:  # the command has checked the files
         return options
@@ -406,21 +406,21 @@ def _completed(options: SessionOptions, requests: Sequence[Request]) -> SessionO
         fingerprints["ema"] = str(sources.ema)
     if ratios is None and any(request.step_cache for request in requests):
         if folder is None:
-            raise ValueError("a step cache needs a model in one folder, that `osp calibrate` has seen")
+            raise ValueError("a step cache needs a model folder that was calibrated with `osp calibrate`")
         calibration = Calibration.of(folder)
-        calibration.check_weights(fingerprints["transformer"], folder)
+        calibration.warn_of_other_weights(fingerprints["transformer"], folder)
         ratios = calibration.ratios
     return replace(options, fingerprints=fingerprints, step_ratios=ratios)
 
 
 def _check_loras(model: SparseUMMDiT, options: SessionOptions, requests: Sequence[Request]) -> list[Path]:
-    """The files of all LoRAs that the requests use. Raises ValueError for one that does not fit the model, of
-    which no weights are needed; warns of one that was trained on another.
+    """The files of all LoRAs that the requests use. Raises ValueError for one that does not fit the model,
+    whose weights are not needed for this; warns of one that was trained on another model.
     """
     files = list({file: None for request in requests for file in request.lora_strengths()})
     if files and options.tp > 1:
         raise ValueError(
-            f"tp {options.tp} splits the layers that a LoRA is for: share the video's tokens instead"
+            f"tp {options.tp} splits the layers that a LoRA changes: split the video's tokens instead (tp 1)"
         )
     for file in files:
         config = check_lora(model, file)
@@ -436,16 +436,17 @@ def _load_pipeline(
     opened: assemble.OpenedPipeline,
     options: SessionOptions,
     place: Place,
-    outlook: Outlook,
+    loading: LoadingPlan,
     loras: Sequence[Path],
 ) -> OpenSoraPlanPipeline:
-    """The pipeline with its weights, tuned, on the device unless there are plans for where it is kept."""
+    """Load and tune the pipeline. Moves it to the device, unless there are plans for where it is kept."""
     device = place.device
-    with explained_memory(f"the model does not fit onto {device}: on one, --memory auto finds room"):
+    full = f"the model does not fit onto {device}: with one process, --memory auto makes it fit"
+    with explain_full_memory(full):
         try:
-            pipeline = _read_weights(opened, options, place, device=outlook.loaded_on)
+            pipeline = _read_weights(opened, options, place, device=loading.load_on)
         except MemoryError as error:
-            raise MemoryError(f"{error}{outlook.advice}") from None
+            raise MemoryError(f"{error}{loading.advice}") from None
         if options.prompts is not None:
             pipeline.register_to_config(
                 prompt_template=options.prompts.template,
@@ -455,8 +456,8 @@ def _load_pipeline(
             )
         set_decoding(pipeline.vae, options)
         load_loras(pipeline.transformer, loras)
-        tune(pipeline, options, device, masked=outlook.masked)
-        if not outlook.plans:
+        tune(pipeline, options, device, masked=loading.masked)
+        if not loading.plans:
             pipeline.to(device)
     return pipeline
 
@@ -476,14 +477,14 @@ def _read_weights(
             scheduler=options.scheduler,
             max_text_tokens=options.max_text_tokens,
         )
-    # Weights are not left to diffusers, which lets some be missing; scheduler and settings are.
+    # diffusers loads scheduler and settings, but not the weights: it tolerates missing ones.
     parts = assemble.load_parts(opened, dtype=place.dtype, vae_dtype=place.vae_dtype, device=device)
-    with wrong_types_told(str(folder / SCHEDULER)):  # of schedulers that only diffusers knows
+    with name_wrong_types(str(folder / SCHEDULER)):  # for schedulers that only diffusers knows
         return OpenSoraPlanPipeline.from_pretrained(folder, **parts, local_files_only=True)
 
 
-def _told_model(options: SessionOptions) -> str | dict[str, Any]:
-    """What records say of where the model came from."""
+def _model_paths(options: SessionOptions) -> str | dict[str, Any]:
+    """The model's folder or the files of its parts, for the records."""
     if options.folder is not None:
         return str(options.folder)
     sources = options.sources
@@ -492,17 +493,17 @@ def _told_model(options: SessionOptions) -> str | dict[str, Any]:
 
 
 def _hash_configs(pipeline: OpenSoraPlanPipeline) -> str:
-    """Of the configs of denoiser and VAE, which need not be those of their files."""
+    """Hash the configs of denoiser and VAE, which may differ from those in their files."""
     models = (pipeline.transformer, pipeline.vae)
     configs = [{k: v for k, v in model.config.items() if not k.startswith("_")} for model in models]
     return hash_text(json.dumps(configs, sort_keys=True))
 
 
 def _size(request: Request, strides: Strides) -> tuple[int, int]:
-    """Positions of a latent frame, and of all that is denoised at a time."""
+    """Number of latent positions in a frame, and in all that is denoised at once."""
     frames, rows, columns = request.grid(strides)
     return rows * columns, frames * rows * columns * (2 if request.batched_guidance else 1)
 
 
-def _named_size(request: Request) -> str:
+def _describe_size(request: Request) -> str:
     return f"{request.frames} frames of {request.width} x {request.height}"

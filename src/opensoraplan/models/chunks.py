@@ -12,13 +12,13 @@ from opensoraplan.shapes import check_frames
 _MOST_NUMBERS = 2**31 - 1
 
 if TYPE_CHECKING:
-    from opensoraplan.models.wfvae import Stream
+    from opensoraplan.models.wfvae import StreamState
 
 
 def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]:
-    """A clip in pieces [B, 3, t, H, W] of any length -> frame 0 and `step` more, then `step` at a time, then
-    what is left (None: the whole clip). Raises ValueError before the last chunk if the clip is not 8k + 1
-    frames long.
+    """A clip in pieces [B, 3, t, H, W] of any length -> frame 0 and `step` more, then `step` at a time,
+    then what is left (None: the whole clip). Raises ValueError before the last chunk if the clip is not
+    8k + 1 frames long.
     """
     waiting: list[Tensor] = []
     frames = 0
@@ -27,16 +27,16 @@ def frame_chunks(pieces: Iterable[Tensor], step: int | None) -> Iterator[Tensor]
         frames += piece.shape[2]
         waiting.append(piece)
         while size and sum(w.shape[2] for w in waiting) >= size:
-            ready = _joined(waiting)
+            ready = _cat(waiting)
             yield ready[:, :, :size]
             waiting, size = [ready[:, :, size:]], step
     check_frames(frames)
     if any(w.shape[2] for w in waiting):
-        yield _joined(waiting)
+        yield _cat(waiting)
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """Not by `cat` where there is one, which would copy it."""
+def _cat(pieces: list[Tensor]) -> Tensor:
+    """As torch.cat, but without a copy of a single piece."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
@@ -66,12 +66,12 @@ class Tile:
 
     rows: slice
     columns: slice
-    stream: "Stream | None"
+    stream: "StreamState | None"
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover `size` with at least `overlap` between neighbours; the last one ends at
-    `size`.
+    """Where tiles begin that cover `size` with at least `overlap` between neighbours; the last one
+    ends at `size`.
     """
     if size <= tile:
         return [0]
@@ -81,8 +81,8 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 def blend(
     outputs: list[Tensor], tiles: list[Tile], size: tuple[int, int], overlap: int, zoom: float
 ) -> Tensor:
-    """Join the outputs of tiles into [.., H * zoom, W * zoom], weighted by ramps over `overlap` (before
-    zoom).
+    """Join the outputs of tiles into [.., H * zoom, W * zoom], weighted by ramps over
+    `overlap` (before zoom).
     """
     height, width = (int(side * zoom) for side in size)
     total = outputs[0].new_zeros(*outputs[0].shape[:-2], height, width)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from opensoraplan.models.strict import Shape, check_known_keys, check_tensors
+from opensoraplan.models.strict import TensorShape, check_known_keys, check_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -39,25 +39,25 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Kind(NamedTuple):
+class ValueType(NamedTuple):
     """Which values a key may have, in words and as a test."""
 
     words: str
     fits: Callable[[Any], bool]
 
 
-WHOLE = Kind("a whole number above 0", _is_whole)
-WHOLES = Kind(
+WHOLE = ValueType("a whole number above 0", _is_whole)
+WHOLES = ValueType(
     "a list of whole numbers above 0", lambda v: isinstance(v, list | tuple) and all(map(_is_whole, v))
 )
-NUMBER = Kind("a number above 0", lambda v: _is_number(v) and v > 0)
-NUMBERS = Kind(
+NUMBER = ValueType("a number above 0", lambda v: _is_number(v) and v > 0)
+NUMBERS = ValueType(
     "a list of numbers, or null",
     lambda v: v is None or (isinstance(v, list | tuple) and all(map(_is_number, v))),
 )
-SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
-TEXT = Kind("text", lambda v: isinstance(v, str))
-TEXT_OR_NULL = Kind("text, or null", lambda v: v is None or isinstance(v, str))
+SWITCH = ValueType("true or false", lambda v: isinstance(v, bool))
+TEXT = ValueType("text", lambda v: isinstance(v, str))
+TEXT_OR_NULL = ValueType("text, or null", lambda v: v is None or isinstance(v, str))
 
 # The original's key -> our constructor's, and its kind.
 DENOISER_KEYS = {
@@ -148,9 +148,9 @@ def vae_config(config: Mapping[str, Any], *, where: str = "the config of the VAE
 
 def _translate(
     config: Mapping[str, Any],
-    keys: Mapping[str, tuple[str, Kind]],
+    keys: Mapping[str, tuple[str, ValueType]],
     fixed: Mapping[str, Any],
-    others: Mapping[str, Kind],
+    others: Mapping[str, ValueType],
     where: str,
 ) -> dict[str, Any]:
     check_known_keys(config, [*keys, *fixed, *others], where=where)
@@ -193,10 +193,10 @@ def denoiser_name(name: str, *, num_layers: list[int]) -> str:
     return f"{NESTED}.{stage}.{block - first_of_stage[stage]}.{rest}"
 
 
-def denoiser_unread(shapes: Mapping[str, Shape], *, num_layers: list[int]) -> dict[str, Shape]:
-    """The original's names and shapes of what tensor-parallel checkpoints hold for the last block and nothing
-    reads: a text output projection, a text feed-forward and a second text norm. `shapes`: our model's
-    tensors.
+def denoiser_unread(shapes: Mapping[str, TensorShape], *, num_layers: list[int]) -> dict[str, TensorShape]:
+    """The original's names and shapes of what tensor-parallel checkpoints hold for the last block and
+    nothing reads: a text output projection, a text feed-forward and a second text norm. `shapes`:
+    our model's tensors.
     """
     last = sum(num_layers) - 1
     before = f"{NESTED}.{last - 1}."
@@ -213,14 +213,14 @@ def denoiser_unread(shapes: Mapping[str, Shape], *, num_layers: list[int]) -> di
 class Format:
     """How the original writes a model of ours.
 
-    `rename` gives the original's name of one of our tensors. `fixed` are constants that its files carry
-    besides, `unread` shapes of tensors that they may carry and that nothing reads; both by the original's
-    names.
+    `rename` gives the original's name of one of our tensors. `fixed` are constants that its files
+    carry besides, `unread` shapes of tensors that they may carry and that nothing reads; both by
+    the original's names.
     """
 
     rename: Callable[[str], str] = str
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
-    unread: Mapping[str, Shape] = field(default_factory=dict)
+    unread: Mapping[str, TensorShape] = field(default_factory=dict)
 
 
 class OriginalModel(nn.Module):
@@ -262,7 +262,7 @@ def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]
     not read, but for its constants; if it has a `path`, errors name it.
     """
     form = model.original_format()
-    given: dict[str, Shape] = dict(
+    given: dict[str, TensorShape] = dict(
         getattr(tensors, "shapes", None) or {name: tuple(value.shape) for name, value in tensors.items()}
     )
     path = getattr(tensors, "path", None)

@@ -12,10 +12,10 @@ from typing import Any, Self
 
 import torch
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.chunks import latents_at_a_time, tile_starts
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.strict import wrong_types_told
+from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.shapes import COLOURS, SPATIAL_STRIDE
 
 FP32 = 4
@@ -88,7 +88,7 @@ class DenoiserSizes:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         SparseUMMDiT.check_config(config, where="the model's config")
-        with torch.device("meta"), wrong_types_told("the model's config"):
+        with torch.device("meta"), name_wrong_types("the model's config"):
             model = SparseUMMDiT(**config)
         self._measure(model)
 
@@ -136,7 +136,12 @@ class DenoiserSizes:
         return sum(self._numbers[of, tp, shards] for of in units)
 
     def stored(
-        self, compute: str, *, unit: int | None = None, kind: Weights = "whole", adaln: bool | None = None
+        self,
+        compute: str,
+        *,
+        unit: int | None = None,
+        kind: WeightPrecision = "whole",
+        adaln: bool | None = None,
     ) -> int:
         """Bytes of the weights of one unit or of all, on one device, kept as `kind`
         (runtime/quantisation.py): a byte for each number of the smaller ones, and a scale for each of their
@@ -185,8 +190,8 @@ def attention_flops(dim: int, tokens: int, text: int, *, rate: int) -> int:
 
 
 def block_flops(dim: int, tokens: int, text: int, *, rate: int, embed_dim: int) -> int:
-    """FLOPs of a block without skip Linear that updates the text, for `tokens` and `text` tokens of a
-    sample.
+    """FLOPs of a block without skip Linear that updates the text, for `tokens` and
+    `text` tokens of a sample.
     """
     both = tokens + text
     once = 2 * embed_dim * 6 * dim  # two modulations
@@ -241,8 +246,10 @@ def cache_bytes(
     return video + text * BYTES[states]
 
 
-def forward_memory(model: DenoiserSizes, shape: BatchShape, compute: str, *, kind: Weights = "whole") -> int:
-    """What one forward pass without gradients needs besides weights of this kind. The busiest moments of a
+def forward_memory(
+    model: DenoiserSizes, shape: BatchShape, compute: str, *, kind: WeightPrecision = "whole"
+) -> int:
+    """Bytes of one forward pass without gradients, without weights, which have this precision. The peaks of a
     block are GELU (its input and output, and five tensors of the stream's width; in fp8 its output, scaled
     and rounded), the norm of k (seven of them, and three in fp32) and attention (seven, and four that have
     the text once for each subsequence); earlier stages' outputs wait for the later ones. Rotary tables are in

@@ -1,5 +1,5 @@
-"""Configs and weights that are taken whole or not at all: unknown keys, missing or mis-shaped tensors are
-errors.
+"""Configs and weights that are taken whole or not at all: unknown keys, missing or mis-shaped
+tensors are errors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from opensoraplan.documents import read_json_object, read_shard_index
 from opensoraplan.names import did_you_mean
 from opensoraplan.settings import Settings
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 # What constructors declare. The bounds are far beyond any model that there is, and keep a file from asking
 # for one that no machine can build.
@@ -83,8 +83,8 @@ def _arguments_of(model: type) -> type[Settings]:
 
 
 @contextmanager
-def wrong_types_told(where: str) -> Iterator[None]:
-    """Turn the TypeError that a constructor makes of a value of the wrong type into a ValueError."""
+def name_wrong_types(where: str) -> Iterator[None]:
+    """Turn a constructor's TypeError for a value of the wrong type into a ValueError that names `where`."""
     try:
         yield
     except TypeError as error:
@@ -102,7 +102,9 @@ def check_known_keys(given: Iterable[str], known: Iterable[str], *, where: str) 
         raise ValueError(f"unknown key in {where}: {', '.join(problems)}")
 
 
-def check_tensors(expected: Mapping[str, Shape], given: Mapping[str, Shape], *, what: str) -> None:
+def check_tensors(
+    expected: Mapping[str, TensorShape], given: Mapping[str, TensorShape], *, what: str
+) -> None:
     """Raise ValueError naming every tensor of `given` that is missing, unexpected or of another shape."""
     lines = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in given]
     lines += [f"unexpected {name} {list(shape)}" for name, shape in given.items() if name not in expected]

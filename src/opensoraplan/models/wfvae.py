@@ -1,9 +1,9 @@
-"""WF-VAE 8x8x8: the wavelet-flow causal video autoencoder of Open-Sora Plan v1.5.0 (arXiv 2411.17459), top to
-bottom.
+"""WF-VAE 8x8x8: the wavelet-flow causal video autoencoder of Open-Sora Plan v1.5.0 (arXiv 2411.17459),
+top to bottom.
 
 No training losses, no file formats. Shapes: B batch, C channels, T frames, H/W pixels, k + 1 latent frames
-for T = 8k + 1. Every layer takes a `Stream`, or None for a whole clip: what it has to remember from the chunk
-before. Module names are the original's own, so that its files need no renaming.
+for T = 8k + 1. Every layer takes a `StreamState`, or None for a whole clip: what it has to remember from the
+chunk before. Module names are the original's own, so that its files need no renaming.
 """
 
 import logging
@@ -77,11 +77,10 @@ _FEW = 32  # channels that are interpolated at a time
 
 
 @dataclass
-class Stream:
-    """What one clip's layers keep from chunk to chunk. The first chunk begins with frame 0, which is special.
-
-    `lookahead` counts the frames at the end of the tensor now on its way that the next chunk brings again:
-    time upsampling has to see one frame ahead, and what is kept must not include it.
+class StreamState:
+    """State that layers keep from one chunk of a clip to the next. `first`: the chunk starts with frame 0,
+    which is special. `lookahead`: frames at the end of the current tensor that the next chunk has again,
+    since time upsampling looks one frame ahead; they are not kept.
     """
 
     first: bool = True
@@ -109,18 +108,18 @@ def _band_taps(signs: tuple[int, int, int]) -> list[list[list[float]]]:
     return [[[HAAR_TAP * t**i * h**j * w**k for k in (0, 1)] for j in (0, 1)] for i in (0, 1)]
 
 
-def haar(x: Tensor, stream: Stream | None) -> Tensor:
-    """Colours [B, 3, T, H, W] -> coefficients [B, 24, (T + 1) / 2, H/2, W/2], the first frame counted
-    twice.
+def haar(x: Tensor, stream: StreamState | None) -> Tensor:
+    """Colours [B, 3, T, H, W] -> coefficients [B, 24, (T + 1) / 2, H/2, W/2], the
+    first frame counted twice.
     """
     if stream is None or stream.first:
         x = torch.cat([x[:, :, :1], x], dim=2)
     return convolution.channels_last(F.conv3d(x, haar_filter(x), stride=2))
 
 
-def inverse_haar(coefficients: Tensor, stream: Stream | None) -> Tensor:
-    """Coefficients [B, 24, t, h, w] -> colours [B, 3, 2t - 1, 2h, 2w]: the doubled first frame is dropped
-    again.
+def inverse_haar(coefficients: Tensor, stream: StreamState | None) -> Tensor:
+    """Coefficients [B, 24, t, h, w] -> colours [B, 3, 2t - 1, 2h, 2w]: the doubled first frame
+    is dropped again.
     """
     x = F.conv_transpose3d(coefficients, haar_filter(coefficients), stride=2)
     return x[:, :, 1:] if stream is None or stream.first else x
@@ -134,9 +133,9 @@ def add_to_low_band(coefficients: Tensor, low: Tensor) -> Tensor:
     return torch.cat([coefficients[:, :COLOURS] + low, coefficients[:, COLOURS:]], dim=1)
 
 
-def haar_levels(x: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients [B, 24, ...] of levels 0, 1 and 2 of colours [B, 3, T, H, W], each of the low band of the
-    one before.
+def haar_levels(x: Tensor, stream: StreamState | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients [B, 24, ...] of levels 0, 1 and 2 of colours [B, 3, T, H, W], each of the low band of
+    the one before.
     """
     level0 = haar(x, stream)
     level1 = haar(level0[:, :COLOURS], stream)
@@ -163,8 +162,8 @@ def fixed_tensors() -> dict[str, Tensor]:
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution that sees no later frame: time is padded in front, with the first frame or what a
-    stream kept.
+    """3-D convolution that sees no later frame: time is padded in front, with the first frame or what
+    a stream kept.
 
     `padding` is spatial. In a stream it keeps the last kernel - stride frames of its input.
     """
@@ -177,7 +176,7 @@ class CausalConv3d(nn.Module):
         self.before = kernel - 1
         self.overlap = kernel - stride
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:
         x = convolution.channels_last(x)
         if not self.before:
             return self.conv(x)
@@ -200,7 +199,7 @@ class FrameConv2d(nn.Conv2d):
     def __init__(self, channels: int, *, out_channels: int) -> None:
         super().__init__(channels, out_channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
         frames = super().forward(x.transpose(1, 2).flatten(0, 1))
         return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
@@ -222,8 +221,8 @@ def silu(x: Tensor) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), of causal 3-D convolutions or, with `conv=FrameConv2d`, of
-    2-D ones.
+    """x + conv(silu(norm(conv(silu(norm(x)))))), of causal 3-D convolutions or, with `conv=FrameConv2d`,
+    of 2-D ones.
     """
 
     def __init__(
@@ -241,7 +240,7 @@ class ResnetBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:
         # By `forward` and without a name, either of which would keep the input of a convolution alive while
         # it computes on the padded copy.
         h = self.conv2.forward(silu(self.norm2(self.conv1.forward(silu(self.norm1(x)), stream))), stream)
@@ -267,7 +266,7 @@ class FrameAttention(nn.Module):
             CausalConv3d(channels, out_channels=channels, kernel=1, padding=0) for _ in range(4)
         )
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:  # noqa: ARG002 (one signature for all)
         h = self.norm(x)
         q, k, v = (
             with_channels_last(proj(h).permute(0, 2, 3, 4, 1).flatten(2, 3))
@@ -278,15 +277,15 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the frames (T -> (T + 1) / 2), half the sides: one zero behind H and W, then a strided causal
-    convolution.
+    """Half the frames (T -> (T + 1) / 2), half the sides: one zero behind H and W, then a
+    strided causal convolution.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, out_channels=channels, stride=2, padding=0)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)), stream)
 
 
@@ -304,10 +303,10 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, out_channels=channels)
         self.lookahead = lookahead
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:
         return self.conv.forward(self._grown(x, stream), stream)  # as in ResnetBlock
 
-    def _grown(self, x: Tensor, stream: Stream | None) -> Tensor:
+    def _grown(self, x: Tensor, stream: StreamState | None) -> Tensor:
         if stream is None:
             return self._from_frame_0(x)
         before = stream.kept.get(self)
@@ -348,7 +347,7 @@ class Upsample(nn.Module):
         return grown
 
 
-def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream | None) -> Tensor:
+def run(layers: Iterable[nn.Module], x: Tensor, stream: StreamState | None) -> Tensor:
     """x through layers that each take (x, stream)."""
     for layer in layers:
         x = layer(x, stream)
@@ -385,7 +384,7 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(four)
         self.conv_out = CausalConv3d(four, out_channels=2 * latent_channels)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: StreamState | None = None) -> Tensor:
         level0, level1, level2 = haar_levels(x, stream)
         h = run(self.down1, level0, stream)
         h = run(self.down2, torch.cat([h, self.connect_l1(level1)], dim=1), stream)
@@ -438,10 +437,12 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(base)
         self.conv_out = FrameConv2d(base, out_channels=COEFFICIENTS)
 
-    def forward(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, z: Tensor, stream: StreamState | None = None) -> Tensor:
         return self.with_coefficients(z, stream)[0]
 
-    def with_coefficients(self, z: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def with_coefficients(
+        self, z: Tensor, stream: StreamState | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels and the coefficients of levels 1 and 2 that they are made of; for the wavelet loss."""
         h, flow = self._part(run(self.mid, self.conv_in(z, stream), stream))
         level2 = run(self.connect_l2, flow, stream)
@@ -586,18 +587,18 @@ class WFVAE(StrictMixin, original.OriginalModel, ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Pixels [B, 3, 8 (t - 1) + 1, 8h, 8w], about [-1, 1], of latents [B, C, t, h, w] (not
-        normalised).
+        """Pixels [B, 3, 8 (t - 1) + 1, 8h, 8w], about [-1, 1], of latents [B, C,
+        t, h, w] (not normalised).
         """
         sample = torch.cat(list(self.iter_decode(z)), dim=2)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def iter_encode(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Moments [B, 2 C, t, H/8, W/8] chunk by chunk, of a clip that comes in pieces [B, 3, t, H, W] of any
-        length.
+        """Moments [B, 2 C, t, H/8, W/8] chunk by chunk, of a clip that comes in pieces [B, 3, t, H, W]
+        of any length.
 
-        Raises ValueError for sides that are not multiples of 8 and, at the end, for a clip that is not 8k + 1
-        long.
+        Raises ValueError for sides that are not multiples of 8 and, at the end, for a clip that is not 8k
+        + 1 long.
         """
         first = next(pieces := iter(pieces), None)
         if first is None:
@@ -625,15 +626,15 @@ class WFVAE(StrictMixin, original.OriginalModel, ModelMixin, ConfigMixin):
             yield self._run_tiles(self.decoder, chunk, tiles, zoom=SPATIAL_STRIDE, lookahead=ahead)
 
     def _tiles(self, height: int, width: int, *, unit: int) -> list[Tile]:
-        """The tiles of a frame whose sides are given in `unit` pixels: one if tiling is off or the frame
-        small.
+        """The tiles of a frame whose sides are given in `unit` pixels: one if tiling is off or
+        the frame small.
         """
         tile, overlap = (
             (max(height, width), 0) if self.tiling is None else (side // unit for side in self.tiling)
         )
         streaming = self.streaming_latent_frames is not None
         return [
-            Tile(slice(top, top + tile), slice(left, left + tile), Stream() if streaming else None)
+            Tile(slice(top, top + tile), slice(left, left + tile), StreamState() if streaming else None)
             for top in tile_starts(height, tile, overlap)
             for left in tile_starts(width, tile, overlap)
         ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.sizes import (
     BYTES,
     ROOT,
@@ -66,7 +66,7 @@ class Precisions:
 
     compute: str = "bf16"
     vae: str = "bf16"
-    weights: Weights = "whole"
+    weights: WeightPrecision = "whole"
 
     def __str__(self) -> str:
         return self.compute if self.vae == self.compute else f"{self.compute}, the VAE in {self.vae}"

@@ -1,7 +1,7 @@
-"""Where a pipeline's parts are kept, on the device or on the host, so that generating fits the device.
+"""Placement: decides which parts of a pipeline are on the device and which on the host, so
+that generating fits.
 
-The sizes of what is computed are formulas of models/sizes.py; runtime/streaming.py moves weights to
-and fro. Bytes, unless it says otherwise.
+models/sizes.py has the formulas of sizes, runtime/streaming.py moves weights. All sizes are in bytes.
 """
 
 import logging
@@ -21,23 +21,23 @@ from opensoraplan.runtime.streaming import SLOTS, InTurn, stream_blocks, stream_
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
-# From the fastest to the leanest. "resident": all parts are on the device. "in-turn": each part is while it
-# computes, the denoiser through all steps; its AdaLN layers stay on the host, for what they give to all steps
-# is computed before. "streamed": so are the denoiser's blocks, one after the other, and the next one arrives
-# while one computes.
+# From the fastest to the one that needs the least memory. "resident": all parts are on the device. "in-turn":
+# each part is there while it computes, the denoiser for all steps; its AdaLN layers stay on the host, since
+# their outputs for all steps are computed before. "streamed": the denoiser's blocks, too, are there one after
+# the other, and the next one is copied while one computes.
 Placement = Literal["resident", "in-turn", "streamed"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
-# Latent frames that are decoded at a time: the fewer, the more is computed twice.
+# Latent frames decoded at a time: with fewer, more is computed twice.
 CHUNKS = (16, 8, 4, 2, 1)
-# Of the free memory, what is left to allocators and libraries.
+# Part of the free memory that is left to allocators and libraries.
 MARGIN = 0.08
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the weights of each part take, `adaln` being a part of the denoiser's; the largest of its blocks
-    without these; what the AdaLN layers give to all steps of a video (`vectors`); the tensors of a denoising
-    step, and those of decoding for each of CHUNKS.
+    """Bytes of the weights of each part, where `adaln` is included in `denoiser`; of the largest `block`
+    without its AdaLN layers; of the AdaLN layers' outputs for all steps of a video (`vectors`); of the
+    tensors of a denoising step; and of decoding with each of CHUNKS.
     """
 
     encoders: int
@@ -52,11 +52,11 @@ class Needs:
 
     @property
     def weights(self) -> int:
-        """Of all parts together."""
+        """Bytes of all parts together."""
         return self.encoders + self.denoiser + self.vae
 
     def before_decoding(self, placement: Placement) -> int:
-        """The most that is on the device while prompts are encoded and latents denoised."""
+        """Peak on the device while prompts are encoded and latents denoised."""
         if placement == "resident":
             return self.weights + self.denoising
         denoising = self.vectors + self.denoising
@@ -65,7 +65,7 @@ class Needs:
         return self.vae + self.outside + SLOTS * self.block + denoising
 
     def while_decoding(self, placement: Placement, chunk: int) -> int:
-        """The most that is on the device while frames are decoded."""
+        """Peak on the device while frames are decoded."""
         weights = {"resident": self.weights, "in-turn": self.vae, "streamed": self.vae + self.outside}
         return weights[placement] + self.decoding[CHUNKS.index(chunk)]
 
@@ -78,11 +78,11 @@ def fit_decoding(
     more: bool = True,
     free: int | None = None,
 ) -> None:
-    """Have a VAE without a plan, beside which `free` bytes of the device are free (None: as many as are),
-    decode as many latent frames of [B, C, *grid] at a time as are predicted to fit, one of CHUNKS. `more`:
-    also more than it would, unless on a CPU, which gains nothing by it. Frames then differ by rounding.
+    """Choose how many latent frames of [B, C, *grid] a VAE without a plan decodes at a time: the largest of
+    CHUNKS predicted to fit into `free` bytes of the device (None: its free memory). `more`: allow more
+    than its current number, except on a CPU, which gains nothing by it. Frames then differ by rounding.
 
-    One that is to decode all at once (`disable_streaming`) is left to do so.
+    A VAE that decodes all at once (`disable_streaming`) is not changed.
     """
     if vae.streaming_latent_frames is None:
         return
@@ -96,8 +96,8 @@ def fit_decoding(
 
 
 def peak_on_host(vae: VideoVAE, needs: Iterable[Needs], grids: Iterable[tuple[int, int, int]]) -> int:
-    """The most that videos of these needs and latents [B, C, *grid] are predicted to take where everything is
-    on the host and `vae` decodes as many latent frames at a time as it says.
+    """Predicted peak of videos with these needs and latents [B, C, *grid] if everything is on the host, with
+    the number of latent frames that `vae` decodes at a time.
     """
     every = list(needs)
     decoding = [vae.decoding_bytes(grid, chunk=vae.streaming_latent_frames or grid[0]) for grid in grids]
@@ -105,19 +105,19 @@ def peak_on_host(vae: VideoVAE, needs: Iterable[Needs], grids: Iterable[tuple[in
 
 
 def weight_bytes(pipeline: OpenSoraPlanPipeline) -> int:
-    """Of all parts of a pipeline together."""
+    """Bytes of all weights of a pipeline."""
     return module_bytes(pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
 
 
 def module_bytes(*modules: nn.Module | VideoVAE | None) -> int:
-    """Bytes of all parameters and buffers; of None none."""
+    """Bytes of all parameters and buffers; 0 for None."""
     return sum(t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where parts are kept, how many latent frames are decoded at a time, and what that is predicted to take
-    of the device, until frames are decoded and then.
+    """A placement, the number of latent frames decoded at a time, and the predicted memory on the device,
+    before and while frames are decoded.
     """
 
     placement: Placement
@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most at any moment."""
+        """Peak of both."""
         return max(self.denoising, self.decoding)
 
     def __str__(self) -> str:
@@ -137,8 +137,8 @@ class Plan:
 
 
 def plans_for(needs: Iterable[Needs], placements: Sequence[Placement] = PLACEMENTS) -> list[Plan]:
-    """Plans for videos of these needs, the fastest first; each is leaner, in one of its parts at least, than
-    any before it.
+    """Plans for videos with these needs, the fastest first. Each one needs less memory than all before it, at
+    least for denoising or for decoding.
     """
     every = list(needs)
     plans: list[Plan] = []
@@ -152,8 +152,8 @@ def plans_for(needs: Iterable[Needs], placements: Sequence[Placement] = PLACEMEN
 
 
 def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
-    """The place among `plans` of the first that fits into `free` bytes. Raises MemoryError, with both
-    numbers, if none does.
+    """Index of the first of `plans` that fits into `free` bytes. Raises MemoryError, with both numbers,
+    if none does.
     """
     for place, plan in enumerate(plans):
         if plan.peak <= free * (1 - MARGIN):
@@ -161,13 +161,13 @@ def first_that_fits(plans: Sequence[Plan], *, free: int) -> int:
     leanest = min(plans, key=lambda plan: plan.peak)
     tiles = ", or decode in tiles" if leanest.decoding > leanest.denoising else ""
     raise MemoryError(
-        f"even the leanest plan ({leanest}) does not fit into the {free / 1e9:.1f} GB that are free: ask for "
-        f"fewer or smaller frames{tiles}"
+        f"even the plan that needs the least memory ({leanest}) does not fit into the {free / 1e9:.1f} GB "
+        f"that are free: ask for fewer or smaller frames{tiles}"
     )
 
 
 class Arrangement:
-    """The plan that a pipeline follows, and those that come after it when that turns out too large."""
+    """The plan that a pipeline follows, and further ones in case memory runs out."""
 
     def __init__(
         self, pipeline: OpenSoraPlanPipeline, plans: Sequence[Plan], device: torch.device, *, place: int = 0
@@ -178,7 +178,8 @@ class Arrangement:
         self._in_turn: InTurn | None = None
         if pipeline.vae.streaming_latent_frames is None:
             logger.warning(
-                "frames are decoded some at a time, not at once, to fit %s; they differ by rounding", device
+                "decoding in chunks instead of all frames at once, to fit %s; frames differ by rounding",
+                device,
             )
         self._follow(None)
 
@@ -187,8 +188,8 @@ class Arrangement:
         return self._left[0]
 
     def run(self, work: Callable[[bool], Result]) -> Result:
-        """What `work(False)` returns. If the device's memory is full, `work(True)` is called under a plan
-        that is leaner in what was going on, as long as there is one; then torch's error is raised.
+        """Return `work(False)`. If the device's memory runs out, switch to the next plan that needs less for
+        the phase that failed, and return `work(True)`; if there is no such plan, raise torch's error.
         """
         again = False
         while True:
@@ -199,13 +200,13 @@ class Arrangement:
                 leaner = [plan for plan in self._left if getattr(plan, part) < getattr(before, part)]
                 if not is_out_of_memory(error) or not leaner:
                     raise
-            # Here, where the error no longer keeps what the work has left.
+            # After the except block, so that the error no longer keeps tensors alive.
             self._left, again = self._left[self._left.index(leaner[0]) :], True
-            logger.warning("out of memory while %s, %s: now %s", part, before, self.plan)
+            logger.warning("out of memory while %s with %s: switching to %s", part, before, self.plan)
             self._follow(before)
 
     def _follow(self, before: Plan | None) -> None:
-        """Keep the parts as the plan says from now on."""
+        """Move the parts to where the plan keeps them."""
         pipeline, device = self._pipeline, self._device
         pipeline.vae.enable_streaming(latent_frames=self.plan.chunk)
         if before is not None and before.placement == self.plan.placement:
@@ -220,7 +221,7 @@ class Arrangement:
         keep_on_host(transformer)
         pipeline.to("cpu", silence_dtype_warnings=True)
         if self.plan.placement == "in-turn":
-            # The VAE is called by its parts; before the denoiser is, its AdaLN is used on the host.
+            # The VAE is called by its parts; the denoiser's AdaLN is used on the host before it is called.
             doors = [*((model, [model]) for model in (*encoders, transformer)), (vae, [*vae.children()])]
             self._in_turn = InTurn(doors, device)
         else:

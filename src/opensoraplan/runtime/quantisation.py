@@ -1,11 +1,10 @@
-"""A denoiser's matrices in 8 bits instead of 16, to generate with: not exact.
+"""Quantises a denoiser's matrices to 8 bits for generating. Not exact.
 
-"int8" keeps those of all blocks so, and casts each when it is used; what is computed is computed in the
-model's own precision, on any device. "fp8" keeps those of the feed-forwards so, which are two thirds of
-what linear layers compute, and multiplies in fp8, which cards with the instructions for it do at twice the
-rate of bf16.
+"int8" stores the matrices of all blocks in int8 and casts each to the model's precision when it is used, on
+any device. "fp8" stores the feed-forwards' matrices, two thirds of the FLOPs of linear layers, in fp8 and
+multiplies in fp8, at twice the rate of bf16 on cards with fp8 instructions.
 
-On plain torch, so that it is there for every device: torchao's kernels are not for NPUs.
+In plain torch, so that it works on every device: torchao has no kernels for NPUs.
 """
 
 from typing import cast
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensoraplan.defaults import Weights
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.device import dtype_name
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
 
 LARGEST_INT8 = 127
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = torch.finfo(FP8).max
-# Of cards that multiply in fp8: Ada and Hopper, and what came after them.
+# Lowest compute capability with fp8 products: Ada; Hopper and later cards have them, too.
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -61,12 +60,12 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        rounded, scale = _rounded_to_fp8(linear.weight.detach())
+        rounded, scale = _round_to_fp8(linear.weight.detach())
         self.register_buffer("rounded", rounded)
         self.register_buffer("scale", scale.t().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, scale = _rounded_to_fp8(x.flatten(0, -2))
+        tokens, scale = _round_to_fp8(x.flatten(0, -2))
         y = _scaled_product(tokens, self.rounded.t(), scale, self.scale)
         return y.unflatten(0, x.shape[:-1])
 
@@ -85,7 +84,7 @@ def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, weight_scale:
     )
 
 
-def _rounded_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _round_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [R, C] in bf16 -> [R, C] in fp8, as large as it goes, and what to
     multiply them by, fp32 [R, 1].
     """
@@ -95,11 +94,11 @@ def _rounded_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows * inverse).to(FP8), 1 / inverse.float()
 
 
-def keep_weights(model: SparseUMMDiT, kind: Weights) -> None:
-    """Keep the denoiser's matrices as this kind, in place. Not for training: they have no gradients. Bytes of
-    the release's: `DenoiserSizes.stored`. Raises ValueError as `check_weights` does.
+def quantise_weights(model: SparseUMMDiT, kind: WeightPrecision) -> None:
+    """Quantise the denoiser's matrices in place. Not for training: they have no gradients. Bytes of the
+    release's: `DenoiserSizes.stored`. Raises ValueError as `check_weight_precision` does.
     """
-    check_weights(kind, model.device, model.dtype)
+    check_weight_precision(kind, model.device, model.dtype)
     if kind == "int8":
         _replace_linears(model.transformer_blocks, Int8Linear)
     elif kind == "fp8":
@@ -110,26 +109,26 @@ def keep_weights(model: SparseUMMDiT, kind: Weights) -> None:
                     _replace_linears(feed_forward, Fp8Linear)
 
 
-def weights_of(model: nn.Module) -> Weights:
-    """What `keep_weights` made of the model."""
+def weight_precision_of(model: nn.Module) -> WeightPrecision:
+    """The precision that `quantise_weights` gave the model's weights."""
     kinds = {type(layer) for layer in model.modules()}
     return "int8" if Int8Linear in kinds else "fp8" if Fp8Linear in kinds else "whole"
 
 
-def check_weights(kind: Weights, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError if weights of this kind are not for that device, or for a model of that dtype. All are
-    for CPUs, which are slow in fp8.
+def check_weight_precision(kind: WeightPrecision, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError if the device, or a model of this dtype, does not support weights of this precision.
+    CPUs support all, but are slow in fp8.
     """
     if kind != "fp8":
         return
     if dtype != torch.bfloat16:
         name = dtype_name(dtype)
-        raise ValueError(f"fp8 weights are for computing in bf16, not {name}: use that, or int8 weights")
+        raise ValueError(f"fp8 weights need dtype bf16, got {name}: use bf16, or int8 weights")
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
     if device.type not in ("cpu", "meta") and not capable:
         raise ValueError(
-            f"{device} does not multiply in fp8: that takes a card of compute capability "
-            f"{'.'.join(map(str, _FP8_CAPABILITY))} or more; int8 weights are for all devices"
+            f"{device} does not support fp8 products, which need compute capability "
+            f"{'.'.join(map(str, _FP8_CAPABILITY))} or more; int8 weights work on all devices"
         )
 
 

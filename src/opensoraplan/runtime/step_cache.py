@@ -1,8 +1,9 @@
-"""Denoising steps whose blocks are not computed: diffusers' MagCache (arXiv 2506.09045), calibrated by model.
+"""Step cache: skips the blocks in some denoising steps, with diffusers' MagCache (arXiv 2506.09045),
+calibrated for each model.
 
-From one step to the next, what all blocks together add to the stream changes little, by a ratio of its size
-that is much the same for every prompt. Where the ratios measured before promise a small error, a step takes
-over what the last one added.
+From one step to the next, the residual of all blocks together changes little, and the ratio of its
+norms is much the same for every prompt. Where the calibrated ratios predict a small error, a step
+reuses the last residual.
 """
 
 import json
@@ -25,13 +26,13 @@ from opensoraplan.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Consecutive steps that take over, and the first part of all steps, in which none does: as published.
+# Most consecutive skipped steps, and the first part of the steps, in which none is skipped: as published.
 _MOST_SKIPPED, _RETAINED = 3, 0.2
 
 
 class Calibration(Settings):
-    """The ratios of a model, one for each step of a run of so many; 1 for the first. `transformer` is the
-    fingerprint of the denoiser that they were measured on; files of before have none.
+    """The ratios of a model, one for each step; 1 for the first. `transformer`: the fingerprint of the
+    denoiser that they were measured on; older files have none.
     """
 
     ratios: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(min_length=2, max_length=10_000)
@@ -39,19 +40,19 @@ class Calibration(Settings):
 
     @classmethod
     def of(cls, model: Path) -> Self:
-        """That of a model's folder. Raises FileNotFoundError, with what to do, if it has none."""
+        """Read the calibration in a model's folder. Raises FileNotFoundError, with advice, if it has none."""
         if not (model / STEP_CACHE_FILE).is_file():
             raise FileNotFoundError(
                 f"{model} has no {STEP_CACHE_FILE}: `osp calibrate --model {model}` writes it"
             )
         return cls.read_file(model / STEP_CACHE_FILE)
 
-    def check_weights(self, transformer: str, model: Path) -> None:
-        """Warn if the ratios are those of another denoiser than the one in the folder `model`."""
+    def warn_of_other_weights(self, transformer: str, model: Path) -> None:
+        """Warn if the ratios were measured on another denoiser than the one in the folder `model`."""
         if self.transformer not in (None, transformer):
             logger.warning(
-                "%s was measured on other files than %s has now: unless these have the same weights, delete "
-                "it and run `osp calibrate --model %s`",
+                "%s was measured on other files than those in %s: unless the weights are the same, delete it "
+                "and run `osp calibrate --model %s`",
                 *(model / STEP_CACHE_FILE, model / "transformer", model),
             )
 
@@ -61,9 +62,9 @@ class Calibration(Settings):
 
 
 @contextmanager
-def measured(model: SparseUMMDiT) -> Iterator[list[float]]:
-    """Inside the block, the list grows with each forward pass: the size of what all blocks add, token by
-    token, relative to the pass before.
+def measure_ratios(model: SparseUMMDiT) -> Iterator[list[float]]:
+    """Measure ratios in the block: each forward pass appends the mean over tokens of the residual's norm,
+    relative to the pass before.
     """
     check_dense_ends(model.config["sparse_n"])
     ratios: list[float] = []
@@ -87,10 +88,12 @@ def measured(model: SparseUMMDiT) -> Iterator[list[float]]:
 
 
 @contextmanager
-def skipping(model: SparseUMMDiT, ratios: Sequence[float], *, threshold: float, steps: int) -> Iterator[None]:
-    """Inside the block, a run of `steps` steps leaves out those whose error, accumulated since the last one
-    that was computed, the ratios promise to stay within `threshold`. Each branch of guidance has its own,
-    by `cache_context`.
+def skip_steps(
+    model: SparseUMMDiT, ratios: Sequence[float], *, threshold: float, steps: int
+) -> Iterator[None]:
+    """Skip steps in the block, in runs of `steps` steps: those whose predicted error, accumulated
+    since the last computed step, is within `threshold`. Each branch of guidance has its own
+    state, by `cache_context`.
     """
     check_dense_ends(model.config["sparse_n"])
     config = MagCacheConfig(

@@ -1,9 +1,9 @@
-"""Weights that are on the device only while they compute: of a denoiser's blocks, while the next one arrives,
-or of whole models in turn.
+"""Offloading: keeps weights on the device only while they are used. Streams a denoiser's blocks, prefetching
+the next one, or moves whole models in turn.
 
-Not by diffusers' group offloading: with streams it learns the order of blocks by hooks that, when they come
-off, take those of a step cache with them, and it pins each weight by itself, in up to twice the memory. Nor
-by its model offloading, which copies weights back to the host, where they have been all along.
+Not diffusers' group offloading: with streams, removing the hooks by which it learns the order of blocks also
+removes those of a step cache, and it pins each weight separately, which may take twice the memory. Nor its
+model offloading, which copies weights back to the host, although they are still there.
 """
 
 import logging
@@ -19,13 +19,15 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 
 logger = logging.getLogger(__name__)
 
-# Blocks that are on the device at a time: one computes, one arrives.
+# Blocks on the device at a time: one computes while the next is copied.
 SLOTS = 2
 _ALIGNMENT = 256  # bytes, of each tensor
 
 
 class _Place(NamedTuple):
-    """Where a parameter or buffer of a block is: its owner and name there, its bytes in the block's store."""
+    """A parameter or buffer of a block: the module that owns it, its name there, its bytes in
+    the block's store.
+    """
 
     owner: nn.Module
     name: str
@@ -39,7 +41,7 @@ class _Place(NamedTuple):
         return store[self.start : stop].view(self.dtype).view(self.shape)
 
     def use(self, store: Tensor) -> None:
-        """Have the block compute with what is in that store."""
+        """Let the block compute with the tensor in this store."""
         _set(self.owner, self.name, self.of(store))
 
 
@@ -49,13 +51,14 @@ class _Block(NamedTuple):
 
 
 def stream_layers(model: nn.Module, device: torch.device) -> None:
-    """Have each layer's weights on the device only while it computes, without reading ahead."""
+    """Keep each layer's weights on the device only while it computes, without prefetching."""
     apply_group_offloading(model, device, offload_type="leaf_level")
 
 
 class InTurn:
-    """Has models on the device one at a time: each from the moment one of its `doors`, modules in it, is
-    called until one of another model's is. The host's tensors are kept meanwhile, so nothing is copied back.
+    """Keeps one model on the device at a time. A model is moved there when one of its `doors` (modules in
+    it) is called, and stays until a door of another model is called. The host keeps its tensors, so
+    nothing is copied back.
     """
 
     def __init__(self, models: Iterable[tuple[nn.Module, Iterable[nn.Module]]], device: torch.device) -> None:
@@ -69,7 +72,7 @@ class InTurn:
         ]
 
     def release(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         for owner, name, host in self._tensors:
             _set(owner, name, host)
         self._there, self._tensors = None, []
@@ -97,10 +100,10 @@ class InTurn:
 
 
 def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
-    """Compute on the device from now on, with the blocks' weights on the host, pinned if they can be. For
-    denoising only; the model is not to be moved afterwards.
+    """Make the model compute on the device while its blocks' weights stay on the host, pinned if possible.
+    Only for denoising; do not move the model afterwards.
     """
-    stream = _Stream(model.transformer_blocks, device)
+    stream = _BlockStreamer(model.transformer_blocks, device)
     for index, block in enumerate(model.transformer_blocks):
         block.forward = partial(stream.run, index, block.forward)
     model.register_forward_hook(lambda *_: stream.release())
@@ -109,20 +112,20 @@ def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
             part.to(device)
 
 
-class _Stream:
-    """Copies of weights on their way, in the order of the blocks."""
+class _BlockStreamer:
+    """Copies the blocks' weights to the device, in order."""
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
         self.device = device
-        self.blocks = [_stored(block, pinned=device.type != "cpu") for block in blocks]
+        self.blocks = [_store_on_host(block, pinned=device.type != "cpu") for block in blocks]
         self.size = max(len(block.host) for block in self.blocks)
         self.slots: list[Tensor] = []
-        self.arriving: int | None = None  # the block that was sent for last
+        self.arriving: int | None = None  # the block whose copy was started last
         self._api = None if device.type == "cpu" else getattr(torch, device.type)
         self._copies = None if self._api is None else self._api.Stream(device)
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """The block's forward pass."""
+        """Run the block's forward pass."""
         if not self.slots:
             self.slots = [torch.empty(self.size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
         if self.arriving != index:
@@ -144,17 +147,17 @@ class _Stream:
                 place.use(host)
 
     def release(self) -> None:
-        """Give the device's memory back until the next pass."""
-        self._wait()  # for a block that was sent but, by a step cache, not used
+        """Free the device's memory until the next pass."""
+        self._wait()  # a step cache may skip a block that is being copied
         self.slots, self.arriving = [], None
 
     def _wait(self) -> None:
-        """Have what is computed from now on wait for the copies."""
+        """Let later computations wait for the copies."""
         if self._api is not None:
             self._api.current_stream(self.device).wait_stream(self._copies)
 
     def _send(self, index: int) -> None:
-        """Begin to copy a block, once what computes in its slot has come to an end."""
+        """Start to copy a block as soon as the computation that uses its slot has finished."""
         host = self.blocks[index].host
         self.arriving = index
         target = self.slots[index % SLOTS][: len(host)]
@@ -167,8 +170,8 @@ class _Stream:
             target.copy_(host, non_blocking=True)
 
 
-def _stored(block: nn.Module, *, pinned: bool) -> _Block:
-    """The block's tensors moved into one piece of host memory; each lets go of its own."""
+def _store_on_host(block: nn.Module, *, pinned: bool) -> _Block:
+    """Move the block's tensors into one piece of host memory, and free their own."""
     places: list[_Place] = []
     size = 0
     for owner, name, tensor in _tensors_of(block):
@@ -184,7 +187,7 @@ def _stored(block: nn.Module, *, pinned: bool) -> _Block:
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Its parameters and buffers, each with the module that has it and the name there."""
+    """Yield the parameters and buffers, each with the module that owns it and its name there."""
     for owner in model.modules():
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None:
@@ -192,7 +195,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _set(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    """Have the module compute with this tensor as its parameter or buffer of that name."""
+    """Replace a parameter's data, or a buffer, of a module."""
     if name in owner._parameters:
         owner.get_parameter(name).data = tensor
     else:
@@ -200,10 +203,10 @@ def _set(owner: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _host_memory(size: int, *, pinned: bool) -> Tensor:
-    """uint8 [size]; without pinning, which makes copies slower, if there is no more memory to pin."""
+    """uint8 [size]. If no more memory can be pinned, it is not pinned, which makes copies slower."""
     if pinned:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
-            logger.warning("weights are not pinned, which makes their copies slower: %s", error)
+            logger.warning("cannot pin weights, so their copies are slower: %s", error)
     return torch.empty(size, dtype=torch.uint8)

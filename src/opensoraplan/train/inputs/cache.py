@@ -24,7 +24,7 @@ from opensoraplan.data.dataset import ClipDataset, all_captions
 from opensoraplan.data.features import Description, Kind, KnownFile, LeftOut
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, installed_reader
-from opensoraplan.device import explained_memory, prepare, resolve_device
+from opensoraplan.device import explain_full_memory, prepare, resolve_device
 from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.inputs.encoders import check_paths, load_encoders
@@ -223,7 +223,7 @@ class CacheJob:
     def _write_texts(self, shard: int, one_more: Callable[[], None]) -> None:
         states: dict[str, tuple[Tensor, Tensor]] = {}
         for place in self.description.places("texts", shard):
-            with explained_memory(_FULL):
+            with explain_full_memory(_FULL):
                 encoded = self.encoders.encode_captions([self.texts[place]])
             states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
             one_more()
@@ -275,7 +275,7 @@ class CacheJob:
                 bad.append(read)
                 self.leave_out([read])
             else:
-                with explained_memory(_FULL):
+                with explain_full_memory(_FULL):
                     encoded = self.encoders.encode_videos(read.video[None])[0].cpu()
                 moments.append((self.samples[place], encoded))
                 files[place] = read.file

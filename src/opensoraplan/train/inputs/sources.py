@@ -25,7 +25,7 @@ from opensoraplan.data.features import (
     read_parts,
 )
 from opensoraplan.data.manifest import read_manifest
-from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repeated, select
+from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repeat_samples, select
 from opensoraplan.data.video import installed_reader
 from opensoraplan.documents import parse_json
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
@@ -159,7 +159,7 @@ def _open_clips(
     )
     warn_of_captions(samples, settings.text)
     if not held_out:
-        samples = tuple(samples[place] for place in repeated(samples, data.repeat))
+        samples = tuple(samples[place] for place in repeat_samples(samples, data.repeat))
     loaded = encoders or load_encoders(settings.vae, settings.text, device=device)
     dataset = ClipDataset(
         samples,
@@ -387,7 +387,7 @@ def _features(
             reason = Reason.RARE_SHAPE
             logger.info("%s: %d dropped, %s: %s", folder, len(rare), reason, reason.sentence)
     if not held_out:
-        dataset.take(repeated(dataset.samples, settings.data.repeat))
+        dataset.take(repeat_samples(dataset.samples, settings.data.repeat))
     t5, clip = dataset.widths["sequence"], dataset.widths["pooled"]
 
     def encode(batch: FeatureBatch) -> Encoded:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opensoraplan.ahead import one_ahead
+from opensoraplan.ahead import map_ahead
 from opensoraplan.data.buckets import BucketSampler, Draw
 from opensoraplan.data.dataset import Failure
-from opensoraplan.device import explained_memory
+from opensoraplan.device import explain_full_memory
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.mesh import SAMPLE
 from opensoraplan.parallel.ranks import Ranks
@@ -88,11 +88,11 @@ def encoded_batches(
         batch = next(batches)
         there = time.perf_counter()
         account(batch.failures)
-        with explained_memory(_FULL):
+        with explain_full_memory(_FULL):
             encoded = source.encode(batch)
         return Turn(drawn, encoded, there - began, time.perf_counter() - there)
 
-    rest = one_ahead(drawn_for, order())
+    rest = map_ahead(drawn_for, order())
     with closing(batches):
         while together := list(islice(rest, turns)):
             mine = ranks.all_or_none(lambda now=together: made(now[own]) if own < len(now) else None)

@@ -12,7 +12,7 @@ from opensoraplan.formats.assemble import open_denoiser
 from opensoraplan.models.attention import attention, set_backend
 from opensoraplan.models.initial_weights import initial_weights
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.strict import wrong_types_told
+from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import Mesh
 from opensoraplan.parallel.shards import fill
@@ -68,7 +68,7 @@ def _blueprint(settings: ModelSettings, *, seed: int) -> tuple[SparseUMMDiT, Ite
         return opened.model, opened.weights()
     config = dict(settings.config or {})
     SparseUMMDiT.check_config(config, where="model.config")
-    with torch.device("meta"), wrong_types_told("model.config"):
+    with torch.device("meta"), name_wrong_types("model.config"):
         model = SparseUMMDiT(**config)  # type: ignore[arg-type] (values are checked there)
     if rates is not None:
         model.set_sparsity(rates)

@@ -67,7 +67,7 @@ class Ema:
             yield group
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def swap_in(self) -> Iterator[None]:
         """The model has the averaged weights inside this block, its own again after it, bit for bit."""
         own: dict[str, Tensor] = {}
         exchanged: list[str] = []

@@ -125,12 +125,12 @@ class Learner:
             self.ema.update(step)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def use_ema(self) -> Iterator[None]:
         """The module has the EMA's weights inside the block, if there is an EMA, and its own again after."""
         if self.ema is None:
             yield
             return
-        with self.ema.applied():
+        with self.ema.swap_in():
             self._publish()
             yield
         self._publish()
@@ -140,7 +140,7 @@ class Learner:
         self._weights.publish()
         forget_gathered(self.module)
 
-    def learned(self) -> Iterator[Tensor]:
+    def learned_tensors(self) -> Iterator[Tensor]:
         """What a checkpoint has of the module, and the EMA of its weights."""
         for tensors in self._saved.values():
             yield from tensors.values()

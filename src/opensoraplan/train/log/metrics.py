@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from opensoraplan.disk import plain_errors, write_whole
+from opensoraplan.disk import explain_disk_errors, write_whole
 from opensoraplan.parallel.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ class Metrics:
     the numbers named in `shown`, or a line for each `log` where `console` (None: stderr) is no terminal. Log
     records go around the bar as long as the object is open as a context manager.
 
-    Going on from `start` drops what a broken run logged after that step. Raises ValueError if an optional
-    package is wanted and absent, before any file is touched, if wandb refuses the run, and for a full or
-    read-only disk.
+    Going on from `start` drops what a broken run logged after that step. Raises ValueError if an
+    optional package is wanted and absent, before any file is touched, if wandb refuses the run, and for
+    a full or read-only disk.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Metrics:
         writer = _summary_writer() if tensorboard else None
         wandb = _wandb() if wandb_project is not None else None
         self._path = output / FILE
-        with plain_errors(self._path, whole="nothing was changed"):
+        with explain_disk_errors(self._path, whole="nothing was changed"):
             output.mkdir(parents=True, exist_ok=True)
         self._wandb: Any = None
         if wandb is not None:  # before anything is dropped, since it may refuse
             self._wandb = _begin_wandb(wandb, output, project=wandb_project, config=dict(config or {}))
             self._open.callback(self._wandb.finish)
-        with plain_errors(self._path, whole="nothing was changed"):
+        with explain_disk_errors(self._path, whole="nothing was changed"):
             drop_after(self._path, start)
             self._path.touch()
         self._tensorboard: Any = None
@@ -106,7 +106,10 @@ class Metrics:
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {name: _finite(value) for name, value in values.items()}
         # Opened for each line: what could not be written must not be tried again when the file is closed.
-        with plain_errors(self._path, whole="its earlier lines are whole"), self._path.open("a") as file:
+        with (
+            explain_disk_errors(self._path, whole="its earlier lines are whole"),
+            self._path.open("a") as file,
+        ):
             file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         if self._tensorboard is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from opensoraplan.data.dataset import readable
+from opensoraplan.data.dataset import iter_readable
 from opensoraplan.data.video import VideoWriter
 from opensoraplan.device import DTYPES
 from opensoraplan.generate.session import Session
@@ -85,7 +85,7 @@ class Validation:
         dtype = DTYPES[self.run_settings.model.compute]
         losses: dict[float, list[float]] = {sigma: [] for sigma in self.settings.sigmas}
         count = min(self.settings.samples, len(source.shapes))
-        for place, item in readable(source.dataset, count, agree=self.ranks.any):
+        for place, item in iter_readable(source.dataset, count, agree=self.ranks.any):
             check()
             batch = source.collate([item])
             encoded = source.encode(batch)

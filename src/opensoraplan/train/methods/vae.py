@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.buckets import BucketSampler
-from opensoraplan.data.dataset import Batch, ClipDataset, collate, readable
+from opensoraplan.data.dataset import Batch, ClipDataset, collate, iter_readable
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import to_uint8
 from opensoraplan.device import DTYPES, prepare, resolve_device
@@ -26,7 +26,7 @@ from opensoraplan.fidelity import Fidelity
 from opensoraplan.formats.assemble import open_vae
 from opensoraplan.formats.export import new_folder, write_component
 from opensoraplan.models import original
-from opensoraplan.models.strict import wrong_types_told
+from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.ranks import Ranks, place_in_job
 from opensoraplan.shapes import latent_shape
@@ -238,7 +238,7 @@ class VAETraining:
         out = self._settings.output / FINISHED
         fresh, old = out.with_name(f".{FINISHED}.new"), out.with_name(f".{FINISHED}.old")
         shutil.rmtree(fresh, ignore_errors=True)
-        with new_folder(fresh) as folder, self._learner.averaged():
+        with new_folder(fresh) as folder, self._learner.use_ema():
             _write(self._model, folder, self._settings, self._samples)
         if out.exists():  # left by a run that was extended: there until the new one is whole
             shutil.rmtree(old, ignore_errors=True)
@@ -258,7 +258,7 @@ def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
         torch.manual_seed(seed)
         config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
         WFVAE.check_config(config, where="model.config")
-        with wrong_types_told("model.config"):
+        with name_wrong_types("model.config"):
             return WFVAE(**config)
 
 
@@ -299,7 +299,7 @@ def _videos(samples: Sequence[Sample], settings: VAETrainSettings) -> Iterator[T
     """Each sample whole, [1, 3, T, H, W]."""
     reader = settings.data.reader
     clips = ClipDataset(samples, seed=settings.seed, new_windows=False, reader=reader, replace=False)
-    for _, clip in readable(clips, len(samples)):
+    for _, clip in iter_readable(clips, len(samples)):
         yield clip.video[None]
 
 

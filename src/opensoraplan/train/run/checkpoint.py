@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from opensoraplan.disk import flush, permit, plain_errors
+from opensoraplan.disk import apply_umask, explain_disk_errors, flush
 from opensoraplan.documents import read_json_object
 from opensoraplan.parallel import distcp, shards
 from opensoraplan.parallel.shards import Parts
@@ -63,8 +63,8 @@ def path_of(output: Path, step: int) -> Path:
 
 
 def find(output: Path, wanted: str) -> int:
-    """The step that `wanted` names: "latest" or a number. ValueError that lists the steps if there is
-    none.
+    """The step that `wanted` names: "latest" or a number. ValueError that lists
+    the steps if there is none.
     """
     there = steps(output)
     if not there:
@@ -88,15 +88,15 @@ def save(
     keep: int,
     keep_every: int | None = None,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep` and every `keep_every`th, and what was
-    `set_aside`.
+    """Write a checkpoint, then remove all but the newest `keep` and every `keep_every`th, and
+    what was `set_aside`.
 
     It is written under another name, flushed to the disk and renamed, so that a run killed at any moment
     leaves earlier checkpoints whole. Raises ValueError in plain words for a full or read-only disk; nothing
     is removed then.
     """
     wanted, unfinished = path_of(output, step), unfinished_path(output, step)
-    with plain_errors(wanted, whole=describe_saved(output)):
+    with explain_disk_errors(wanted, whole=describe_saved(output)):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
@@ -113,7 +113,7 @@ def save(
 
 def unfinished_path(output: Path, step: int) -> Path:
     """Where a checkpoint is written, before `finish` gives it its name."""
-    return _renamed(output, step, _UNFINISHED)
+    return _hidden_path(output, step, _UNFINISHED)
 
 
 def write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ def write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
 def finish(output: Path, step: int) -> None:
     """Flush what was written to `unfinished_path` to the disk, and rename it."""
     unfinished, wanted = unfinished_path(output, step), path_of(output, step)
-    permit(unfinished)
+    apply_umask(unfinished)
     for path in unfinished.rglob("*"):
         flush(path)
     unfinished.rename(wanted)
@@ -135,7 +135,7 @@ def load(output: Path, step: int, *, only: Sequence[str] | None = None) -> Check
     ValueError for one that is damaged.
     """
     folder = path_of(output, step)
-    with _damage_told(output, step):
+    with _explain_damage(output, step):
         state = _read_state(output, step)
         del state["step"]
         if (folder / distcp.FOLDER).is_dir():
@@ -147,7 +147,7 @@ def load(output: Path, step: int, *, only: Sequence[str] | None = None) -> Check
 
 def read_state(output: Path, step: int, kind: type[State]) -> State:
     """What a checkpoint has beside tensors. Raises ValueError, with file and field, for a damaged one."""
-    with _damage_told(output, step):
+    with _explain_damage(output, step):
         return kind.read(_read_state(output, step), where=str(path_of(output, step) / STATE), strict=True)
 
 
@@ -160,12 +160,12 @@ def _read_state(output: Path, step: int) -> dict[str, Any]:
 
 
 def read_into(output: Path, step: int, parts: Parts) -> None:
-    """Fill the tensors of `parts` in place, sharded ones with what this rank has of them, from a checkpoint
-    that any number of ranks wrote. All ranks call this. Raises ValueError, with the file, for one that is
-    damaged.
+    """Fill the tensors of `parts` in place, sharded ones with what this rank has of them, from a
+    checkpoint that any number of ranks wrote. All ranks call this. Raises ValueError, with the file,
+    for one that is damaged.
     """
     folder = path_of(output, step)
-    with _damage_told(output, step):
+    with _explain_damage(output, step):
         if (folder / distcp.FOLDER).is_dir():
             distcp.read_into(folder / distcp.FOLDER, parts)
             return
@@ -183,7 +183,7 @@ def read_into(output: Path, step: int, parts: Parts) -> None:
 
 
 @contextmanager
-def _damage_told(output: Path, step: int) -> Iterator[None]:
+def _explain_damage(output: Path, step: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
@@ -193,13 +193,13 @@ def _damage_told(output: Path, step: int) -> Iterator[None]:
         ) from None
 
 
-def set_aside(output: Path, *, after: int) -> None:
+def hide_later(output: Path, *, after: int) -> None:
     """Hide the checkpoints of later steps than `after`, from where a run goes on; the next `save` removes
     them. Until then they are lost by no accident: their folders only have other names.
     """
     later = [step for step in steps(output) if step > after]
     for step in later:
-        path_of(output, step).rename(_renamed(output, step, _SUPERSEDED))
+        path_of(output, step).rename(_hidden_path(output, step, _SUPERSEDED))
     if later:
         logger.info(
             "resuming from step %d: the later checkpoints %s are set aside until the next one is saved",
@@ -218,12 +218,12 @@ def rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
     _remove_all(output, _SUPERSEDED)
     for step in steps(output)[:-keep]:
         if keep_every is None or step % keep_every:
-            gone = _renamed(output, step, _UNFINISHED)  # so that no half-removed folder has the name
+            gone = _hidden_path(output, step, _UNFINISHED)  # so that no half-removed folder has the name
             path_of(output, step).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _renamed(output: Path, step: int, prefix: str) -> Path:
+def _hidden_path(output: Path, step: int, prefix: str) -> Path:
     path = path_of(output, step)
     return path.with_name(f"{prefix}{path.name}")
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from opensoraplan.changes import apply_changes, merge, replace_nothing
+from opensoraplan.changes import apply_changes, merge, replace_none_words
 from opensoraplan.data.selection import SelectionSettings
 from opensoraplan.documents import read_json_object, read_toml
 from opensoraplan.formats.mindspeed.table import LAUNCH_SCRIPT, RECOMPUTED_FEED_FORWARDS
@@ -110,7 +110,7 @@ def read_run(
         values = merge(values, over)
         where = f"{where} and {names}"
     values = apply_changes(values, changes, kind=TrainSettings)
-    defaults, note = _launch_defaults(values)
+    defaults, note = _launch_script_defaults(values)
     values = merge(defaults, values)
     logger.info("%s", note)
     data = values.get("data")
@@ -120,7 +120,7 @@ def read_run(
             "osp cache writes with the same two files, or set load_video_features, load_text_features and "
             "use_feature_data to false"
         )
-    return TrainSettings.read(values, where=_with_changes(where, changes))
+    return TrainSettings.read(values, where=_describe_source(where, changes))
 
 
 def read_settings(path: Path, *, changes: Sequence[str] = (), method: str = "flow") -> RunSettings:
@@ -128,7 +128,7 @@ def read_settings(path: Path, *, changes: Sequence[str] = (), method: str = "flo
     "section.key=value" (see changes.py). `method`: what the run is taken for if the files name none.
     """
     values, where, kind = _read_file(path, method=method)
-    return kind.read(apply_changes(values, changes, kind=kind), where=_with_changes(where, changes))
+    return kind.read(apply_changes(values, changes, kind=kind), where=_describe_source(where, changes))
 
 
 def nearest_key(name: str, *kinds: type[Settings]) -> str | None:
@@ -146,11 +146,11 @@ def refuse_changes(old: Settings, new: Settings) -> None:
     allowed = RESUMABLE_CHANGES + (KNOWN_TO_CHECKPOINTS if isinstance(new, TrainSettings) else ())
     lines = [
         f"  {name}: {before} -> {after}"
-        for name, (before, after) in _different(old, new).items()
+        for name, (before, after) in _find_differences(old, new).items()
         if not any(fnmatchcase(name, pattern) for pattern in allowed)
     ]
-    steps = _different(old, new).get("optimizer.steps")
-    if steps is not None and dict(_flat(old.model_dump())).get("optimizer.schedule") == "cosine":
+    steps = _find_differences(old, new).get("optimizer.steps")
+    if steps is not None and dict(_flatten(old.model_dump())).get("optimizer.schedule") == "cosine":
         lines.append(
             f"  optimizer.steps: {steps[0]} -> {steps[1]}, which changes the learning rate of every "
             "step with optimizer.schedule cosine"
@@ -164,24 +164,24 @@ def refuse_changes(old: Settings, new: Settings) -> None:
         )
 
 
-def _different(old: Settings, new: Settings) -> dict[str, tuple[str, str]]:
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+def _find_differences(old: Settings, new: Settings) -> dict[str, tuple[str, str]]:
+    before, after = dict(_flatten(old.model_dump(mode="json"))), dict(_flatten(new.model_dump(mode="json")))
     return {
-        name: (_shown(before.get(name)), _shown(after.get(name)))
+        name: (_show(before.get(name)), _show(after.get(name)))
         for name in before | after
         if before.get(name) != after.get(name)
     }
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flatten(value, f"{before}{key}.")
         else:
             yield before + key, value
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     return "none" if value is None else str(value)
 
 
@@ -237,15 +237,15 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: a run is described by a .toml file such as {EXAMPLE}, or by the config.json of a run"
         )
     if path.suffix == ".json":
-        content = _with_method(_given(read_json_object(path, comments=True)))
+        content = _add_method(_drop_defaults(read_json_object(path, comments=True)))
     else:
-        content = replace_nothing(read_toml(path))
+        content = replace_none_words(read_toml(path))
     if any(key in content for key in OF_THE_GUIDE):
         raise ValueError(f"{path} is one of the guide's two files: give them as --model and --data")
     return content
 
 
-def _given(content: dict[str, Any]) -> dict[str, Any]:
+def _drop_defaults(content: dict[str, Any]) -> dict[str, Any]:
     """A run's config.json, which has every value, as if defaults of the selection and the reader had not been
     given where features without clips are held against what is given (`open_source`).
     """
@@ -265,18 +265,18 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "data": data}
 
 
-def _with_method(content: dict[str, Any]) -> dict[str, Any]:
+def _add_method(content: dict[str, Any]) -> dict[str, Any]:
     """A run's config.json as if it named its method, which the first runs did not: it has every section, and
     only a VAE's has losses.
     """
     return content if METHOD in content else {METHOD: "vae" if "loss" in content else "flow", **content}
 
 
-def _with_changes(where: str, changes: Sequence[str]) -> str:
+def _describe_source(where: str, changes: Sequence[str]) -> str:
     return " with ".join([where, *([" ".join(changes)] if changes else [])])
 
 
-def _launch_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _launch_script_defaults(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """What the original's start of a new model and the guide's launch script set for a run of these values,
     to go below them, and a note that names it, and what of the script is not taken over.
     """

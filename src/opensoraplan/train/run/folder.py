@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from opensoraplan.claims import claimed
-from opensoraplan.disk import clear_dead, made, plain_errors, write_whole
+from opensoraplan.claims import hold_claim
+from opensoraplan.disk import clear_dead, explain_disk_errors, make_folder, write_whole
 from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.train.config import RunSettings
 from opensoraplan.train.log.metrics import FILE as METRICS
@@ -65,10 +65,10 @@ def open_run(output: Path, settings: RunSettings, *, resume: str | None) -> Iter
             checkpoint.find(output, resume)  # raises: there is none
     with ExitStack() as stack:
         try:
-            stack.enter_context(made(output))
+            stack.enter_context(make_folder(output))
         except OSError as error:
             raise ValueError(f"cannot write to {output}: {error.strerror}") from None
-        stack.enter_context(claimed(output / "run", doing=f"training in {output}"))
+        stack.enter_context(hold_claim(output / "run", doing=f"training in {output}"))
         checkpoint.remove_unfinished(output)
         clear_dead(output)
         if step:
@@ -96,5 +96,5 @@ def _has_trained(output: Path) -> bool:
 
 def write_config(settings: RunSettings) -> None:
     config, text = settings.output / CONFIG, settings.model_dump_json(indent=1) + "\n"
-    with plain_errors(config, whole="nothing was begun"):
+    with explain_disk_errors(config, whole="nothing was begun"):
         write_whole(config, lambda path: path.write_text(text))

@@ -42,7 +42,7 @@ class ValidationStoppedError(Exception):
     """A validation was broken off, since the run is asked to stop."""
 
 
-class Job(Protocol):
+class StepTrainer(Protocol):
     """What a trainer does in its loop. Steps count from 1.
 
     `learned`: the weights and their averages. `not_finite`: how many steps in a row, up to the last one, had
@@ -57,14 +57,14 @@ class Job(Protocol):
     intact: bool
     not_finite: int
 
-    def learned(self) -> Iterable[Tensor]: ...
+    def learned_tensors(self) -> Iterable[Tensor]: ...
     def step(self, step: int) -> None: ...
     def report(self) -> Mapping[str, float]: ...
     def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]: ...
     def save(self, step: int) -> None: ...
 
 
-def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:
+def run_steps(trainer: StepTrainer, settings: RunSettings, *, start: int, ranks: Ranks = ALONE) -> None:
     """Do the steps after `start`; log, save and validate (if `validation.every` says so) when it is time.
 
     SIGTERM and Ctrl-C end it after the step under way, which is saved, or in the middle of a validation:
@@ -78,10 +78,10 @@ def run_steps(job: Job, settings: RunSettings, *, start: int, ranks: Ranks = ALO
 
         def begin() -> None:
             write_config(settings)
-            checkpoint.set_aside(settings.output, after=start)
+            checkpoint.hide_later(settings.output, after=start)
 
         ranks.agree(begin)  # no sooner: up to here a run that cannot begin after all has changed nothing
-        loop = _Loop(job, settings, ranks, metrics, stop, done=start)
+        loop = _Loop(trainer, settings, ranks, metrics, stop, done=start)
         if start:
             with _prefix_rank(start, ranks):
                 loop.make_up_for_validation()
@@ -102,7 +102,7 @@ class _Loop:
 
     def __init__(
         self,
-        job: Job,
+        trainer: StepTrainer,
         settings: RunSettings,
         ranks: Ranks,
         metrics: Metrics | Silence,
@@ -110,7 +110,7 @@ class _Loop:
         *,
         done: int,
     ) -> None:
-        self.job = job
+        self.trainer = trainer
         self.settings = settings
         self.ranks = ranks
         self.metrics = metrics
@@ -121,12 +121,12 @@ class _Loop:
 
     def step(self) -> None:
         """Do the next step and what is due after it."""
-        job, step = self.job, self.done + 1
-        with _save_on_error(job, self.done, saved=self.saved, ranks=self.ranks):
-            job.step(step)
+        trainer, step = self.trainer, self.done + 1
+        with _save_on_error(trainer, self.done, saved=self.saved, ranks=self.ranks):
+            trainer.step(step)
         self.done = step
         if self._is_due(self.settings.log.every):
-            self.metrics.log(step, job.report())
+            self.metrics.log(step, trainer.report())
         else:
             self.metrics.advance(step)
         self.stopping = self.ranks.any(bool(self._stop))
@@ -137,7 +137,7 @@ class _Loop:
         if self.stopping:
             self._save()
         if self.stopping or step == self.settings.optimizer.steps:
-            job.writer.wait()
+            trainer.writer.wait()
 
     def make_up_for_validation(self) -> None:
         """Validate the step that the run goes on from, if it was to be and did not come to an end."""
@@ -150,13 +150,13 @@ class _Loop:
 
     def _save(self) -> None:
         if self.saved < self.done:
-            check_finite(self.job.learned(), self.ranks)
-            self.job.save(self.done)
+            check_finite(self.trainer.learned_tensors(), self.ranks)
+            self.trainer.save(self.done)
             self.saved = self.done
 
     def check_end(self) -> None:
         """Raise FloatingPointError for a run that has diverged by its last step. A single outlier is none."""
-        diverged = self.job.not_finite
+        diverged = self.trainer.not_finite
         if diverged >= 2 or diverged == self.done > 0:
             raise FloatingPointError(
                 f"the run has failed: the gradients of its last steps ({diverged}) are not finite. Start "
@@ -172,8 +172,8 @@ class _Loop:
             return
         began = time.monotonic()
         try:
-            with _save_on_error(self.job, self.done, saved=self.saved, ranks=self.ranks):
-                found = self.job.validate(self.done, self._check)
+            with _save_on_error(self.trainer, self.done, saved=self.saved, ranks=self.ranks):
+                found = self.trainer.validate(self.done, self._check)
         except ValidationStoppedError:
             logger.warning("the validation of step %d is postponed until the run is resumed", self.done)
         else:
@@ -187,33 +187,33 @@ class _Loop:
 
 
 @contextmanager
-def _save_on_error(job: Job, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
+def _save_on_error(trainer: StepTrainer, step: int, *, saved: int, ranks: Ranks) -> Iterator[None]:
     """If the block raises, save `step`, the last one done, unless it is `saved`. Of several processes, which
     can only save together, this needs an error that all of them raise.
     """
-    counts = copy.deepcopy((job.averages, job.bad_files))
+    counts = copy.deepcopy((trainer.averages, trainer.bad_files))
     try:
         yield
     except ValidationStoppedError:
         raise
     except Exception as error:
         if ranks.count == 1 or isinstance(error, GradientOutlierError | JointError):
-            job.averages, job.bad_files = counts
-            _try_to_save(job, step, saved=saved, ranks=ranks)
+            trainer.averages, trainer.bad_files = counts
+            _try_to_save(trainer, step, saved=saved, ranks=ranks)
         raise
 
 
-def _try_to_save(job: Job, step: int, *, saved: int, ranks: Ranks) -> None:
+def _try_to_save(trainer: StepTrainer, step: int, *, saved: int, ranks: Ranks) -> None:
     """Save `step`, unless it is `saved`, after an error, which says more than one that comes of this."""
     try:
-        if step > saved and job.intact:
-            check_finite(job.learned(), ranks)
-            job.save(step)
-        job.writer.wait()
+        if step > saved and trainer.intact:
+            check_finite(trainer.learned_tensors(), ranks)
+            trainer.save(step)
+        trainer.writer.wait()
     except Exception as error:
         logger.warning("step %d cannot be saved: %s", step, explain(error))
         return
-    if step > saved and not job.intact:
+    if step > saved and not trainer.intact:
         logger.warning("the error occurred during the optimizer step: step %d cannot be saved", step)
     elif step > saved:
         logger.warning("the run ends early; step %d is saved: continue with --resume latest", step)

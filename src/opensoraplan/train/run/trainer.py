@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensoraplan.device import explained_memory, prepare, resolve_device
+from opensoraplan.device import explain_full_memory, prepare, resolve_device
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import ALONE, Ranks, device_of_rank, joined
 from opensoraplan.train.config import RunSettings, TrainSettings
@@ -93,7 +93,7 @@ class Trainer:
         self.learner.begin_step(step)
         for micro in range(accumulate):
             batch = next(self.batches)
-            with explained_memory(self.method.memory_advice(batch)):
+            with explain_full_memory(self.method.memory_advice(batch)):
                 loss = self.method.loss(batch, step=step, micro=micro, averages=self.averages)
                 self.learner.backward(loss / accumulate)
         self._update(step)
@@ -149,9 +149,9 @@ class Trainer:
         counts = {"bad_files": float(len(self.bad_files))}
         return self.averages.take(self.ranks) | self.method.speed.take(self.ranks) | counts
 
-    def learned(self) -> Iterator[Tensor]:
+    def learned_tensors(self) -> Iterator[Tensor]:
         """The weights and their averages."""
-        return self.learner.learned()
+        return self.learner.learned_tensors()
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything that the next step depends on."""
@@ -216,6 +216,6 @@ class Trainer:
 
     def validate(self, step: int, check: Callable[[], None]) -> Mapping[str, float]:
         """What is logged of the averaged weights on held-out data."""
-        advice = explained_memory(self.method.validation_advice)
-        with advice, self.method.speed.apart(), self.learner.averaged():
+        advice = explain_full_memory(self.method.validation_advice)
+        with advice, self.method.speed.apart(), self.learner.use_ema():
             return self.method.validate(step, check)

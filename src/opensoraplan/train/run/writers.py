@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from opensoraplan.disk import flush, plain_errors
+from opensoraplan.disk import explain_disk_errors, flush
 from opensoraplan.parallel.ranks import Ranks, sendable
 from opensoraplan.parallel.shards import Parts, Piece, pieces, write
 from opensoraplan.train.config import CheckpointSettings
@@ -46,7 +46,7 @@ class ShardedWriter(Writer):
     def save(self, step: int, *, parts: Parts, state: Mapping[str, Any]) -> None:
         """Begin to write what is copied before this returns. What failed the last time is raised here."""
         self.wait()
-        self._ranks.agree(lambda: self._begin(step, state))
+        self._ranks.agree(lambda: self._prepare_folder(step, state))
         own = {
             part: {name: piece.copied() for name, piece in pieces(tensors, rank=self._ranks.rank).items()}
             for part, tensors in parts.items()
@@ -59,23 +59,23 @@ class ShardedWriter(Writer):
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _begin(self, step: int, state: Mapping[str, Any]) -> None:
+    def _prepare_folder(self, step: int, state: Mapping[str, Any]) -> None:
         unfinished = checkpoint.unfinished_path(self.output, step)
-        with plain_errors(unfinished, whole=checkpoint.describe_saved(self.output)):
+        with explain_disk_errors(unfinished, whole=checkpoint.describe_saved(self.output)):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             checkpoint.write_state(unfinished, step, state)
 
     def _write(self, step: int, own: Mapping[str, Mapping[str, Piece]]) -> None:
         try:
-            self._together(step, lambda: self._write_own(step, own))
-            self._together(step, lambda: self._finish(step))
+            self._run_on_all_ranks(step, lambda: self._write_pieces(step, own))
+            self._run_on_all_ranks(step, lambda: self._finish(step))
         except ValueError:
             if self._ranks.first:
                 shutil.rmtree(checkpoint.unfinished_path(self.output, step), ignore_errors=True)
             raise
 
-    def _write_own(self, step: int, own: Mapping[str, Mapping[str, Piece]]) -> None:
+    def _write_pieces(self, step: int, own: Mapping[str, Mapping[str, Piece]]) -> None:
         for part, of_part in own.items():
             folder = checkpoint.unfinished_path(self.output, step)
             flush(write(folder, part, of_part, rank=self._ranks.rank, count=self._ranks.count))
@@ -85,11 +85,11 @@ class ShardedWriter(Writer):
             checkpoint.finish(self.output, step)
             checkpoint.rotate(self.output, keep=self.keep, keep_every=self.keep_every)
 
-    def _together(self, step: int, do: Callable[[], None]) -> None:
+    def _run_on_all_ranks(self, step: int, do: Callable[[], None]) -> None:
         """Have every rank do its share; what fails in any is raised in all."""
         failed: Exception | None = None
         try:
-            with plain_errors(
+            with explain_disk_errors(
                 checkpoint.path_of(self.output, step), whole=checkpoint.describe_saved(self.output)
             ):
                 do()
