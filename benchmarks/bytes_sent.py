@@ -2,9 +2,9 @@
 
     python benchmarks/bytes_sent.py
 
-Four gloo processes train a small denoiser for one step on each mesh; every collective is counted, in the
-block that calls it, forward and backward. The last column is what the same formulas say of the release's
-blocks.
+Four gloo processes train a small denoiser for one step on each mesh; every collective is counted,
+in the block that calls it, forward and backward. The last column is what the same formulas say of
+the release's blocks.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/guard.py            a minute or two; exit code 1 if one is worse by more than a half
     python benchmarks/guard.py --store    write the ratios of this run, after a change that is meant
 
-Each ratio compares code of ours with plain code of the same work, in the same run on the same machine, so
-that it says as much on another machine. A path that loses a third of its speed has a ratio 1.5 times as
-large.
+Each ratio compares code of ours with plain code of the same work, in the same run on the same machine,
+so that it says as much on another machine. A path that loses a third of its speed has a ratio 1.5
+times as large.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The release-size denoiser on a small machine: write random bf16 weights, load them, take two sampling
-steps.
+"""The release-size denoiser on a small machine: write random bf16 weights, load them, take
+two sampling steps.
 
     python benchmarks/load_release.py [FOLDER]
 
-Prints seconds and the peak resident memory of each stage; each runs in a process of its own. FOLDER (17 GB
-are written to it, and removed) is a temporary one by default. For scale, not for quality: the weights are
-random.
+Prints seconds and the peak resident memory of each stage; each runs in a process of its own. FOLDER (17
+GB are written to it, and removed) is a temporary one by default. For scale, not for quality: the
+weights are random.
 """
 
 import argparse

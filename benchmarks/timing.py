@@ -49,8 +49,8 @@ def resident(field: str) -> int:
 
 
 def seconds(work: Callable[[], object], *, repeat: int = 1, warm: int = 1, calls: int = 1) -> float:
-    """The least of `repeat` times that `work` takes, each the mean of `calls`, after `warm` calls that are
-    not timed.
+    """The least of `repeat` times that `work` takes, each the mean of `calls`, after `warm` calls that
+    are not timed.
     """
     for _ in range(warm):
         work()

@@ -2,10 +2,10 @@
 
     python examples/builtin_text.py FOLDER
 
-writes FOLDER/text_encoder, tokenizer, text_encoder_2 and tokenizer_2 in the layout of a diffusers pipeline.
-The tokenizers are made from captions. Each encoder learns to name every attribute of a scene from its
-caption; held out combinations are left out, as in the training of the denoiser. About four minutes on two CPU
-cores.
+writes FOLDER/text_encoder, tokenizer, text_encoder_2 and tokenizer_2 in the layout of a diffusers
+pipeline. The tokenizers are made from captions. Each encoder learns to name every attribute of a scene
+from its caption; held out combinations are left out, as in the training of the denoiser. About four
+minutes on two CPU cores.
 """
 
 import argparse

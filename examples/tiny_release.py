@@ -1,10 +1,10 @@
-"""A small release with random weights, in the formats of the real one: for the demo, the tests and your own
-trials.
+"""A small release with random weights, in the formats of the real one: for the demo, the tests and
+your own trials.
 
     python examples/tiny_release.py FOLDER
 
-writes denoiser, VAE, text encoders and the guide's inference JSON. Everything real but the size and what it
-has learned.
+writes denoiser, VAE, text encoders and the guide's inference JSON. Everything real but the size and what
+it has learned.
 """
 
 import json
@@ -45,8 +45,8 @@ PROMPTS = ["a red ball rolls over green grass", "a drone view of waves crashing 
 
 
 def write_release(folder: Path, *, seed: int = 0, size: tuple[int, int, int] = (17, 64, 96)) -> Path:
-    """Write a release into `folder` and return the path of its inference JSON (frames, height and width of
-    `size`).
+    """Write a release into `folder` and return the path of its inference JSON (frames, height and
+    width of `size`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     t5, clip = write_text_encoders(

@@ -1,5 +1,5 @@
-"""Writing a feature cache from real clips by real, tiny encoders: equal to encoding online, resumable, never
-overwritten.
+"""Writing a feature cache from real clips by real, tiny encoders: equal to encoding online,
+resumable, never overwritten.
 """
 
 import json

@@ -47,8 +47,8 @@ def run(model: SparseUMMDiT) -> Tensor:
 
 
 def factors(model: SparseUMMDiT, *, alpha: bool, dora: bool) -> dict[str, dict[str, Tensor]]:
-    """Of each layer: down [rank, in], up [out, rank], alpha, or the rank if it is not wanted, and magnitude
-    [out].
+    """Of each layer: down [rank, in], up [out, rank], alpha, or the rank if it is not wanted,
+    and magnitude [out].
     """
     generator = torch.Generator().manual_seed(3)
     made = {}

@@ -1,5 +1,5 @@
-"""What both models promise: round trips, strict configs, bf16, compile equal to eager, nothing on the
-side.
+"""What both models promise: round trips, strict configs, bf16, compile equal to
+eager, nothing on the side.
 """
 
 from collections.abc import Callable

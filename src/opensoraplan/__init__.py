@@ -1,5 +1,5 @@
-"""Open-Sora Plan v1.5.0 in plain PyTorch. Names are loaded on first use, so that the import itself is
-fast.
+"""Open-Sora Plan v1.5.0 in plain PyTorch. Names are loaded on first use, so that
+the import itself is fast.
 """
 
 TYPE_CHECKING = False  # without typing, which takes long to import

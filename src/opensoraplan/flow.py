@@ -1,9 +1,9 @@
-"""Flow matching as pure functions: schedules, shifts, noising, target, loss weights, guidance, the Euler
-step.
+"""Flow matching as pure functions: schedules, shifts, noising, target, loss weights, guidance,
+the Euler step.
 
-Shared by training and sampling. Convention (docs/model.md section 4): x_t = sigma * noise + (1 - sigma) * x0,
-the model predicts the velocity noise - x0, and its timestep is 1000 * sigma. No state, no model, no device
-choice.
+Shared by training and sampling. Convention (docs/model.md section 4): x_t = sigma * noise + (1 - sigma)
+* x0, the model predicts the velocity noise - x0, and its timestep is 1000 * sigma. No state, no model,
+no device choice.
 """
 
 import math
@@ -43,8 +43,8 @@ def linear_quadratic_sigmas(num_inference_steps: int) -> Tensor:
     """Sigmas [steps + 1] that fall slowly in a straight line over the first half of the steps, then on a
     parabola to 0.
 
-    No shift applies. The slow half is what a uniform schedule of A = clamp(10 steps, 250, 1000) / 2 steps
-    would do.
+    No shift applies. The slow half is what a uniform schedule of A = clamp(10 steps, 250, 1000) / 2
+    steps would do.
     """
     n = num_inference_steps
     if n < 2 or n % 2:

@@ -31,8 +31,8 @@ RELEASE = Strides()
 
 
 def nearest_frames(frames: int, *, strides: Strides = RELEASE) -> tuple[int, int]:
-    """The two valid frame counts (8k + 1) around `frames`: the largest not above it (at least 1), the next
-    above.
+    """The two valid frame counts (8k + 1) around `frames`: the largest not above it (at least 1),
+    the next above.
     """
     below = max(frames - 1, 0) // strides.temporal * strides.temporal + 1
     return below, below + strides.temporal

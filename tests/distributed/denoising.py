@@ -69,8 +69,8 @@ def train(
     cpu_offload: bool = False,
     **changes: object,
 ) -> Result:
-    """A few steps of AdamW; on a mesh of these sizes, or in one process (None). With `backend`, blocks are
-    compiled.
+    """A few steps of AdamW; on a mesh of these sizes, or in one process (None). With `backend`,
+    blocks are compiled.
     """
     torch.compiler.reset()
     counters.clear()

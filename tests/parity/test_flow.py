@@ -1,5 +1,5 @@
-"""Schedules, shifts, loss weights, guidance and the Euler step against `scheduler.json`, measured on the
-original.
+"""Schedules, shifts, loss weights, guidance and the Euler step against `scheduler.json`, measured
+on the original.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The denoiser against tensors measured on the original: outputs, loss, gradient norm and every stored
-gradient.
+"""The denoiser against tensors measured on the original: outputs, loss, gradient norm and
+every stored gradient.
 """
 
 import json

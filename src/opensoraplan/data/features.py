@@ -67,9 +67,9 @@ _SHOWN = 8
 class Description(Settings):
     """What a cache was made from and how it is divided; all of it is known before the first shard.
 
-    `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the VAE's
-    config (with the latents' shift and scale), `vae_class` its class. `left_out` is None until every shard is
-    there.
+    `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the
+    VAE's config (with the latents' shift and scale), `vae_class` its class. `left_out` is None until every
+    shard is there.
     """
 
     version: int = VERSION

@@ -1,5 +1,5 @@
-"""Name tables of the checkpoint dialects. Nothing here reads or writes a file; nesting by stage is in
-models/original.py.
+"""Name tables of the checkpoint dialects. Nothing here reads or writes a file; nesting by stage
+is in models/original.py.
 """
 
 # MindSpeed-MM 2.x -> release, inside an attention module.

@@ -1,5 +1,5 @@
-"""Tensors that stay in their files until they are asked for. Pickles are read without running code;
-safetensors too.
+"""Tensors that stay in their files until they are asked for. Pickles are read without running
+code; safetensors too.
 
 What the tensors mean (dialects, shards, names) is in checkpoints.py.
 """

@@ -45,8 +45,8 @@ class ConditionMLP(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """The condition vector [B, E] in fp32, from timestep [B] (1000 * sigma) and the pooled CLIP vector [B,
-    P].
+    """The condition vector [B, E] in fp32, from timestep [B] (1000 * sigma) and the pooled CLIP
+    vector [B, P].
     """
 
     def __init__(self, embed_dim: int, *, pooled_dim: int) -> None:

@@ -7,9 +7,9 @@ d3 and taps g0 to g2, each product a convolution in two dimensions,
     m0 = g0 * (d0 - d2)                      m1 = (g0 + g1 + g2) / 2 * (d1 + d2)
     m2 = (g0 - g1 + g2) / 2 * (d2 - d1)      m3 = g2 * (d1 - d3)
 
-give the frames m0 + m1 + m2 and m1 - m2 - m3. In bf16 they would round too often. There oneDNN falls to a
-third of its rate from 512 channels on; in two dimensions, over three frames' channels side by side, it does
-not.
+give the frames m0 + m1 + m2 and m1 - m2 - m3. In bf16 they would round too often. There oneDNN falls to
+a third of its rate from 512 channels on; in two dimensions, over three frames' channels side by side,
+it does not.
 
 Shapes: B batch, C and O channels, T frames, H/W pixels; frames [T, C, H, W] are those of one clip.
 """

@@ -232,8 +232,8 @@ class OriginalModel(nn.Module):
     def from_original(
         cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
     ) -> Self:
-        """A model from the original's config keys and tensor names; tensors keep their dtype unless one is
-        given.
+        """A model from the original's config keys and tensor names; tensors keep their dtype unless
+        one is given.
 
         Reads one tensor at a time, so that a lazy mapping costs no more memory than the model. Raises
         ValueError that names every unknown config key and every tensor that is missing, unexpected or

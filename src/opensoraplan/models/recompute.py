@@ -18,8 +18,8 @@ from torch.utils.checkpoint import (
 
 def recomputed(block: nn.Module, *inputs: Any, keep_attention: bool) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     """What the block makes of these inputs, compiled or not. Of `keep_attention`, outputs of attention and
-    what its backward pass needs of them are kept, if it is one operation: not on short sequences in bf16 on
-    CPUs (attention.py).
+    what its backward pass needs of them are kept, if it is one operation: not on short sequences in bf16
+    on CPUs (attention.py).
     """
     context = partial(create_selective_checkpoint_contexts, _policy) if keep_attention else noop_context_fn
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=context)

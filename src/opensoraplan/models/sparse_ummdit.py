@@ -107,8 +107,8 @@ class JointAttnProcessor:
 
 
 class JointAttention(nn.Module, AttentionModuleMixin):
-    """Projections and q/k norms of both streams. `text_output=False`: the text is attended to but not
-    updated.
+    """Projections and q/k norms of both streams. `text_output=False`: the text is attended to
+    but not updated.
     """
 
     _default_processor_cls = JointAttnProcessor
@@ -155,8 +155,8 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """D -> 4 D -> D without biases. The list of three keeps the numbering of diffusers' and the original's
-    names.
+    """D -> 4 D -> D without biases. The list of three keeps the numbering of diffusers' and
+    the original's names.
     """
 
     def __init__(self, dim: int) -> None:
@@ -415,8 +415,8 @@ class SparseUMMDiT(
         skip_connection_zero_init: their Linear starts as [identity | 0] and has no norm; False: a norm before
         it.
 
-    Raises ValueError for values that make no model. Source: docs/model.md section 1 (report and measured
-    original).
+    Raises ValueError for values that make no model. Source: docs/model.md section 1 (report
+    and measured original).
     """
 
     original_config = staticmethod(original.denoiser_config)
@@ -485,8 +485,8 @@ class SparseUMMDiT(
         )
 
     def set_sparsity(self, rates: Sequence[int] | None) -> None:
-        """Attend with these Skiparse rates, one a stage, from now on (None: dense). The weights stay as they
-        are.
+        """Attend with these Skiparse rates, one a stage, from now on (None: dense). The weights stay
+        as they are.
         """
         check_rates(rates, stages=len(self.config["num_layers"]))
         self.register_to_config(sparse_n=None if rates is None else list(rates))

@@ -156,9 +156,9 @@ def encode_prompts(
     Here each text runs by itself at its real length: the same up to rounding, and a batch is bit-equal to
     single runs. L is the longest real length. CLIP is padded to 77 and gets no mask, as in the original.
 
-    The states have the encoders' dtypes and are on T5's device. Token ids go to the encoders' own devices,
-    or to `device` where an offloading hook keeps the weights elsewhere. A tokenizer of another model is a
-    ValueError.
+    The states have the encoders' dtypes and are on T5's device. Token ids go to the encoders' own
+    devices, or to `device` where an offloading hook keeps the weights elsewhere. A tokenizer of another
+    model is a ValueError.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of one prompt or more, got {texts!r}")
@@ -380,8 +380,8 @@ def _class_and_config(folder: Path, kind: Kind, model_type: str) -> tuple[Any, A
 
 
 def empty_text_encoder(folder: Path | str, *, kind: Kind) -> nn.Module:
-    """One encoder on the meta device, of which `folder` needs no more than `config.json`. Errors are those of
-    `load_text_encoder`.
+    """One encoder on the meta device, of which `folder` needs no more than `config.json`. Errors are
+    those of `load_text_encoder`.
     """
     folder = _existing_folder(folder)
     model_type = _model_type(folder, kind)

@@ -470,8 +470,8 @@ def shift_and_scale(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Te
 
 
 class WFVAE(StrictMixin, original.OriginalModel, ModelMixin, ConfigMixin):
-    """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release: 227,035,624 learned
-    values.
+    """The video autoencoder of Open-Sora Plan v1.5.0. The defaults are the release:
+    227,035,624 learned values.
 
     Args:
         base_channels: width of the first stage; the others have 2 and 4 times that. latent_channels: channels

@@ -1,9 +1,9 @@
 """Everything that is done to a denoiser to run it on a mesh, in the one order that works.
 
 Tensor parallelism splits weights first; then tokens are shared out; FSDP comes last, for it moves what the
-others leave. Blocks may be compiled before or between, since torch compiles them when they first run. Every
-micro-batch reduces its gradients: to reduce those of the last one only would keep them whole on every rank
-until then.
+others leave. Blocks may be compiled before or between, since torch compiles them when they first run.
+Every micro-batch reduces its gradients: to reduce those of the last one only would keep them whole on
+every rank until then.
 """
 
 import warnings

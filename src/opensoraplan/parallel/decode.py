@@ -65,8 +65,8 @@ def _looks_beyond(layer: nn.Module) -> bool:
 
 
 def _put_around(layer: nn.Module, run: Callable[..., Tensor]) -> None:
-    """Have `run(forward, x, ...)` in the place of `forward(x, ...)`. No hook: the VAE calls `forward` of some
-    layers itself.
+    """Have `run(forward, x, ...)` in the place of `forward(x, ...)`. No hook: the VAE calls `forward` of
+    some layers itself.
     """
     layer.forward = partial(run, layer.forward)
 

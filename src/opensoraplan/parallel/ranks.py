@@ -268,8 +268,8 @@ def _lost_ranks_told(ranks: Ranks) -> Iterator[None]:
 
 
 def why_lost(error: Exception) -> str | None:
-    """What is said of an error that a collective raises when another process has died or hangs; None for
-    other errors.
+    """What is said of an error that a collective raises when another process has died or hangs; None
+    for other errors.
     """
     text = str(error)
     if not isinstance(error, dist.DistError) and not _LOST.search(text):

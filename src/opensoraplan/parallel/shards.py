@@ -1,8 +1,8 @@
 """Sharded tensors: what this rank has of them, and files of the pieces of all ranks, for any number to read.
 
-A part of a checkpoint, such as "model", is PART.safetensors, or of four ranks PART-00001-of-00004.safetensors
-and so on, whose headers say where in its tensor each piece begins, as torch.distributed.checkpoint's
-HuggingFaceStorageWriter does.
+A part of a checkpoint, such as "model", is PART.safetensors, or of four ranks
+PART-00001-of-00004.safetensors and so on, whose headers say where in its tensor each piece begins, as
+torch.distributed.checkpoint's HuggingFaceStorageWriter does.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Tensor parallelism of the denoiser's blocks, with Megatron-style sequence parallelism of their norms (arXiv
-2205.05198).
+"""Tensor parallelism of the denoiser's blocks, with Megatron-style sequence parallelism of their
+norms (arXiv 2205.05198).
 
 Weights become DTensors on the tp mesh, split as models/sizes.py says. Between attention and feed-forward
 each rank has a part of the video tokens (from `sequence.share_tokens`) and a copy of the text. Layers compute

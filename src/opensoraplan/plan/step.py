@@ -44,9 +44,9 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A step of `model`, whose micro-batches have this shape. The sizes of `mesh` are all known; one of a
-    single device is the trainer without FSDP, with a copy of the weights where they compute in a lower
-    precision.
+    """A step of `model`, whose micro-batches have this shape. The sizes of `mesh` are all known; one
+    of a single device is the trainer without FSDP, with a copy of the weights where they compute in
+    a lower precision.
     """
 
     model: DenoiserSizes

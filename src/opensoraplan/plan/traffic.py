@@ -73,8 +73,8 @@ def collectives_of_block(step: TrainingStep, block: Block) -> list[Collective]:
 
 def collectives_outside(step: TrainingStep) -> list[Collective]:
     """What ranks of one sample send each other outside of blocks: tokens are joined behind the last
-    projection, and so is the last modulation; tp ranks have a copy of the embedded tokens, whose gradients
-    they join.
+    projection, and so is the last modulation; tp ranks have a copy of the embedded tokens, whose
+    gradients they join.
     """
     c, dim, batch, mesh = step.compute_bytes, step.model.dim, step.shape.batch, step.mesh
     config = step.model.config

@@ -163,8 +163,8 @@ def begin(name: str, tensors: Sequence[Tensor], written: Sequence[Tensor] = ()) 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What an operation's schema says. `returned`: the place of the argument that each result is, if it is
-    one.
+    """What an operation's schema says. `returned`: the place of the argument that each result is, if
+    it is one.
     """
 
     name: str

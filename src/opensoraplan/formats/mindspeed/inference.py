@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Inference:
     """What an inference file says. `sources`: paths by component, `generate`: settings of the run by our
-    names, `transformer_config`, `vae_config`: our constructors' arguments. `allow_tf32` None: as torch
-    has it.
+    names, `transformer_config`, `vae_config`: our constructors' arguments. `allow_tf32` None: as
+    torch has it.
     """
 
     sources: dict[str, Path]

@@ -14,8 +14,8 @@ from opensoraplan.settings import Settings
 
 @dataclass(frozen=True)
 class Same:
-    """All keys of one subject have one value. `left_out`: what a key stands for that is left out, if that
-    decides something.
+    """All keys of one subject have one value. `left_out`: what a key stands for that is left out, if
+    that decides something.
     """
 
     subject: str

@@ -1,5 +1,5 @@
-"""`osp cache`: encode the clips and captions of a training run once, into the folder that data/features.py
-describes.
+"""`osp cache`: encode the clips and captions of a training run once, into the folder
+that data/features.py describes.
 """
 
 import json
@@ -70,12 +70,12 @@ def write_cache(
 ) -> CacheSummary:
     """Encode the clips that `settings.data` selects, each at one window, and all their captions.
 
-    Shards that are there already are kept: the same call goes on with a killed one. Those of which a clip was
-    replaced since are written again. Of `ranks` processes each writes the shards of its own `rank`, which it
-    shares with other processes that were started with the same settings and folder; the files are the same
-    however many there are. A clip that cannot be read is left out; to try it again, delete its shard. Bars
-    show how far this rank is, which `progress(step, done, total)` is told, too, step being "texts" or
-    "videos".
+    Shards that are there already are kept: the same call goes on with a killed one. Those of which a clip
+    was replaced since are written again. Of `ranks` processes each writes the shards of its own `rank`,
+    which it shares with other processes that were started with the same settings and folder; the files are
+    the same however many there are. A clip that cannot be read is left out; to try it again, delete its
+    shard. Bars show how far this rank is, which `progress(step, done, total)` is told, too, step being
+    "texts" or "videos".
 
     Raises ValueError, before anything is encoded, for settings that are missing, a manifest without samples
     or captions, a folder that has something else (of another cache, what differs), and a disk that cannot be

@@ -69,8 +69,8 @@ class Encoders:
 
     @property
     def text_widths(self) -> tuple[int, int]:
-        """Of T5's states and of CLIP's pooled one: the denoiser's caption_channels and
-        pooled_projection_dim.
+        """Of T5's states and of CLIP's pooled one: the denoiser's
+        caption_channels and pooled_projection_dim.
         """
         t5: Any = self.text_encoder.config
         clip: Any = self.text_encoder_2.config
@@ -276,8 +276,8 @@ def _hash_of_encoder(encoder: torch.nn.Module, keys: Sequence[str]) -> str:
 
 
 def _hash_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Of its rules, not of its files, which are of several kinds. How it pads and cuts is left from its last
-    call.
+    """Of its rules, not of its files, which are of several kinds. How it pads and cuts is left from
+    its last call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # one without the tokenizers library

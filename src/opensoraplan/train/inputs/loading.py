@@ -73,9 +73,9 @@ def micro_batches(
     """Yield the micro-batches whose draws `order` gives, in that order.
 
     `workers` processes read ahead, each one batch at least, and up to four as long as all of them, of
-    `batch_bytes` at most, take less than 2 GB; 0 reads in this process. Raises what the dataset raises, the
-    same with any number of workers, and ValueError for a worker that died. Close the generator to end the
-    workers.
+    `batch_bytes` at most, take less than 2 GB; 0 reads in this process. Raises what the dataset raises,
+    the same with any number of workers, and ValueError for a worker that died. Close the generator to
+    end the workers.
     """
     loader = DataLoader(
         _Batches(dataset, collate),

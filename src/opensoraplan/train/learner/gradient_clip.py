@@ -1,5 +1,5 @@
-"""Gradient clipping, to a bound that follows the gradient norms of the run or to a fixed one, and what to do
-beyond it.
+"""Gradient clipping, to a bound that follows the gradient norms of the run or to a fixed one, and what to
+do beyond it.
 
 Not here: going back to a checkpoint after repeated outliers, which is the trainer's.
 """
