@@ -4,6 +4,7 @@ train. Read them, never write.
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ from opensoraplan.train.config import TrainSettings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how often tests/distributed kills a rank")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches the commands that tests start, also where a shell has started these in the background,
+    which ignores it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
