@@ -71,7 +71,7 @@ def test_a_file_that_it_cannot_read_is_left_to_pyav(
 ) -> None:
     clip.write_bytes(clip.read_bytes()[:300])
     caplog.set_level(logging.DEBUG, logger=reading.logger.name)
-    reading._warn_that_some_are_left.cache_clear()  # of other tests in this process
+    reading._warn_of_fallback.cache_clear()  # of other tests in this process
     for _ in range(2):
         with pytest.raises(ValueError, match=r"clip\.mp4"):
             read_numbered(clip, [0], reader=reader)

@@ -178,7 +178,7 @@ def test_display_matrix_turns_and_mirrors(tmp_path: Path, angle: int, mirrored: 
 def test_slanted_display_is_refused(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", grey_frames(2))
     set_display_matrix(clip, (math.sqrt(0.5), math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(0.5)))
-    with pytest.raises(ValueError, match="turned by -45 degrees; only multiples of 90"):
+    with pytest.raises(ValueError, match="rotated by -45 degrees; only multiples of 90"):
         read_frames(clip)
 
 
