@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from opensoraplan.train.log.metrics import (
     Averages,
     Metrics,
+    Trackers,
     drop_after,
     measured_peak_tflops,
     peak_memory,
@@ -35,7 +36,8 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 
 def run(output: Path, steps: range, **options: Any) -> None:  # noqa: ANN401
-    with Metrics(output, steps=100, start=steps.start - 1, console=io.StringIO(), **options) as metrics:
+    start, trackers = steps.start - 1, Trackers(**options)
+    with Metrics(output, steps=100, start=start, console=io.StringIO(), trackers=trackers) as metrics:
         for step in steps:
             metrics.log(step, {"loss": 1 / step})
 

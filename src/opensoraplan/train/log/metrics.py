@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -37,13 +38,24 @@ QUARTERS = 4
 _CPU_SIDE, _DEVICE_SIDE, _BENCHMARK_SECONDS = 512, 4096, 0.3
 
 
+@dataclass(frozen=True)
+class Trackers:
+    """Where the numbers of a run go beside its folder: TensorBoard, and the wandb project of that name, with
+    `config` as the run's settings there.
+    """
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Metrics:
     """Writes the numbers of a run of `steps` steps, of which `start` are done, into the folder `output`.
 
-    Always a line of metrics.jsonl for each `log`; to TensorBoard (in output/tensorboard) and to the wandb
-    project of that name if wanted, with `config` as the run's settings. On the console a progress bar with
-    the numbers named in `shown`, or a line for each `log` where `console` (None: stderr) is no terminal. Log
-    records go around the bar as long as the object is open as a context manager.
+    Always a line of metrics.jsonl for each `log`; to the `trackers` too, TensorBoard's in output/tensorboard.
+    On the console a progress bar with the numbers named in `shown`, or a line for each `log` where `console`
+    (None: stderr) is no terminal. Log records go around the bar as long as the object is open as a context
+    manager.
 
     Going on from `start` drops what a broken run logged after that step. Raises ValueError if an
     optional package is wanted and absent, before any file is touched, if wandb refuses the run, and for
@@ -57,22 +69,20 @@ class Metrics:
         steps: int,
         start: int = 0,
         shown: Sequence[str] = ("loss", "grad_norm", "samples/s"),
-        tensorboard: bool = False,
-        wandb_project: str | None = None,
-        config: Mapping[str, Any] | None = None,
+        trackers: Trackers = Trackers(),
         console: TextIO | None = None,
     ) -> None:
         self.steps = steps
         self.shown = tuple(shown)
         self._open = ExitStack()
-        writer = _summary_writer() if tensorboard else None
-        wandb = _wandb() if wandb_project is not None else None
+        writer = _summary_writer() if trackers.tensorboard else None
+        wandb = _wandb() if trackers.wandb_project is not None else None
         self._path = output / FILE
         with explain_disk_errors(self._path, whole="nothing was changed"):
             output.mkdir(parents=True, exist_ok=True)
         self._wandb: Any = None
         if wandb is not None:  # before anything is dropped, since it may refuse
-            self._wandb = _begin_wandb(wandb, output, project=wandb_project, config=dict(config or {}))
+            self._wandb = _begin_wandb(wandb, output, trackers)
             self._open.callback(self._wandb.finish)
         with explain_disk_errors(self._path, whole="nothing was changed"):
             drop_after(self._path, start)
@@ -273,7 +283,7 @@ def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _begin_wandb(wandb: Any, output: Path, *, project: str | None, config: dict[str, Any]) -> Any:  # noqa: ANN401
+def _begin_wandb(wandb: Any, output: Path, trackers: Trackers) -> Any:  # noqa: ANN401
     """wandb's run of the one in `output`; a resumed one goes on under the name that is kept there. Raises
     ValueError if wandb refuses it, which leaves nothing behind.
     """
@@ -281,7 +291,13 @@ def _begin_wandb(wandb: Any, output: Path, *, project: str | None, config: dict[
     name = kept.read_text().strip() if kept.exists() else os.urandom(6).hex()
     new = not folder.exists()
     try:
-        run = wandb.init(project=project, dir=str(output), id=name, resume="allow", config=config)
+        run = wandb.init(
+            project=trackers.wandb_project,
+            dir=str(output),
+            id=name,
+            resume="allow",
+            config=dict(trackers.config),
+        )
     except wandb.Error as error:
         if new:
             shutil.rmtree(folder, ignore_errors=True)

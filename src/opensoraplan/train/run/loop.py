@@ -19,7 +19,7 @@ from opensoraplan.train.inputs.loading import BadFileAccount
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
 from opensoraplan.train.learner.learner import check_finite
 from opensoraplan.train.log.metrics import FILE as METRICS
-from opensoraplan.train.log.metrics import VALIDATED, Averages, Metrics, Silence, was_logged
+from opensoraplan.train.log.metrics import VALIDATED, Averages, Metrics, Silence, Trackers, was_logged
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.folder import write_config
 from opensoraplan.train.run.writers import Writer
@@ -248,9 +248,9 @@ def _open_metrics(settings: RunSettings, *, start: int, ranks: Ranks) -> Metrics
         steps=settings.optimizer.steps,
         start=start,
         shown=("loss", "psnr", "grad_norm", "samples/s"),
-        tensorboard=settings.log.tensorboard,
-        wandb_project=settings.log.wandb_project,
-        config=settings.model_dump(mode="json"),
+        trackers=Trackers(
+            settings.log.tensorboard, settings.log.wandb_project, settings.model_dump(mode="json")
+        ),
     )
 
 
