@@ -24,7 +24,7 @@ from opensoraplan.data.video import (
     to_uint8,
 )
 from opensoraplan.fidelity import Fidelity
-from opensoraplan.generate.reconstruct import reconstruct
+from opensoraplan.generate.reconstruct import Excerpt, reconstruct
 from opensoraplan.models.wfvae import WFVAE
 
 
@@ -133,10 +133,7 @@ def test_size_length_and_rate_that_are_asked_for(tmp_path: Path, vae: WFVAE, cli
         clip,
         vae=vae,
         out=out,
-        height=24,
-        width=16,
-        frames=9,
-        fps=8,
+        excerpt=Excerpt(frames=9, height=24, width=16, fps=8),
         progress=lambda *step: steps.append(step),
     )
     assert (result.frames, result.height, result.width) == (9, 24, 16)
@@ -147,8 +144,8 @@ def test_size_length_and_rate_that_are_asked_for(tmp_path: Path, vae: WFVAE, cli
 
 
 def test_one_side_follows_the_other(tmp_path: Path, vae: WFVAE, clip: Path) -> None:
-    by_height = reconstruct(clip, vae=vae, out=tmp_path / "side.mp4", height=24, frames=1)
-    by_width = reconstruct(clip, vae=vae, out=tmp_path / "side.mp4", width=112, frames=1)
+    by_height = reconstruct(clip, vae=vae, out=tmp_path / "side.mp4", excerpt=Excerpt(height=24, frames=1))
+    by_width = reconstruct(clip, vae=vae, out=tmp_path / "side.mp4", excerpt=Excerpt(width=112, frames=1))
     assert (by_height.height, by_height.width) == (24, 32)  # 33.6
     assert (by_width.height, by_width.width) == (80, 112)
     assert [by_height.path.name, by_width.path.name] == ["side.mp4", "side_1.mp4"]
@@ -164,7 +161,7 @@ def test_frames_of_a_varying_rate_keep_their_times(tmp_path: Path, vae: WFVAE) -
     result = reconstruct(writer.path, vae=vae, out=tmp_path / "side.mp4")
     assert [time for _, time in iter_timed_frames(result.path, count=17)] == times
     assert (probe(result.path).variable, probe(result.path).fps) == (True, 24)
-    even = reconstruct(writer.path, vae=vae, out=tmp_path / "side.mp4", fps=12)
+    even = reconstruct(writer.path, vae=vae, out=tmp_path / "side.mp4", excerpt=Excerpt(fps=12))
     assert probe(even.path).frames == even.frames == 25  # of 32: 2.67 s
     assert not probe(even.path).variable
 
@@ -179,24 +176,24 @@ def test_a_photo_that_is_stored_lying_is_reconstructed_upright(tmp_path: Path, v
 
 
 def test_half_precision(tmp_path: Path, vae: WFVAE, clip: Path) -> None:
-    whole = reconstruct(clip, vae=vae, out=tmp_path / "side.mp4", frames=9)
+    whole = reconstruct(clip, vae=vae, out=tmp_path / "side.mp4", excerpt=Excerpt(frames=9))
     half = copy.deepcopy(vae).bfloat16()
-    result = reconstruct(clip, vae=half, out=tmp_path / "side.mp4", frames=9)
+    result = reconstruct(clip, vae=half, out=tmp_path / "side.mp4", excerpt=Excerpt(frames=9))
     assert result.psnr == pytest.approx(whole.psnr, abs=0.5)
 
 
 def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, vae: WFVAE, clip: Path) -> None:
     out = tmp_path / "side.mp4"
     with pytest.raises(ValueError, match=r"got 10: use 9 or 17"):
-        reconstruct(clip, vae=vae, out=out, frames=10)
+        reconstruct(clip, vae=vae, out=out, excerpt=Excerpt(frames=10))
     with pytest.raises(ValueError, match=r"clip\.mp4 has 29 frames, asked for 33: use 25 or fewer"):
-        reconstruct(clip, vae=vae, out=out, frames=33)
+        reconstruct(clip, vae=vae, out=out, excerpt=Excerpt(frames=33))
     with pytest.raises(ValueError, match=r"has 10 frames, asked for 17: use 9 or fewer"):
-        reconstruct(clip, vae=vae, out=out, frames=17, fps=8)
+        reconstruct(clip, vae=vae, out=out, excerpt=Excerpt(frames=17, fps=8))
     with pytest.raises(ValueError, match=r"height 30.*nearest valid size is 32 x 56"):
-        reconstruct(clip, vae=vae, out=out, height=30, width=56)
+        reconstruct(clip, vae=vae, out=out, excerpt=Excerpt(height=30, width=56))
     with pytest.raises(ValueError, match="sides of at least 16, got 8 x 16"):
-        reconstruct(clip, vae=vae, out=out, height=8, width=16)
+        reconstruct(clip, vae=vae, out=out, excerpt=Excerpt(height=8, width=16))
     with pytest.raises(FileNotFoundError, match="missing"):
         reconstruct(tmp_path / "missing.mp4", vae=vae, out=out)
     assert os.listdir(tmp_path) == ["clip.mp4"]
@@ -206,5 +203,5 @@ def test_a_result_that_is_not_finite_stops(tmp_path: Path, vae: WFVAE, clip: Pat
     broken = copy.deepcopy(vae)
     torch.nn.init.constant_(next(broken.decoder.parameters()), math.nan)
     with pytest.raises(ValueError, match=r"not finite in torch\.float32"):
-        reconstruct(clip, vae=broken, out=tmp_path / "side.mp4", frames=9)
+        reconstruct(clip, vae=broken, out=tmp_path / "side.mp4", excerpt=Excerpt(frames=9))
     assert os.listdir(tmp_path) == ["clip.mp4"]

@@ -185,10 +185,7 @@ def reconstruct(options: Reconstruct) -> None:
         options.video,
         vae=vae,
         out=options.out or Path(f"{options.video.stem}_reconstruction.mp4"),
-        frames=options.frames,
-        height=options.height,
-        width=options.width,
-        fps=options.fps,
+        excerpt=job.Excerpt(options.frames, options.height, options.width, options.fps),
         progress=show,
     )
 

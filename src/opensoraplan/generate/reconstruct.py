@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,74 +49,124 @@ class Reconstruction:
     path: Path
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """What is taken of a video. `frames`: 8k + 1; None takes as many as there are. `height`, `width`: multiples
+    of 8, at least 16; None takes the source's, or follows from the other one, rounded down; frames are
+    cropped to this aspect ratio. `fps` resamples the source; without it, frames keep their times, also at a
+    variable rate.
+    """
+
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | Fraction | None = None
+
+
 @torch.no_grad()
 def reconstruct(
     path: str | Path,
     *,
     vae: VideoVAE,
     out: str | Path,
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    fps: float | Fraction | None = None,
+    excerpt: Excerpt = Excerpt(),
     progress: Progress | None = None,
 ) -> Reconstruction:
-    """Encode the first frames of the video at `path` to the mode of their latents, decode them, compare.
+    """Encode an excerpt of the video at `path` to the mode of its latents, decode that, compare.
 
-    Computes on the device and in the dtype of `vae`. `frames`: 8k + 1; None takes as many as there are.
-    `height`, `width`: multiples of 8, at least 16; None takes the source's, or follows from the other one,
-    rounded down; frames are cropped to this aspect ratio. `fps` resamples the source; without it, frames keep
-    their times, also at a variable rate. `out`: the mp4, source left and result right; its folder is made,
-    and a number is added if the name is taken. Both metrics compare 8-bit pixels. The source is read twice,
-    so that only latents are kept in memory. `progress(step, done, total)` gets "encode" or "decode" and
-    numbers of frames.
+    Computes on the device and in the dtype of `vae`. `out`: the mp4, source left and result right; its folder
+    is made, and a number is added if the name is taken. Both metrics compare 8-bit pixels. The source is read
+    twice, so that only latents are kept in memory. `progress(step, done, total)` gets "encode" or "decode"
+    and numbers of frames.
 
     Raises FileNotFoundError, and ValueError for a file without readable video, too few frames, impossible
     sizes, and a result that is not finite.
     """
-    strides = vae.strides
-    if frames is not None:
-        check_frames(frames, strides=strides)
-    info = probe(path)
-    height, width = _size(info, height=height, width=width, stride=strides.spatial)
-    frames = _length(path, frames=frames, fps=fps, strides=strides)
-    grid = latent_shape(frames, height, width, strides=strides, patch=1)
+    source = _Source.open(path, excerpt, strides=vae.strides)
+    frames, height, width = source.frames, source.height, source.width
+    grid = latent_shape(frames, height, width, strides=vae.strides, patch=1)
     fit_decoding(vae, [grid], vae.device, more=False)  # it encodes as many, for which nothing is predicted
-
-    def source(pictures: Iterator[Tensor], count: int) -> Tensor:
-        """The next `count` pictures at most, [3, t, H, W] in [-1, 1]."""
-        return fit(torch.stack(list(islice(pictures, count))), height=height, width=width)
-
-    def moments() -> Iterator[Tensor]:
-        pictures = iter_frames(path, count=frames, fps=fps)
-        pieces = (source(pictures, strides.temporal) for _ in range(0, frames, strides.temporal))
-        counted = _report_progress(pieces, "encode", frames, progress)
-        return vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
 
     out = Path(out)
     fidelity = Fidelity()
     title = f"{Path(path).name}: source, WF-VAE"
-    timed = info.variable and fps is None
-    rate = info.fps if fps is None else fps
-    with make_folder(out.parent), VideoWriter(out, fps=rate, title=title, timed=timed) as writer:
-        latents = torch.cat(list(moments()), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
-        times: list[tuple[Fraction, Fraction]] = []
-        again = _note_times(path, frames, times) if timed else iter_frames(path, count=frames, fps=fps)
-        pieces = (decoded[0] for decoded in vae.iter_decode(latents))
-        for piece in _report_progress(pieces, "decode", frames, progress):
-            if not piece.isfinite().all():
-                raise ValueError(f"{path}: the VAE's result is not finite in {vae.dtype}; use float32")
-            before = to_uint8(source(again, piece.shape[1])).to(piece.device)
-            after = to_uint8(piece)
+    with (
+        make_folder(out.parent),
+        VideoWriter(out, fps=source.rate, title=title, timed=source.timed) as writer,
+    ):
+        latents = _encode(source, vae, progress)
+        for before, after, times in _decode(latents, source, vae, progress):
             fidelity.update(before, after)
-            shown = times[-len(before) :] if timed else None
-            writer.write(torch.cat([before, after], dim=2), times=shown)
+            writer.write(torch.cat([before, after], dim=2), times=times)
     result = Reconstruction(fidelity.psnr, fidelity.ssim, frames, height, width, writer.path)
     logger.info(
         "%s: %d frames of %d x %d, PSNR %.2f dB, SSIM %.4f -> %s",
         *(path, frames, height, width, result.psnr, result.ssim, result.path),
     )
     return result
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A video, and what is taken of it; `fps` None keeps its frames."""
+
+    path: str | Path
+    info: VideoInfo
+    frames: int
+    height: int
+    width: int
+    fps: float | Fraction | None
+
+    @classmethod
+    def open(cls, path: str | Path, excerpt: Excerpt, *, strides: Strides) -> Self:
+        """Raises as `reconstruct`."""
+        if excerpt.frames is not None:
+            check_frames(excerpt.frames, strides=strides)
+        info = probe(path)
+        height, width = _size(info, height=excerpt.height, width=excerpt.width, stride=strides.spatial)
+        frames = _length(path, frames=excerpt.frames, fps=excerpt.fps, strides=strides)
+        return cls(path, info, frames, height, width, excerpt.fps)
+
+    @property
+    def timed(self) -> bool:
+        """Whether frames keep times of their own."""
+        return self.info.variable and self.fps is None
+
+    @property
+    def rate(self) -> float | Fraction:
+        return self.info.fps if self.fps is None else self.fps
+
+    def pictures(self) -> Iterator[Tensor]:
+        return iter_frames(self.path, count=self.frames, fps=self.fps)
+
+    def fitted(self, pictures: Iterator[Tensor], count: int) -> Tensor:
+        """The next `count` pictures at most, [3, t, H, W] in [-1, 1]."""
+        return fit(torch.stack(list(islice(pictures, count))), height=self.height, width=self.width)
+
+
+def _encode(source: _Source, vae: VideoVAE, progress: Progress | None) -> Tensor:
+    """The mode of the source's latents [1, C, t, h, w]."""
+    pictures, step = source.pictures(), vae.strides.temporal
+    pieces = (source.fitted(pictures, step) for _ in range(0, source.frames, step))
+    counted = _report_progress(pieces, "encode", source.frames, progress)
+    moments = vae.iter_encode(piece[None].to(vae.device, vae.dtype) for piece in counted)
+    return torch.cat(list(moments), dim=2).chunk(2, dim=1)[0]  # a Gaussian's mode is its mean
+
+
+def _decode(
+    latents: Tensor, source: _Source, vae: VideoVAE, progress: Progress | None
+) -> Iterator[tuple[Tensor, Tensor, list[tuple[Fraction, Fraction]] | None]]:
+    """Pictures of the source and what came back of them, uint8 [t, H, W, 3], and their times if they have any
+    of their own.
+    """
+    times: list[tuple[Fraction, Fraction]] = []
+    again = _note_times(source.path, source.frames, times) if source.timed else source.pictures()
+    pieces = (decoded[0] for decoded in vae.iter_decode(latents))
+    for piece in _report_progress(pieces, "decode", source.frames, progress):
+        if not piece.isfinite().all():
+            raise ValueError(f"{source.path}: the VAE's result is not finite in {vae.dtype}; use float32")
+        before = to_uint8(source.fitted(again, piece.shape[1])).to(piece.device)
+        yield before, to_uint8(piece), times[-len(before) :] if source.timed else None
 
 
 def _note_times(path: str | Path, count: int, times: list[tuple[Fraction, Fraction]]) -> Iterator[Tensor]:
