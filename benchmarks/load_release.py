@@ -20,7 +20,7 @@ import torch
 from timing import resident_peak
 from torch import Tensor
 
-from opensoraplan.formats.export import write_component
+from opensoraplan.formats.export import WeightFiles, write_component
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import WFVAE
@@ -59,7 +59,7 @@ def write(folder: Path) -> None:
         model = SparseUMMDiT()
     names = {name: name for name in model.state_dict()}
     weights = RandomWeights({name: tuple(value.shape) for name, value in model.state_dict().items()})
-    write_component(model, names, weights, folder, dtype=torch.bfloat16)
+    write_component(model, names, weights, folder, WeightFiles(torch.bfloat16))
 
 
 def sample(folder: Path) -> None:

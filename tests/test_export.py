@@ -33,7 +33,13 @@ from opensoraplan.formats.assemble import (
     open_pipeline,
     save_diffusers,
 )
-from opensoraplan.formats.export import new_folder, write_component, write_megatron, write_release
+from opensoraplan.formats.export import (
+    WeightFiles,
+    new_folder,
+    write_component,
+    write_megatron,
+    write_release,
+)
 from opensoraplan.formats.infer import empty_model
 from opensoraplan.formats.stored import StoredTensors
 from opensoraplan.models import original
@@ -159,7 +165,7 @@ def test_sharded_safetensors(tiny_model: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_model / "transformer")
     model = empty_model(checkpoint)
     names = original.match(model, checkpoint)
-    write_component(model, names, checkpoint, tmp_path, max_shard_size="1MB")
+    write_component(model, names, checkpoint, tmp_path, WeightFiles(max_shard_size="1MB"))
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 3
     index = json.loads((tmp_path / f"{WEIGHTS}.index.json").read_text())

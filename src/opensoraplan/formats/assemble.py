@@ -16,6 +16,7 @@ from opensoraplan.device import free_memory
 from opensoraplan.documents import read_json_object
 from opensoraplan.formats.checkpoints import Checkpoint, open_checkpoint
 from opensoraplan.formats.export import (
+    WeightFiles,
     new_file,
     new_folder,
     write_component,
@@ -301,13 +302,10 @@ def save_diffusers(
     Nothing is left behind of a failed attempt.
     """
     with new_folder(out) as folder:
-        opened = open_pipeline(sources)
         write_pipeline(
             folder,
-            denoiser=opened.denoiser,
-            vae=opened.vae,
-            sources=sources,
-            dtype=dtype,
+            open_pipeline(sources),
+            files=WeightFiles(dtype),
             scheduler=scheduler,
             prompts={"max_text_tokens": max_text_tokens},
         )
@@ -316,21 +314,15 @@ def save_diffusers(
 
 def write_pipeline(
     folder: Path,
+    opened: OpenedPipeline,
     *,
-    denoiser: Opened[SparseUMMDiT],
-    vae: Opened[WFVAE],
-    sources: Sources,
-    dtype: torch.dtype | None,
+    files: WeightFiles,
     scheduler: Mapping[str, Any] = MappingProxyType({}),
     prompts: Mapping[str, Any] = MappingProxyType({}),
-    max_shard_size: str = "2GB",
 ) -> None:
-    """Fill `folder` with a pipeline: these two models and the text encoders of `sources`.
-
-    `prompts`: the pipeline's prompt settings, where they are not the original's. `dtype`: None keeps
-    each tensor's own.
-    """
-    text_dtype, cpu = dtype or torch.float32, torch.device("cpu")
+    """Fill `folder` with a pipeline. `prompts`: its prompt settings, where they are not the original's."""
+    sources, denoiser, vae = opened.sources, opened.denoiser, opened.vae
+    text_dtype, cpu = files.dtype or torch.float32, torch.device("cpu")
     pipeline = OpenSoraPlanPipeline(
         transformer=denoiser.model,
         vae=vae.model,
@@ -344,9 +336,7 @@ def write_pipeline(
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
         pipeline.components[name].save_pretrained(folder / name)
     for name, part in (("transformer", denoiser), ("vae", vae)):
-        write_component(
-            part.model, part.names, part.tensors, folder / name, dtype=dtype, max_shard_size=max_shard_size
-        )
+        write_component(part.model, part.names, part.tensors, folder / name, files)
     pipeline.save_config(folder)
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -81,28 +82,48 @@ def _check_free_file(path: Path) -> None:
         raise ValueError(f"{path} exists: use another name")
 
 
+def check_shard_size(size: str) -> None:
+    """Raise ValueError unless this is a size as huggingface_hub reads it, of 1 MB to 1 TB."""
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,6})?) ?(MB|GB|TB)", size.upper())
+    scale = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+    if match is None or not 10**6 <= float(match[1]) * scale[match[2]] <= 10**12:
+        raise ValueError(f"the size of a shard must be from 1MB to 1TB, such as 500MB or 2GB, got {size!r}")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """How weights are written: in `dtype`, None is each tensor's own, and in files of that size at most.
+    Raises ValueError as `check_shard_size`.
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_size: str = "2GB"
+
+    def __post_init__(self) -> None:
+        check_shard_size(self.max_shard_size)
+
+
 def write_component(
     model: SparseUMMDiT | WFVAE,
     names: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str = "2GB",
+    files: WeightFiles = WeightFiles(),
 ) -> None:
     """Write a model as a diffusers component: config.json and sharded safetensors.
 
     `model` only gives config and names, and may be on the meta device; `names` is what `original.match` made
-    of it and `tensors`, which are read one at a time, so that no more than a shard is in memory. `dtype`:
-    None keeps each tensor's own.
+    of it and `tensors`, which are read one at a time, so that no more than a shard is in memory.
     """
-    dtypes = {ours: dtype or _dtype(tensors, theirs) for ours, theirs in names.items()}
+    dtypes = {ours: files.dtype or _dtype(tensors, theirs) for ours, theirs in names.items()}
     meta = {
         ours: torch.empty(value.shape, dtype=dtypes[ours], device="meta")
         for ours, value in model.state_dict().items()
     }
     pattern = WEIGHTS + "{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(meta, filename_pattern=pattern, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(
+        meta, filename_pattern=pattern, max_shard_size=files.max_shard_size
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(names), desc=f"writing {folder.name}", unit="tensor") as progress:
         for file, members in plan.filename_to_tensors.items():
@@ -118,14 +139,6 @@ def write_component(
             json.dumps(index, indent=2), encoding="utf-8"
         )
     model.save_config(folder)
-
-
-def check_shard_size(size: str) -> None:
-    """Raise ValueError unless this is a size as huggingface_hub reads it, of 1 MB to 1 TB."""
-    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,6})?) ?(MB|GB|TB)", size.upper())
-    scale = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
-    if match is None or not 10**6 <= float(match[1]) * scale[match[2]] <= 10**12:
-        raise ValueError(f"the size of a shard must be from 1MB to 1TB, such as 500MB or 2GB, got {size!r}")
 
 
 def write_megatron(

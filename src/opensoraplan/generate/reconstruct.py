@@ -51,10 +51,10 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is taken of a video. `frames`: 8k + 1; None takes as many as there are. `height`, `width`: multiples
-    of 8, at least 16; None takes the source's, or follows from the other one, rounded down; frames are
-    cropped to this aspect ratio. `fps` resamples the source; without it, frames keep their times, also at a
-    variable rate.
+    """What is taken of a video. `frames`: 8k + 1; None takes as many as there are. `height`, `width`:
+    multiples of 8, at least 16; None takes the source's, or follows from the other one, rounded down; frames
+    are cropped to this aspect ratio. `fps` resamples the source; without it, frames keep their times, also at
+    a variable rate.
     """
 
     frames: int | None = None

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, SchedulerConfig
-from opensoraplan.formats.assemble import Opened, Sources, open_denoiser, open_vae, write_pipeline
+from opensoraplan.formats.assemble import (
+    Opened,
+    OpenedPipeline,
+    Sources,
+    open_denoiser,
+    open_vae,
+    write_pipeline,
+)
 from opensoraplan.formats.export import (
-    check_shard_size,
+    WeightFiles,
     new_folder,
     write_component,
     write_megatron,
@@ -83,7 +90,7 @@ def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -
     Raises ValueError for a folder that is no run, a step that is not there, a run without EMA or adapter if
     that is asked for, and a model to adapt that is not the one that was trained on.
     """
-    check_shard_size(options.max_shard_size)
+    files = WeightFiles(options.dtype, options.max_shard_size)
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not the output folder of a training run: it has no {CONFIG}")
     settings = TrainSettings.read_file(run / CONFIG)
@@ -100,7 +107,7 @@ def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -
     denoiser = _open_denoiser(run, settings, options)
     if to == "diffusers":
         with new_folder(out) as folder:
-            _write_diffusers(folder, denoiser, settings, options)
+            _write_diffusers(folder, denoiser, settings, files, options.prompts)
         logger.info("wrote %s", out)
         return
     rename = denoiser.model.original_format().rename
@@ -188,7 +195,11 @@ class _Merged(Mapping[str, Tensor]):
 
 
 def _write_diffusers(
-    folder: Path, denoiser: Opened[SparseUMMDiT], settings: TrainSettings, options: ExportOptions
+    folder: Path,
+    denoiser: Opened[SparseUMMDiT],
+    settings: TrainSettings,
+    files: WeightFiles,
+    prompts: PromptDefaults,
 ) -> None:
     vae, text = settings.vae, settings.text
     if vae.pretrained is None or text.t5 is None or text.clip is None:
@@ -196,15 +207,7 @@ def _write_diffusers(
             "the run's settings name no VAE and text encoders (vae.pretrained, text.t5, text.clip): only the "
             "denoiser is written"
         )
-        transformer = folder / "transformer"
-        write_component(
-            denoiser.model,
-            denoiser.names,
-            denoiser.tensors,
-            transformer,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
-        )
+        write_component(denoiser.model, denoiser.names, denoiser.tensors, folder / "transformer", files)
         return
     paths, base = find_parts(vae, text), _base(settings)
     sources = Sources(
@@ -217,19 +220,16 @@ def _write_diffusers(
     )
     write_pipeline(
         folder,
-        denoiser=denoiser,
-        vae=open_vae(sources.vae, vae.config),
-        sources=sources,
-        dtype=options.dtype,
+        OpenedPipeline(sources, denoiser, open_vae(sources.vae, vae.config)),
+        files=files,
         scheduler=_scheduler(settings, base),
         prompts={
             **_prompts_of(base),
             "max_text_tokens": text.max_tokens,
             "clean_prompts": text.clean,
             "keep_chinese": text.keep_chinese,
-            **options.prompts.as_config(),
+            **prompts.as_config(),
         },
-        max_shard_size=options.max_shard_size,
     )
     _generate_defaults(settings, base).write(folder)
 
