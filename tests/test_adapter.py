@@ -1,6 +1,7 @@
 """Training a LoRA or DoRA in place of all weights: what is trained and kept, and its files."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.learner.adapter import target_layers
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.export import ExportOptions, export_run
+from opensoraplan.train.run.export import ExportOptions, PromptDefaults, export_run
 from opensoraplan.train.run.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,9 +87,11 @@ def test_a_resumed_run_equals_an_undisturbed_one(
         assert all(torch.equal(tensor, two[part][name]) for name, tensor in tensors.items()), part
 
 
-def test_recompute_and_accumulation_change_nothing(tiny_run: MakeRun) -> None:
-    plain = tiny_run("plain", adapter=LORA, optimizer={"steps": 2})
-    recomputed = tiny_run("b", adapter=LORA, optimizer={"steps": 2}, memory={"recompute_blocks": 4})
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recompute_changes_nothing(tiny_run: MakeRun, dropout: float) -> None:
+    adapter = LORA | {"dropout": dropout}
+    plain = tiny_run("plain", adapter=adapter, optimizer={"steps": 2})
+    recomputed = tiny_run("b", adapter=adapter, optimizer={"steps": 2}, memory={"recompute_blocks": 4})
     train(plain)
     train(recomputed)
     assert logged(plain) == logged(recomputed)
@@ -179,6 +182,31 @@ def test_a_run_goes_on_with_its_own_adapter_only(tiny_run: MakeRun, tmp_path: Pa
         export_run(whole.output, tmp_path / "a.safetensors", ExportOptions(to="lora"))
     with pytest.raises(ValueError, match=r"got --out .*/a: use .*/a\.safetensors"):
         export_run(tmp_path / "run", tmp_path / "a")
+
+
+def test_a_run_goes_on_with_its_own_base_only(tiny_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    run = tiny_run(adapter=LORA, model={"pretrained": base}, optimizer={"steps": 2})
+    train(run)
+    model = denoiser_of(base)
+    model.proj_out.bias.data += 1
+    shutil.rmtree(base / "transformer")
+    model.save_pretrained(base / "transformer")
+    longer = tiny_run(adapter=LORA, model={"pretrained": base}, optimizer={"steps": 4})
+    with pytest.raises(ValueError, match=r"model\.pretrained is not the model .*weights were replaced"):
+        train(longer, resume="latest")
+    assert checkpoint.steps(run.output) == [2]
+
+
+def test_options_of_diffusers_folders_are_for_these(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run(adapter=LORA, optimizer={"steps": 1})
+    train(run)
+    out = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match=r"max_shard_size 5MB go with a diffusers folder, .* is lora:"):
+        export_run(run.output, out, ExportOptions(max_shard_size="5MB"))
+    with pytest.raises(ValueError, match=r"prompt settings go with a diffusers folder, .* is megatron:"):
+        export_run(run.output, out, ExportOptions(to="megatron", prompts=PromptDefaults("{}")))
+    assert not out.exists()
 
 
 def test_default_targets_of_the_release() -> None:

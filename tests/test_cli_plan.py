@@ -49,6 +49,11 @@ def test_plan_of_an_adapter_is_none_of_all_weights(osp: Command, tmp_path: Path)
     code, said, error, _ = osp("plan", "run.toml", "--set", "model.pretrained=builtin", "model.config=none")
     assert (code, said) == (2, "")
     assert "trains an adapter (lora): memory is predicted only for training all weights" in error
+    code, said, *_ = osp(
+        *("plan", "run.toml", "--generate", "--frames", 9, "--height", 64, "--width", 64),
+        *("--set", "model.pretrained=builtin", "model.config=none"),
+    )
+    assert (code, "9 x 64 x 64" in said) == (0, True)
 
 
 def test_plan_of_a_run_takes_its_settings(osp: Command, tmp_path: Path) -> None:

@@ -9,31 +9,23 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import LORA_LAYERS, lora_of
 from torch import Tensor
 
+from opensoraplan.formats.assemble import Sources, open_pipeline
 from opensoraplan.formats.lora import Lora, write_lora
+from opensoraplan.generate.planning import tune
+from opensoraplan.generate.saved import SUFFIX, SavedLatents, is_same_video, read, write
 from opensoraplan.generate.session import Session, SessionOptions
-from opensoraplan.models.lora import linear_layers
-from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.models.lora import SETTINGS_FILE, WEIGHT_FILES
+from opensoraplan.models.modulation import keep_on_host
 from opensoraplan.requests import Request, split_strength
+from opensoraplan.runtime.loras import load_loras
+from opensoraplan.runtime.placement import weight_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {"frames": 9, "height": 32, "width": 32, "steps": 2, "seed": 3}
-LAYERS = ("transformer_blocks.1.attn1.to_q", "transformer_blocks.3.ff.net.2", "caption_projection")
-
-
-def lora_of(model: Path, *, seed: int, rank: int = 2, dora: bool = False, base: str = "") -> Lora:
-    shapes = linear_layers(SparseUMMDiT.from_pretrained(model / "transformer"))
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in LAYERS:
-        outputs, inputs = shapes[layer]
-        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) / 4
-        tensors[f"{layer}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) / 4
-        if dora:
-            tensors[f"{layer}.lora_magnitude_vector"] = torch.rand(outputs, generator=generator) + 0.5
-    config = {"r": rank, "lora_alpha": 3, "target_modules": list(LAYERS), "use_dora": dora}
-    return Lora(tensors, config, {"base_fingerprint": base})
 
 
 @pytest.fixture
@@ -84,7 +76,7 @@ def test_a_lora_is_what_merging_it_gives(tiny_model: Path, tmp_path: Path, dora:
     write_lora(lora, tmp_path / "a.safetensors", kind="comfy")
     before, wanted = latents_of(tiny_model, request()), request(str(tmp_path / "a.safetensors"))
     with Session.open(options_of(tiny_model), request()) as session:
-        for layer in LAYERS:
+        for layer in LORA_LAYERS:
             module = session.pipeline.transformer.get_submodule(layer)
             module.weight.data = lora.merge(layer, module.weight.data)
         merged = session.run(request(), output="latents").latents
@@ -92,26 +84,89 @@ def test_a_lora_is_what_merging_it_gives(tiny_model: Path, tmp_path: Path, dora:
     torch.testing.assert_close(latents_of(tiny_model, wanted), merged, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weights", ["whole", "int8"])
+def test_the_bytes_of_loras_are_planned_for(tiny_model: Path, files: list[Path], weights: str) -> None:
+    empty = open_pipeline(Sources.of_folder(tiny_model)).without_weights(
+        torch.float32, vae_dtype=torch.float32
+    )
+    before = weight_bytes(empty)
+    load_loras(empty.transformer, files)
+    assert weight_bytes(empty) - before == sum(
+        tensor.nbytes for file in files for tensor in load_file(file).values()
+    )
+    options = options_of(tiny_model, weights=weights)
+    tune(empty, options, torch.device("cpu"), masked=None)
+    with Session.open(options, request(*map(str, files))) as session:
+        assert weight_bytes(empty) == weight_bytes(session.pipeline)
+
+
+def test_loras_of_adaln_work_on_the_host(tiny_model: Path, tmp_path: Path) -> None:
+    layers = ("transformer_blocks.0.norm1.linear", "norm_out.linear")
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, path in enumerate(paths):
+        write_lora(lora_of(tiny_model, seed=seed, layers=layers), path, kind="comfy")
+    a, b = map(str, paths)
+    wanted = [request(a), request(f"{b}:0.5"), request(), request(b, a)]
+    with Session.open(options_of(tiny_model), wanted) as session:
+        latents = [session.run(one, output="latents").latents for one in wanted]
+        keep_on_host(session.pipeline.transformer)
+        for one, before in zip(wanted, latents, strict=True):
+            assert torch.equal(session.run(one, output="latents").latents, before), one.lora
+    assert len({tuple(one.flatten().tolist()) for one in latents}) == 4
+
+
 def test_the_record_knows_the_loras(tiny_model: Path, files: list[Path]) -> None:
-    with Session.open(options_of(tiny_model), request(f"{files[0]}:0.5")) as session:
-        assert "lora" not in session.record(request())
-        (first,) = session.record(request(f"{files[0]}:0.5"))["lora"]
-        assert (first["file"], first["strength"]) == ("a.safetensors", 0.5)
-        files[1].rename(files[0])  # another one of the same name
-        (second,) = session.record(request(str(files[0])))["lora"]
-    assert first["fingerprint"] != second["fingerprint"]
+    wanted = request(f"{files[0]}:0.5")
+    with Session.open(options_of(tiny_model), wanted) as session:
+        plain, first = session.record(request()), session.record(wanted)
+        assert "lora" not in plain
+        assert not is_same_video(plain, first)
+    moved = files[0].rename(files[0].with_name("moved.safetensors"))
+    wanted = [request(f"{moved}:0.5"), request(str(moved)), request(f"{files[1]}:0.5")]
+    with Session.open(options_of(tiny_model), wanted) as session:
+        same, stronger, other = map(session.record, wanted)
+    assert is_same_video(first, same)
+    assert not is_same_video(first, stronger)
+    assert not is_same_video(first, other)
+
+
+def test_settings_beside_a_file_belong_to_the_video(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    write_lora(lora_of(tiny_model, seed=1), folder, kind="peft")
+    wanted, records = request(str(folder / WEIGHT_FILES[1])), []
+    for alpha in (3, 30):
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        (folder / SETTINGS_FILE).write_text(json.dumps({**settings, "lora_alpha": alpha}))
+        with Session.open(options_of(tiny_model), wanted) as session:
+            records.append(session.record(wanted))
+    assert not is_same_video(*records)
+
+
+def test_a_stopped_video_with_a_lora_goes_on(tiny_model: Path, files: list[Path], tmp_path: Path) -> None:
+    wanted = request(f"{files[0]}:0.5")
+    with Session.open(options_of(tiny_model), wanted) as session:
+        whole = session.run(wanted)
+        half = session.run(wanted, should_stop=lambda: True)
+        assert half.step == 1
+        path = tmp_path / f"a{SUFFIX}"
+        write(path, SavedLatents(half.latents, half.step, half.record, {"shift": None, "scale": None}))
+        start = read(path)
+        assert is_same_video(start.record, session.record(wanted))
+        assert torch.equal(session.denoise(wanted, start=start), whole.latents)
 
 
 def test_memory_does_not_grow_with_switches(tiny_model: Path, files: list[Path]) -> None:
     a, b = map(str, files)
     wanted = [request(a), request(f"{b}:0.5"), request(), request(a, b)]
-    sizes = []
+    sizes, tensors = [], []
     with Session.open(options_of(tiny_model), wanted) as session:
         for number in range(20):
             session.run(wanted[number % 4], output="latents")
             gc.collect()
             sizes.append(psutil.Process().memory_info().rss)
+            tensors.append(sum(issubclass(type(one), Tensor) for one in gc.get_objects()))
     assert sizes[-1] - sizes[4] < 20e6
+    assert tensors[7::4] == [tensors[7]] * 4
 
 
 def test_a_lora_of_another_model_is_told(
@@ -134,6 +189,8 @@ def test_loras_that_cannot_be_used(tiny_model: Path, tmp_path: Path, files: list
     write_lora(Lora(renamed, lora.config, {}), foreign, kind="diffusers")
     with pytest.raises(ValueError, match=r"foreign\.safetensors: .*\n.*blocks\.99"):
         Session.open(options_of(tiny_model), request(str(foreign)))
+    with pytest.raises(FileNotFoundError, match=r"there is no LoRA nowhere\.safetensors"):
+        Session.open(options_of(tiny_model), request("nowhere.safetensors"))
     session = Session.open(options_of(tiny_model), request())
     with pytest.raises(ValueError, match=r"not opened for a request with the LoRA .*a\.safetensors"):
         session.run(request(str(files[0])))

@@ -2,11 +2,16 @@
 that needs another size says only what differs: `{**DENOISER, "num_layers": [2, 4, 2]}`.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from opensoraplan.formats.lora import Lora
+from opensoraplan.models.lora import linear_layers
 from opensoraplan.models.original import aligned
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 DENOISER: dict[str, Any] = {
@@ -44,3 +49,30 @@ def align(pipeline: OpenSoraPlanPipeline) -> None:
     for part in pipeline.components.values():
         for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
             weight.data = aligned(weight.data)
+
+
+# Layers of the denoiser of write_model that `lora_of` changes.
+LORA_LAYERS = ("transformer_blocks.1.attn1.to_q", "transformer_blocks.3.ff.net.2", "caption_projection")
+
+
+def lora_of(
+    model: Path,
+    *,
+    seed: int,
+    layers: Sequence[str] = LORA_LAYERS,
+    rank: int = 2,
+    dora: bool = False,
+    base: str = "",
+) -> Lora:
+    """A LoRA or DoRA for the denoiser of a model folder, that changes what it makes."""
+    shapes = linear_layers(SparseUMMDiT.from_pretrained(model / "transformer"))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in layers:
+        outputs, inputs = shapes[layer]
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) / 4
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) / 4
+        if dora:
+            tensors[f"{layer}.lora_magnitude_vector"] = torch.rand(outputs, generator=generator) + 0.5
+    config = {"r": rank, "lora_alpha": 3, "target_modules": list(layers), "use_dora": dora}
+    return Lora(tensors, config, {"base_fingerprint": base})

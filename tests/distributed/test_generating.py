@@ -10,10 +10,11 @@ import torch.distributed as dist
 from command import Command, Running
 from denoising import RAGGED, WHOLE, make_batch, make_model
 from ranks import Ranks
-from tiny_models import VAE
+from tiny_models import VAE, lora_of
 from torch import Tensor
 
 from opensoraplan.data.video import read_frames
+from opensoraplan.formats.lora import write_lora
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.branches import share_branches
@@ -137,18 +138,27 @@ def test_rows_that_cannot_be_shared_out_are_refused(ranks: Ranks) -> None:
         ranks(decoded_rows, latents, None, ranks=4)
 
 
+@pytest.mark.parametrize("branch_ranks", [1, 2], ids=["tokens", "branches"])
 def test_command_in_several_processes_makes_the_picture_of_one(
-    osp: Command, start_ranks: Callable[..., list[Running]], tiny_model: Path, tmp_path: Path
+    osp: Command,
+    start_ranks: Callable[..., list[Running]],
+    tiny_model: Path,
+    tmp_path: Path,
+    branch_ranks: int,
 ) -> None:
     """A picture is stored as it is; a codec would make more of the difference of sums in another order."""
     command = ["generate", "a fox", "--model", tiny_model, "--dtype", "fp32", "--steps", 3, "--frames", 1]
     command += ["--height", 64, "--width", 64, "--batched-guidance"]
+    write_lora(lora_of(tiny_model, seed=0), tmp_path / "lora.safetensors", kind="diffusers")
+    command += ["--lora", "lora.safetensors:0.5"]
     outcome = osp(*command, "--out", "one.png")
     assert outcome.code == 0, outcome
-    for process in start_ranks(*command, "--out", "two.png", "--branch-ranks", 2, ranks=2):
+    for process in start_ranks(*command, "--out", "two.png", "--branch-ranks", branch_ranks, ranks=2):
         assert process.wait() == 0, process.said()
     files = [tmp_path / "one.png", tmp_path / "two.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one.png", "two.json", "two.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [
+        *("lora.safetensors", "one.json", "one.png", "two.json", "two.png")
+    ]
     one, two = (read_frames(path).int() for path in files)
     assert one.float().std() > 1
     # Values that differ by less than CLOSE become another level where they are that near to its edge.

@@ -23,6 +23,7 @@ import torch
 from command import Running
 from diffusers.models.attention_dispatch import attention_backend
 from ranks import Ranks
+from safetensors.torch import load_file
 from tiny_models import FOUR_HEADS
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +39,7 @@ from opensoraplan.train.inputs.turns import encoded_batches
 from opensoraplan.train.learner.building import build
 from opensoraplan.train.log.metrics import FILE as METRICS
 from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.export import export_run
 from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
@@ -134,6 +136,26 @@ def test_any_number_of_processes_goes_on_with_a_checkpoint_of_any_other(six: Mak
     assert losses(six(), "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=CLOSE)
     averages = [checkpoint.load(run.output, 4).parts["ema"]["proj_out.weight"] for run in (one, six())]
     assert (averages[0] - averages[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_is_that_of_one_process(six: MakeRun, begin: Begin, tmp_path: Path, kind: str) -> None:
+    adapter = {"adapter": {"kind": kind, "rank": 2}}
+    one = six(steps=3, output="one", sections=adapter)
+    train(one)
+    finish(begin(six(steps=1, ranks=2, dp_shard=2, sections=adapter), ranks=2))
+    finish(begin(six(steps=2, sp=2, sections=adapter), ranks=2))
+    train(six(steps=3, sections=adapter), resume="latest")
+    assert losses(six()) == pytest.approx(losses(one), rel=CLOSE)
+    assert losses(six(), "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=1e-3)
+    files = []
+    for run in (one, six()):
+        files.append(tmp_path / f"{run.output.name}.safetensors")
+        export_run(run.output, files[-1])
+    expected, found = map(load_file, files)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=0)
 
 
 def test_attention_that_is_chosen_is_that_of_every_process(ranks: Ranks, six: MakeRun) -> None:

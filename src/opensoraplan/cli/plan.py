@@ -156,7 +156,7 @@ def _run_of(options: Plan) -> "TrainSettings | None":
     changes = [change for group in options.set for change in group]
     if options.model is not None and options.model.suffix == ".toml":
         run = read_run(options.model, changes=changes)
-        if run.adapter.kind != "none":
+        if not options.generate and run.adapter.kind != "none":
             raise ValueError(
                 f"{options.model} trains an adapter ({run.adapter.kind}): memory is predicted "
                 "only for training all weights"

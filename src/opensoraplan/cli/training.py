@@ -90,7 +90,7 @@ class Export:
     run: Positional[Path]
     """Output folder of `osp train` or `osp train-vae`."""
     out: Path
-    """Folder to write; it must be new or empty."""
+    """Folder to write, new or empty; for a LoRA, but for lora-peft, the .safetensors file to write."""
     step: Annotated[str, optional("latest|STEP")] = "latest"
     """Checkpoint to export."""
     ema: bool = True

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opensoraplan.disk import name_path_in_errors
 from opensoraplan.documents import parse_json
 from opensoraplan.formats.export import new_file, new_folder
-from opensoraplan.models.lora import HEADER_KEY, SETTINGS_FILE, WEIGHT_FILES, read_lora
+from opensoraplan.models.lora import HEADER_KEY, SETTINGS_FILE, WEIGHT_FILES, find_lora, open_lora
 
 LoraFormat = Literal["diffusers", "comfy", "kohya", "peft"]
 LORA_FORMATS = get_args(LoraFormat)
@@ -118,8 +117,8 @@ def write_lora(lora: Lora, path: Path, *, kind: LoraFormat, dtype: torch.dtype |
 
 def read_origin(source: Path) -> dict[str, Any]:
     """What a LoRA that `write_lora` has written was trained on; of other LoRAs nothing."""
-    path, *_ = read_lora(source)
-    with safe_open(path, framework="pt") as file:
+    path = find_lora(source)
+    with open_lora(path) as file:
         text = (file.metadata() or {}).get(ORIGIN_KEY)
     origin = None if text is None else parse_json(text, where=f"{ORIGIN_KEY} of {path}")
     return origin if isinstance(origin, dict) else {}

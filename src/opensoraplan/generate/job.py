@@ -152,9 +152,9 @@ def _claim_video(stack: ExitStack, wanted: Path, record: dict[str, Any], *, must
     """Claim a video until the stack is closed. If another process is making it, return False or, with
     `must_be_free`, raise ValueError.
     """
-    # Fingerprints identify the weights, wherever they are stored.
-    ignored = {"opensoraplan", "model"} if record.get("fingerprint") else {"opensoraplan"}
-    video = {key: value for key, value in record.items() if key not in ignored}
+    from opensoraplan.generate import saved
+
+    video = saved.identity(record)
     digest = hashlib.sha256(json.dumps(video, sort_keys=True).encode()).hexdigest()
     work = wanted.with_name(f"{wanted.name} {digest}")
     own = claim(work)

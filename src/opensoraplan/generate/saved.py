@@ -25,6 +25,9 @@ _PARTS = ("sequence", "mask", "pooled")
 # Keys that older records do not have. The other keys imply them.
 _ADDED = ("fingerprint", "encoded_prompt", "encoded_negative_prompt")
 
+# Key of the fingerprints and strengths of a video's LoRAs, whose files may have been renamed.
+LORA_WEIGHTS = "lora_weights"
+
 Record = dict[str, Any]
 
 
@@ -190,15 +193,23 @@ def saved_step(path: Path, record: Mapping[str, Any]) -> int | None:
     return step if is_same_video(found, record) else None
 
 
+def identity(record: Mapping[str, Any]) -> Record:
+    """What of a record decides the video: fingerprints, if there are any, say more than names of files."""
+    ignored = {"opensoraplan"}
+    if "fingerprint" in record:
+        ignored.add("model")
+    if LORA_WEIGHTS in record:
+        ignored.add("lora")
+    return {key: value for key, value in record.items() if key not in ignored}
+
+
 def is_same_video(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two records describe the same video, whichever version of this package wrote them. Weights are
     compared by fingerprint or, if a record has none, by the path of the model. Keys that only one of two
     records has because the other is older are ignored.
     """
-    ignored = {"opensoraplan", *(key for key in _ADDED if key not in one or key not in other)}
-    if "fingerprint" not in ignored:
-        ignored.add("model")
-    first, second = ({k: v for k, v in r.items() if k not in ignored} for r in (one, other))
+    ignored = {key for key in _ADDED if key not in one or key not in other}
+    first, second = (identity({k: v for k, v in r.items() if k not in ignored}) for r in (one, other))
     return first == second
 
 

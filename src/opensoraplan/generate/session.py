@@ -5,7 +5,7 @@ planning.py has what is computed before weights are read; job.py writes the vide
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -30,8 +30,7 @@ from opensoraplan.generate.planning import (
     set_decoding,
     tune,
 )
-from opensoraplan.generate.saved import SavedLatents
-from opensoraplan.models.lora import check_lora
+from opensoraplan.generate.saved import LORA_WEIGHTS, SavedLatents
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.models.text import PromptEmbeds
@@ -40,7 +39,7 @@ from opensoraplan.parallel.ranks import ALONE, Ranks, joined
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request
 from opensoraplan.runtime.compiling import compile_blocks
-from opensoraplan.runtime.loras import load_loras, use_loras
+from opensoraplan.runtime.loras import load_loras, settings_of, use_loras
 from opensoraplan.runtime.placement import Arrangement
 from opensoraplan.runtime.quantisation import weight_precision_of
 from opensoraplan.runtime.step_cache import Calibration, skip_steps
@@ -108,7 +107,7 @@ class Session:
     writes files and gets frames. `all_decode`: all ranks decode, not only the first. `batched`: ranks split
     the branches of guidance, so every request uses batched guidance. `arrangement`: where the weights are
     kept, with plans that need less memory in case it runs out. `largest`: the largest requests allowed; if
-    empty, any size is. `loras`: files of the LoRAs in the denoiser.
+    empty, any size is. `loras`: the files of the LoRAs in the denoiser, with their fingerprints.
 
     A request that fails or is stopped does not change the session.
     """
@@ -122,7 +121,7 @@ class Session:
     all_decode: bool = False
     batched: bool = False
     largest: Sequence[Request] = ()
-    loras: Sequence[Path] = ()
+    loras: Mapping[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.embeds = PromptCache(self.pipeline)
@@ -151,7 +150,7 @@ class Session:
         device = place.device
         opened = assemble.open_pipeline(options.sources)
         empty = opened.without_weights(place.dtype, vae_dtype=place.vae_dtype)
-        loras = _check_loras(empty.transformer, options, requests)
+        loras = _try_loras(empty.transformer, options, requests)
         loading = plan_loading(empty, options, requests, place)
         pipeline = _load_pipeline(opened, options, place, loading, loras)
         pipeline.vae.streaming_latent_frames = empty.vae.streaming_latent_frames
@@ -302,7 +301,7 @@ class Session:
             if after_step is not None:
                 after_step(tensors["latents"], index + 1, tensors["velocity"])
 
-        use_loras(pipeline.transformer, self.loras, request.lora_strengths())
+        use_loras(pipeline.transformer, list(self.loras), request.lora_strengths())
         prompt, negative = self.embeds.of(request)
         cached = nullcontext()
         if request.step_cache:
@@ -365,13 +364,10 @@ class Session:
             record["fingerprint"] = {**self.fingerprints, "configs": _hash_configs(pipeline)}
             if request.step_cache:
                 record["fingerprint"]["step_cache"] = hash_text(json.dumps(list(self.step_ratios)))
-        strengths = request.lora_strengths()
-        del record["lora"]
-        if strengths:
-            record["lora"] = [
-                {"file": file.name, "strength": strength, "fingerprint": fingerprint_weights(file)}
-                for file, strength in strengths.items()
-            ]
+        if strengths := request.lora_strengths():
+            record[LORA_WEIGHTS] = [[self.loras[file], strength] for file, strength in strengths.items()]
+        else:  # as in records older than LoRAs
+            del record["lora"]
         return json.loads(json.dumps(record))
 
     def share_decoding(self, latents: Tensor) -> None:
@@ -413,9 +409,10 @@ def _add_fingerprints(options: SessionOptions, requests: Sequence[Request]) -> S
     return replace(options, fingerprints=fingerprints, step_ratios=ratios)
 
 
-def _check_loras(model: SparseUMMDiT, options: SessionOptions, requests: Sequence[Request]) -> list[Path]:
-    """The files of all LoRAs that the requests use. Raises ValueError for one that does not fit the model,
-    whose weights are not needed for this; warns of one that was trained on another model.
+def _try_loras(empty: SparseUMMDiT, options: SessionOptions, requests: Sequence[Request]) -> dict[Path, str]:
+    """Put all LoRAs that the requests use into the denoiser without weights. Returns their files and
+    fingerprints. Raises FileNotFoundError and ValueError for those that cannot be used; warns of one that was
+    trained on another model.
     """
     files = list({file: None for request in requests for file in request.lora_strengths()})
     if files and options.tp > 1:
@@ -423,13 +420,19 @@ def _check_loras(model: SparseUMMDiT, options: SessionOptions, requests: Sequenc
             f"tp {options.tp} splits the layers that a LoRA changes: split the video's tokens instead (tp 1)"
         )
     for file in files:
-        config = check_lora(model, file)
-        if config["use_dora"] and options.weights != "whole":
+        if not file.exists():
+            raise FileNotFoundError(f"there is no LoRA {file}")
+    load_loras(empty, files)
+    found = {}
+    for file in files:
+        settings = settings_of(empty, file, files)
+        if settings["use_dora"] and options.weights != "whole":
             raise ValueError(f"{file} is a DoRA, which needs whole weights, not {options.weights}")
         base = read_origin(file).get("base_fingerprint")
         if base and base != (options.fingerprints or {}).get("transformer", base):
             logger.warning("%s was trained on another model than this one: results may be poor", file)
-    return files
+        found[file] = hash_text(fingerprint_weights(file) + json.dumps(settings, sort_keys=True))
+    return found
 
 
 def _load_pipeline(
@@ -437,7 +440,7 @@ def _load_pipeline(
     options: SessionOptions,
     place: Place,
     loading: LoadingPlan,
-    loras: Sequence[Path],
+    loras: Iterable[Path],
 ) -> OpenSoraPlanPipeline:
     """Load and tune the pipeline. Moves it to the device, unless there are plans for where it is kept."""
     device = place.device
@@ -455,7 +458,7 @@ def _load_pipeline(
                 keep_chinese=options.prompts.keep_chinese,
             )
         set_decoding(pipeline.vae, options)
-        load_loras(pipeline.transformer, loras)
+        load_loras(pipeline.transformer, list(loras))
         tune(pipeline, options, device, masked=loading.masked)
         if not loading.plans:
             pipeline.to(device)

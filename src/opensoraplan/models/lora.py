@@ -64,8 +64,10 @@ class LoraMixin(PeftAdapterMixin):
         else:
             where, tensors, settings = read_lora(pretrained_model_name_or_path_or_dict, **reading)
         settings = settings if metadata is None else metadata
-        with _named(where):
+        try:
             tensors, config = to_peft(tensors, linear_layers(self), settings=settings, prefix=prefix)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         options |= {"prefix": None, "hotswap": hotswap, "metadata": config}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is no accident
@@ -89,24 +91,6 @@ def check_peft() -> None:
         raise ImportError("LoRAs need peft: pip install 'peft>=0.17'")
 
 
-def check_lora(model: nn.Module, source: str | Path) -> dict[str, Any]:
-    """The settings of a LoRA, as LoraConfig takes them. Raises what `load_lora_adapter` would for this model,
-    of which no weights are needed.
-    """
-    check_peft()
-    where, tensors, settings = read_lora(source)
-    with _named(where):
-        return to_peft(tensors, linear_layers(model), settings=settings)[1]
-
-
-@contextmanager
-def _named(where: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 (a mixin's module)
     """Names and (outputs, inputs) of a model's linear layers, those that have LoRAs already included."""
     return {
@@ -127,6 +111,27 @@ def read_lora(
     repository of the Hub, with its options `hub`. Raises ValueError if it cannot be read or is not the
     only one there.
     """
+    path = find_lora(source, weight_name=weight_name, subfolder=subfolder, **hub)
+    with open_lora(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        header = file.metadata() or {}
+    if HEADER_KEY in header:
+        settings = parse_json(header[HEADER_KEY], where=f"{HEADER_KEY} of {path}")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{HEADER_KEY} of {path} must be one JSON object")
+        return path, tensors, settings
+    beside = path.with_name(SETTINGS_FILE)
+    return path, tensors, read_json_object(beside) if beside.is_file() else None
+
+
+def find_lora(
+    source: str | Path,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    **hub: Any,  # noqa: ANN401 (huggingface_hub's)
+) -> Path:
+    """The file that `read_lora` reads. Raises ValueError as it does."""
     path = Path(source)
     if not path.exists() and _HUB_ID.fullmatch(str(source)):
         wanted = [
@@ -140,19 +145,17 @@ def read_lora(
         raise ValueError(f"there is no LoRA {path}")
     if path.suffix != ".safetensors":
         raise ValueError(f"LoRAs are read from .safetensors files, got {path}")
+    return path
+
+
+@contextmanager
+def open_lora(path: Path) -> Iterator[Any]:
+    """An open .safetensors file. Raises ValueError for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            header = file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    if HEADER_KEY in header:
-        settings = parse_json(header[HEADER_KEY], where=f"{HEADER_KEY} of {path}")
-        if not isinstance(settings, dict):
-            raise ValueError(f"{HEADER_KEY} of {path} must be one JSON object")
-        return path, tensors, settings
-    beside = path.with_name(SETTINGS_FILE)
-    return path, tensors, read_json_object(beside) if beside.is_file() else None
 
 
 def _only_file(folder: Path, name: str | None) -> Path:

@@ -35,6 +35,11 @@ class HostLayer(nn.Module):
         return lambda x: functional_call(layer, weights, (x,))
 
 
+def layer_of(layer: nn.Module) -> nn.Module:
+    """The layer itself, of one that is kept on the host."""
+    return layer._layer[0] if isinstance(layer, HostLayer) else layer
+
+
 def adaln_layers(model: SparseUMMDiT) -> Iterator[AdaNormZero | AdaNormOut]:
     """All that the condition modulates: both of each block, then the last one."""
     for block in model.transformer_blocks:

@@ -47,7 +47,7 @@ def block_activations(step: TrainingStep, block: Block) -> BlockActivations:
 
     norm = _norm_bytes(step, dim) + FP32 * dim  # and its output, for the gradient of the scale
     # q and k in fp32, with what rms_norm keeps of them; the text's, too.
-    qk = 2 * (_rms_bytes(step, model.head_dim) * model.heads) // tp
+    qk = 2 * (_rms_bytes(model.head_dim) * model.heads) // tp
     inner = 2 * 4 * dim * c // tp  # before and after GELU
     attended = (padded + block.rate * text) // (sp * tp)  # q, k, v, output and log-sum-exp of the scores
     attention = attended * (4 * dim * c + FP32 * model.heads)
@@ -89,15 +89,15 @@ def block_activations(step: TrainingStep, block: Block) -> BlockActivations:
     )
 
 
-def _rms_bytes(step: TrainingStep, width: int) -> int:
-    """What rms_norm keeps of a vector: itself in fp32, 1 / rms, and the quotient, unless a kernel does it."""
-    return width * FP32 * (1 if step.options.fused_rms_norm else 2) + FP32
+def _rms_bytes(width: int) -> int:
+    """What rms_norm keeps of a vector: itself in fp32, 1 / rms, and the quotient."""
+    return width * FP32 * 2 + FP32
 
 
 def _norm_bytes(step: TrainingStep, width: int) -> int:
     """What a norm of the config's kind keeps of a vector."""
     if step.model.config["norm_cls"] == "rms_norm":
-        return _rms_bytes(step, width)
+        return _rms_bytes(width)
     return width * FP32 + 2 * FP32  # itself, mean and 1 / std
 
 

@@ -14,10 +14,7 @@ ONE_DEVICE = MeshSettings(dp_shard=1)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How the denoiser is trained; names and meanings as in train/config.py, `ema` is where the average is.
-
-    `fused_rms_norm`: torch has a kernel for q/k norms that keeps less (CUDA), or not (CPU).
-    """
+    """How the denoiser is trained; names and meanings as in train/config.py, `ema` is where the EMA is."""
 
     compute: Literal["bf16", "fp32"] = "bf16"
     master: Literal["bf16", "fp32"] = "fp32"
@@ -27,7 +24,6 @@ class TrainingOptions:
     keep_attention: bool = False
     ema: Literal["device", "host"] | None = "device"
     cpu_offload: bool = False
-    fused_rms_norm: bool = False
 
     def check(self, model: DenoiserSizes) -> None:
         """Raise ValueError for what the model or the trainer refuses."""

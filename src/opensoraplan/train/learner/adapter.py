@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensoraplan.fingerprint import fingerprint_weights
+from opensoraplan.fingerprint import fingerprint_weights, other_parts
 from opensoraplan.formats.assemble import component_of
 from opensoraplan.formats.lora import Lora
 from opensoraplan.models.lora import check_peft, linear_layers
@@ -25,8 +25,8 @@ DEFAULT_TARGETS = (
     r"\.attn1\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
     r"\.(ff|ff_enc)\.net\.(0\.proj|2)$",
 )
-# The name of the model that is adapted, among the fingerprints of a checkpoint.
-BASE = "model.pretrained"
+# The setting of the model that is adapted, and its name among the fingerprints of a checkpoint.
+BASE_SETTING = "model.pretrained"
 _NUMBERED = re.compile(r"^transformer_blocks\.\d+\.")
 _BASE = ".base_layer."
 _VECTOR = ".lora_magnitude_vector"
@@ -49,14 +49,7 @@ def add_adapter(model: SparseUMMDiT, settings: AdapterSettings) -> None:
             f"adapter.rank is {settings.rank}, but {narrowest} is {outputs} x {inputs}: use at most "
             f"{min(outputs, inputs)}"
         )
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha or settings.rank,  # type: ignore[arg-type] (PEFT divides it)
-        target_modules=sorted(layers),
-        lora_dropout=settings.dropout,
-        use_dora=settings.kind == "dora",
-    )
-    model.add_adapter(config)
+    model.add_adapter(LoraConfig(**_config(settings, layers), lora_dropout=settings.dropout))
 
 
 def target_layers(model: SparseUMMDiT, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -99,16 +92,31 @@ def fingerprint_base(path: Path) -> str:
     return fingerprint_weights(component_of(path, "transformer"))
 
 
+def check_base(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ValueError if the model that is adapted is not the one `before`, by the fingerprints of a run: an
+    adapter is of no use to another one.
+    """
+    if BASE_SETTING in other_parts(before, now):
+        raise ValueError(
+            f"{BASE_SETTING} is not the model that the adapter was trained on: its weights were replaced. "
+            "Put them back, or start another run"
+        )
+
+
 def lora_of(tensors: Mapping[str, Tensor], settings: AdapterSettings, origin: Mapping[str, Any]) -> Lora:
     """The adapter in a checkpoint of a run with these settings, for files."""
     plain = {name.replace(".default", "", 1): tensor for name, tensor in tensors.items()}
     plain = {
         name.removesuffix(".weight") if _VECTOR in name else name: value for name, value in plain.items()
     }
-    config = {
+    return Lora(plain, _config(settings, {name.partition(".lora_")[0] for name in plain}), origin)
+
+
+def _config(settings: AdapterSettings, layers: Iterable[str]) -> dict[str, Any]:
+    """Arguments of PEFT's LoraConfig."""
+    return {
         "r": settings.rank,
         "lora_alpha": settings.alpha or settings.rank,
-        "target_modules": sorted({name.partition(".lora_")[0] for name in plain}),
+        "target_modules": sorted(layers),
         "use_dora": settings.kind == "dora",
     }
-    return Lora(plain, config, origin)

@@ -1,6 +1,6 @@
 """What WF-VAE training compares clips with besides pixels: a patch discriminator, and LPIPS if it is there.
 
-Not here: the other losses and the weights of all of them (vae_trainer.py). Clips are [B, 3, T, H, W] in
+Not here: the other losses and the weights of all of them (vae_losses.py). Clips are [B, 3, T, H, W] in
 [-1, 1]. Source: docs/model.md section 5, arXiv 2411.17459.
 """
 

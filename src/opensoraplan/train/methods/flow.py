@@ -24,7 +24,7 @@ from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import fingerprint_files, sample_posterior
 from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, open_source
 from opensoraplan.train.inputs.turns import Turn, encoded_batches
-from opensoraplan.train.learner.adapter import BASE, fingerprint_base
+from opensoraplan.train.learner.adapter import BASE_SETTING, fingerprint_base
 from opensoraplan.train.learner.building import build
 from opensoraplan.train.learner.gradient_clip import AdaptiveClip
 from opensoraplan.train.learner.learner import Learner
@@ -114,7 +114,7 @@ class FlowMatching:
         settings, base = self._settings, self._settings.model.pretrained
         found = fingerprint_files(settings.vae, settings.text)
         if self._adapts and base is not None:
-            found[BASE] = fingerprint_base(base)
+            found[BASE_SETTING] = fingerprint_base(base)
         return found
 
     def batches(self, start: int, account: Account) -> Generator[Turn, None, None]:

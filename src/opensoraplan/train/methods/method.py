@@ -1,7 +1,8 @@
 """What differs between methods of training: what is trained, on which batches, and what a step's loss is.
 
 A new method is a file here with a class of this protocol and an entry in METHODS of run/trainer.py; settings
-of its own are a class in train/config.py. Not here: when steps are taken, logged and saved (run/).
+of its own are a class in train/config.py and an entry in SETTINGS of run/files.py. Not here: when steps are
+taken, logged and saved (run/).
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence

@@ -89,7 +89,7 @@ def save(
     keep_every: int | None = None,
 ) -> Path:
     """Write a checkpoint, then remove all but the newest `keep` and every `keep_every`th, and
-    what was `set_aside`.
+    what `hide_later` hid.
 
     It is written under another name, flushed to the disk and renamed, so that a run killed at any moment
     leaves earlier checkpoints whole. Raises ValueError in plain words for a full or read-only disk; nothing
@@ -214,7 +214,7 @@ def remove_unfinished(output: Path) -> None:
 
 
 def rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and every `keep_every`th, and what was `set_aside`."""
+    """Remove all but the newest `keep` checkpoints and every `keep_every`th, and what `hide_later` hid."""
     _remove_all(output, _SUPERSEDED)
     for step in steps(output)[:-keep]:
         if keep_every is None or step % keep_every:

@@ -26,12 +26,13 @@ from opensoraplan.formats.export import (
     write_release,
 )
 from opensoraplan.formats.lora import Lora, LoraFormat, check_lora_path, write_lora
+from opensoraplan.formats.stored import Stored, StoredTensors
 from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import find_parts
 from opensoraplan.train.inputs.sources import selection_of_run
-from opensoraplan.train.learner.adapter import BASE, fingerprint_base, lora_of
+from opensoraplan.train.learner.adapter import BASE_SETTING, fingerprint_base, lora_of
 from opensoraplan.train.learner.learner import check_finite
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.folder import CONFIG
@@ -96,6 +97,8 @@ def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -
     settings = TrainSettings.read_file(run / CONFIG)
     adapts = settings.adapter.kind != "none"
     to = options.to or ("lora" if adapts else "diffusers")
+    if to != "diffusers":
+        _check_unused(options, to)
     if to.startswith("lora"):
         if not adapts:
             raise ValueError(
@@ -111,16 +114,23 @@ def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -
         logger.info("wrote %s", out)
         return
     rename = denoiser.model.original_format().rename
-    theirs = {
-        rename(name): denoiser.tensors[name].to(options.dtype or denoiser.tensors[name].dtype)
-        for name in denoiser.names
-    }
+    ours = ((name, denoiser.tensors[name]) for name in denoiser.names)
+    theirs = {rename(name): tensor.to(options.dtype or tensor.dtype) for name, tensor in ours}
     with new_folder(out) as folder:
         if to == "megatron":
             write_megatron(denoiser.model, theirs, folder, tensor_parallel=options.tensor_parallel)
         else:
             write_release(denoiser.model, theirs, folder)
     logger.info("wrote %s", out)
+
+
+def _check_unused(options: ExportOptions, to: ExportFormat) -> None:
+    """Raise ValueError for options of diffusers folders, which this format has no use for."""
+    usual = ExportOptions()
+    for name in ("max_shard_size", "prompts"):
+        if getattr(options, name) != getattr(usual, name):
+            what = "prompt settings" if name == "prompts" else f"max_shard_size {options.max_shard_size}"
+            raise ValueError(f"{what} go with a diffusers folder, and this export is {to}: leave them out")
 
 
 def _write_lora(
@@ -139,7 +149,7 @@ def _read_adapter(run: Path, settings: TrainSettings, options: ExportOptions) ->
     origin = {
         "step": step,
         "base": str(base),
-        "base_fingerprint": state.encoders.get(BASE, ""),
+        "base_fingerprint": state.encoders.get(BASE_SETTING, ""),
         "adapter": settings.adapter.model_dump(mode="json"),
     }
     return lora_of(tensors, settings.adapter, origin)
@@ -182,6 +192,12 @@ class _Merged(Mapping[str, Tensor]):
         self._base = base
         self._lora = lora
         self._dtype = dtype
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """Shapes and types, without merging."""
+        stored = cast(StoredTensors, self._base.tensors).stored
+        return {name: stored[theirs] for name, theirs in self._base.names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._base.tensors[self._base.names[name]]

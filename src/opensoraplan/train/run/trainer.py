@@ -19,6 +19,7 @@ from opensoraplan.train.config import RunSettings, TrainSettings
 from opensoraplan.train.inputs.encoders import warn_of_other_encoders
 from opensoraplan.train.inputs.loading import BadFileAccount
 from opensoraplan.train.inputs.sources import check_clips
+from opensoraplan.train.learner.adapter import check_base
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
 from opensoraplan.train.log.metrics import Averages
 from opensoraplan.train.methods.flow import FlowMatching
@@ -69,7 +70,7 @@ def _joined(settings: RunSettings, device: torch.device) -> AbstractContextManag
 
 
 class Trainer:
-    """A method at work in its run. See `Job` in loop.py for what its loop asks of it."""
+    """A method at work in its run. See `StepTrainer` in loop.py for what its loop asks of it."""
 
     def __init__(self, method: Method, settings: RunSettings, ranks: Ranks, *, start: int) -> None:
         self.method = method
@@ -177,6 +178,8 @@ class Trainer:
 
     def load(self, step: int) -> None:
         """Go on from a checkpoint of the same run, made by any number of processes."""
+        saved = checkpoint.read_state(self.settings.output, step, self.method.state)
+        check_base(saved.encoders, self.method.encoders)
         with self.method.speed.apart():
             state = self._restore(step)
         check_clips(state.clips, self.method.clips, others=self.settings.data.other_clips)
