@@ -43,6 +43,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"compute": "bf16"},
         "memory": {"recompute_feed_forwards": 8},
     },
+    "LoRA": {"adapter": {"kind": "lora", "rank": 4}},
+    "LoRA, int8, streamed": {
+        "adapter": {"kind": "lora", "rank": 4, "base": "int8"},
+        "memory": {"placement": "streamed"},
+    },
 }
 
 
@@ -63,6 +68,28 @@ def test_losses_and_weights_are_those_of_the_cpu(card: Card, tiny_run: MakeRun, 
         assert (made[name] - average).abs().median() < 1e-4, name
     gc.collect()
     assert card.memory.now == 0
+
+
+def test_streamed_training_equals_resident_training(tiny_run: MakeRun) -> None:
+    """Bit for bit; that no copy overtakes what still computes with its place is watched by the card."""
+    adapter = {"kind": "lora", "rank": 4}
+    memories: dict[str, dict[str, Any]] = {
+        "resident": {"recompute_blocks": 4},
+        "streamed": {"placement": "streamed"},
+    }
+    optimizer = {"steps": 2, "lr": 1e-3, "ema_decay": 0.9}
+    runs = [
+        tiny_run(name, adapter=adapter, memory=memory, optimizer=optimizer).model_copy(
+            update={"device": "npu"}
+        )
+        for name, memory in memories.items()
+    ]
+    for run in runs:
+        train(run)
+    assert logged(runs[0], "loss") == logged(runs[1], "loss")
+    for part in ("model", "ema", "optimizer"):
+        one, two = (weights(run, part) for run in runs)
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def test_a_run_with_a_cache_validates_stops_and_goes_on(

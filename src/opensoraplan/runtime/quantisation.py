@@ -1,13 +1,14 @@
-"""Quantises a denoiser's matrices to 8 bits for generating. Not exact.
+"""Quantises a denoiser's matrices to 8 bits, for generating and as the frozen base of a LoRA. Not exact.
 
 "int8" stores the matrices of all blocks in int8 and casts each to the model's precision when it is used, on
 any device. "fp8" stores the feed-forwards' matrices, two thirds of the FLOPs of linear layers, in fp8 and
-multiplies in fp8, at twice the rate of bf16 on cards with fp8 instructions.
+multiplies in fp8, at twice the rate of bf16 on cards with fp8 instructions. Gradients of inputs are those of
+the dequantised matrices; the matrices themselves have none.
 
 In plain torch, so that it works on every device: torchao has no kernels for NPUs.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +38,35 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        largest = weight.float().abs().amax(1, keepdim=True)
-        scale = (largest / LARGEST_INT8).to(weight.dtype)
-        scale = scale.where(scale > 0, torch.ones_like(scale))
-        integers = (weight.float() / scale.float()).round().clamp(-LARGEST_INT8, LARGEST_INT8)
-        self.register_buffer("integers", integers.to(torch.int8))
+        integers, scale = _round_to_int8(linear.weight.detach())
+        self.register_buffer("integers", integers)
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
+    def take(self, weight: Tensor) -> None:
+        """Have another weight [out, in] from now on, of any precision and device."""
+        integers, scale = _round_to_int8(weight.to(self.scale))
+        self.integers.copy_(integers)
+        self.scale.copy_(scale)
+
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Int8Product.apply(x, self.integers, self.scale, self.bias))
         return F.linear(x, self.integers * self.scale, self.bias)
+
+
+class _Int8Product(torch.autograd.Function):
+    """What Int8Linear computes, keeping the integers for backward instead of the weight made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(integers, scale)
+        return F.linear(x, integers * scale, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        integers, scale = ctx.saved_tensors
+        return grad @ (integers * scale), None, None, None
 
 
 class Fp8Linear(nn.Module):
@@ -64,10 +83,40 @@ class Fp8Linear(nn.Module):
         self.register_buffer("rounded", rounded)
         self.register_buffer("scale", scale.t().contiguous())
 
+    def take(self, weight: Tensor) -> None:
+        """Have another weight [out, in] from now on, of any precision and device."""
+        rounded, scale = _round_to_fp8(weight.to(self.rounded.device, torch.bfloat16))
+        self.rounded.copy_(rounded)
+        self.scale.copy_(scale.t())
+
     def forward(self, x: Tensor) -> Tensor:
-        tokens, scale = _round_to_fp8(x.flatten(0, -2))
-        y = _scaled_product(tokens, self.rounded.t(), scale, self.scale)
-        return y.unflatten(0, x.shape[:-1])
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Fp8Product.apply(x, self.rounded, self.scale))
+        return _fp8_linear(x, self.rounded, self.scale)
+
+
+# Linear layers that keep their weight in fewer bits.
+QUANTISED = (Int8Linear, Fp8Linear)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """What Fp8Linear computes; the gradient of its input is a product in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(rounded, scale)
+        return _fp8_linear(x, rounded, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        rounded, scale = ctx.saved_tensors
+        return grad @ (rounded.to(grad.dtype) * scale.t().to(grad.dtype)), None, None
+
+
+def _fp8_linear(x: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:
+    tokens, token_scale = _round_to_fp8(x.flatten(0, -2))
+    y = _scaled_product(tokens, rounded.t(), token_scale, scale)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
@@ -84,6 +133,15 @@ def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, weight_scale:
     )
 
 
+def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] -> its integers [out, in] and scale [out, 1]."""
+    largest = weight.float().abs().amax(1, keepdim=True)
+    scale = (largest / LARGEST_INT8).to(weight.dtype)
+    scale = scale.where(scale > 0, torch.ones_like(scale))
+    integers = (weight.float() / scale.float()).round().clamp(-LARGEST_INT8, LARGEST_INT8)
+    return integers.to(torch.int8), scale
+
+
 def _round_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [R, C] in bf16 -> [R, C] in fp8, as large as it goes, and what to
     multiply them by, fp32 [R, 1].
@@ -95,8 +153,8 @@ def _round_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_weights(model: SparseUMMDiT, kind: WeightPrecision) -> None:
-    """Quantise the denoiser's matrices in place. Not for training: they have no gradients. Bytes of the
-    release's: `DenoiserSizes.stored`. Raises ValueError as `check_weight_precision` does.
+    """Quantise the denoiser's matrices in place, which have no gradients then; layers of LoRAs stay as they
+    are. Bytes of the release's: `DenoiserSizes.stored`. Raises ValueError as `check_weight_precision` does.
     """
     check_weight_precision(kind, model.device, model.dtype)
     if kind == "int8":

@@ -1,5 +1,5 @@
 """Offloading: keeps weights on the device only while they are used. Streams a denoiser's blocks, prefetching
-the next one, or moves whole models in turn.
+the next one, in denoising and in training, or moves whole models in turn.
 
 Not diffusers' group offloading: with streams, removing the hooks by which it learns the order of blocks also
 removes those of a step cache, and it pins each weight separately, which may take twice the memory. Nor its
@@ -41,13 +41,18 @@ class _Place(NamedTuple):
         return store[self.start : stop].view(self.dtype).view(self.shape)
 
     def use(self, store: Tensor) -> None:
-        """Let the block compute with the tensor in this store."""
+        """Let the owner compute with the tensor in this store."""
         _set(self.owner, self.name, self.of(store))
 
 
 class _Block(NamedTuple):
     places: Sequence[_Place]
     host: Tensor  # uint8 [bytes]
+
+    def use(self, store: Tensor) -> None:
+        """Let the block compute with the tensors in this store."""
+        for place in self.places:
+            place.use(store)
 
 
 def stream_layers(model: nn.Module, device: torch.device) -> None:
@@ -112,44 +117,72 @@ def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
             part.to(device)
 
 
+def stream_frozen_blocks(model: SparseUMMDiT, device: torch.device) -> None:
+    """Keep the frozen weights of a model's blocks on the host, pinned if possible, and train the rest on the
+    device. All blocks must be recomputed (`set_recompute`). Nothing is copied back. Do not move the model
+    afterwards.
+    """
+    assert all(block.gradient_checkpointing for block in model.transformer_blocks)
+    stream = _TrainingStreamer(model.transformer_blocks, device)
+    for index, block in enumerate(model.transformer_blocks):
+        block.forward = partial(stream.run, index, block.forward)
+    for part in model.children():
+        if part is not model.transformer_blocks:
+            part.to(device)
+    for parameter in model.transformer_blocks.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
+
+
 class _BlockStreamer:
     """Copies the blocks' weights to the device, in order."""
 
-    def __init__(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device, *, frozen: bool = False) -> None:
         self.device = device
-        self.blocks = [_store_on_host(block, pinned=device.type != "cpu") for block in blocks]
+        pinned = device.type != "cpu"
+        self.blocks = [_store_on_host(block, pinned=pinned, frozen=frozen) for block in blocks]
         self.size = max(len(block.host) for block in self.blocks)
         self.slots: list[Tensor] = []
-        self.arriving: int | None = None  # the block whose copy was started last
+        self.held: list[int | None] = [
+            None
+        ] * SLOTS  # the block that is in each slot, or is being copied to it
         self._api = None if device.type == "cpu" else getattr(torch, device.type)
         self._copies = None if self._api is None else self._api.Stream(device)
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the block's forward pass."""
-        if not self.slots:
-            self.slots = [torch.empty(self.size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
-        if self.arriving != index:
-            self._send(index)
-        self._wait()
-        places, host = self.blocks[index]
-        store = self.slots[index % SLOTS]
-        if index + 1 < len(self.blocks):
-            self._send(index + 1)
-        for place in places:
-            place.use(store)
         try:
-            return forward(*args, **kwargs)
+            return self._run(index, forward, *args, **kwargs)
         except BaseException:
             self.release()
             raise
-        finally:
-            for place in places:
-                place.use(host)
+
+    def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if not self.slots:
+            self.slots = [torch.empty(self.size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
+        self._send(index)
+        self._wait()
+        following = self._following(index)
+        if 0 <= following < len(self.blocks):
+            self._send(following)
+        return forward(*args, **kwargs)
+
+    def _following(self, index: int) -> int:
+        """The block that is wanted after this one."""
+        return index + 1
 
     def release(self) -> None:
         """Free the device's memory until the next pass."""
         self._wait()  # a step cache may skip a block that is being copied
-        self.slots, self.arriving = [], None
+        for slot in range(SLOTS):
+            self._empty(slot)
+        self.slots = []
+
+    def _empty(self, slot: int) -> None:
+        """Let the block that has the slot go back to the host's memory."""
+        if (index := self.held[slot]) is not None:
+            self.blocks[index].use(self.blocks[index].host)
+            self.held[slot] = None
 
     def _wait(self) -> None:
         """Let later computations wait for the copies."""
@@ -157,24 +190,56 @@ class _BlockStreamer:
             self._api.current_stream(self.device).wait_stream(self._copies)
 
     def _send(self, index: int) -> None:
-        """Start to copy a block as soon as the computation that uses its slot has finished."""
-        host = self.blocks[index].host
-        self.arriving = index
-        target = self.slots[index % SLOTS][: len(host)]
+        """Start to copy a block, unless it is there, as soon as the computation that uses its slot has
+        finished.
+        """
+        slot, block = index % SLOTS, self.blocks[index]
+        if self.held[slot] == index:
+            return
+        self._empty(slot)
+        self.held[slot] = index
+        block.use(self.slots[slot])
+        target = self.slots[slot][: len(block.host)]
         if self._api is None:
-            target.copy_(host)
+            target.copy_(block.host)
             return
         assert self._copies is not None
         self._copies.wait_stream(self._api.current_stream(self.device))
         with self._api.stream(self._copies):
-            target.copy_(host, non_blocking=True)
+            target.copy_(block.host, non_blocking=True)
 
 
-def _store_on_host(block: nn.Module, *, pinned: bool) -> _Block:
-    """Move the block's tensors into one piece of host memory, and free their own."""
+class _TrainingStreamer(_BlockStreamer):
+    """Copies the blocks' frozen weights to the device, from the first to the last, and back again when they
+    are recomputed one by one. The backward pass of a block, which reads them, comes to its end before the
+    block before it is recomputed, so that its slot is free by then. The last two blocks stay for the backward
+    pass, the first two for the next step.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
+        super().__init__(blocks, device, frozen=True)
+        self.before = -1  # the block that ran last
+
+    def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the block's forward pass, the first or another one. To end the latter early, torch raises."""
+        try:
+            return self._run(index, forward, *args, **kwargs)
+        finally:
+            self.before = index
+
+    def _following(self, index: int) -> int:
+        return index + 1 if index == 0 or index > self.before else index - 1
+
+
+def _store_on_host(block: nn.Module, *, pinned: bool, frozen: bool) -> _Block:
+    """Move the block's tensors, or only the `frozen` ones, into one piece of host memory, and free their
+    own.
+    """
     places: list[_Place] = []
     size = 0
     for owner, name, tensor in _tensors_of(block):
+        if frozen and tensor.requires_grad:
+            continue
         places.append(_Place(owner, name, size, tensor.shape, tensor.dtype))
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     host = _host_memory(size, pinned=pinned)

@@ -18,6 +18,7 @@ from opensoraplan.models.lora import check_peft, linear_layers
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.names import did_you_mean
 from opensoraplan.parallel.shards import fill
+from opensoraplan.runtime.quantisation import QUANTISED, Fp8Linear, Int8Linear
 from opensoraplan.train.config import AdapterSettings
 
 # Attention and feed-forwards of both streams; not modulation, skip connections and projections at both ends.
@@ -70,10 +71,13 @@ def fill_with_adapter(model: SparseUMMDiT, weights: Iterable[tuple[str, Tensor]]
     adapter the values that it begins with: down uniform in +-1 / sqrt(inputs), as a linear layer of torch;
     up 0, so that nothing is added yet; DoRA's magnitudes the norms of the rows.
     """
-    parameters = dict(model.named_parameters())
+    parameters, quantised = dict(model.named_parameters()), quantised_layers(model)
     for name, value in weights:
         layer, _, kind = name.rpartition(".")
-        fill(parameters[name if name in parameters else f"{layer}{_BASE}{kind}"], value)
+        if layer in quantised and kind == "weight":
+            quantised[layer].take(value)
+        else:
+            fill(parameters[name if name in parameters else f"{layer}{_BASE}{kind}"], value)
         magnitude = parameters.get(f"{layer}{_MAGNITUDE}.weight")
         if magnitude is not None and kind == "weight":
             fill(magnitude, torch.linalg.vector_norm(value.float(), dim=1))
@@ -85,6 +89,15 @@ def fill_with_adapter(model: SparseUMMDiT, weights: Iterable[tuple[str, Tensor]]
             fill(parameter, (2 * uniform - 1) / parameter.shape[1] ** 0.5)
         elif f"{_UP}." in name:
             fill(parameter, torch.zeros(parameter.shape))
+
+
+def quantised_layers(model: SparseUMMDiT) -> dict[str, Int8Linear | Fp8Linear]:
+    """The linear layers that are quantised, by the names that they have without an adapter."""
+    return {
+        name.removesuffix(_BASE[:-1]): module
+        for name, module in model.named_modules()
+        if isinstance(module, QUANTISED)
+    }
 
 
 def fingerprint_base(path: Path) -> str:

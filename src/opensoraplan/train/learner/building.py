@@ -16,6 +16,8 @@ from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.parallel.apply import parallelize
 from opensoraplan.parallel.mesh import Mesh
 from opensoraplan.parallel.shards import fill
+from opensoraplan.runtime.quantisation import quantise_weights
+from opensoraplan.runtime.streaming import stream_frozen_blocks
 from opensoraplan.train.config import MemorySettings, ModelSettings, TrainSettings
 from opensoraplan.train.learner.adapter import add_adapter, fill_with_adapter
 
@@ -51,10 +53,15 @@ def build(settings: TrainSettings, *, device: torch.device, mesh: Mesh | None = 
             model.set_attention_backend(settings.model.attention)
         if settings.parallel.cpu_offload:
             device = torch.device("cpu")
-    model.to_empty(device=device)
     if adapts:
+        quantise_weights(model, settings.adapter.base)
+        streamed = settings.memory.placement == "streamed"
+        model.to_empty(device="cpu" if streamed else device)
         fill_with_adapter(model, weights, seed=settings.seed)
+        if streamed:
+            stream_frozen_blocks(model, device)
         return model
+    model.to_empty(device=device)
     for name, value in weights:
         fill(model.get_parameter(name), value)
     return model
@@ -94,7 +101,7 @@ def _set_recompute(model: SparseUMMDiT, memory: MemorySettings) -> None:
         if (count := getattr(memory, name)) > depth:
             raise ValueError(f"memory.{name} is {count}, but the model has {depth} blocks")
     model.set_recompute(
-        blocks=memory.recompute_blocks,
+        blocks=depth if memory.placement == "streamed" else memory.recompute_blocks,
         feed_forwards=memory.recompute_feed_forwards,
         keep_attention=memory.keep_attention,
     )

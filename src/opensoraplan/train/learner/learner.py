@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opensoraplan.parallel.apply import forget_gathered
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.parallel.shards import local
+from opensoraplan.runtime.quantisation import QUANTISED
 from opensoraplan.train.config import OptimizerSettings
 from opensoraplan.train.learner.ema import Ema, make_ema
 from opensoraplan.train.learner.gradient_clip import Clip, Clipping, global_norm, scale_
@@ -167,12 +168,15 @@ class Learner:
 
 
 def _saved_weights(weights: MasterWeights, *, frozen: bool) -> dict[str, Tensor]:
-    """The trained weights in the optimizer's precision, the module's persistent buffers, and on request
-    the frozen weights.
+    """The trained weights in the optimizer's precision, the module's persistent buffers but for those of
+    quantised weights, and on request the frozen weights.
     """
     module, saved = weights.module, dict[str, Tensor](weights.parameters)
     persistent = module.state_dict().keys()
-    saved |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    for prefix, owner in module.named_modules():
+        if not isinstance(owner, QUANTISED):
+            buffers = owner.named_buffers(prefix, recurse=False)
+            saved |= {name: buffer for name, buffer in buffers if name in persistent}
     if frozen:
         saved |= {name: p for name, p in module.named_parameters() if name not in saved}
     return saved

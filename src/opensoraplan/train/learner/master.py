@@ -18,9 +18,10 @@ class MasterWeights:
         if master != compute:
             trained = _trained(module)
             copies = {name: nn.Parameter(p.detach().to(master, copy=True)) for name, p in trained.items()}
-        nn.Module.to(
-            module, compute
-        )  # diffusers' own warns of modules to keep in fp32, of which we have none
+        # Not `module.to`, which would cast quantised weights, too.
+        for parameter in module.parameters():
+            if parameter.dtype != compute:
+                parameter.data = parameter.data.to(compute)
         self.parameters = _trained(module) if copies is None else copies
         self._computing = None if copies is None else _trained(module)
 

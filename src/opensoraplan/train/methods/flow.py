@@ -20,6 +20,7 @@ from opensoraplan.models.sizes import BatchShape, training_flops
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.runtime.compiling import compile_blocks
+from opensoraplan.runtime.quantisation import check_weight_precision
 from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import fingerprint_files, sample_posterior
 from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, open_source
@@ -64,6 +65,7 @@ class FlowMatching:
             raise ValueError(
                 "parallel.cpu_offload needs several processes (FSDP): start them with osp launch"
             )
+        _check_adapter(settings, device, ranks)
         self._settings = settings
         self._ranks = ranks
         self._dtype = DTYPES[settings.model.compute]
@@ -177,3 +179,14 @@ class FlowMatching:
         last = checkpoint.path_of(self._settings.output, self._settings.optimizer.steps)
         logger.info("the last checkpoint is %s", last)
         return last
+
+
+def _check_adapter(settings: TrainSettings, device: torch.device, ranks: Ranks) -> None:
+    """Raise ValueError for a frozen base that cannot be kept as the settings say."""
+    base, placement = settings.adapter.base, settings.memory.placement
+    if ranks.mesh is not None and (base != "whole" or placement != "resident"):
+        asked = f'adapter.base "{base}"' if base != "whole" else f'memory.placement "{placement}"'
+        raise ValueError(
+            f"{asked} works in one process only, got {ranks.count}: FSDP shards the frozen weights instead"
+        )
+    check_weight_precision(base, device, DTYPES[settings.model.compute])

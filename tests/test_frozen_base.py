@@ -1,0 +1,203 @@
+"""The frozen base of a LoRA, in 8 bits or streamed from the host: what is kept of it, what is learned."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_adapter import LORA, denoiser_of, logged, velocity
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opensoraplan.defaults import WeightPrecision
+from opensoraplan.runtime.quantisation import Fp8Linear, Int8Linear, quantise_weights, weight_precision_of
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.learner.building import build
+from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.export import ExportOptions, export_run
+from opensoraplan.train.run.trainer import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MakeRun = Callable[..., TrainSettings]
+CPU = torch.device("cpu")
+STREAMED = {"placement": "streamed"}
+
+
+def parts_of(run: TrainSettings, step: int) -> dict[str, dict[str, Tensor]]:
+    return {part: dict(tensors) for part, tensors in checkpoint.load(run.output, step).parts.items()}
+
+
+def assert_same(one: TrainSettings, two: TrainSettings, *, step: int) -> None:
+    """Both runs have logged and learned the same, bit for bit."""
+    assert logged(one) == logged(two)
+    assert logged(one, "grad_norm") == logged(two, "grad_norm")
+    first, second = parts_of(one, step), parts_of(two, step)
+    assert set(first) == set(second) == {"model", "ema", "optimizer"}
+    for part, tensors in first.items():
+        assert set(tensors) == set(second[part])
+        assert all(torch.equal(tensor, second[part][name]) for name, tensor in tensors.items()), part
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_what_is_frozen_is_in_the_precision_that_it_computes_in(
+    tiny_run: MakeRun, tiny_model: Path, compute: str
+) -> None:
+    run = tiny_run(adapter=LORA, model={"compute": compute})
+    model = build(run, device=CPU)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {dtype}
+    whole = denoiser_of(tiny_model)
+    assert sum(p.numel() for p in frozen) == sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize(("base", "compute"), [("int8", "fp32"), ("int8", "bf16"), ("fp8", "bf16")])
+def test_a_base_is_quantised_as_it_is_for_generating(
+    tiny_run: MakeRun, tiny_model: Path, base: WeightPrecision, compute: str
+) -> None:
+    """Whichever way: tensor by tensor as they are read, or the whole model."""
+    model = build(tiny_run(adapter={**LORA, "base": base}, model={"compute": compute}), device=CPU)
+    assert weight_precision_of(model) == base
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
+    expected = denoiser_of(tiny_model)
+    nn.Module.to(expected, dtype)
+    quantise_weights(expected, base)
+    theirs = dict(expected.named_buffers())
+    ours = {name.replace(".base_layer", ""): buffer for name, buffer in model.named_buffers()}
+    assert set(ours) == set(theirs) != set()
+    assert all(torch.equal(buffer, theirs[name]) for name, buffer in ours.items())
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
+def test_gradients_of_inputs_are_those_of_the_dequantised_weight(kind: type[Int8Linear | Fp8Linear]) -> None:
+    linear = nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    small, generator = kind(linear), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 64, generator=generator).bfloat16().requires_grad_()
+    y = small(x)
+    with torch.no_grad():
+        assert torch.equal(small(x), y)
+    direction = torch.randn(y.shape, generator=generator).bfloat16()
+    (gradient,) = torch.autograd.grad(y, x, direction)
+    expected = direction.float() @ linear.weight.float()
+    off = (gradient.float() - expected).abs().mean() / expected.abs().mean()
+    assert 0 < off < (0.01 if kind is Int8Linear else 0.05)
+
+
+@pytest.mark.parametrize(("base", "compute"), [("int8", "fp32"), ("fp8", "bf16")])
+def test_a_base_in_8_bits_learns_and_goes_on(
+    tiny_run: MakeRun, tmp_path: Path, tiny_model: Path, base: str, compute: str
+) -> None:
+    common: dict[str, Any] = {"adapter": {**LORA, "base": base}, "model": {"compute": compute}}
+    common["checkpoint"] = {"every": 1}
+    optimizer = {"lr": 0.02, "ema_decay": 0.9}
+    undisturbed = tiny_run("whole", **common, optimizer={**optimizer, "steps": 2})
+    train(undisturbed)
+    train(tiny_run("broken", **common, optimizer={**optimizer, "steps": 1}))
+    resumed = tiny_run("broken", **common, optimizer={**optimizer, "steps": 2})
+    train(resumed, resume="latest")
+    assert_same(undisturbed, resumed, step=2)
+    assert all(".lora_" in name for name in parts_of(resumed, 2)["model"])
+    exact = tiny_run("exact", adapter=LORA, model={"compute": compute}, optimizer={**optimizer, "steps": 1})
+    train(exact)
+    assert logged(resumed)[0] != logged(exact)[0]
+    assert logged(resumed)[0] == pytest.approx(logged(exact)[0], rel=0.05)
+    # It is merged into the weights as they were before.
+    export_run(resumed.output, tmp_path / "merged", ExportOptions(to="diffusers"))
+    export_run(resumed.output, tmp_path / "a.safetensors")
+    model = denoiser_of(tiny_model)
+    model.load_lora_adapter(tmp_path / "a.safetensors")
+    expected = velocity(denoiser_of(tmp_path / "merged"))
+    torch.testing.assert_close(velocity(model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory"),
+    [
+        ({"adapter": {**LORA, "dropout": 0.3}, "model": {"compute": "bf16"}}, {}),
+        ({"adapter": {**LORA, "base": "int8"}}, {"keep_attention": True}),
+        ({"adapter": {"kind": "dora", "rank": 2}}, {}),
+    ],
+    ids=["bf16 with dropout", "int8", "DoRA"],
+)
+def test_streamed_training_equals_resident_training(
+    tiny_run: MakeRun, tiny_model: Path, changes: dict[str, Any], memory: dict[str, Any]
+) -> None:
+    blocks = len(denoiser_of(tiny_model).transformer_blocks)
+    optimizer = {"steps": 2, "lr": 1e-3, "ema_decay": 0.9, "accumulate": 2}
+    data = {"batch_size": 1}
+    resident = tiny_run(
+        "resident", **changes, data=data, optimizer=optimizer, memory={"recompute_blocks": blocks, **memory}
+    )
+    streamed = tiny_run("streamed", **changes, data=data, optimizer=optimizer, memory={**STREAMED, **memory})
+    train(resident)
+    train(streamed)
+    assert_same(resident, streamed, step=2)
+
+
+def test_a_streamed_run_validates(tiny_run: MakeRun, tiny_clips: Path) -> None:
+    held_out: dict[str, Any] = {"every": 2, "manifest": tiny_clips, "samples": 2, "sigmas": (0.5,)}
+    held_out |= {"prompts": ("a star",), "frames": 9, "height": 32, "width": 32, "sampling_steps": 2}
+    runs = {
+        name: tiny_run(name, adapter=LORA, optimizer={"steps": 2}, validation=held_out, memory=memory)
+        for name, memory in (("resident", {"recompute_blocks": 8}), ("streamed", STREAMED))
+    }
+    for run in runs.values():
+        train(run)
+    assert logged(runs["resident"], "validation_loss") == logged(runs["streamed"], "validation_loss")
+    assert_same(*runs.values(), step=2)
+    videos = [(run.output / "samples" / "step-00000002-0.mp4").read_bytes() for run in runs.values()]
+    assert videos[0] == videos[1]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of whole blocks, which are bytes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        self.count += func is torch.ops.aten.copy_.default and args[0].dtype == torch.uint8
+        return func(*args, **(kwargs or {}))
+
+
+def test_blocks_are_copied_once_each_way(tiny_run: MakeRun) -> None:
+    """The last two are still there for backward, and the first two for the next step."""
+    model = build(tiny_run(adapter=LORA, memory=STREAMED), device=CPU).train()
+    depth, config, counts = len(model.transformer_blocks), model.config, []
+    for _ in range(3):
+        with Copies() as copies:
+            model(
+                torch.randn(1, config["in_channels"], 3, 8, 8),
+                torch.tensor([500.0]),
+                torch.randn(1, 6, config["caption_channels"]),
+                torch.randn(1, config["pooled_projection_dim"]),
+            ).sample.sum().backward()
+        counts.append(copies.count)
+    assert counts == [2 * depth - 2, 2 * depth - 4, 2 * depth - 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"adapter": {"kind": "dora", "base": "int8"}},
+            'kind "dora" reads the weights whole, got base "int8"',
+        ),
+        ({"adapter": {"base": "int8"}}, 'base needs kind = "lora" or "dora"'),
+        ({"memory": STREAMED}, 'all weights are trained: set adapter.kind to "lora"'),
+        (
+            {"adapter": LORA, "memory": {**STREAMED, "compile": True}},
+            'compile does not go with placement "streamed"',
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(tiny_run: MakeRun, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_run(**changes)
+
+
+def test_fp8_in_fp32_is_refused_before_anything_is_read(tiny_run: MakeRun) -> None:
+    run = tiny_run(adapter={**LORA, "base": "fp8"})
+    with pytest.raises(ValueError, match="fp8 weights need dtype bf16, got float32"):
+        train(run)
+    assert not run.output.exists()
