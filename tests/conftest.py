@@ -5,6 +5,7 @@ train. Read them, never write.
 import json
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +96,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     yield running
     for process in started:
         process.kill()
+
+
+@pytest.fixture
+def start_ranks(start: Callable[..., Running]) -> Callable[..., list[Running]]:
+    """Starts the command in several processes, with the variables that torchrun gives them."""
+
+    def started(*words: object, ranks: int, **options: Any) -> list[Running]:  # noqa: ANN401
+        with socket.socket() as listening:
+            listening.bind(("localhost", 0))
+            port = listening.getsockname()[1]
+        job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        return [start(*words, environment={**job, "RANK": str(rank)}, **options) for rank in range(ranks)]
+
+    return started
 
 
 class Watch(TorchDispatchMode):

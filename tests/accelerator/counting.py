@@ -85,7 +85,7 @@ def hollow() -> Iterator[None]:
     try:
         yield
     finally:
-        CARD.hollow = False
+        CARD.reset()
 
 
 def peak_of(work: Callable[[], Result]) -> tuple[Result, int]:

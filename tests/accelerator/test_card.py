@@ -116,7 +116,7 @@ def test_memory_of_the_host_is_not_written_while_a_copy_of_it_is_under_way(card:
     assert "written while a copy" in card.faults.pop()
 
 
-def test_memory_is_not_freed_while_another_stream_may_use_it(card: Card) -> None:
+def test_freed_memory_is_not_taken_while_another_stream_may_use_it(card: Card) -> None:
     x, recorded = torch.ones(4, device="npu"), torch.ones(4, device="npu")
     other = torch.npu.Stream()
     other.wait_stream(torch.npu.current_stream())
@@ -124,11 +124,27 @@ def test_memory_is_not_freed_while_another_stream_may_use_it(card: Card) -> None
         made = x + recorded
     recorded.record_stream(other)
     del recorded
+    torch.ones(4, device="npu")
     assert not card.faults
     del x
-    assert "is freed while stream" in card.faults.pop()
-    torch.npu.synchronize()
+    torch.ones(4, device="npu")
+    assert "takes freed memory that stream" in card.faults.pop()
     del made
+    torch.npu.current_stream().wait_stream(other)
+    torch.ones(4, device="npu")
+    assert not card.faults
+
+
+def test_a_storage_gives_its_memory_back_and_takes_it_again(card: Card) -> None:
+    gc.collect()
+    before = card.memory.now
+    x = torch.ones(1024, device="npu")
+    storage = x.untyped_storage()
+    storage.resize_(0)
+    assert storage.size() == card.memory.now - before == 0
+    storage.resize_(4096)
+    assert storage.size() == card.memory.now - before == 4096
+    assert x.fill_(2).sum().item() == 2048
 
 
 def test_a_copy_from_memory_that_is_not_pinned_does_not_run_beside(card: Card) -> None:

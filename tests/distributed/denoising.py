@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from tiny_models import FOUR_HEADS
 from torch import Tensor
@@ -16,6 +17,8 @@ from opensoraplan.train.learner.gradient_clip import global_norm
 BATCH, STEPS, TEXT = 4, 3, 6
 # Tokens of the grids: 48, which 4 ranks share in whole groups of rate 2; 45, which have to be padded.
 WHOLE, RAGGED = (3, 8, 8), (3, 6, 10)
+# fp32 sums in another order; relative to the largest value of a tensor.
+CLOSE = 1e-5
 
 
 class Result(NamedTuple):
@@ -67,18 +70,22 @@ def train(
     backend: str | None = None,
     compute: torch.dtype = torch.float32,
     cpu_offload: bool = False,
+    device: str = "cpu",
     **changes: object,
 ) -> Result:
     """A few steps of AdamW; on a mesh of these sizes, or in one process (None). With `backend`,
-    blocks are compiled.
+    blocks are compiled. The result is the host's.
     """
     torch.compiler.reset()
     counters.clear()
     model = make_model(**changes).train()
     model.set_recompute(blocks=recompute)
-    batch, share, shares = make_batch(grid, masked=masked), 0, 1
+    if not cpu_offload:  # FSDP takes a rank's shards to the device
+        model.to(device)
+    batch = {name: value.to(device) for name, value in make_batch(grid, masked=masked).items()}
+    share, shares = 0, 1
     if sizes is not None:
-        mesh = Mesh.build(MeshSettings(**sizes), device_type="cpu")  # type: ignore[arg-type]
+        mesh = Mesh.build(MeshSettings(**sizes), device_type=device)  # type: ignore[arg-type]
         compiled = {} if backend is None else {"compiled": True, "backend": backend}
         parallelize(model, mesh, compute=compute, cpu_offload=cpu_offload, **compiled)
         share, shares = mesh.rank(DATA), mesh.size(DATA)
@@ -101,7 +108,7 @@ def train(
 
 def _whole(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
-    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).cpu().clone()
 
 
 def _mean_over_data(loss: Tensor, mesh: Mesh | None) -> float:
@@ -109,3 +116,13 @@ def _mean_over_data(loss: Tensor, mesh: Mesh | None) -> float:
         torch.distributed.all_reduce(loss, group=mesh.group(DATA))
         loss = loss / mesh.size(DATA)
     return loss.item()
+
+
+def assert_equal(result: Result, reference: Result) -> None:
+    assert result.losses == pytest.approx(reference.losses, rel=CLOSE)
+    assert result.losses[-1] < result.losses[0]
+    assert result.norms == pytest.approx(reference.norms, rel=CLOSE)
+    for step, wanted in zip(result.gradients, reference.gradients, strict=True):
+        for name, gradient in wanted.items():
+            error = (step[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-6)
+            assert error < CLOSE, f"{name}: {error:.1e}"

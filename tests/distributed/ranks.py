@@ -16,16 +16,21 @@ TIMEOUT = 300
 
 
 class Ranks:
-    """`count` processes; calling this runs a function of a module in the first `ranks` of them."""
+    """`count` processes; calling this runs a function of a module in the first `ranks` of them.
 
-    def __init__(self, count: int) -> None:
+    Each of them calls `begin` at its start. They talk through torch's `backend`.
+    """
+
+    def __init__(
+        self, count: int, *, backend: str = "gloo", begin: Callable[[], object] | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._jobs = itertools.count()
         self._ask = [FORKS.SimpleQueue() for _ in range(count)]
         self._answers = FORKS.Queue()
         self._processes = [
-            FORKS.Process(target=_serve, args=(rank, self._ask[rank], self._answers), daemon=True)
-            for rank in range(count)
+            FORKS.Process(target=_serve, args=(rank, ask, self._answers, backend, begin), daemon=True)
+            for rank, ask in enumerate(self._ask)
         ]
         for process in self._processes:
             process.start()
@@ -53,12 +58,20 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(rank: int, ask: Any, answers: Any) -> None:  # noqa: ANN401 (queues)
+def _serve(
+    rank: int,
+    ask: Any,  # noqa: ANN401 (a queue)
+    answers: Any,  # noqa: ANN401
+    backend: str,
+    begin: Callable[[], object] | None,
+) -> None:
     torch.set_num_threads(1)
+    if begin is not None:
+        begin()
     while True:
         function, args, ranks, meeting = ask.get()
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{meeting}",
             rank=rank,
             world_size=ranks,

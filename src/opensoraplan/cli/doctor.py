@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGES = (
-    *(
-        "opensoraplan",
-        "torch",
-        "torch_npu",
-        "diffusers",
-        "transformers",
-        "accelerate",
-        "safetensors",
-        "numpy",
-    ),
-    *("av", "decord", "torchcodec", "peft"),
+    "opensoraplan",
+    "torch",
+    "torch_npu",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "av",
+    "decord",
+    "torchcodec",
+    "peft",
 )
 _PREFIXES = ("PYTORCH_", "TORCH_", "NCCL_", "HCCL_", "ASCEND_", "CUDA_VISIBLE", "TASK_QUEUE", "OMP_NUM")
 # Where Ascend's toolkit says which version it is.
@@ -70,11 +71,14 @@ def _write(lines: Iterator[str]) -> None:
 
 
 def _versions() -> Iterator[str]:
+    import torch
+
     yield f"Python {platform.python_version()}, {platform.platform()}, {platform.machine()}"
     found = []
     for name in _PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            # torch itself says which CUDA it was built for, its package need not.
+            found.append(f"{name} {torch.__version__ if name == 'torch' else version(name)}")
         except PackageNotFoundError:
             continue
     yield ", ".join(found)
@@ -162,7 +166,7 @@ def _first_line(error: Exception) -> str:
 
 def _speed(device: "torch.device", dtype: "torch.dtype", *, seconds: float) -> Iterator[str]:
     from opensoraplan.device import dtype_name, free_memory
-    from opensoraplan.models.sizes import BatchShape, DenoiserSizes
+    from opensoraplan.models.sizes import PRECISIONS, BatchShape, DenoiserSizes
     from opensoraplan.plan.report import FrozenParts, Precisions, needs_by_sizes
     from opensoraplan.runtime.placement import first_that_fits, plans_for
     from opensoraplan.runtime.trials import measure_speed, step_seconds
@@ -180,7 +184,8 @@ def _speed(device: "torch.device", dtype: "torch.dtype", *, seconds: float) -> I
     )
     if device.type == "cpu":
         return
-    needs = needs_by_sizes(model, FrozenParts(), shape, Precisions())
+    precision = PRECISIONS[dtype]
+    needs = needs_by_sizes(model, FrozenParts(), shape, Precisions(precision, precision))
     plans, free = plans_for([needs]), free_memory(device)
     try:
         yield f"it fits {device} as --memory {plans[first_that_fits(plans, free=free)]} (predicted)"

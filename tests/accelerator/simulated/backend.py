@@ -1,7 +1,8 @@
 """What torch has for a device under its name: `torch.npu`, here of the simulated card.
 
-Pinned memory and generators belong to hooks in C++ that Python cannot fill, so `torch.empty`,
-`Tensor.is_pinned`, `Tensor.pin_memory` and `torch.Generator` are wrapped.
+Pinned memory, generators and the size of storages belong to hooks in C++ that Python cannot fill, so
+`torch.empty`, `Tensor.is_pinned`, `Tensor.pin_memory`, `torch.Generator` and three methods of
+`torch.UntypedStorage` are wrapped.
 """
 
 import types
@@ -116,6 +117,7 @@ def register(name: str) -> None:
     _wrap_pinning()
     _wrap_generators(name)
     _wrap_record_stream(name)
+    _wrap_resizing(name)
     _wrap_printing(name)
 
 
@@ -184,6 +186,23 @@ def _wrap_record_stream(name: str) -> None:
         self.untyped_storage()._block.recorded.add(stream)
 
     Tensor.record_stream = record_stream  # type: ignore[assignment]
+
+
+def _wrap_resizing(name: str) -> None:
+    storage = torch.UntypedStorage
+    plain, count = storage.resize_, storage.nbytes
+
+    def resize_(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        if self.device.type != name:
+            return plain(self, size)
+        self._block.resize(size)  # type: ignore[attr-defined]
+        return self
+
+    def nbytes(self: torch.UntypedStorage) -> int:
+        return self._block.size if self.device.type == name else count(self)  # type: ignore[attr-defined]
+
+    storage.resize_ = resize_  # type: ignore[method-assign]
+    storage.nbytes = storage.size = nbytes  # type: ignore[method-assign]
 
 
 def _wrap_printing(name: str) -> None:

@@ -11,7 +11,7 @@ shares it on the card, too; an argument that was written is returned itself.
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -64,13 +64,13 @@ class Card:
     answer: Callable[[Tensor], Any] = lambda x: x.dtype == torch.bool
 
     def reset(self) -> None:
-        """As at the start, but for what is still allocated."""
+        """As at the start, but for what is still allocated or pinned."""
         streams.forget()
-        fresh = Memory()
-        self.memory.capacity, self.memory.peak = fresh.capacity, self.memory.now
-        self.calls.clear()
-        self.faults.clear()
-        self.ascend, self.pinnable, self.hollow = True, None, False
+        fresh = type(self)()
+        for one in fields(self):
+            if one.name not in ("memory", "pinned"):
+                setattr(self, one.name, getattr(fresh, one.name))
+        self.memory.capacity, self.memory.peak = fresh.memory.capacity, self.memory.now
         self.generator.manual_seed(0)
 
     def fail(self, kind: type[Exception], message: str) -> Exception:
@@ -84,7 +84,7 @@ _thread = threading.local()
 
 def install() -> Card:
     """Make the card this process's accelerator, "npu". Once; it cannot be taken back."""
-    from simulated import autocast, backend, fused
+    from simulated import autocast, backend, collectives, fused
 
     backend.register(NAME)
     everything = torch.library.Library("_", "IMPL")
@@ -101,8 +101,10 @@ def install() -> Card:
     aten.impl("_has_compatible_shallow_copy_type", lambda _a, _b: True, "PrivateUse1")
     fused.register(aten)
     autocast.register(everything, aten)
-    _kept.extend((everything, aten))
-    CARD.memory.on_free = _note_freed
+    c10d = torch.library.Library("c10d", "IMPL")
+    collectives.register(c10d)
+    _kept.extend((everything, aten, c10d))
+    CARD.memory.on_free = streams.note_freed
     return CARD
 
 
@@ -132,6 +134,8 @@ def to_card(x: Tensor) -> Tensor:
     address = host.data_ptr() or 64  # which torch wants, also of nothing
     storage = torch._C._construct_storage_from_data_pointer(address, torch.device(NAME, 0), host.nbytes())
     stream = streams.current()
+    if wrong := streams.taken_too_early(stream):
+        CARD.faults.append(wrong)
     storage._block = block = Block(CARD.memory, host, stream)
     block.writer = stream, stream.clock
     return _placed(torch._C._acc.create_empty_tensor((0,), x.dtype), storage, x)
@@ -139,9 +143,14 @@ def to_card(x: Tensor) -> Tensor:
 
 def run_on_host(op: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """What an operation gives, with new tensors of the card for all that it returns."""
-    begin(name, _tensors([*args, *kwargs.values()]))
-    out = op(*_mapped(args, _as_host), **_mapped(kwargs, _as_host))
+    begin(name, tensors_of([*args, *kwargs.values()]))
+    out = op(*as_hosts(args), **_mapped(kwargs, _as_host))
     return _mapped(out, lambda x: to_card(x) if isinstance(x, Tensor) else x)
+
+
+def as_hosts(args: Sequence[Any]) -> Sequence[Any]:
+    """An operation's arguments as tensors of the host, in lists, too."""
+    return _mapped(args, _as_host)
 
 
 def begin(name: str, tensors: Sequence[Tensor], written: Sequence[Tensor] = ()) -> None:
@@ -210,15 +219,15 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     name = kind.name
     if name.startswith("aten::_copy_from"):
         return _copy(*args, **kwargs)
-    tensors = _tensors(args)
+    tensors = tensors_of(args)
     to_host = False
     if kwargs:
-        tensors += _tensors(kwargs.values())
+        tensors += tensors_of(kwargs.values())
         if CARD.ascend and (wrong := rules.of_layout(name, kwargs.get("memory_format"))):
             raise CARD.fail(CardError, wrong)
         device = kwargs.get("device")
         to_host = device is not None and torch.device(device).type != NAME
-    begin(name, tensors, _tensors(kind.argument(place, args, kwargs) for place in kind.written))
+    begin(name, tensors, tensors_of(kind.argument(place, args, kwargs) for place in kind.written))
     if name == "aten::_local_scalar_dense":
         streams.current().synchronize()
         return CARD.answer(args[0]) if CARD.hollow else on_host(args[0]).item()
@@ -229,7 +238,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     if options.get("pin_memory"):
         options["pin_memory"] = False
     run = _HOLLOW.get(name, op) if CARD.hollow else op
-    out = run(*_mapped(args, _as_host), **options)
+    out = run(*as_hosts(args), **options)
     if out is None or to_host:
         return out
 
@@ -299,19 +308,18 @@ def _written(target: Tensor, x: Tensor) -> Tensor:
 
 def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """A copy to, from or within the card. Without blocking it is made when somebody waits for it."""
-    stream_of = [x for x in (source, target) if is_there(x)]
+    here = [x for x in (source, target) if is_there(x)]
     kind = "aten::_copy_from"
-    begin_copy = [x for x in (source, target)]
     CARD.calls[kind] = CARD.calls.get(kind, 0) + 1
-    for x in begin_copy:
-        if CARD.ascend and is_there(x) and (wrong := rules.of_dtype("a copy", x.dtype)):
+    for x in here:
+        if CARD.ascend and (wrong := rules.of_dtype("a copy", x.dtype)):
             raise CARD.fail(CardError, wrong)
     host = next((x for x in (source, target) if not is_there(x)), None)
     if host is not None and non_blocking and host.numel() and not is_pinned(host):
         raise CARD.fail(CardError, "a non-blocking copy of memory that is not pinned, which is slow on cards")
     stream = streams.begin_operation()
     try:
-        for x in stream_of:
+        for x in here:
             streams.touch(stream, block_of(x), name="a copy", writes=x is target)
     except streams.OrderError as error:
         CARD.faults.append(str(error))
@@ -358,14 +366,14 @@ def _as_host(x: Any) -> Any:  # noqa: ANN401
     return x.to("meta") if CARD.hollow and isinstance(x, Tensor) else x
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
     """All tensors among the values and in lists of them."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
+            found += tensors_of(value)
     return found
 
 
@@ -375,8 +383,3 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {key: _mapped(one, change) for key, one in value.items()}
     return change(value)
-
-
-def _note_freed(block: Block) -> None:
-    if block.size and (wrong := streams.freed_too_early(block)):
-        CARD.faults.append(wrong)

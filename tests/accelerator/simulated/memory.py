@@ -28,6 +28,15 @@ class Block:
         memory.take(host.nbytes())  # may raise, and then nothing is to be given back
         self.size = host.nbytes()
 
+    def resize(self, size: int) -> None:
+        """As of `storage.resize_`: FSDP takes the memory of gathered weights so, and gives it back."""
+        self._memory.give_back(self)
+        self.size = 0
+        self.writer, self.readers = None, {}
+        self._memory.take(size)
+        self.host.resize_(size)
+        self.size = size
+
     def __del__(self) -> None:
         self._memory.give_back(self)
 
@@ -55,7 +64,8 @@ class Memory:
     def give_back(self, block: Block) -> None:
         with self._lock:
             self.now -= _rounded(block.size)
-        self.on_free(block)
+        if block.size:
+            self.on_free(block)
 
 
 def _rounded(size: int) -> int:

@@ -2,8 +2,9 @@
 
 Each stream counts its operations, and knows how far of every other stream it has waited for. Memory knows
 which stream wrote it and which have read it: an operation on another stream that has not waited for that is
-an error, and so is memory that is freed while a stream that nobody waited for may still use it. A
-non-blocking copy is made when somebody has waited for it: who reads its target earlier gets the old values.
+an error, and so is memory that is freed and taken again while a stream that was not waited for may still use
+it. A non-blocking copy is made when somebody has waited for it: who reads its target earlier gets the old
+values.
 """
 
 import itertools
@@ -32,6 +33,7 @@ class Stream:
         self.clock = 0
         self.seen: dict[Stream, int] = {}
         self.copies: list[tuple[int, Callable[[], None]]] = []
+        self.freed: list[tuple[Stream, int]] = []  # who used memory of this stream that is free again
         _all.append(self)
 
     def __repr__(self) -> str:
@@ -132,6 +134,7 @@ def forget() -> None:
     """As at the start of the process, for the next test."""
     synchronize_all()
     _all[:] = [HOST, DEFAULT]
+    HOST.freed, DEFAULT.freed = [], []
     set_current(DEFAULT)
 
 
@@ -175,13 +178,19 @@ def start_copy(stream: Stream, copy: Callable[[], None], target: Block | None) -
         target.arriving.append(once)
 
 
-def freed_too_early(block: Block) -> str | None:
-    """What is wrong if a block is freed now, None if nothing is."""
-    home = block.born_on
+def note_freed(block: Block) -> None:
+    """Its memory is what the stream that it was made in takes next."""
     users = {**block.readers, **(dict([block.writer]) if block.writer else {})}
-    for stream, time in users.items():
-        if stream is not home and stream not in block.recorded and _known(home, stream) < time:
-            return f"memory of {home} is freed while {stream} may use it: record_stream, or wait for it"
+    home = block.born_on
+    home.freed += [user for user in users.items() if user[0] not in (home, *block.recorded)]
+
+
+def taken_too_early(stream: Stream) -> str | None:
+    """What is wrong if the stream takes memory that was freed in it, None if nothing is."""
+    users, stream.freed = stream.freed, []
+    for user, time in users:
+        if _known(stream, user) < time:
+            return f"{stream} takes freed memory that {user} may use: record_stream, or wait for it"
     return None
 
 
