@@ -28,6 +28,7 @@ WHOLE = (
     "native_group_norm",
     "native_group_norm_backward",
     "logsumexp",
+    "stack",
     "embedding",
     "embedding_dense_backward",
 )
