@@ -184,6 +184,40 @@ def test_a_run_goes_on_with_its_own_adapter_only(tiny_run: MakeRun, tmp_path: Pa
         export_run(tmp_path / "run", tmp_path / "a")
 
 
+def test_up_matrices_may_learn_faster(tiny_run: MakeRun) -> None:
+    """After one step of AdamW without weight decay, each has moved by about its rate."""
+    run = tiny_run(
+        adapter=LORA | {"up_lr_ratio": 16},
+        optimizer={"steps": 1, "lr": 1e-4, "weight_decay": 0, "warmup_steps": 0},
+    )
+    train(run)
+    saved = checkpoint.load(run.output, 1).parts["model"]
+    moved = torch.cat([tensor.flatten() for name, tensor in saved.items() if ".lora_B." in name]).abs()
+    assert moved[moved > 0].median().item() == pytest.approx(16e-4, rel=0.01)
+    assert logged(run, "lr") == [1e-4]
+
+
+def test_the_best_checkpoint_is_exported(
+    tiny_run: MakeRun, tiny_clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run(
+        adapter=LORA | {"alpha": 4000},  # far too much: all steps but the first are skipped
+        optimizer={"steps": 4, "lr": 0.1, "ema_decay": None},
+        checkpoint={"every": 1, "keep": 1},
+        validation={"every": 1, "manifest": tiny_clips},
+    )
+    caplog.set_level("INFO", "opensoraplan")
+    train(run)
+    scores = logged(run, "validation_loss")
+    best = scores.index(min(scores)) + 1
+    assert best < 4
+    assert checkpoint.steps(run.output) == [best, 4]
+    assert f"lowest held-out loss is {checkpoint.path_of(run.output, best)}" in caplog.text
+    export_run(run.output, tmp_path / "a.safetensors", ExportOptions(step="best", ema=False))
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()[ORIGIN_KEY])["step"] == best
+
+
 def test_a_run_goes_on_with_its_own_base_only(tiny_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_model, tmp_path / "base")
     run = tiny_run(adapter=LORA, model={"pretrained": base}, optimizer={"steps": 2})

@@ -127,7 +127,7 @@ def test_loaded_from_a_checkpoint_it_goes_on_bit_for_bit(tmp_path: Path) -> None
     second.module.base.load_state_dict(first.module.base.state_dict())  # from what the run was begun with
     for step in (1, 2):
         take_step(first, step)
-    checkpoint.save(tmp_path, 2, parts=first.parts(), state=first.state_dict(), keep=1)
+    checkpoint.save(tmp_path, 2, parts=first.parts(), state=first.state_dict())
     saved = checkpoint.load(tmp_path, 2)
     assert not any("base" in name for part in saved.parts.values() for name in part)
     checkpoint.read_into(tmp_path, 2, second.parts())

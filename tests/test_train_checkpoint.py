@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from opensoraplan.parallel import shards
-from opensoraplan.train.config import OptimizerSettings
+from opensoraplan.train.config import CheckpointSettings, OptimizerSettings
 from opensoraplan.train.learner.optimizer import make_optimizer, optimizer_tensors
+from opensoraplan.train.log.metrics import FILE as METRICS
 from opensoraplan.train.log.metrics import Averages
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.state import DenoiserState
 
 
-def save(output: Path, step: int, *, keep: int = 2, keep_every: int | None = None) -> Path:
+def save(output: Path, step: int, **keeping: Any) -> Path:  # noqa: ANN401
     tensors = {"weight": torch.full((4,), float(step))}
+    settings = CheckpointSettings(**keeping)
     return checkpoint.save(
-        output, step, parts={"model": tensors}, state={"note": f"of {step}"}, keep=keep, keep_every=keep_every
+        output, step, parts={"model": tensors}, state={"note": f"of {step}"}, settings=settings
     )
 
 
@@ -39,7 +41,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
     parts = {"model": {"a": torch.ones(1)}, "ema": {"a": torch.zeros(1)}}
-    checkpoint.save(tmp_path, 1, parts=parts, state={}, keep=1)
+    checkpoint.save(tmp_path, 1, parts=parts, state={})
     assert set(checkpoint.load(tmp_path, 1, only=("ema",)).parts) == {"ema"}
 
 
@@ -47,6 +49,23 @@ def test_oldest_are_removed_save_every_so_manieth(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         save(tmp_path, step, keep=2, keep_every=20)
     assert checkpoint.steps(tmp_path) == [20, 40, 50]
+
+
+@pytest.mark.parametrize(("name", "sign"), [("validation_loss", 1), ("validation_psnr", -1)])
+def test_the_best_is_kept(tmp_path: Path, name: str, sign: int) -> None:
+    values = {10: 3.0, 15: 0.5, 20: 1.0, 30: 2.0, 40: 2.0}  # of 15 there is no checkpoint
+    for step, value in values.items():
+        with (tmp_path / METRICS).open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 0.0}) + "\n")
+            file.write(json.dumps({"step": step, name: sign * value}) + "\n")
+        if step != 15:
+            save(tmp_path, step, keep=1)
+    assert checkpoint.steps(tmp_path) == [20, 40]
+    assert checkpoint.find(tmp_path, "best") == checkpoint.best(tmp_path) == 20
+    save(tmp_path, 50, keep=1, keep_best=False)
+    assert checkpoint.steps(tmp_path) == [50]
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[50\] has a held-out loss"):
+        checkpoint.find(tmp_path, "best")
 
 
 def test_what_is_set_aside_stays_until_the_next_is_saved(tmp_path: Path) -> None:
@@ -75,7 +94,7 @@ def test_unfinished_folder_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> No
 
 
 def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 10, keep=1)
+    save(tmp_path, 10)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -84,7 +103,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         ValueError, match=r"step-00000020: the disk is full; the last checkpoint is of step 10"
     ):
-        save(tmp_path, 20, keep=1)
+        save(tmp_path, 20)
     assert checkpoint.steps(tmp_path) == [10]
     assert not list((tmp_path / checkpoint.FOLDER).glob(".unfinished-*"))
     assert checkpoint.load(tmp_path, 10).step == 10
@@ -92,7 +111,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("30", "no checkpoint '30': the nearest is 20"), ("best", "no checkpoint 'best': the nearest is 20")],
+    [("30", "no checkpoint '30': the nearest is 20"), ("last", "no checkpoint 'last': the nearest is 20")],
 )
 def test_a_step_that_is_not_there_names_the_nearest(tmp_path: Path, wanted: str, message: str) -> None:
     save(tmp_path, 10)
@@ -135,7 +154,7 @@ STATE = {"model_config": {}, "clip": {"mean": 1.0, "variance": 0.5}, "outliers_i
 def test_a_damaged_state_is_told_with_file_and_field(
     tmp_path: Path, changes: dict[str, object] | list[object], message: str
 ) -> None:
-    path = checkpoint.save(tmp_path, 1, parts={}, state=STATE, keep=1) / checkpoint.STATE
+    path = checkpoint.save(tmp_path, 1, parts={}, state=STATE) / checkpoint.STATE
     assert checkpoint.read_state(tmp_path, 1, DenoiserState).clip.mean == 1
     changed = {"step": 1, **STATE, **changes} if isinstance(changes, dict) else changes
     path.write_text(json.dumps(changed))
@@ -148,7 +167,7 @@ def test_sums_that_are_not_finite_come_back(tmp_path: Path) -> None:
     averages = Averages()
     averages.add("loss", float("nan"))
     averages.add_losses(torch.tensor([float("inf")]), torch.tensor([0.3]))
-    checkpoint.save(tmp_path, 1, parts={}, state={**STATE, "averages": averages.state_dict()}, keep=1)
+    checkpoint.save(tmp_path, 1, parts={}, state={**STATE, "averages": averages.state_dict()})
     again = Averages()
     state = checkpoint.read_state(tmp_path, 1, DenoiserState).averages
     assert state is not None
@@ -160,7 +179,7 @@ def test_sums_that_are_not_finite_come_back(tmp_path: Path) -> None:
 
 def test_a_part_that_is_cut_off_leaves_all_tensors_as_they_are(tmp_path: Path) -> None:
     parts = {name: {"a": torch.ones(4)} for name in ("model", "optimizer", "ema")}
-    folder = checkpoint.save(tmp_path, 1, parts=parts, state={}, keep=1)
+    folder = checkpoint.save(tmp_path, 1, parts=parts, state={})
     last = folder / "ema.safetensors"
     last.write_bytes(last.read_bytes()[:-3])
     now = {name: {"a": torch.zeros(4)} for name in parts}
@@ -258,7 +277,7 @@ def test_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     first = nn.Linear(3, 2)
     first_optimizer = make_optimizer(dict(first.named_parameters()), settings)
     step(first, first_optimizer)
-    checkpoint.save(tmp_path, 1, parts=parts(first, first_optimizer), state={}, keep=1)
+    checkpoint.save(tmp_path, 1, parts=parts(first, first_optimizer), state={})
     second = nn.Linear(3, 2)
     second_optimizer = make_optimizer(dict(second.named_parameters()), settings)
     checkpoint.read_into(tmp_path, 1, parts(second, second_optimizer))

@@ -87,7 +87,7 @@ def test_any_mesh_reads_what_any_other_has_written(ranks: Ranks, tmp_path: Path)
 
 
 def test_what_one_process_has_written_is_shared_out(ranks: Ranks, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, parts={"model": wholes()}, state={}, keep=1)
+    checkpoint.save(tmp_path, 1, parts={"model": wholes()}, state={})
     for found in ranks(read, str(tmp_path), (2, 2), ranks=4):
         assert_same(found)
 

@@ -91,8 +91,8 @@ class Export:
     """Output folder of `osp train` or `osp train-vae`."""
     out: Path
     """Folder to write, new or empty; for a LoRA, but for lora-peft, the .safetensors file to write."""
-    step: Annotated[str, optional("latest|STEP")] = "latest"
-    """Checkpoint to export."""
+    step: Annotated[str, optional("latest|best|STEP")] = "latest"
+    """Checkpoint to export; best: the one with the lowest held-out loss (of a VAE, the highest PSNR)."""
     ema: bool = True
     """Export the EMA weights instead of the latest weights."""
     to: Annotated[

@@ -105,6 +105,10 @@ class AdapterSettings(Settings):
     """Regular expressions; linear layers with a match in their names are trained. Empty: attention and
     feed-forwards of both streams.
     """
+    up_lr_ratio: Annotated[float, Field(gt=0, le=10**4)] = 1.0
+    """Learning rate of the up matrices (B) as a multiple of optimizer.lr: LoRA+ (arXiv 2402.12354), which
+    advises 16 with a lower lr. Try it if learning is slow at first.
+    """
     dropout: Beta = 0.0
     """Fraction of the additions' inputs that are dropped in training. Raise it if
     few clips are overfitted.
@@ -423,6 +427,10 @@ class CheckpointSettings(Settings):
     """Number of the newest checkpoints that are kept."""
     keep_every: Positive | None = None
     """Also keep each checkpoint whose step is a multiple of this; None keeps only the newest."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest held-out loss (of a VAE, the highest PSNR), of
+    those whose steps were validated. `osp export --step best` writes it.
+    """
 
 
 class TrainSettings(Settings):

@@ -100,6 +100,11 @@ def quantised_layers(model: SparseUMMDiT) -> dict[str, Int8Linear | Fp8Linear]:
     }
 
 
+def lr_ratios(names: Iterable[str], settings: AdapterSettings) -> dict[str, float]:
+    """The multiple of the learning rate that each of these parameters has."""
+    return {name: settings.up_lr_ratio for name in names if f"{_UP}." in name}
+
+
 def fingerprint_base(path: Path) -> str:
     """Of the denoiser that an adapter is trained on, a file or a folder, or one of a whole pipeline."""
     return fingerprint_weights(component_of(path, "transformer"))

@@ -5,6 +5,7 @@ are taken, logged and saved (train/run/).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,14 +71,16 @@ class Learner:
         master: torch.dtype = torch.float32,
         compute: torch.dtype = torch.float32,
         save_frozen: bool = False,
+        lr_ratios: Mapping[str, float] = MappingProxyType({}),
     ) -> "Learner":
-        """Train the parameters of `module` that require gradients as the settings say. They are changed in
-        `master` precision; the module itself goes over to `compute`.
+        """Train the parameters of `module` that require gradients as the settings say, those in `lr_ratios`
+        at a multiple of the learning rate. They are changed in `master` precision; the module itself goes
+        over to `compute`.
         """
         weights = MasterWeights(module, master=master, compute=compute)
         return cls(
             weights,
-            make_optimizer(weights.parameters, settings),
+            make_optimizer(weights.parameters, settings, lr_ratios),
             ema=make_ema(weights.parameters, settings),
             clip=clip,
             schedule=lambda step: learning_rate(step, settings),

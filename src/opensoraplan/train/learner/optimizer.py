@@ -2,21 +2,31 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from opensoraplan.train.config import OptimizerSettings
 
+# In a group of parameters: its learning rate in parts of the run's.
+_RATIO = "lr_ratio"
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW, fused; biases and other 1-D tensors have no weight decay (docs/model.md, section 5)."""
-    decayed = [p for p in parameters.values() if p.ndim > 1]
-    plain = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    settings: OptimizerSettings,
+    lr_ratios: Mapping[str, float] = MappingProxyType({}),
+) -> torch.optim.AdamW:
+    """AdamW, fused; biases and other 1-D tensors have no weight decay (docs/model.md, section 5). Parameters
+    named in `lr_ratios` learn at this multiple of the rate.
+    """
+    groups = []
+    for ratio in (1.0, *sorted({*lr_ratios.values()} - {1.0})):
+        named = [p for name, p in parameters.items() if lr_ratios.get(name, 1.0) == ratio]
+        decayed, plain = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
+        groups.append({"params": decayed, "weight_decay": settings.weight_decay, _RATIO: ratio})
+        groups.append({"params": plain, "weight_decay": 0.0, _RATIO: ratio})
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     begin_state(optimizer)
     return optimizer
@@ -57,4 +67,4 @@ def learning_rate(step: int, settings: OptimizerSettings) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(_RATIO, 1.0)

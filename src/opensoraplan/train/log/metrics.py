@@ -264,6 +264,19 @@ def was_logged(path: Path, step: int, name: str) -> bool:
     return any(line["step"] == step and name in line for line in whole)
 
 
+def held_out_scores(path: Path) -> dict[int, float]:
+    """What a metrics.jsonl has of each validated step: the held-out loss, or the negative PSNR of a VAE. The
+    least is the best.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    scores = {}
+    for line in (json.loads(line) for line in lines if _is_kept(line, sys.maxsize)):
+        loss, psnr = line.get("validation_loss"), line.get("validation_psnr")
+        if loss is not None or psnr is not None:
+            scores[line["step"]] = -psnr if loss is None else loss
+    return scores
+
+
 def _is_kept(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step

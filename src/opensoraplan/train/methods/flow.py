@@ -25,7 +25,7 @@ from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import fingerprint_files, sample_posterior
 from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, open_source
 from opensoraplan.train.inputs.turns import Turn, encoded_batches
-from opensoraplan.train.learner.adapter import BASE_SETTING, fingerprint_base
+from opensoraplan.train.learner.adapter import BASE_SETTING, fingerprint_base, lr_ratios
 from opensoraplan.train.learner.building import build
 from opensoraplan.train.learner.gradient_clip import AdaptiveClip
 from opensoraplan.train.learner.learner import Learner
@@ -109,6 +109,7 @@ class FlowMatching:
             clip=AdaptiveClip(ema_decay=settings.clip.ema_decay, outlier=settings.clip.outlier),
             master=master,
             compute=compute,
+            lr_ratios=lr_ratios((name for name, _ in self._model.named_parameters()), settings.adapter),
         )
 
     def _fingerprints(self) -> dict[str, str]:
@@ -176,8 +177,13 @@ class FlowMatching:
 
     def finish(self) -> Path:
         """The folder of the last checkpoint."""
-        last = checkpoint.path_of(self._settings.output, self._settings.optimizer.steps)
+        output = self._settings.output
+        last = checkpoint.path_of(output, self._settings.optimizer.steps)
         logger.info("the last checkpoint is %s", last)
+        if (best := checkpoint.best(output)) is not None:
+            logger.info(
+                "the checkpoint with the lowest held-out loss is %s", checkpoint.path_of(output, best)
+            )
         return last
 
 

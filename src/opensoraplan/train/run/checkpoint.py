@@ -24,11 +24,15 @@ from opensoraplan.documents import read_json_object
 from opensoraplan.parallel import distcp, shards
 from opensoraplan.parallel.shards import Parts
 from opensoraplan.settings import Settings
+from opensoraplan.train.config import CheckpointSettings
+from opensoraplan.train.log.metrics import FILE as METRICS
+from opensoraplan.train.log.metrics import held_out_scores
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+DEFAULTS = CheckpointSettings()
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".unfinished-"
 _SUPERSEDED = ".superseded-"
@@ -62,8 +66,17 @@ def path_of(output: Path, step: int) -> Path:
     return output / FOLDER / f"step-{step:08d}"
 
 
+def best(output: Path) -> int | None:
+    """The step of the checkpoint with the lowest held-out loss, or of a VAE the highest PSNR; None if no
+    step of a checkpoint was validated.
+    """
+    scores = held_out_scores(output / METRICS)
+    validated = [step for step in steps(output) if step in scores]
+    return min(validated, key=scores.__getitem__, default=None)
+
+
 def find(output: Path, wanted: str) -> int:
-    """The step that `wanted` names: "latest" or a number. ValueError that lists
+    """The step that `wanted` names: "latest", "best" or a number. ValueError that lists
     the steps if there is none.
     """
     there = steps(output)
@@ -71,6 +84,13 @@ def find(output: Path, wanted: str) -> int:
         raise ValueError(f"{output / FOLDER} has no checkpoint to resume from")
     if wanted == "latest":
         return there[-1]
+    if wanted == "best":
+        if (found := best(output)) is None:
+            raise ValueError(
+                f"none of the checkpoints {there} has a held-out loss: set validation.every of the run to a "
+                "multiple of checkpoint.every, or name a step"
+            )
+        return found
     if not wanted.isdigit() or int(wanted) not in there:
         nearest = min(there, key=lambda step: abs(step - int(wanted))) if wanted.isdigit() else there[-1]
         raise ValueError(
@@ -85,11 +105,9 @@ def save(
     *,
     parts: Parts,
     state: Mapping[str, Any],
-    keep: int,
-    keep_every: int | None = None,
+    settings: CheckpointSettings = DEFAULTS,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep` and every `keep_every`th, and
-    what `hide_later` hid.
+    """Write a checkpoint, then remove those that the settings do not keep, and what `hide_later` hid.
 
     It is written under another name, flushed to the disk and renamed, so that a run killed at any moment
     leaves earlier checkpoints whole. Raises ValueError in plain words for a full or read-only disk; nothing
@@ -107,7 +125,7 @@ def save(
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-    rotate(output, keep=keep, keep_every=keep_every)
+    rotate(output, settings)
     return wanted
 
 
@@ -213,11 +231,12 @@ def remove_unfinished(output: Path) -> None:
     _remove_all(output, _UNFINISHED)
 
 
-def rotate(output: Path, *, keep: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and every `keep_every`th, and what `hide_later` hid."""
+def rotate(output: Path, settings: CheckpointSettings) -> None:
+    """Remove the checkpoints that the settings do not keep, and what `hide_later` hid."""
     _remove_all(output, _SUPERSEDED)
-    for step in steps(output)[:-keep]:
-        if keep_every is None or step % keep_every:
+    kept_best = best(output) if settings.keep_best else None
+    for step in steps(output)[: -settings.keep]:
+        if step != kept_best and (settings.keep_every is None or step % settings.keep_every):
             gone = _hidden_path(output, step, _UNFINISHED)  # so that no half-removed folder has the name
             path_of(output, step).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)

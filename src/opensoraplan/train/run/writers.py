@@ -20,13 +20,10 @@ class Writer:
 
     def __init__(self, output: Path, settings: CheckpointSettings) -> None:
         self.output = output
-        self.keep = settings.keep
-        self.keep_every = settings.keep_every
+        self.settings = settings
 
     def save(self, step: int, *, parts: Parts, state: Mapping[str, Any]) -> None:
-        checkpoint.save(
-            self.output, step, parts=parts, state=state, keep=self.keep, keep_every=self.keep_every
-        )
+        checkpoint.save(self.output, step, parts=parts, state=state, settings=self.settings)
 
     def wait(self) -> None:
         """Return when all that was begun is on the disk."""
@@ -83,7 +80,7 @@ class ShardedWriter(Writer):
     def _finish(self, step: int) -> None:
         if self._ranks.first:
             checkpoint.finish(self.output, step)
-            checkpoint.rotate(self.output, keep=self.keep, keep_every=self.keep_every)
+            checkpoint.rotate(self.output, self.settings)
 
     def _run_on_all_ranks(self, step: int, do: Callable[[], None]) -> None:
         """Have every rank do its share; what fails in any is raised in all."""
