@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opensoraplan.formats.assemble import export_denoiser
 from opensoraplan.formats.describe import describe
-from opensoraplan.formats.infer import infer_denoiser_config, infer_vae_config, kind_of
+from opensoraplan.formats.infer import class_of_tensors, infer_denoiser_config, infer_vae_config
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
@@ -151,11 +151,11 @@ def test_configs_by_hand(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_release_sizes_are_recognised() -> None:
     shapes = release_shapes("transformer_original_keys.json")
-    assert kind_of(shapes) == "denoiser"
+    assert class_of_tensors(shapes) is SparseUMMDiT
     expected = defaults(SparseUMMDiT)
     assert infer_denoiser_config(shapes) == {k: v for k, v in expected.items() if k != "norm_eps"}
     shapes = release_shapes("wfvae_original_keys.json")
-    assert kind_of(shapes) == "vae"
+    assert class_of_tensors(shapes) is WFVAE
     expected = defaults(WFVAE)
     assert infer_vae_config(shapes) == {k: v for k, v in expected.items() if k not in ("shift", "scale")}
 
@@ -237,7 +237,7 @@ def test_golden_weights(case: str) -> None:
     """The configs of the goldens are told from their weights, but for what no weight depends on."""
     shapes = {n: tuple(v.shape) for n, v in load_file(GOLDEN / case / "weights.safetensors").items()}
     config = json.loads((GOLDEN / case / "config.json").read_text())
-    if kind_of(shapes) == "vae":
+    if class_of_tensors(shapes) is WFVAE:
         assert infer_vae_config(shapes) == original.vae_config(config)
     else:
         told = infer_denoiser_config(shapes)

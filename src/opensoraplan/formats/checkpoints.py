@@ -30,7 +30,7 @@ from opensoraplan.formats.stored import (
 from opensoraplan.models.original import NESTED, denoiser_name
 from opensoraplan.models.sizes import split_dimension
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VAES
 from opensoraplan.settings import shown
 
 logger = logging.getLogger(__name__)
@@ -223,19 +223,24 @@ def _open_diffusers(folder: Path, ema: bool | None) -> Checkpoint:
     file = folder / "config.json"
     config = read_json_object(file)
     kind = config.get("_class_name")
-    if kind not in ("SparseUMMDiT", "WFVAE"):
+    model = class_named(kind)
+    if model is None:
         other = kind or config.get("architectures") or "something else"
-        raise ValueError(f"{file} is of {other}, not of a SparseUMMDiT or WFVAE")
-    model = SparseUMMDiT if kind == "SparseUMMDiT" else WFVAE
+        raise ValueError(f"{file} is of {other}, not of a SparseUMMDiT or {' or '.join(VAES)}")
     model.check_config({k: v for k, v in config.items() if not k.startswith("_")}, where=str(file))
     _refuse_ema(folder, ema)
     stored = read_sharded_safetensors(folder)
-    if kind == "SparseUMMDiT":
+    if model is SparseUMMDiT:
         if "num_layers" not in config:
             raise ValueError(f"{file} has no num_layers")
         layers = config["num_layers"]
         stored = {denoiser_name(name, num_layers=layers): tensor for name, tensor in stored.items()}
     return Checkpoint(stored, Info("diffusers", folder, config=config))
+
+
+def class_named(name: object) -> Any:  # noqa: ANN401 (a class)
+    """The denoiser's class, or a VAE's, by the name that its config.json has; None for another name."""
+    return SparseUMMDiT if name == SparseUMMDiT.__name__ else VAES.get(str(name))
 
 
 # --- Megatron shards ----------------------------------------------------------------------------------------

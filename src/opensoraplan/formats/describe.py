@@ -19,7 +19,7 @@ def describe(path: Path) -> str:
     """
     checkpoint = open_checkpoint(path)
     info, config, model = checkpoint.info, config_of(checkpoint), empty_model(checkpoint)
-    form = model.original_format()
+    form = original.format_of(model)
     learned = {n: shape for n, shape in checkpoint.shapes.items() if n not in {*form.fixed, *form.unread}}
     others = len(checkpoint) - len(learned)
     try:

@@ -25,7 +25,7 @@ from opensoraplan.formats.checkpoints import SHARD_FILE, TRACKER
 from opensoraplan.models import original
 from opensoraplan.models.sizes import split_dimension
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.vae import VideoVAE
 
 WEIGHTS = "diffusion_pytorch_model"
 RELEASE_DENOISER = "model_ema.pt"
@@ -104,7 +104,7 @@ class WeightFiles:
 
 
 def write_component(
-    model: SparseUMMDiT | WFVAE,
+    model: SparseUMMDiT | VideoVAE,
     names: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     folder: Path,
@@ -175,22 +175,27 @@ def write_megatron(
     (folder / TRACKER).write_text("release", encoding="utf-8")
 
 
-def write_release(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], folder: Path) -> Path:
+def write_release(model: SparseUMMDiT | VideoVAE, tensors: Mapping[str, Tensor], folder: Path) -> Path:
     """Write a model as the release does: one pickle of a flat dict, the VAE's with its fixed Haar filters.
 
-    Returns the file's path. Raises ValueError for tensors that do not fit.
+    Returns the file's path. Raises ValueError for tensors that do not fit, and for a VAE that the original
+    does not have.
     """
+    if not isinstance(model, original.OriginalModel):
+        raise ValueError(
+            f"the original has no {type(model).__name__}: its VAE cannot be written as the release's"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (RELEASE_DENOISER if isinstance(model, SparseUMMDiT) else RELEASE_VAE)
     write_release_file(model, tensors, path)
     return path
 
 
-def write_release_file(model: SparseUMMDiT | WFVAE, tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_release_file(model: SparseUMMDiT | VideoVAE, tensors: Mapping[str, Tensor], path: Path) -> None:
     """As `write_release`, but to this path."""
     flat = {name: tensors[name] for name in original.match(model, tensors).values()}
     dtype = next(iter(flat.values())).dtype
-    flat |= {name: value.to(dtype) for name, value in model.original_format().fixed.items()}
+    flat |= {name: value.to(dtype) for name, value in original.format_of(model).fixed.items()}
     _save_pickle(flat if isinstance(model, SparseUMMDiT) else {"state_dict": {"gen_model": flat}}, path)
 
 

@@ -6,17 +6,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from opensoraplan.formats.checkpoints import Checkpoint
+from opensoraplan.formats.checkpoints import Checkpoint, class_named
 from opensoraplan.models.original import NESTED
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import TensorShape
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.models.wfvae import WFVAE
-
-ModelKind = Literal["denoiser", "vae"]
 
 BLOCK = re.compile(rf"{NESTED}\.(\d{{1,3}})\.(\d{{1,3}})\.")
 NORM_BIASES = (".norm1.norm.bias", ".norm2.norm.bias", "norm_final.bias")
@@ -24,7 +23,7 @@ RELEASE_LAYERS = [2, 4, 6, 8, 6, 4, 2]
 RELEASE_RATES = [1, 2, 4, 8, 4, 2, 1]
 
 
-def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> SparseUMMDiT | WFVAE:
+def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> SparseUMMDiT | VideoVAE:
     """A model on the meta device to fit the checkpoint.
 
     `config`: our constructor's arguments; None: `config_of` the checkpoint, and dense if that does
@@ -33,10 +32,9 @@ def empty_model(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None)
     """
     with name_path(checkpoint.path):
         arguments: Mapping[str, Any] = config_of(checkpoint) if config is None else config
-        denoiser = kind_of(checkpoint.shapes) == "denoiser"
-        model_class = SparseUMMDiT if denoiser else WFVAE
+        model_class = class_of(checkpoint)
         model_class.check_config(arguments, where=f"the config of {model_class.__name__}")
-        if denoiser and config is None:
+        if model_class is SparseUMMDiT and config is None:
             arguments = {"sparse_n": None, **arguments}
         with torch.device("meta"):
             return model_class(**arguments)
@@ -47,8 +45,25 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.info.config is not None:
         return {key: value for key, value in checkpoint.info.config.items() if not key.startswith("_")}
     with name_path(checkpoint.path):
-        infer = infer_denoiser_config if kind_of(checkpoint.shapes) == "denoiser" else infer_vae_config
-        return infer(checkpoint.shapes)
+        denoiser = class_of(checkpoint) is SparseUMMDiT
+        return (infer_denoiser_config if denoiser else infer_vae_config)(checkpoint.shapes)
+
+
+def class_of(checkpoint: Checkpoint) -> Any:  # noqa: ANN401 (the denoiser's class, or a VAE's)
+    """The model that the checkpoint is of: by its own config, else as `class_of_tensors`."""
+    if checkpoint.info.config is not None:
+        return class_named(checkpoint.info.config["_class_name"])
+    return class_of_tensors(checkpoint.shapes)
+
+
+def class_of_tensors(shapes: Mapping[str, TensorShape]) -> type[SparseUMMDiT] | type[WFVAE]:
+    """Which of the original's two models has such tensors. Raises ValueError for neither."""
+    if "patch_embed.proj.weight" in shapes and any(name.startswith(f"{NESTED}.") for name in shapes):
+        return SparseUMMDiT
+    if "encoder.conv_out.conv.weight" in shapes or "decoder.conv_in.conv.weight" in shapes:
+        return WFVAE
+    some = ", ".join(list(shapes)[:4])
+    raise ValueError(f"these are the tensors of neither a SparseUMMDiT nor a WFVAE: {some}, ...")
 
 
 @contextmanager
@@ -61,16 +76,6 @@ def name_path(path: Path) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         text = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {text}") from None
-
-
-def kind_of(shapes: Mapping[str, TensorShape]) -> ModelKind:
-    """Which of the two models these tensors are of. Raises ValueError for neither."""
-    if "patch_embed.proj.weight" in shapes and any(name.startswith(f"{NESTED}.") for name in shapes):
-        return "denoiser"
-    if "encoder.conv_out.conv.weight" in shapes or "decoder.conv_in.conv.weight" in shapes:
-        return "vae"
-    some = ", ".join(list(shapes)[:4])
-    raise ValueError(f"these are the tensors of neither a SparseUMMDiT nor a WFVAE: {some}, ...")
 
 
 def infer_denoiser_config(shapes: Mapping[str, TensorShape]) -> dict[str, Any]:

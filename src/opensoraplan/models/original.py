@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -250,10 +250,22 @@ class OriginalModel(nn.Module):
         return Format()
 
 
+def format_of(model: object) -> Format:
+    """How files name the tensors of a model: the original's, where it has such a model."""
+    return model.original_format() if isinstance(model, OriginalModel) else Format()
+
+
 # --- Loading ------------------------------------------------------------------------------------------------
 
 
-def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+class Fillable(Protocol):
+    """A module, as far as loading needs one."""
+
+    def state_dict(self) -> Any: ...  # noqa: ANN401 (a dict of tensors)
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
+def match(model: Fillable, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Our name -> the original's of every tensor of `model`, once `tensors` are known to be exactly those.
 
     Of `tensors`, by the original's names, those that nothing reads and the fixed constants may be there or
@@ -261,7 +273,7 @@ def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]
     unexpected or mis-shaped tensor and every constant of another value. A lazy mapping that has `shapes` is
     not read, but for its constants; if it has a `path`, errors name it.
     """
-    form = model.original_format()
+    form = format_of(model)
     given: dict[str, TensorShape] = dict(
         getattr(tensors, "shapes", None) or {name: tuple(value.shape) for name, value in tensors.items()}
     )
@@ -293,13 +305,13 @@ def match(model: OriginalModel, tensors: Mapping[str, Tensor]) -> dict[str, str]
     return names
 
 
-def load(model: OriginalModel, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
+def load(model: Fillable, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
     """Fill a model built on the meta device, one tensor at a time; see `match` for what is checked first."""
     fill(model, match(model, tensors), tensors, dtype=dtype)
 
 
 def fill(
-    model: OriginalModel,
+    model: Fillable,
     names: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     *,

@@ -5,7 +5,8 @@ Shapes: B videos, C latent channels, T frames and t latent frames, H/W and h/w s
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from opensoraplan.shapes import Strides
 
 
 class VideoVAE(Protocol):
-    """A frozen VAE of videos, a model of diffusers: its config, which tells all but the weights, is saved and
-    read by `_class_name`. The first frame is a latent frame of its own.
+    """A frozen VAE of videos: a `StrictMixin, ModelMixin, ConfigMixin`, whose config, which tells all but the
+    weights, is saved and read by `_class_name`. The first frame is a latent frame of its own.
 
     `strides`: how many pixels are one latent. `streaming_latent_frames`: how many latent frames are decoded
     at a time, None for all at once; a VAE without such a choice takes no note of it. `tiling`: size and
@@ -61,7 +62,10 @@ class VideoVAE(Protocol):
         """Memory to decode latents [1, C, *grid], `chunk` latent frames at a time, besides weights."""
         ...
 
+    def save_config(self, save_directory: Path) -> None: ...
     def to(self, *args: Any) -> Any: ...  # noqa: ANN401 (of nn.Module, as the next)
+    def eval(self) -> Self: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
     def children(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def buffers(self) -> Iterator[Tensor]: ...

@@ -252,8 +252,13 @@ class VAETraining:
 def _model(settings: VAEModelSettings, *, seed: int) -> WFVAE:
     if settings.pretrained is not None:
         opened = open_vae(settings.pretrained, settings.config)
-        original.fill(opened.model, opened.names, opened.tensors, dtype=torch.float32)
-        return opened.model
+        model = opened.model
+        if not isinstance(model, WFVAE):  # of which the wavelet loss is
+            raise ValueError(
+                f"{settings.pretrained} is a {type(model).__name__}: only a WFVAE can be trained"
+            )
+        original.fill(model, opened.names, opened.tensors, dtype=torch.float32)
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config: dict[str, Any] = {"shift": None, "scale": None, **(settings.config or {})}
