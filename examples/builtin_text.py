@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 from opensoraplan.models.captions import clean_caption
-from opensoraplan.models.text import load_tokenizer
+from opensoraplan.models.pretrained_text import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -94,12 +94,13 @@ def test_cache_equals_online(settings: TrainSettings, clips: Path, cache: Path) 
     drawn = [online[draw] for draw in draws]
     assert batch.captions == tuple(clip.caption for clip in drawn)
     assert 0 < batch.captions.count("") < 5
-    prompts = encoders.encode_captions([clip.caption for clip in drawn])
+    texts = encoders.encode_captions([clip.caption for clip in drawn])
     assert torch.equal(batch.moments, encoders.encode_videos(torch.stack([clip.video for clip in drawn])))
-    assert batch.sequence.dtype == prompts.sequence.dtype == torch.bfloat16
-    assert torch.equal(batch.sequence, prompts.sequence)
-    assert torch.equal(batch.mask, prompts.mask)
-    assert torch.equal(batch.pooled, prompts.pooled)
+    for cached_text, text in zip(batch.texts, texts, strict=True):
+        assert cached_text.keys() == text.keys() == {"sequence", "pooled"}
+        for name, feature in text.items():
+            assert feature.dtype == torch.bfloat16
+            assert torch.equal(cached_text[name], feature)
     assert cached.description.vae["scale"] == encoders.vae.config["scale"]
 
 

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from opensoraplan.formats.mindspeed.inference import read_inference
 from opensoraplan.models.captions import clean_caption
-from opensoraplan.models.text import encode_prompts
+from opensoraplan.models.text import PromptEmbeds, encode_prompts, text_encoder_of
 from opensoraplan.train.config import TextSettings, VAESettings
 from opensoraplan.train.inputs.encoders import Encoders, load_encoders, sample_posterior
 
@@ -44,7 +44,7 @@ def test_chunks_change_no_features(tiny_model: Path, encoders: Encoders) -> None
 
 
 def test_everything_is_frozen(encoders: Encoders) -> None:
-    for model in (encoders.vae, encoders.text_encoder, encoders.text_encoder_2):
+    for model in (encoders.vae, *(encoder.model for encoder in encoders.text)):
         assert not model.training
         assert not any(weight.requires_grad for weight in model.parameters())
 
@@ -53,12 +53,11 @@ def test_captions_are_cleaned_and_in_no_template(encoders: Encoders) -> None:
     captions = ["A Red  Ball!! https://x.com/y", ""]
 
     def encode(texts: list[str]) -> torch.Tensor:
-        return encode_prompts(texts, encoders.text_encoders).sequence
+        return encode_prompts(texts, encoders.text).sequence
 
-    assert torch.equal(
-        encoders.encode_captions(captions).sequence, encode([clean_caption(text) for text in captions])
-    )
-    raw = dataclasses.replace(encoders, clean=False).encode_captions(captions)
+    cleaned = PromptEmbeds.of(encoders.encode_captions(captions))
+    assert torch.equal(cleaned.sequence, encode([clean_caption(text) for text in captions]))
+    raw = PromptEmbeds.of(dataclasses.replace(encoders, clean=False).encode_captions(captions))
     assert torch.equal(raw.sequence, encode(captions))
     assert raw.mask.sum(1)[1] == 1  # "" is the end token alone
 
@@ -68,13 +67,16 @@ def test_chinese_characters_may_stay_in_captions(tiny_model: Path, encoders: Enc
         paths = TextSettings(t5=tiny_model, clip=tiny_model, compute="fp32", **text)
         return load_encoders(VAESettings(pretrained=tiny_model), paths, device="cpu")
 
+    def sequence(encoders: Encoders, text: str) -> torch.Tensor:
+        return encoders.encode_captions([text])[0]["sequence"]
+
     def cleaned(text: str) -> torch.Tensor:
-        return dataclasses.replace(encoders, clean=False).encode_captions([text]).sequence
+        return sequence(dataclasses.replace(encoders, clean=False), text)
 
     caption = "A Cat \u732b  runs"
     kept = load(keep_chinese=True)
-    assert torch.equal(kept.encode_captions([caption]).sequence, cleaned("a cat \u732b runs"))
-    assert torch.equal(encoders.encode_captions([caption]).sequence, cleaned("a cat runs"))
+    assert torch.equal(sequence(kept, caption), cleaned("a cat \u732b runs"))
+    assert torch.equal(sequence(encoders, caption), cleaned("a cat runs"))
     # Caches of the default stay valid; where nothing is cleaned, nothing is removed.
     parts = [made.fingerprint() for made in (encoders, kept, load(keep_chinese=True, clean=False))]
     assert [part.pop("caption cleaning") for part in parts] == ["on", "on, Chinese kept", "off"]
@@ -82,9 +84,11 @@ def test_chinese_characters_may_stay_in_captions(tiny_model: Path, encoders: Enc
 
 
 def test_long_captions_warn_for_t5_only(encoders: Encoders, caplog: pytest.LogCaptureFixture) -> None:
-    short = dataclasses.replace(encoders, max_tokens=4)
+    text = [text_encoder_of(one.model, one.tokenizer, max_tokens=4) for one in encoders.text]
+    short = dataclasses.replace(encoders, text=text)
     with caplog.at_level(logging.WARNING):
-        assert short.encode_captions(["a red ball " * 60]).sequence.shape[1] == 4
+        (features,) = short.encode_captions(["a red ball " * 60])
+    assert features["sequence"].shape[0] == 4
     assert [record.getMessage()[:16] for record in caplog.records] == ["T5 reads 4 token"]
 
 
@@ -112,11 +116,12 @@ def test_fingerprint_names_what_changed(tiny_model: Path, encoders: Encoders) ->
     with torch.no_grad():
         other.vae.decoder.conv_out.weight.add_(1)
     assert changed() == expected
+    t5, clip = other.text
     with torch.no_grad():
-        other.text_encoder.encoder.final_layer_norm.weight[0] += 1e-6
+        t5.model.encoder.final_layer_norm.weight[0] += 1e-6
     assert changed() == expected | {"T5"}
-    other.text_encoder_2.config.hidden_act = "quick_gelu"
-    other.tokenizer.add_tokens(["<new>"])
+    clip.model.config.hidden_act = "quick_gelu"
+    t5.tokenizer.add_tokens(["<new>"])
     other.vae.register_to_config(shift=[0.0] * 4)
     assert changed() == expected | {"T5", "CLIP", "T5 tokenizer", "VAE config"}
 

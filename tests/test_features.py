@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,17 @@ def moments(index: int) -> Tensor:
     return torch.randn(8, 2, 2, 3, generator=torch.Generator().manual_seed(index))
 
 
-def states(place: int) -> tuple[Tensor, Tensor]:
+def states(place: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(100 + place)
     sequence = torch.randn(1 + 2 * place, 6, generator=generator).bfloat16()
-    return sequence, torch.randn(5, generator=generator).bfloat16()
+    return {"sequence": sequence, "pooled": torch.randn(5, generator=generator).bfloat16()}
 
 
 def description(**changes: object) -> Description:
     plain = Description(
         parts=PARTS,
         vae={"shift": [0.5], "scale": [2.0]},
+        text_features={"sequence": (None, 6), "pooled": (5,)},
         use_aesthetic=False,
         samples=5,
         texts=4,
@@ -85,7 +87,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     data = dataset(write(tmp_path))
     assert [item.index for item in data.samples] == [0, 1, 3, 4]
     assert data.shapes == [(9, 16, 24)] * 4
-    assert data.widths == {"moments": 4, "sequence": 6, "pooled": 5}
+    assert data.latent_channels == 4
+    assert data.text_features == {"sequence": (None, 6), "pooled": (5,)}
     assert data.description.vae == {"shift": [0.5], "scale": [2.0]}
     assert data.description.left_out == (LeftOut("clip2.mp4", "clip2.mp4 is damaged"),)
     drawn = set()
@@ -95,10 +98,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         here = data.samples[draw.index]
         assert item.caption == caption_of(here, draw, seed=3, dropout=0.5)
         assert torch.equal(item.moments, moments(here.index))
-        sequence, pooled = states(TEXTS.index(item.caption))
-        assert torch.equal(item.sequence, sequence)
-        assert torch.equal(item.pooled, pooled)
-        assert item.sequence.dtype == torch.bfloat16
+        text = states(TEXTS.index(item.caption))
+        assert item.text.keys() == text.keys()
+        assert all(torch.equal(item.text[name], feature) for name, feature in text.items())
+        assert item.text["sequence"].dtype == torch.bfloat16
         drawn.add(item.caption)
     assert drawn == set(TEXTS[:3])
 
@@ -108,13 +111,9 @@ def test_collate(tmp_path: Path) -> None:
     items = [data[Draw(index=index, epoch=0, step=0, slot=index)] for index in range(4)]
     batch = collate_features(items)
     assert batch.moments.shape == (4, 8, 2, 2, 3)
-    lengths = [1 + 2 * TEXTS.index(caption) for caption in batch.captions]
-    assert batch.sequence.shape == (4, max(lengths), 6)
-    assert batch.mask.sum(1).tolist() == lengths
-    for row, item in enumerate(items):
-        assert torch.equal(batch.sequence[row][batch.mask[row]], item.sequence)
-        assert not batch.sequence[row][~batch.mask[row]].any()
-        assert torch.equal(batch.pooled[row], item.pooled)
+    for caption, text, item in zip(batch.captions, batch.texts, items, strict=True):
+        assert text["sequence"].shape == (1 + 2 * TEXTS.index(caption), 6)
+        assert all(torch.equal(text[name], feature) for name, feature in item.text.items())
     assert batch.failures == ()
 
 
@@ -126,7 +125,8 @@ def test_workers_and_copies_read_the_same(tmp_path: Path) -> None:
     loader = DataLoader(data, batch_sampler=[draws], num_workers=1, collate_fn=collate_features)
     for batch in (collate_features([copy[draw] for draw in draws]), *loader):
         assert torch.equal(batch.moments, expected.moments)
-        assert torch.equal(batch.sequence, expected.sequence)
+        for text, wanted in zip(batch.texts, expected.texts, strict=True):
+            assert all(torch.equal(text[name], feature) for name, feature in wanted.items())
         assert batch.captions == expected.captions
 
 
@@ -171,10 +171,10 @@ def test_unfinished_caches_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
     shard = write(tmp_path) / "videos-00000.safetensors"
-    assert features.is_written(tmp_path, "videos", 0)
+    assert features.is_written(tmp_path, description(), "videos", 0)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4])
-    assert not features.is_written(tmp_path, "videos", 0)
+    assert not features.is_written(tmp_path, description(), "videos", 0)
     with pytest.raises(ValueError, match=r"videos-00000\.safetensors is missing or damaged .* delete it"):
         dataset(tmp_path)
     shard.write_bytes(whole)
@@ -251,7 +251,7 @@ INDICES: dict[str, tuple[str, Callable[[Any], object], str]] = {
     ),
     "a list": ("videos", lambda i: i.update(left_out=[["clip.mp4"]]), "left_out.0.1: Field required"),
     "a mapping": ("texts", lambda i: i.update(texts={}), "texts: .* valid list"),
-    "key": ("texts", lambda i: i["texts"].append("x"), r"x.sequence: must be \[L, D\], got none"),
+    "key": ("texts", lambda i: i["texts"].append("x"), r"x.sequence: must be \[L, 6\], got none"),
 }
 
 
@@ -281,15 +281,25 @@ TENSORS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "other channels": (
         "videos",
         lambda t: t.update({"00001.moments": torch.zeros(6, 2, 2, 3)}),
-        "moments: 3 wide here, 4 before",
+        "moments: of 3 channels here, of 4 before",
     ),
     "whole numbers": (
         "videos",
         lambda t: t.update({"00001.moments": torch.zeros(8, 2, 2, 3, dtype=torch.int32)}),
         "00001.moments: must be of floating point, got I32",
     ),
-    "empty text": ("texts", lambda t: t.update({NAME: torch.zeros(0, 6)}), rf"{NAME}: must be \[L, D\]"),
-    "wide text": ("texts", lambda t: t.update({NAME: torch.zeros(1, 9)}), "sequence: 6 wide here, 9 before"),
+    "empty text": (
+        "texts",
+        lambda t: t.update({NAME: torch.zeros(0, 6)}),
+        rf"{NAME}: must be \[L, 6\], got \[0, 6\]",
+    ),
+    "wide text": (
+        "texts",
+        lambda t: t.update({NAME: torch.zeros(1, 9)}),
+        rf"{NAME}: must be \[L, 6\], got \[1, 9\]",
+    ),
+    "flat text": ("texts", lambda t: t.update({NAME: torch.zeros(6)}), rf"{NAME}: must .*, got \[6\]"),
+    "another name": ("texts", lambda t: t.update(other=t.pop(NAME)), rf"{NAME}: must be \[L, 6\], got none"),
 }
 
 
@@ -305,7 +315,7 @@ def test_tensors_of_other_shapes_are_told_with_their_files(tmp_path: Path, name:
 def test_files_of_other_widths_do_not_belong_together(tmp_path: Path) -> None:
     shard = write(tmp_path) / "videos-00002.safetensors"
     rewrite(shard, tensors=lambda t: t.update({"00000.moments": torch.zeros(6, 2, 2, 3)}))
-    with pytest.raises(ValueError, match=rf"{shard} .* \(moments: 3 wide here, 4 before\)"):
+    with pytest.raises(ValueError, match=rf"{shard} .* \(moments: of 3 channels here, of 4 before\)"):
         dataset(tmp_path)
 
 
@@ -313,7 +323,9 @@ def test_a_caption_without_states_is_told(tmp_path: Path) -> None:
     shard = write(tmp_path) / "texts-00000.safetensors"
     rewrite(shard, index=lambda i: i["texts"].pop(1))
     data = dataset(tmp_path, caption_dropout=0.0)
-    with pytest.raises(ValueError, match=f"{tmp_path} is damaged: no file has the states of .* 'a red ball'"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} is damaged: no file has the features of .* 'a red ball'"
+    ):
         [data[Draw(index=0, epoch=epoch, step=0, slot=0)] for epoch in range(20)]
 
 
@@ -322,6 +334,51 @@ def test_a_file_without_a_sample_is_told(tmp_path: Path) -> None:
     rewrite(shard, index=lambda i: i.update(files=[[9, 1, 2, 3, "hash"]]))
     with pytest.raises(ValueError, match=rf"{shard} .*\(files: there is no sample 9, of 5\)"):
         features.changed_clips(tmp_path, [sample(index) for index in range(5)], [0])
+
+
+OLD = Path(__file__).with_name("golden") / "old_cache"
+
+
+def test_a_cache_that_does_not_name_its_features_is_read() -> None:
+    """It was written before there was the key `text_features`; all else is as it is now."""
+    assert "text_features" not in json.loads((OLD / "features.json").read_text())
+    data = dataset(OLD, caption_dropout=0.0)
+    assert data.text_features == {"sequence": (None, 3), "pooled": (4,)}
+    assert (data.latent_channels, data.shapes) == (2, [(9, 16, 16)])
+    for dropout, tokens in ((0.0, 4), (1.0, 1)):
+        item = dataset(OLD, caption_dropout=dropout)[Draw(index=0, epoch=0, step=0, slot=0)]
+        assert torch.equal(item.moments, torch.arange(32.0).view(4, 2, 2, 2))
+        assert torch.equal(item.text["sequence"].float(), torch.arange(3.0 * tokens).view(tokens, 3) / 8)
+        assert torch.equal(item.text["pooled"].float(), torch.arange(tokens, tokens + 4.0))
+
+
+def test_an_old_cache_is_gone_on_with(tmp_path: Path) -> None:
+    """Its files have the same bytes as new ones."""
+    shutil.copytree(OLD, tmp_path / "cache")
+    plan = Description.read_file(OLD / "features.json")
+    new = plan.model_copy(update={"text_features": {"sequence": (None, 3), "pooled": (4,)}})
+    features.begin(tmp_path / "cache", new)
+    assert all(features.is_written(tmp_path / "cache", new, kind, 0) for kind in features.KINDS)
+    file = "texts-00000.safetensors"
+    (tmp_path / "cache" / file).unlink()
+    texts = {
+        text: {
+            "sequence": (torch.arange(3.0 * tokens).view(tokens, 3) / 8).bfloat16(),
+            "pooled": torch.arange(tokens, tokens + 4.0).bfloat16(),
+        }
+        for text, tokens in (("", 1), ("a red ball", 4))
+    }
+    features.write_texts(tmp_path / "cache", 0, texts)
+    assert (tmp_path / "cache" / file).read_bytes() == (OLD / file).read_bytes()
+
+
+def test_texts_of_other_widths_in_an_old_cache_are_told(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "cache")
+    name = f"{features.text_key('a red ball')}.sequence"
+    shard = tmp_path / "cache" / "texts-00000.safetensors"
+    rewrite(shard, tensors=lambda t: t.update({name: torch.zeros(4, 5)}))
+    with pytest.raises(ValueError, match=rf"{name}: must be \[L, 3\], got \[4, 5\]"):
+        dataset(tmp_path / "cache")
 
 
 def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:

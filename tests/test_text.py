@@ -17,12 +17,13 @@ from tiny_text import write_text_encoders
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from opensoraplan.models.pretrained_text import load_tokenizer
 from opensoraplan.models.text import (
+    TEXT_PARTS,
     PromptEmbeds,
-    TextEncoders,
     encode_prompts,
-    load_text_encoder,
-    load_tokenizer,
+    load_text_model,
+    text_encoder_of,
 )
 
 PROMPTS = ["a red ball", "the camera moves slowly through a quiet street", ""]
@@ -40,9 +41,9 @@ def parts(folders: tuple[Path, Path]) -> dict:
     t5, clip = folders
     return {
         "tokenizer": load_tokenizer(t5),
-        "text_encoder": load_text_encoder(t5, kind="t5", dtype=torch.float32, device="cpu"),
+        "text_encoder": load_t5(t5),
         "tokenizer_2": load_tokenizer(clip),
-        "text_encoder_2": load_text_encoder(clip, kind="clip", dtype=torch.float32, device="cpu"),
+        "text_encoder_2": load_clip(clip),
     }
 
 
@@ -56,12 +57,12 @@ def clip_copy(folders: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders[1], tmp_path / "clip"))
 
 
-def load_t5(folder: Path) -> T5EncoderModel:
-    return load_text_encoder(folder, kind="t5", dtype=torch.float32, device="cpu")
+def load_t5(folder: Path, dtype: torch.dtype = torch.float32) -> T5EncoderModel:
+    return load_text_model(folder, TEXT_PARTS[0], dtype=dtype, device="cpu")
 
 
-def load_clip(folder: Path) -> CLIPTextModelWithProjection:
-    return load_text_encoder(folder, kind="clip", dtype=torch.float32, device="cpu")
+def load_clip(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPTextModelWithProjection:
+    return load_text_model(folder, TEXT_PARTS[1], dtype=dtype, device="cpu")
 
 
 def embeds(lengths: list[int], *, columns: int) -> PromptEmbeds:
@@ -164,7 +165,9 @@ def test_to_moves_all_and_casts_the_states_only() -> None:
 
 
 def encode(texts: Any, parts: dict, **options: int) -> PromptEmbeds:  # noqa: ANN401 (also what is refused)
-    return encode_prompts(texts, TextEncoders(**parts), **options)
+    return encode_prompts(
+        texts, [text_encoder_of(parts[part.encoder], parts[part.tokenizer], **options) for part in TEXT_PARTS]
+    )
 
 
 def test_equals_the_originals_padded_and_masked_encoding(parts: dict) -> None:
@@ -242,7 +245,7 @@ def test_what_is_not_read_is_logged(parts: dict, caplog: pytest.LogCaptureFixtur
     assert t5 > 60
     assert clip > 77
     with caplog.at_level(logging.WARNING):
-        found = encode([prompt], parts, max_length=60)
+        found = encode([prompt], parts, max_tokens=60)
     assert found.sequence.shape[1] == 60
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -255,10 +258,10 @@ def test_a_prompt_that_just_fits_is_not_warned_about(parts: dict, caplog: pytest
     prompt = "a red ball"
     length = len(parts["tokenizer"](prompt).input_ids)
     with caplog.at_level(logging.WARNING):
-        encode([prompt], parts, max_length=length)
+        encode([prompt], parts, max_tokens=length)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        encode([prompt], parts, max_length=length - 1)
+        encode([prompt], parts, max_tokens=length - 1)
     assert len(caplog.records) == 1
 
 
@@ -268,7 +271,7 @@ def test_unusable_arguments_are_named(parts: dict) -> None:
     with pytest.raises(ValueError, match=r"got \[\]"):
         encode([], parts)
     with pytest.raises(ValueError, match=r"at least 1, got 0"):
-        encode(["a"], parts, max_length=0)
+        encode(["a"], parts, max_tokens=0)
 
 
 def test_a_tokenizer_of_another_model_is_refused(parts: dict) -> None:
@@ -337,8 +340,7 @@ def test_either_name_of_the_t5_embedding_will_do(parts: dict, t5_copy: Path, abs
 
 
 def test_dtype_is_that_of_the_result(parts: dict, folders: tuple[Path, Path]) -> None:
-    t5 = load_text_encoder(folders[0], kind="t5", dtype=torch.bfloat16, device="cpu")
-    clip = load_text_encoder(folders[1], kind="clip", dtype=torch.bfloat16, device="cpu")
+    t5, clip = load_t5(folders[0], torch.bfloat16), load_clip(folders[1], torch.bfloat16)
     found = encode(PROMPTS, {**parts, "text_encoder": t5, "text_encoder_2": clip})
     assert (found.sequence.dtype, found.pooled.dtype) == (torch.bfloat16, torch.bfloat16)
     exact = encode(PROMPTS, parts)
@@ -458,11 +460,11 @@ def test_what_is_not_there_is_named(t5_copy: Path, clip_copy: Path, tmp_path: Pa
 
 def test_swapped_folders_are_recognised(t5_copy: Path, clip_copy: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"text_encoder must be a T5 .*'clip'. This is one for text_encoder_2"
+        ValueError, match=r"text_encoder must .* sequence \(T5\).*'clip'. This is one for text_encoder_2"
     ):
         load_t5(clip_copy)
     with pytest.raises(
-        ValueError, match=r"text_encoder_2 must be a CLIP .*'t5'. This is one for text_encoder:"
+        ValueError, match=r"text_encoder_2 must .* pooled \(CLIP\).*'t5'. This is one for text_encoder:"
     ):
         load_clip(t5_copy)
     edit_json(t5_copy / "config.json", lambda config: config.update(model_type="bert"))
@@ -540,8 +542,8 @@ def test_the_import_leaves_transformers_alone() -> None:
 
 def test_weights_begin_where_torch_lets_tensors_begin(tiny_model: Path) -> None:
     """Else results differ in the last bit from process to process."""
-    for kind, name in (("t5", "text_encoder"), ("clip", "text_encoder_2")):
-        encoder = load_text_encoder(tiny_model / name, kind=kind, dtype=torch.float32, device="cpu")
+    for part in TEXT_PARTS:
+        encoder = load_text_model(tiny_model / part.encoder, part, dtype=torch.float32, device="cpu")
         assert all(parameter.data_ptr() % 64 == 0 for parameter in encoder.parameters())
 
 
@@ -549,14 +551,14 @@ def test_weights_begin_where_torch_lets_tensors_begin(tiny_model: Path) -> None:
 def test_sizes_of_t5_that_cannot_be(key: str, value: int, t5_copy: Path) -> None:
     change_config(t5_copy, key, value)
     with pytest.raises(ValueError, match=rf"config\.json: {key}: .*got {value}"):
-        load_text_encoder(t5_copy, kind="t5", dtype=torch.float32, device="cpu")
+        load_t5(t5_copy)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", -1), ("layer_norm_eps", -1.0)])
 def test_sizes_of_clip_that_cannot_be(key: str, value: float, clip_copy: Path) -> None:
     change_config(clip_copy, key, value)
     with pytest.raises(ValueError, match=rf"config\.json: {key}: .*got {value}"):
-        load_text_encoder(clip_copy, kind="clip", dtype=torch.float32, device="cpu")
+        load_clip(clip_copy)
 
 
 def change_config(folder: Path, key: str, value: float) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -28,13 +27,21 @@ from opensoraplan.defaults import FILE as GENERATE_FILE
 from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver, check_model_files
 from opensoraplan.guidance import Branches
 from opensoraplan.models.adaln import Modulation
-from opensoraplan.models.conditions import Conditions, denoise
+from opensoraplan.models.conditions import Conditions, denoise, wrong_features
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
+from opensoraplan.models.pretrained_text import check_json
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds, TextEncoders, check_json, unknown_words
-from opensoraplan.models.text import encode_prompts as encode_texts
+from opensoraplan.models.text import (
+    FEATURES,
+    TEXT_PARTS,
+    PromptEmbeds,
+    TextEncoder,
+    encode_prompts,
+    shapes_of,
+    text_encoder_of,
+)
 from opensoraplan.models.vae import VideoVAE
 from opensoraplan.pipeline_inputs import (
     callback_inputs,
@@ -152,8 +159,9 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         folder = Path(path)
         if (folder / INDEX).is_file():
             check_model_files(folder)
-            for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-                check_json(folder / part)
+            for part in TEXT_PARTS:
+                check_json(folder / part.encoder)
+                check_json(folder / part.tokenizer)
         return super().from_pretrained(path, **options)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:  # noqa: ANN401
@@ -224,19 +232,24 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return [settings.negative(p) if negative else settings.positive(p) for p in prompts]
 
     def encode_texts(self, texts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of texts as they are. Warns of words that T5 has no tokens for."""
-        if self.text_encoder is None or self.text_encoder_2 is None:
-            raise ValueError("this pipeline has no text encoders: give prompt_embeds")
-        for text in dict.fromkeys(texts):
-            if words := unknown_words(text, self.tokenizer):
-                said = "T5 has no tokens for %s: it only sees that they are unknown"
-                logger.warning(said, shorten(", ".join(words), 200, placeholder=" ..."))
-        return encode_texts(
-            texts,
-            TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2),
-            max_length=self.config["max_text_tokens"],
-            device=self._execution_device,
-        )
+        """Embeddings of texts as they are. Warns of what the text encoders do not read of them."""
+        encoders = self.text_encoders
+        given = shapes_of(encoders)
+        if missing := [name for name in FEATURES if name not in given]:
+            raise ValueError(
+                f"this pipeline has no text encoder that gives {' and '.join(missing)}: give prompt_embeds"
+            )
+        return encode_prompts(texts, encoders, device=self._execution_device)
+
+    @property
+    def text_encoders(self) -> list[TextEncoder]:
+        """Those that there are, each with its tokenizer."""
+        most = self.config["max_text_tokens"]
+        return [
+            text_encoder_of(model, getattr(self, part.tokenizer), max_tokens=most)
+            for part in TEXT_PARTS
+            if (model := getattr(self, part.encoder)) is not None
+        ]
 
     @torch.no_grad()
     def __call__(
@@ -647,11 +660,5 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         return negatives
 
     def _check_embeds(self, embeds: PromptEmbeds, name: str) -> None:
-        config = self.transformer.config
-        wanted = config["caption_channels"], config["pooled_projection_dim"]
-        got = embeds.sequence.shape[2], embeds.pooled.shape[1]
-        if got != wanted:
-            raise ValueError(
-                f"{name} have {got[0]} (T5) and {got[1]} (CLIP) channels, "
-                f"the denoiser needs {wanted[0]} and {wanted[1]}"
-            )
+        if wrong := wrong_features(self.transformer.config, embeds.shapes, have=f"{name} have"):
+            raise ValueError("; ".join(wrong))

@@ -13,27 +13,28 @@ from diffusers.callbacks import (
 )
 from torch import Tensor
 
+from opensoraplan.models.conditions import text_features, wrong_features
+from opensoraplan.models.text import shapes_of, text_encoder_of
+
 LARGEST_SEED = 2**63 - 1
 
 
-def check_parts(transformer: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:  # noqa: ANN401
+def check_parts(transformer: Any, vae: Any, *text_encoders: Any) -> None:  # noqa: ANN401
     """Raise ValueError for parts whose widths do not fit. None, which offloading tools may pass,
     is not checked.
     """
+    given = shapes_of([text_encoder_of(model, None) for model in text_encoders if model is not None])
     latents, gives = vae and vae.latent_channels, "the VAE's latents have"
     if transformer is not None and vae is None:
         latents, gives = transformer.config["out_channels"], "its velocity has"
-    widths = [
-        # Only noisy latents: nothing is concatenated to them.
-        ("in_channels", gives, latents),
-        ("out_channels", gives, latents),
-        ("caption_channels", "the T5 encoder gives", text_encoder and text_encoder.config.d_model),
-        ("pooled_projection_dim", "CLIP gives", text_encoder_2 and text_encoder_2.config.projection_dim),
-    ]
-    for key, gives, width in widths:
-        if transformer is not None and width and width != transformer.config[key]:
-            wanted = transformer.config[key]
-            raise ValueError(f"the denoiser needs {wanted} channels ({key}), but {gives} {width}")
+    if transformer is None:
+        return
+    for key in ("in_channels", "out_channels"):  # only noisy latents: nothing is concatenated to them
+        wanted = transformer.config[key]
+        if latents and latents != wanted:
+            raise ValueError(f"the denoiser needs {wanted} channels ({key}), but {gives} {latents}")
+    if wrong := wrong_features(transformer.config, {**text_features(transformer.config), **given}):
+        raise ValueError("; ".join(wrong))
 
 
 def check_guidance(scale: float, rescale: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:

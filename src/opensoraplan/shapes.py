@@ -15,6 +15,9 @@ SIDE_MULTIPLE = SPATIAL_STRIDE * PATCH_SIZE
 # Side of a tile, in pixels, where frames are decoded in tiles.
 TILE_SIZE = 256
 
+# Of a feature of a text; None, which only the first dimension may be, is the number of the text's tokens.
+FeatureShape = tuple[int | None, ...]
+
 
 @dataclass(frozen=True)
 class Strides:

@@ -1,12 +1,11 @@
 """Features that were encoded before training: the folder that `osp cache` fills, and a dataset that reads it.
 
-No models here; encoding is in train/inputs/cache.py, a file of the folder in shards.py. C latent channels, L
-text tokens, D and P the widths of the T5 and CLIP states. The folder has
+No models here; encoding is in train/inputs/cache.py, a file of the folder in shards.py. The folder has
 
     features.json               what it was made from, part by part
     videos-00000.safetensors    posterior moments of so many samples in a row; in the header what is known of
                                 each sample, of its file, and of those that could not be read
-    texts-00000.safetensors     states of so many texts
+    texts-00000.safetensors     features of so many texts, by the names that the text encoders gave them
 """
 
 import json
@@ -22,7 +21,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from opensoraplan.data.buckets import Draw
@@ -38,11 +36,13 @@ from opensoraplan.data.shards import (
     OpenFiles,
     PlacedFile,
     SampleEntry,
+    Shapes,
+    Side,
     TextIndex,
     VideoIndex,
     damage,
-    note_width,
     read_index,
+    same_channels,
     shard_path,
     text_key,
     video_name,
@@ -50,7 +50,7 @@ from opensoraplan.data.shards import (
 )
 from opensoraplan.disk import OWN, clear_dead, explain_disk_errors, write_whole
 from opensoraplan.settings import Settings
-from opensoraplan.shapes import RELEASE, Strides
+from opensoraplan.shapes import RELEASE, FeatureShape, Strides
 
 DESCRIPTION = "features.json"
 # Of what a cache has. Before 2, captions were cleaned a little otherwise and had other sentences on quality.
@@ -68,8 +68,9 @@ class Description(Settings):
     """What a cache was made from and how it is divided; all of it is known before the first shard.
 
     `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the
-    VAE's config (with the latents' shift and scale), `vae_class` its class. `left_out` is None until every
-    shard is there.
+    VAE's config (with the latents' shift and scale), `vae_class` its class. `text_features`: the shapes of a
+    text's features; caches without this key have "sequence" [L, D] and "pooled" [P]. `left_out` is None until
+    every shard is there.
     """
 
     version: int = VERSION
@@ -78,6 +79,7 @@ class Description(Settings):
     vae_class: str = "WFVAE"
     temporal_stride: Annotated[int, Field(ge=1)] = RELEASE.temporal
     spatial_stride: Annotated[int, Field(ge=1)] = RELEASE.spatial
+    text_features: dict[str, tuple[Side | None, ...]] | None = None
     use_aesthetic: bool
     samples: int
     texts: int
@@ -140,15 +142,22 @@ def begin(folder: Path, description: Description) -> None:
         was, now = getattr(there, name), getattr(description, name)
         if name == "parts":  # their values are compared above
             was, now = sorted(was), sorted(now)
+        if name == "text_features" and was is None:  # begun before there was this key
+            continue
         if name != "left_out" and was != now:
             raise ValueError(f"{folder} has a cache with {name} {was}, not {now}: give another folder")
 
 
-def is_written(folder: Path, kind: Kind, shard: int) -> bool:
+def is_written(folder: Path, description: Description, kind: Kind, shard: int) -> bool:
     """Whether that file is there and whole."""
     path = shard_path(folder, kind, shard)
     try:
-        read_index(path, VideoIndex) if kind == "videos" else read_index(path, TextIndex)
+        if kind == "videos":
+            videos, shapes = read_index(path, VideoIndex)
+            videos.channels(shapes, description.strides)
+        else:
+            texts, shapes = read_index(path, TextIndex)
+            texts.features(shapes, description.text_features)
     except ValueError:
         return False
     return True
@@ -177,13 +186,14 @@ def write_videos(
     write_shard(shard_path(folder, "videos", shard), tensors, index)
 
 
-def write_texts(folder: Path, shard: int, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Write texts with their states [L, D] and [P] as file number `shard`; as `write_videos` does."""
-    tensors: dict[str, Tensor] = {}
-    for text, (sequence, pooled) in states.items():
-        key = text_key(text)
-        tensors |= {f"{key}.sequence": sequence, f"{key}.pooled": pooled}
-    index = TextIndex(texts=[text_key(text) for text in states])
+def write_texts(folder: Path, shard: int, texts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write texts with their features, by name, as file number `shard`; as `write_videos` does."""
+    tensors = {
+        f"{text_key(text)}.{name}": feature
+        for text, features in texts.items()
+        for name, feature in features.items()
+    }
+    index = TextIndex(texts=[text_key(text) for text in texts])
     write_shard(shard_path(folder, "texts", shard), tensors, index)
 
 
@@ -268,24 +278,21 @@ def check_fresh(folder: Path, parts: Mapping[str, str]) -> Description:
 
 
 class Features(NamedTuple):
-    """A sample: moments [2 C, t, h, w], and of the caption drawn the states [L, D] and pooled [P]."""
+    """A sample: moments [2 C, t, h, w], and the features of the caption drawn, by name."""
 
     moments: Tensor
-    sequence: Tensor
-    pooled: Tensor
+    text: Mapping[str, Tensor]
     caption: str
     sample: Sample
 
 
 class FeatureBatch(NamedTuple):
-    """B samples of one shape: moments [B, 2 C, t, h, w], sequence [B, L, D] with zeros after a text's end,
-    mask [B, L] (True: a token), pooled [B, P]. Nothing fails that was encoded before: `failures` is empty.
+    """B samples of one shape: moments [B, 2 C, t, h, w], and the features of each text, which have as many
+    tokens as it has. Nothing fails that was encoded before: `failures` is empty.
     """
 
     moments: Tensor
-    sequence: Tensor
-    mask: Tensor
-    pooled: Tensor
+    texts: tuple[Mapping[str, Tensor], ...]
     captions: tuple[str, ...]
     samples: tuple[Sample, ...]
     failures: tuple[Failure, ...] = ()
@@ -298,7 +305,7 @@ class FeatureDataset(Dataset[Features]):
     ValueError for a cache that is not finished or damaged, and for one without the captions that
     `use_aesthetic` asks for.
 
-    Attributes: `samples`; `widths`, C as "moments", D as "sequence" and P as "pooled".
+    Attributes: `samples`; `latent_channels`, C; `text_features`, the shapes of a text's features.
     """
 
     def __init__(self, folder: str | Path, *, seed: int, caption_dropout: float, use_aesthetic: bool) -> None:
@@ -309,22 +316,26 @@ class FeatureDataset(Dataset[Features]):
         self.samples: list[Sample] = []
         self._files: list[tuple[Path, str]] = []
         self._checksums: dict[Path, dict[str, int]] = {}
-        self.widths: dict[str, int] = {}
+        channels: int | None = None
         files = _shards(self.folder, self.description, "videos")
-        indices = _read_indices(VideoIndex, files, strides=self.description.strides)
-        for file, (index, widths) in zip(files, indices, strict=True):
-            self._note_widths(file, widths)
+        for file, (index, shapes) in zip(files, _read_indices(VideoIndex, files), strict=True):
+            with damage(file):
+                channels = same_channels(channels, index.channels(shapes, self.description.strides))
             self._checksums[file] = index.checksums
             self.samples += [entry.sample() for entry in index.samples]
             self._files += [(file, video_name(place)) for place in range(len(index.samples))]
-        if not self.samples:
+        if channels is None:
             raise ValueError(f"{self.folder} has no samples: none of its clips could be read")
+        self.latent_channels = channels
+        known: Mapping[str, FeatureShape] | None = self.description.text_features
         files = _shards(self.folder, self.description, "texts")
         self._texts: dict[str, Path] = {}
-        for file, (index, widths) in zip(files, _read_indices(TextIndex, files), strict=True):
-            self._note_widths(file, widths)
+        for file, (index, shapes) in zip(files, _read_indices(TextIndex, files), strict=True):
+            with damage(file):
+                known = index.features(shapes, known)
             self._checksums[file] = index.checksums
             self._texts |= dict.fromkeys(index.texts, file)
+        self.text_features = known or {}
         self._open = OpenFiles()
         if use_aesthetic != self.description.use_aesthetic and any(
             sample.record.aesthetic is not None for sample in self.samples
@@ -333,11 +344,6 @@ class FeatureDataset(Dataset[Features]):
                 f"{self.folder} was written with use_aesthetic {self.description.use_aesthetic}, so it has "
                 "other captions: set data.use_aesthetic to that, or write a new cache with `osp cache`"
             )
-
-    def _note_widths(self, file: Path, widths: Mapping[str, int]) -> None:
-        with damage(file):
-            for feature, width in widths.items():
-                note_width(self.widths, feature, width)
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -372,28 +378,24 @@ class FeatureDataset(Dataset[Features]):
         sample = self.samples[draw.index]
         caption = caption_of(sample, draw, seed=self.seed, dropout=self.caption_dropout)
         moments = self._tensor(*self._files[draw.index])
-        return Features(moments, *self._states(caption), caption, sample)
+        return Features(moments, self._text(caption), caption, sample)
 
-    def _states(self, caption: str) -> tuple[Tensor, Tensor]:
+    def _text(self, caption: str) -> dict[str, Tensor]:
         key = text_key(caption)
         file = self._texts.get(key)
         if file is None:
-            raise ValueError(f"{self.folder} is damaged: no file has the states of the caption {caption!r}")
-        return self._tensor(file, f"{key}.sequence"), self._tensor(file, f"{key}.pooled")
+            raise ValueError(f"{self.folder} is damaged: no file has the features of the caption {caption!r}")
+        return {name: self._tensor(file, f"{key}.{name}") for name in self.text_features}
 
     def _tensor(self, file: Path, name: str) -> Tensor:
         return self._open.tensor(file, name, checksum=self._checksums[file].get(name))
 
 
 def collate_features(items: Sequence[Features]) -> FeatureBatch:
-    """One batch of samples of one shape. L is the longest text's length."""
-    longest = max(len(item.sequence) for item in items)
-    lengths = torch.tensor([len(item.sequence) for item in items])
+    """One batch of samples of one shape."""
     return FeatureBatch(
         moments=torch.stack([item.moments for item in items]),
-        sequence=pad_sequence([item.sequence for item in items], batch_first=True),
-        mask=torch.arange(longest) < lengths[:, None],
-        pooled=torch.stack([item.pooled for item in items]),
+        texts=tuple(item.text for item in items),
         captions=tuple(item.caption for item in items),
         samples=tuple(item.sample for item in items),
     )
@@ -403,11 +405,9 @@ def _shards(folder: Path, description: Description, kind: Kind) -> list[Path]:
     return [shard_path(folder, kind, shard) for shard in range(description.shards(kind))]
 
 
-def _read_indices(
-    kind: type[AnyIndex], paths: Sequence[Path], *, strides: Strides | None = None
-) -> list[tuple[AnyIndex, dict[str, int]]]:
+def _read_indices(kind: type[AnyIndex], paths: Sequence[Path]) -> list[tuple[AnyIndex, Shapes]]:
     with ThreadPoolExecutor(_READERS) as executor:
-        return list(executor.map(partial(read_index, kind=kind, strides=strides), paths))
+        return list(executor.map(partial(read_index, kind=kind), paths))
 
 
 def _read_description(folder: Path) -> Description:

@@ -1,8 +1,8 @@
 """One file of a feature cache: tensors and, in its header, an index of what they are with checksums of both.
 
-Not here: the cache that the files make up, and the dataset that reads it (features.py). C latent channels, L
-text tokens, D and P the widths of the T5 and CLIP states. A file of videos has NNNNN.moments [2 C, t, h, w]
-of each sample, one of texts KEY.sequence [L, D] and KEY.pooled [P] of each text; see `text_key`.
+Not here: the cache that the files make up, and the dataset that reads it (features.py). A file of videos has
+NNNNN.moments [2 C, t, h, w] of each sample, with C latent channels; one of texts has KEY.NAME of each text's
+feature NAME, see `text_key`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from opensoraplan.disk import explain_disk_errors, write_whole
 from opensoraplan.documents import as_object, kind_of
 from opensoraplan.fingerprint import fingerprint_file
 from opensoraplan.settings import Settings
-from opensoraplan.shapes import Strides, latent_shape
+from opensoraplan.shapes import FeatureShape, Strides, latent_shape
 
 Kind = Literal["videos", "texts"]
 # In the order in which they are encoded.
@@ -53,6 +53,8 @@ def _text(value: object) -> str:
 Text = Annotated[str, PlainValidator(_text)]
 Count = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1)]
+# Of tensors, by their names.
+Shapes = Mapping[str, Sequence[int]]
 
 
 class LeftOut(NamedTuple):
@@ -135,21 +137,23 @@ class VideoIndex(Settings):
     files: list[PlacedFile] = Field(default=[])
     left_out: list[LeftOut]
 
-    def widths(self, shapes: Mapping[str, Sequence[int]], strides: Strides | None) -> dict[str, int]:
-        """C, as "moments". Raises ValueError unless each sample has moments, of its size by `strides`."""
-        widths: dict[str, int] = {}
+    def channels(self, shapes: Shapes, strides: Strides) -> int | None:
+        """C, None without samples. Raises ValueError unless each sample has moments of so many channels, of
+        its size by `strides`.
+        """
+        channels: int | None = None
         for place, sample in enumerate(self.samples):
             name, size = video_name(place), " x ".join(map(str, sample.shape))
             shape = shapes.get(name, ())
             try:
-                grid = shape[1:] if strides is None else latent_shape(*sample.shape, strides=strides, patch=1)
+                grid = latent_shape(*sample.shape, strides=strides, patch=1)
             except ValueError as error:
                 raise ValueError(f"samples.{place}.shape: {error}") from None
             if len(shape) != 4 or shape[0] % 2 or tuple(shape[1:]) != tuple(grid):
                 wanted = f"[2 C, {', '.join(map(str, grid))}]"
                 raise ValueError(f"{name}: {size} pixels have moments {wanted}, got {_shown(shape)}")
-            note_width(widths, "moments", shape[0] // 2)
-        return widths
+            channels = same_channels(channels, shape[0] // 2)
+        return channels
 
 
 class TextIndex(Settings):
@@ -158,31 +162,41 @@ class TextIndex(Settings):
     checksums: dict[str, int] = Field(default={})
     texts: list[Text]
 
-    def widths(self, shapes: Mapping[str, Sequence[int]], _: Strides | None) -> dict[str, int]:
-        """D and P, as "sequence" and "pooled". Raises ValueError unless each text has its states."""
-        widths: dict[str, int] = {}
+    def features(
+        self, shapes: Shapes, known: Mapping[str, FeatureShape] | None
+    ) -> Mapping[str, FeatureShape]:
+        """The features that each text has: those that are `known`; None, of a cache that does not say it:
+        "sequence" and "pooled", as wide as the first text's. Raises ValueError for a text without all of them
+        in these shapes.
+        """
+        if known is None:
+            first = next(iter(self.texts), "")
+            sequence, pooled = (shapes.get(f"{first}.{name}") or [0] for name in ("sequence", "pooled"))
+            known = {"sequence": (None, sequence[-1]), "pooled": (pooled[-1],)}
         for key in self.texts:
-            sequence, pooled = shapes.get(f"{key}.sequence", ()), shapes.get(f"{key}.pooled", ())
-            if len(sequence) != 2 or not sequence[0]:
-                raise ValueError(f"{key}.sequence: must be [L, D], got {_shown(sequence)}")
-            if len(pooled) != 1:
-                raise ValueError(f"{key}.pooled: must be [P], got {_shown(pooled)}")
-            note_width(widths, "sequence", sequence[1])
-            note_width(widths, "pooled", pooled[0])
-        return widths
+            for name, wanted in known.items():
+                found = shapes.get(f"{key}.{name}", ())
+                if len(found) != len(wanted) or not all(map(_is_side, found, wanted)):
+                    raise ValueError(f"{key}.{name}: must be {_shown(wanted)}, got {_shown(found)}")
+        return known
 
 
 AnyIndex = TypeVar("AnyIndex", VideoIndex, TextIndex)
 
 
-def note_width(widths: dict[str, int], feature: str, width: int) -> None:
-    """Add the width of a feature. Raises ValueError if it had another one before."""
-    if widths.setdefault(feature, width) != width:
-        raise ValueError(f"{feature}: {width} wide here, {widths[feature]} before")
+def same_channels(before: int | None, now: int | None) -> int | None:
+    """The number of channels, if one of the two is not known or both are the same; else raises ValueError."""
+    if None not in (before, now) and before != now:
+        raise ValueError(f"moments: of {now} channels here, of {before} before")
+    return before if now is None else now
 
 
-def _shown(shape: Sequence[int]) -> str:
-    return str(list(shape)) if shape else "none"
+def _is_side(found: int, wanted: int | None) -> bool:
+    return found > 0 if wanted is None else found == wanted
+
+
+def _shown(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('L' if side is None else str(side) for side in shape)}]" if shape else "none"
 
 
 def text_key(text: str) -> str:
@@ -212,12 +226,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], index: VideoIndex | T
         write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
 
 
-def read_index(
-    path: Path, kind: type[AnyIndex], *, strides: Strides | None = None
-) -> tuple[AnyIndex, dict[str, int]]:
-    """The index of a file, and the widths of its features; with `strides`, moments are held against the
-    pixels that they are of. Raises ValueError, which names the file and what is wrong in it, for one that is
-    missing, cut off or none of ours.
+def read_index(path: Path, kind: type[AnyIndex]) -> tuple[AnyIndex, Shapes]:
+    """The index of a file, and the shapes of all its tensors by their names. Raises ValueError, which names
+    the file and what is wrong in it, for one that is missing, cut off or none of ours.
     """
     with damage(path), safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(_INDEX)
@@ -235,7 +246,7 @@ def read_index(
         index = kind.read(as_object(content, where="its index"), where="its index", strict=True)
         if whole := [name for name, one in slices.items() if not one.get_dtype().startswith(("F", "BF"))]:
             raise ValueError(f"{whole[0]}: must be of floating point, got {slices[whole[0]].get_dtype()}")
-        return index, index.widths({name: one.get_shape() for name, one in slices.items()}, strides)
+        return index, {name: one.get_shape() for name, one in slices.items()}
 
 
 @contextmanager

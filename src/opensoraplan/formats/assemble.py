@@ -24,19 +24,19 @@ from opensoraplan.formats.export import (
     write_release,
     write_release_file,
 )
-from opensoraplan.formats.infer import RELEASE_LAYERS, config_of, empty_model, kind_of, name_path
+from opensoraplan.formats.infer import RELEASE_LAYERS, class_of, config_of, empty_model, name_path
 from opensoraplan.models import original
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import plain_config
-from opensoraplan.models.text import empty_text_encoder, load_text_encoder, load_tokenizer
-from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.models.text import TEXT_PARTS, empty_text_model, load_text_encoder
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.pipeline_inputs import check_parts
 from opensoraplan.samplers import make_scheduler
 
 logger = logging.getLogger(__name__)
 
-Model = TypeVar("Model", SparseUMMDiT, WFVAE)
+Model = TypeVar("Model", SparseUMMDiT, VideoVAE)
 
 # The parts of a pipeline that are files.
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -88,7 +88,7 @@ def empty_denoiser(
     checkpoint, or if the Skiparse rates are not known.
     """
     with name_path(checkpoint.path):
-        if kind_of(checkpoint.shapes) != "denoiser":
+        if class_of(checkpoint) is not SparseUMMDiT:
             raise ValueError("these are the weights of a VAE, not of a denoiser: were the two paths swapped?")
         arguments = dict(config_of(checkpoint) if config is None else config)
         if rates is not None:
@@ -102,16 +102,16 @@ def empty_denoiser(
         return cast(SparseUMMDiT, empty_model(checkpoint, arguments))
 
 
-def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> WFVAE:
+def empty_vae(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> VideoVAE:
     """A VAE on the meta device that fits the checkpoint; `config` and errors as in `empty_denoiser`, but that
     it goes before what the checkpoint's own says, and need not be whole: in that are shift and scale.
     """
     with name_path(checkpoint.path):
-        if kind_of(checkpoint.shapes) != "vae":
+        if class_of(checkpoint) is SparseUMMDiT:
             raise ValueError("these are the weights of a denoiser, not of a VAE: were the two paths swapped?")
         if config is not None and checkpoint.info.config is not None:
             config = {**config_of(checkpoint), **config}
-        return cast(WFVAE, empty_model(checkpoint, config))
+        return cast(VideoVAE, empty_model(checkpoint, config))
 
 
 def denoiser_config(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def open_denoiser(
     return Opened(denoiser, checkpoint, original.match(denoiser, checkpoint))
 
 
-def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[WFVAE]:
+def open_vae(path: Path, config: Mapping[str, Any] | None = None) -> Opened[VideoVAE]:
     """Open a VAE of any dialect, or that of a diffusers folder. Weights are not read yet."""
     checkpoint = open_checkpoint(component_of(path, "vae"))
     vae = empty_vae(checkpoint, config)
@@ -161,32 +161,32 @@ class OpenedPipeline:
 
     sources: Sources
     denoiser: Opened[SparseUMMDiT]
-    vae: Opened[WFVAE]
+    vae: Opened[VideoVAE]
 
     def without_weights(
         self, dtype: torch.dtype, *, vae_dtype: torch.dtype | None = None
     ) -> OpenSoraPlanPipeline:
         """What `load_pipeline` would load, on the meta device: its config and sizes, and no tokenizers."""
         transformer, vae = copy.deepcopy(self.denoiser.model), copy.deepcopy(self.vae.model)
-        text_encoder = empty_text_encoder(self.sources.text_encoder, kind="t5")
-        text_encoder_2 = empty_text_encoder(self.sources.text_encoder_2, kind="clip")
-        for model in (transformer, vae, text_encoder, text_encoder_2):
+        text = self._empty_text_models()
+        for model in (transformer, vae, *text.values()):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(vae_dtype or dtype if model is vae else dtype)
-        absent: dict[str, Any] = {"tokenizer": None, "tokenizer_2": None, "scheduler": make_scheduler()}
-        return OpenSoraPlanPipeline(
-            transformer, vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, **absent
-        )
+        absent: dict[str, Any] = dict.fromkeys(part.tokenizer for part in TEXT_PARTS)
+        return OpenSoraPlanPipeline(transformer, vae, **text, **absent, scheduler=make_scheduler())
 
     def weight_bytes(self, dtype: torch.dtype, *, vae_dtype: torch.dtype | None = None) -> int:
         """Bytes of the weights that `load_parts` would load."""
-        text_encoder = empty_text_encoder(self.sources.text_encoder, kind="t5")
-        text_encoder_2 = empty_text_encoder(self.sources.text_encoder_2, kind="clip")
-        in_dtype = sum(_count(model) for model in (self.denoiser.model, text_encoder, text_encoder_2))
+        in_dtype = sum(map(_count, (self.denoiser.model, *self._empty_text_models().values())))
         return in_dtype * dtype.itemsize + _count(self.vae.model) * (vae_dtype or dtype).itemsize
 
+    def _empty_text_models(self) -> dict[str, Any]:
+        """The text encoders on the meta device, by their names."""
+        paths = self.sources.paths()
+        return {part.encoder: empty_text_model(paths[part.encoder], part) for part in TEXT_PARTS}
 
-def _count(model: nn.Module) -> int:
+
+def _count(model: nn.Module | VideoVAE) -> int:
     """The number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -228,20 +228,27 @@ def load_parts(
     """
     if device.type == "cpu":
         _check_room(opened.weight_bytes(dtype, vae_dtype=vae_dtype))
-    sources, transformer, vae = opened.sources, opened.denoiser.model, opened.vae.model
-    text_encoder = load_text_encoder(sources.text_encoder, kind="t5", dtype=dtype, device=device)
-    text_encoder_2 = load_text_encoder(sources.text_encoder_2, kind="clip", dtype=dtype, device=device)
-    check_parts(transformer, vae, text_encoder, text_encoder_2)
+    transformer, vae = opened.denoiser.model, opened.vae.model
+    text = load_text_parts(opened.sources, dtype=dtype, device=device)
+    check_parts(transformer, vae, *(text[part.encoder] for part in TEXT_PARTS))
     original.fill(vae, opened.vae.names, _OnDevice(device, opened.vae.tensors), dtype=vae_dtype or dtype)
     original.fill(transformer, opened.denoiser.names, _OnDevice(device, opened.denoiser.tensors), dtype=dtype)
     return {
         "transformer": transformer.eval().to(device),  # type: ignore[arg-type]
-        "vae": vae.eval().to(device),  # type: ignore[arg-type]
-        "text_encoder": text_encoder,
-        "tokenizer": load_tokenizer(sources.tokenizer),
-        "text_encoder_2": text_encoder_2,
-        "tokenizer_2": load_tokenizer(sources.tokenizer_2),
+        "vae": vae.eval().to(device),
+        **text,
     }
+
+
+def load_text_parts(sources: Sources, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Text encoders and tokenizers by their names. Raises as `load_text_encoder`."""
+    paths, loaded = sources.paths(), {}
+    for part in TEXT_PARTS:
+        encoder = load_text_encoder(
+            paths[part.encoder], paths[part.tokenizer], part, dtype=dtype, device=device
+        )
+        loaded |= {part.encoder: encoder.model, part.tokenizer: encoder.tokenizer}
+    return loaded
 
 
 def load_pipeline(
@@ -326,26 +333,23 @@ def write_pipeline(
     pipeline = OpenSoraPlanPipeline(
         transformer=denoiser.model,
         vae=vae.model,
-        text_encoder=load_text_encoder(sources.text_encoder, kind="t5", dtype=text_dtype, device=cpu),
-        tokenizer=load_tokenizer(sources.tokenizer),
-        text_encoder_2=load_text_encoder(sources.text_encoder_2, kind="clip", dtype=text_dtype, device=cpu),
-        tokenizer_2=load_tokenizer(sources.tokenizer_2),
+        **load_text_parts(sources, dtype=text_dtype, device=cpu),
         scheduler=make_scheduler(**scheduler),
         **prompts,
     )
-    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
+    for name in (*(name for part in TEXT_PARTS for name in part[:2]), "scheduler"):
         pipeline.components[name].save_pretrained(folder / name)
     for name, part in (("transformer", denoiser), ("vae", vae)):
         write_component(part.model, part.names, part.tensors, folder / name, files)
     pipeline.save_config(folder)
 
 
-def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> WFVAE:
+def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> VideoVAE:
     """A VAE from a checkpoint of any dialect, or from a diffusers folder that has one."""
     checkpoint = open_checkpoint(component_of(path, "vae"))
     vae = empty_vae(checkpoint, None)
     original.load(vae, checkpoint, dtype=dtype)
-    return vae.eval().to(device)  # type: ignore[arg-type]
+    return vae.eval().to(device)
 
 
 def export_denoiser(model: Path, out: Path, *, tensor_parallel: int, ema: bool | None = None) -> None:

@@ -5,14 +5,19 @@ B samples, C channels of the VAE's latents, T/H/W latent grid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opensoraplan.models.adaln import Modulation
 from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.shapes import FeatureShape
+
+# The keys of a denoiser's config that say how wide the features of its texts are.
+_WIDTHS = {"sequence": "caption_channels", "pooled": "pooled_projection_dim"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +71,29 @@ class Conditions:
                 f"{len(frames)} of {len(parts)} parts have clean frames: give them to all or none"
             )
         return Conditions(text, torch.cat(frames), torch.cat(masks))
+
+
+def text_features(config: Mapping[str, Any]) -> dict[str, FeatureShape]:
+    """The features of a text that the denoiser of this config is told, with their shapes."""
+    return {"sequence": (None, config[_WIDTHS["sequence"]]), "pooled": (config[_WIDTHS["pooled"]],)}
+
+
+def wrong_features(
+    config: Mapping[str, Any], given: Mapping[str, FeatureShape], *, have: str = "the text encoders give"
+) -> list[str]:
+    """A sentence, which begins with `have`, about each feature that is `given` in another shape than the
+    denoiser of this config needs, or not at all.
+    """
+    return [
+        f"{have} {f'{name} {_shown(given[name])}' if name in given else f'no {name}'}, "
+        f"the denoiser needs {_shown(shape)} ({_WIDTHS[name]})"
+        for name, shape in text_features(config).items()
+        if given.get(name) != shape
+    ]
+
+
+def _shown(shape: FeatureShape) -> str:
+    return f"[{', '.join('tokens' if side is None else str(side) for side in shape)}]"
 
 
 def denoise(

@@ -25,6 +25,7 @@ from opensoraplan.data.features import Description, Kind, KnownFile, LeftOut
 from opensoraplan.data.selection import Sample
 from opensoraplan.data.video import Reader, installed_reader
 from opensoraplan.device import explain_full_memory, prepare, resolve_device
+from opensoraplan.models.text import shapes_of
 from opensoraplan.parallel.ranks import device_of_rank
 from opensoraplan.train.config import DataSettings, TrainSettings
 from opensoraplan.train.inputs.encoders import check_paths, load_encoders
@@ -153,6 +154,7 @@ class CacheJob:
             vae_class=type(self.encoders.vae).__name__,
             temporal_stride=self.encoders.vae.strides.temporal,
             spatial_stride=self.encoders.vae.strides.spatial,
+            text_features=shapes_of(self.encoders.text),
             use_aesthetic=data.use_aesthetic,
             samples=len(self.samples),
             texts=len(self.texts),
@@ -168,7 +170,7 @@ class CacheJob:
         """Which of these files are there, whole, and made of the clips as they are now. Raises ValueError if
         more than `data.max_bad_files` clips are left out.
         """
-        there = [shard for shard in shards if features.is_written(self.out, kind, shard)]
+        there = [shard for shard in shards if features.is_written(self.out, self.description, kind, shard)]
         if kind == "texts":
             return there
         changed = features.changed_clips(self.out, self.samples, there)
@@ -221,13 +223,13 @@ class CacheJob:
                 one_more()
 
     def _write_texts(self, shard: int, one_more: Callable[[], None]) -> None:
-        states: dict[str, tuple[Tensor, Tensor]] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for place in self.description.places("texts", shard):
             with explain_full_memory(_FULL):
-                encoded = self.encoders.encode_captions([self.texts[place]])
-            states[self.texts[place]] = encoded.sequence[0].cpu(), encoded.pooled[0].cpu()
+                (encoded,) = self.encoders.encode_captions([self.texts[place]])
+            found[self.texts[place]] = {name: feature.cpu() for name, feature in encoded.items()}
             one_more()
-        features.write_texts(self.out, shard, states)
+        features.write_texts(self.out, shard, found)
         self.encoded += 1
 
     def _write_videos(self, claims: Iterator[tuple[int, Claim]], one_more: Callable[[], None]) -> None:

@@ -1,17 +1,13 @@
-"""The frozen encoders that training and `osp cache` share: pixels to posterior moments, captions to states.
+"""The frozen encoders that training and `osp cache` share: pixels to posterior moments, captions to features.
 
 Which videos and captions those are is decided in data/.
 """
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,33 +17,17 @@ from opensoraplan.fingerprint import fingerprint_parts, other_parts
 from opensoraplan.formats.assemble import empty_vae, load_vae
 from opensoraplan.formats.checkpoints import open_checkpoint
 from opensoraplan.models import original
+from opensoraplan.models.hashes import hash_plain, hash_tensors
 from opensoraplan.models.prompts import PromptSettings
-from opensoraplan.models.text import (
-    PromptEmbeds,
-    TextEncoders,
-    encode_prompts,
-    load_text_encoder,
-    load_tokenizer,
-)
+from opensoraplan.models.text import TEXT_PARTS, TextEncoder, TextPart, encode_texts, load_text_encoder
 from opensoraplan.models.vae import VideoVAE
 from opensoraplan.train.config import TextSettings, VAESettings
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 logger = logging.getLogger(__name__)
 
 _PIPELINE = "model_index.json"
-# What of a text encoder's config decides its output, beside the weights. The rest of it changes from one way
-# of saving to the other.
-_T5_KEYS = (
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "feed_forward_proj",
-    "layer_norm_epsilon",
-)
-_CLIP_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+# The settings of `text` that name each text encoder and its tokenizer.
+_SETTINGS = {"text_encoder": ("t5", "t5_tokenizer"), "text_encoder_2": ("clip", "clip_tokenizer")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,31 +35,28 @@ class Encoders:
     """VAE and text encoders in evaluation mode, without gradients, each in its own precision."""
 
     vae: VideoVAE
-    text_encoder: "T5EncoderModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    text_encoder_2: "CLIPTextModelWithProjection"
-    tokenizer_2: "PreTrainedTokenizerBase"
-    max_tokens: int = 512
+    text: Sequence[TextEncoder]
     clean: bool = True
     keep_chinese: bool = False
 
     @property
-    def text_encoders(self) -> TextEncoders:
-        return TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
+    def max_tokens(self) -> int:
+        """Most tokens that are read of a caption."""
+        return self.text[0].max_tokens
 
-    @property
-    def text_widths(self) -> tuple[int, int]:
-        """Of T5's states and of CLIP's pooled one: the denoiser's
-        caption_channels and pooled_projection_dim.
-        """
-        t5: Any = self.text_encoder.config
-        clip: Any = self.text_encoder_2.config
-        return t5.d_model, clip.projection_dim
+    def text_components(self) -> dict[str, Any]:
+        """The text encoders and tokenizers by their names in a pipeline."""
+        parts = zip(TEXT_PARTS, self.text, strict=True)
+        return {
+            name: component
+            for part, encoder in parts
+            for name, component in ((part.encoder, encoder.model), (part.tokenizer, encoder.tokenizer))
+        }
 
     def to(self, device: torch.device) -> Self:
         """The same models, moved."""
-        for model in (self.vae, self.text_encoder, self.text_encoder_2):
-            model.to(device)  # type: ignore[arg-type]
+        for model in (self.vae, *(encoder.model for encoder in self.text)):
+            model.to(device)
         return self
 
     @torch.no_grad()
@@ -90,17 +67,13 @@ class Encoders:
         clips = (clip[None].to(self.vae.device, self.vae.dtype) for clip in video)
         return torch.cat([torch.cat(list(self.vae.iter_encode([clip])), dim=2) for clip in clips])
 
-    def encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
-        """States of captions as the original trains on them: cleaned (with `clean`; `keep_chinese` leaves
+    def encode_captions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Features of captions as the original trains on them: cleaned (with `clean`; `keep_chinese` leaves
         Chinese characters in), in no template.
         """
         settings = caption_settings(self)
-        return encode_prompts(
-            [settings.positive(caption) for caption in captions],
-            self.text_encoders,
-            max_length=self.max_tokens,
-            warn_of_clip=False,  # as in the original, captions are longer than what CLIP reads
-        )
+        texts = [settings.positive(caption) for caption in captions]
+        return encode_texts(texts, self.text, captions=True)
 
     def fingerprint(self) -> dict[str, str]:
         """What features depend on, part by part under names for messages; reads all weights once.
@@ -108,13 +81,11 @@ class Encoders:
         The same weights have the same fingerprint from whatever kind of checkpoint. The VAE's decoder takes
         no part in it.
         """
-        text = f"{dtype_name(self.text_encoder.dtype)} {dtype_name(self.text_encoder_2.dtype)}"
         cleaning = "off" if not self.clean else "on, Chinese kept" if self.keep_chinese else "on"
         return {
             **_vae_parts(self.vae),
-            **_t5_parts(self.text_encoder, self.tokenizer),
-            **_clip_parts(self.text_encoder_2, self.tokenizer_2),
-            "text precision": text,
+            **{name: value for encoder in self.text for name, value in encoder.fingerprint().items()},
+            "text precision": " ".join(dtype_name(encoder.model.dtype) for encoder in self.text),
             "max_tokens": str(self.max_tokens),
             "caption cleaning": cleaning,
         }
@@ -125,26 +96,16 @@ def caption_settings(text: TextSettings | Encoders) -> PromptSettings:
     return PromptSettings(template=None, negative_prompt="", clean=text.clean, keep_chinese=text.keep_chinese)
 
 
-# All names that `Encoders.fingerprint` gives.
-ENCODER_PARTS = (
-    *("VAE weights", "VAE config", "VAE precision", "T5", "T5 tokenizer", "CLIP", "CLIP tokenizer"),
-    *("text precision", "max_tokens", "caption cleaning"),
-)
-
-
 def fingerprint_of_named(vae: VAESettings, text: TextSettings) -> dict[str, str]:
     """As `Encoders.fingerprint`, of those parts that the settings name."""
     parts: dict[str, str] = {}
-    paths, dtype, cpu = given_paths(vae, text), DTYPES[text.compute], torch.device("cpu")
+    paths, cpu = given_paths(vae, text), torch.device("cpu")
     _check_there(paths)
     if (path := paths.get("vae.pretrained")) is not None:
         parts |= _vae_parts(_load_vae(path, vae.config, dtype=DTYPES[vae.compute], device=cpu))
-    if (path := paths.get("text.t5")) is not None:
-        encoder = load_text_encoder(path, kind="t5", dtype=dtype, device=cpu)
-        parts |= _t5_parts(encoder, load_tokenizer(paths["text.t5_tokenizer"]))
-    if (path := paths.get("text.clip")) is not None:
-        encoder = load_text_encoder(path, kind="clip", dtype=dtype, device=cpu)
-        parts |= _clip_parts(encoder, load_tokenizer(paths["text.clip_tokenizer"]))
+    for part in TEXT_PARTS:
+        if f"text.{_SETTINGS[part.encoder][0]}" in paths:
+            parts |= _load_text(part, paths, text, device=cpu).fingerprint()
     return parts
 
 
@@ -169,18 +130,10 @@ def warn_of_other_encoders(before: Mapping[str, str], now: Mapping[str, str]) ->
 def _vae_parts(vae: VideoVAE) -> dict[str, str]:
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     return {
-        "VAE weights": _hash_of_tensors(getattr(vae, "encoder", vae).state_dict()),
-        "VAE config": _hash(_plain(config)),
+        "VAE weights": hash_tensors(getattr(vae, "encoder", vae).state_dict()),
+        "VAE config": hash_plain(config),
         "VAE precision": dtype_name(vae.dtype),
     }
-
-
-def _t5_parts(encoder: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    return {"T5": _hash_of_encoder(encoder, _T5_KEYS), "T5 tokenizer": _hash_of_tokenizer(tokenizer)}
-
-
-def _clip_parts(encoder: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    return {"CLIP": _hash_of_encoder(encoder, _CLIP_KEYS), "CLIP tokenizer": _hash_of_tokenizer(tokenizer)}
 
 
 def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device | str) -> Encoders:
@@ -191,16 +144,11 @@ def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device 
     """
     device = torch.device(device)
     paths = find_parts(vae, text)
-    text_dtype = DTYPES[text.compute]
     loaded = _load_vae(paths["vae.pretrained"], vae.config, dtype=DTYPES[vae.compute], device=device)
     loaded.enable_streaming(latent_frames=vae.chunk)
     return Encoders(
         vae=loaded.requires_grad_(False).eval(),
-        text_encoder=load_text_encoder(paths["text.t5"], kind="t5", dtype=text_dtype, device=device),
-        tokenizer=load_tokenizer(paths["text.t5_tokenizer"]),
-        text_encoder_2=load_text_encoder(paths["text.clip"], kind="clip", dtype=text_dtype, device=device),
-        tokenizer_2=load_tokenizer(paths["text.clip_tokenizer"]),
-        max_tokens=text.max_tokens,
+        text=[_load_text(part, paths, text, device=device) for part in TEXT_PARTS],
         clean=text.clean,
         keep_chinese=text.keep_chinese,
     )
@@ -238,13 +186,12 @@ def find_parts(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
 
 def given_paths(vae: VAESettings, text: TextSettings) -> dict[str, Path]:
     """The paths of those parts that the settings name, by their settings. They may not exist."""
-    given = {
-        "vae.pretrained": (vae.pretrained, "vae"),
-        "text.t5": (text.t5, "text_encoder"),
-        "text.clip": (text.clip, "text_encoder_2"),
-        "text.t5_tokenizer": (text.t5_tokenizer or text.t5, "tokenizer"),
-        "text.clip_tokenizer": (text.clip_tokenizer or text.clip, "tokenizer_2"),
-    }
+    given = {"vae.pretrained": (vae.pretrained, "vae")}
+    for part in TEXT_PARTS:
+        encoder, tokenizer = _SETTINGS[part.encoder]
+        path = getattr(text, encoder)
+        given[f"text.{encoder}"] = path, part.encoder
+        given[f"text.{tokenizer}"] = getattr(text, tokenizer) or path, part.tokenizer
     return {name: _part(path, part) for name, (path, part) in given.items() if path is not None}
 
 
@@ -269,41 +216,11 @@ def _load_vae(
     return vae.to(device)  # type: ignore[arg-type]
 
 
-def _hash_of_encoder(encoder: torch.nn.Module, keys: Sequence[str]) -> str:
-    config: Any = encoder.config
-    known = _plain({key: getattr(config, key) for key in keys})
-    return _hash(f"{known} {_hash_of_tensors(encoder.state_dict())}")
-
-
-def _hash_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Of its rules, not of its files, which are of several kinds. How it pads and cuts is left from
-    its last call.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one without the tokenizers library
-        return _hash(_plain([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]))
-    rules = json.loads(backend.to_str())
-    return _hash(_plain({key: rules[key] for key in rules if key not in ("truncation", "padding")}))
-
-
-def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and every byte, in several threads: hashing lets go of the interpreter."""
-    names = sorted(tensors)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
-        digests = executor.map(_hash_of_tensor, (tensors[name] for name in names))
-        return _hash("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
-
-
-def _hash_of_tensor(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.blake2b(f"{dtype_name(plain.dtype)} {list(plain.shape)} ".encode(), digest_size=16)
-    digest.update(plain.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash(content: str) -> str:
-    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _plain(value: object) -> str:
-    return json.dumps(value, sort_keys=True)
+def _load_text(
+    part: TextPart, paths: Mapping[str, Path], text: TextSettings, *, device: torch.device
+) -> TextEncoder:
+    """One of the text encoders whose `paths` are known by their settings."""
+    encoder, tokenizer = (paths[f"text.{name}"] for name in _SETTINGS[part.encoder])
+    return load_text_encoder(
+        encoder, tokenizer, part, dtype=DTYPES[text.compute], device=device, max_tokens=text.max_tokens
+    )

@@ -28,11 +28,12 @@ from opensoraplan.data.manifest import read_manifest
 from opensoraplan.data.selection import Reason, Sample, SelectionSettings, repeat_samples, select
 from opensoraplan.data.video import installed_reader
 from opensoraplan.documents import parse_json
+from opensoraplan.models.conditions import wrong_features
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
-from opensoraplan.models.text import PromptEmbeds
+from opensoraplan.models.text import PromptEmbeds, shapes_of
 from opensoraplan.models.vae import VideoVAE, vae_without_weights
 from opensoraplan.parallel.ranks import Ranks, place_in_job
-from opensoraplan.shapes import latent_shape
+from opensoraplan.shapes import FeatureShape, latent_shape
 from opensoraplan.train.config import (
     ClipSourceSettings,
     DataSettings,
@@ -42,7 +43,6 @@ from opensoraplan.train.config import (
 )
 from opensoraplan.train.inputs.caption_check import find_caption_losses
 from opensoraplan.train.inputs.encoders import (
-    ENCODER_PARTS,
     Encoders,
     check_paths,
     fingerprint_of_named,
@@ -52,8 +52,9 @@ from opensoraplan.train.run.state import ClipsState
 
 logger = logging.getLogger(__name__)
 
-# Before the names of its settings, among the parts of a cache.
+# Among the parts of a cache: before the names of the selection's settings, and what else is not of encoders.
 _SELECTION = "selection."
+_READER, _AESTHETIC, _CLIPS = "reader", "use_aesthetic", "clips, windows (drawn by seed) and captions"
 
 
 class Encoded(NamedTuple):
@@ -68,7 +69,7 @@ class Source:
     """A dataset, read by workers in batches that `collate` makes, and how a batch is encoded here.
 
     `samples` are the dataset's, in its order, of `largest` bytes at most. `vae` says what the latents
-    are, and may have no weights; `text_widths` how wide the states of T5 and the pooled one of CLIP.
+    are, and may have no weights; `text_features` which features a text has, in which shapes.
     """
 
     dataset: Dataset[Any]
@@ -76,7 +77,7 @@ class Source:
     collate: Callable[[list[Any]], Any]
     encode: Callable[[Any], Encoded]
     vae: VideoVAE
-    text_widths: tuple[int, int]
+    text_features: Mapping[str, FeatureShape]
     device: torch.device
     largest: int
 
@@ -92,19 +93,13 @@ class Source:
 
     def check_fits(self, model: SparseUMMDiT) -> None:
         """Raise ValueError, with both numbers, unless the denoiser takes these latents and this text."""
-        t5, clip = self.text_widths
-        latents = self.vae.latent_channels, "the VAE makes latents of {} channels"
-        wanted = {
-            "in_channels": latents,  # of noisy latents alone: no conditions are put beside them
-            "out_channels": latents,
-            "caption_channels": (t5, "T5 makes states of width {}"),
-            "pooled_projection_dim": (clip, "CLIP makes a pooled state of width {}"),
-        }
+        channels = self.vae.latent_channels
         problems = [
-            f"{what.format(have)}, the denoiser has {name} {model.config[name]}"
-            for name, (have, what) in wanted.items()
-            if model.config[name] != have
+            f"the VAE makes latents of {channels} channels, the denoiser has {name} {model.config[name]}"
+            for name in ("in_channels", "out_channels")  # of noisy latents alone: nothing is put beside them
+            if model.config[name] != channels
         ]
+        problems += wrong_features(model.config, self.text_features, have="the captions have")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -172,11 +167,11 @@ def _open_clips(
 
     def encode(batch: Batch) -> Encoded:
         moments = loaded.encode_videos(batch.video)
-        return Encoded(moments, loaded.encode_captions(batch.captions))
+        return Encoded(moments, PromptEmbeds.of(loaded.encode_captions(batch.captions)))
 
-    widths = loaded.text_widths
+    shapes = shapes_of(loaded.text)
     largest = max(clip_bytes(sample.shape) for sample in samples)
-    return Source(dataset, samples, collate, encode, loaded.vae, widths, device, largest), loaded
+    return Source(dataset, samples, collate, encode, loaded.vae, shapes, device, largest), loaded
 
 
 def _check_features(
@@ -304,13 +299,15 @@ def digest_of(samples: Sequence[Sample]) -> str:
 
 
 def preprocessing_parts(settings: TrainSettings, samples: Sequence[Sample]) -> dict[str, str]:
-    """What features depend on beside the encoders, as `Encoders.fingerprint` names parts."""
+    """What features depend on beside the encoders, as `Encoders.fingerprint` names parts. Other parts of a
+    cache are those of its encoders: see `encoders_of_cache`.
+    """
     data = settings.data
     return {
         **_selection_parts(data.selection),
-        "reader": installed_reader(data.reader),
-        "use_aesthetic": str(data.use_aesthetic).lower(),
-        "clips, windows (drawn by seed) and captions": digest_of(samples),
+        _READER: installed_reader(data.reader),
+        _AESTHETIC: str(data.use_aesthetic).lower(),
+        _CLIPS: digest_of(samples),
     }
 
 
@@ -327,8 +324,8 @@ def _given_parts(data: DataSettings, *, of: Mapping[str, str]) -> dict[str, str]
     """
     parts = _selection_parts(data.selection, given=True)
     # The reader of the cache need not be installed where nothing is read.
-    if "reader" in data.model_fields_set and of.get("reader") != data.reader:
-        parts["reader"] = installed_reader(data.reader)
+    if "reader" in data.model_fields_set and of.get(_READER) != data.reader:
+        parts[_READER] = installed_reader(data.reader)
     return parts
 
 
@@ -356,7 +353,9 @@ def selection_of_run(data: DataSettings) -> SelectionSettings | None:
 
 def encoders_of_cache(folder: Path) -> dict[str, str]:
     """The fingerprints of what encoded the features in `folder`."""
-    return {name: value for name, value in read_parts(folder).items() if name in ENCODER_PARTS}
+    others = (_READER, _AESTHETIC, _CLIPS)
+    parts = read_parts(folder).items()
+    return {name: value for name, value in parts if name not in others and not name.startswith(_SELECTION)}
 
 
 def validation_encodes(settings: TrainSettings) -> bool:
@@ -388,16 +387,15 @@ def _features(
             logger.info("%s: %d dropped, %s: %s", folder, len(rare), reason, reason.sentence)
     if not held_out:
         dataset.take(repeat_samples(dataset.samples, settings.data.repeat))
-    t5, clip = dataset.widths["sequence"], dataset.widths["pooled"]
 
     def encode(batch: FeatureBatch) -> Encoded:
-        prompt = PromptEmbeds(batch.sequence, batch.mask, batch.pooled).to(device)
-        return Encoded(batch.moments.to(device), prompt)
+        return Encoded(batch.moments.to(device), PromptEmbeds.of(batch.texts).to(device))
 
     known, where = dataset.description, f"{folder / DESCRIPTION}, vae"
     vae = vae_without_weights(known.vae_class, known.vae, where=where)
-    if (width := dataset.widths["moments"]) != vae.latent_channels:
-        raise ValueError(f"{where}: latent_channels is {vae.latent_channels}, the moments are of {width}")
+    if (channels := dataset.latent_channels) != vae.latent_channels:
+        raise ValueError(f"{where}: latent_channels is {vae.latent_channels}, the moments are of {channels}")
     # Moments are a third of a picture's pixels, and of a clip's much less.
     largest = max(clip_bytes(sample.shape) for sample in dataset.samples) // 3
-    return Source(dataset, dataset.samples, collate_features, encode, vae, (t5, clip), device, largest)
+    shapes = dataset.text_features
+    return Source(dataset, dataset.samples, collate_features, encode, vae, shapes, device, largest)

@@ -1,4 +1,4 @@
-"""Micro-batches with their latents and text states, for every process that works on them.
+"""Micro-batches with their latents and text features, for every process that works on them.
 
 Processes of one sample (tp, sp) must have the same, also when a file cannot be read: one of them reads and
 encodes it, and shares the results. With `parallel.encoder_dp` they take turns at it, else it is the first.
@@ -111,18 +111,15 @@ def _shared(
     """In all processes of the group, what number `turn` of them, which has it as `mine`, has encoded."""
     tensors = None
     if mine is not None:
-        prompt = mine.encoded.prompt
-        tensors = [mine.encoded.moments, prompt.sequence, prompt.mask, prompt.pooled]
-    like = [None if tensors is None else [(tensor.shape, tensor.dtype) for tensor in tensors]]
+        tensors = {"moments": mine.encoded.moments, **mine.encoded.prompt.tensors}
+    like = [None if tensors is None else {name: (t.shape, t.dtype) for name, t in tensors.items()}]
     dist.broadcast_object_list(like, group=group, group_src=turn)
     assert like[0] is not None
-    received: list[Tensor] = []
-    for place, (shape, dtype) in enumerate(like[0]):
-        tensor = torch.empty(shape, dtype=dtype, device=device) if tensors is None else tensors[place]
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, group=group, group_src=turn)
-        received.append(tensor)
+    received: dict[str, Tensor] = {}
+    for name, (shape, dtype) in like[0].items():
+        tensor = torch.empty(shape, dtype=dtype, device=device) if tensors is None else tensors[name]
+        received[name] = tensor.contiguous()
+        dist.broadcast(received[name], group=group, group_src=turn)
     if mine is not None:
         return mine
-    moments, sequence, mask, pooled = received
-    return Turn(drawn, Encoded(moments, PromptEmbeds(sequence, mask, pooled)))
+    return Turn(drawn, Encoded(received.pop("moments"), PromptEmbeds(**received)))

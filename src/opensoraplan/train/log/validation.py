@@ -114,10 +114,7 @@ class Validation:
         pipeline = OpenSoraPlanPipeline(
             transformer=model,
             vae=encoders.vae,
-            text_encoder=encoders.text_encoder,
-            tokenizer=encoders.tokenizer,
-            text_encoder_2=encoders.text_encoder_2,
-            tokenizer_2=encoders.tokenizer_2,
+            **encoders.text_components(),
             scheduler=make_scheduler(),
             prompt_template=None,
             default_negative_prompt="",

@@ -6,7 +6,7 @@ from typing import Any
 from opensoraplan.formats.assemble import denoiser_config, empty_vae
 from opensoraplan.formats.checkpoints import open_checkpoint
 from opensoraplan.models.sizes import DenoiserSizes
-from opensoraplan.models.text import empty_text_encoder
+from opensoraplan.models.text import TEXT_PARTS, empty_text_model
 from opensoraplan.plan.report import FrozenParts
 from opensoraplan.plan.step import TrainingOptions
 from opensoraplan.train.config import TextSettings, TrainSettings, VAESettings
@@ -63,10 +63,9 @@ def frozen_parts(vae: VAESettings, text: TextSettings) -> FrozenParts:
     models: dict[str, Any] = {}
     if (path := paths.get("vae.pretrained")) and path.exists():
         models["vae"] = empty_vae(open_checkpoint(path), vae.config)
-    if (path := paths.get("text.t5")) and path.exists():
-        models["t5"] = empty_text_encoder(path, kind="t5")
-    if (path := paths.get("text.clip")) and path.exists():
-        models["clip"] = empty_text_encoder(path, kind="clip")
+    for name, part in zip(("t5", "clip"), TEXT_PARTS, strict=True):
+        if (path := paths.get(f"text.{name}")) and path.exists():
+            models[name] = empty_text_model(path, part)
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     return FrozenParts(**counts)
 
