@@ -32,17 +32,26 @@ class Convert:
 
     To diffusers: --transformer, --vae, --text-encoder and --text-encoder-2, or --config. Back: --model FOLDER
     with --to megatron (and --tp) or --to release. --transformer alone, with one of these, merges the shards
-    of a denoiser or splits them for another --tp. If a tensor is missing or unknown, nothing is written.
+    of a denoiser or splits them for another --tp. --lora FILE with --to lora-comfy, for example, writes
+    a LoRA with the names of another tool. If a tensor is missing or unknown, nothing is written.
     """
 
     out: Path
-    """Folder to write, new or empty. With --transformer alone and --to release also a file,
-    for example model.pt.
+    """Folder to write, new or empty. With --transformer alone and --to release also a file, for example
+    model.pt; a LoRA is a .safetensors file, but for lora-peft.
     """
-    to: Literal["diffusers", "megatron", "release"] = "diffusers"
-    """Format: a diffusers folder, Megatron shards, or the release's files."""
+    to: Literal["diffusers", "megatron", "release", "lora", "lora-comfy", "lora-kohya", "lora-peft"] = (
+        "diffusers"
+    )
+    """Format: a diffusers folder, Megatron shards, the release's files; or a LoRA with the names of
+    diffusers, ComfyUI or kohya, or a folder of PEFT.
+    """
     model: OptionalPath = None
-    """Model folder to convert back to the original's formats."""
+    """Model folder to convert back to the original's formats; with --lora, the model that the LoRA
+    is for, if that is neither the released nor the built-in one.
+    """
+    lora: OptionalPath = None
+    """LoRA or DoRA to convert: a file of any of these tools, or a folder of PEFT."""
     config: OptionalPath = None
     """The guide's inference JSON, for paths and architecture."""
     parts: OmitArgPrefixes[Parts] = NO_PARTS
@@ -83,15 +92,20 @@ class Reconstruct:
 @dataclass(frozen=True)
 class Inspect:
     """Describe a checkpoint: format, precision, parameters, EMA, tensor-parallel size, and the config
-    that it matches.
+    that it matches. Of a LoRA: format, rank, alpha, layers, and which model it fits.
     """
 
     path: Positional[Path]
-    """A checkpoint file, a folder of shards, a diffusers component, or a model folder."""
+    """A checkpoint file, a folder of shards, a diffusers component, a model folder, or a LoRA."""
+    model: OptionalPath = None
+    """Of a LoRA: the model that it is for, if that is neither the released nor the built-in one."""
 
 
 def convert(options: Convert, inference: "Inference | None") -> None:
     """`osp convert`."""
+    if options.lora is not None or options.to.startswith("lora"):
+        _convert_lora(options, inference)
+        return
     if options.to == "diffusers":
         if options.model is not None:
             raise ValueError(
@@ -131,6 +145,25 @@ def convert(options: Convert, inference: "Inference | None") -> None:
         export_denoiser(options.model, options.out, tensor_parallel=options.tp)
     else:
         export_release(options.model, options.out)
+
+
+def _convert_lora(options: Convert, inference: "Inference | None") -> None:
+    if options.lora is None or not options.to.startswith("lora"):
+        raise ValueError("--lora FILE goes with --to lora, lora-comfy, lora-kohya or lora-peft")
+    given = options_of_parts(options.parts, inference) + ["--tp"] * (options.tp != 1)
+    if given:
+        raise ValueError(f"--to {options.to} writes what is in --lora: leave out {', '.join(given)}")
+    check_exists(options.lora)
+    if options.model is not None:
+        check_exists(options.model)
+
+    from opensoraplan.device import DTYPES
+    from opensoraplan.formats.lora import LORA_FORMATS, check_lora_path, load_lora, write_lora
+
+    kind = next(kind for kind in LORA_FORMATS if kind == (options.to.partition("-")[2] or "diffusers"))
+    check_lora_path(options.out, kind)
+    lora, _ = load_lora(options.lora, options.model)
+    write_lora(lora, options.out, kind=kind, dtype=DTYPES[options.dtype] if options.dtype else None)
 
 
 def _convert_denoiser(options: Convert, inference: "Inference | None") -> None:
@@ -193,9 +226,11 @@ def reconstruct(options: Reconstruct) -> None:
 def inspect(options: Inspect) -> None:
     """`osp inspect`."""
     check_exists(options.path)
+    if options.model is not None:
+        check_exists(options.model)
     whole = (options.path / "model_index.json").is_file()
     paths = [options.path / part for part in ("transformer", "vae")] if whole else [options.path]
 
     from opensoraplan.formats.describe import describe
 
-    sys.stdout.write("\n\n".join(describe(path) for path in paths) + "\n")
+    sys.stdout.write("\n\n".join(describe(path, base=options.model) for path in paths) + "\n")

@@ -8,7 +8,7 @@ peft        a folder: base_model.model.LAYER.lora_A.weight, and the settings in 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +18,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensoraplan import builtin
 from opensoraplan.disk import name_path_in_errors
 from opensoraplan.documents import parse_json
+from opensoraplan.formats.assemble import open_denoiser
 from opensoraplan.formats.export import new_file, new_folder
-from opensoraplan.models.lora import HEADER_KEY, SETTINGS_FILE, WEIGHT_FILES, find_lora, open_lora
+from opensoraplan.models.lora import (
+    HEADER_KEY,
+    SETTINGS_FILE,
+    WEIGHT_FILES,
+    find_lora,
+    linear_layers,
+    open_lora,
+    read_fitting,
+)
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 
 LoraFormat = Literal["diffusers", "comfy", "kohya", "peft"]
 LORA_FORMATS = get_args(LoraFormat)
@@ -73,6 +84,40 @@ class Lora:
         if magnitude is not None:
             merged *= (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
         return merged
+
+
+def load_lora(source: Path, base: Path | None = None) -> tuple[Lora, str]:
+    """A LoRA of any format, and what it fits: the denoiser at `base`, or else the released or the built-in
+    one. Raises ValueError for one that does not fit to the last tensor.
+    """
+    mismatch: ValueError | None = None
+    for name, model in _denoisers(base):
+        try:
+            tensors, config = read_fitting(source, linear_layers(model))
+        except ValueError as error:
+            mismatch = mismatch or error
+        else:
+            return Lora(tensors, config, read_origin(source)), name
+    assert mismatch is not None
+    raise mismatch
+
+
+def _denoisers(base: Path | None) -> Iterator[tuple[str, SparseUMMDiT]]:
+    """Denoisers without weights that a LoRA may be for."""
+    if base is not None:
+        yield f"the denoiser of {base}", open_denoiser(base).model
+        return
+    with torch.device("meta"):
+        yield "the released denoiser", SparseUMMDiT()
+    yield "the built-in denoiser", open_denoiser(builtin.folder()).model
+
+
+def format_of(source: Path) -> str:
+    """The format of a LoRA by the names of its tensors; "plain" without any prefix."""
+    with open_lora(find_lora(source)) as file:
+        names = list(file.keys())
+    known = ((kind, prefix) for kind, prefix in _PREFIXES.items() if names[0].startswith(prefix))
+    return next((kind for kind, _ in known), "plain")
 
 
 def check_lora_path(path: Path, kind: LoraFormat) -> None:

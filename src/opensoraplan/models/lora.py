@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from opensoraplan.documents import parse_json, read_json_object
-from opensoraplan.models.lora_formats import to_peft
+from opensoraplan.models.lora_formats import is_of_lora, to_peft
 
 # Of a folder: the settings that PEFT writes, and the files that hold the tensors.
 SETTINGS_FILE = "adapter_config.json"
@@ -64,10 +64,8 @@ class LoraMixin(PeftAdapterMixin):
         else:
             where, tensors, settings = read_lora(pretrained_model_name_or_path_or_dict, **reading)
         settings = settings if metadata is None else metadata
-        try:
+        with _named(where):
             tensors, config = to_peft(tensors, linear_layers(self), settings=settings, prefix=prefix)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         options |= {"prefix": None, "hotswap": hotswap, "metadata": config}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is no accident
@@ -89,6 +87,37 @@ def check_peft() -> None:
     """Raise ImportError without PEFT, which puts LoRAs into models."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError("LoRAs need peft: pip install 'peft>=0.17'")
+
+
+def read_fitting(
+    source: str | Path,
+    linears: Mapping[str, tuple[int, int]],
+    **options: Any,  # noqa: ANN401
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of a LoRA for a model with these linear layers, as PEFT takes them. `options`: of
+    `read_lora`. Raises ValueError as it does, and for one that does not fit to the last tensor.
+    """
+    path, tensors, settings = read_lora(source, **options)
+    with _named(path):
+        return to_peft(tensors, linears, settings=settings)
+
+
+def is_lora(path: Path) -> bool:
+    """Whether this is a LoRA, or something like it, by the names of its tensors."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in (SETTINGS_FILE, *WEIGHT_FILES))
+    if path.suffix != ".safetensors":
+        return False
+    with open_lora(path) as file:
+        return any(is_of_lora(name) for name in file.keys())  # noqa: SIM118 (it is no dict)
+
+
+@contextmanager
+def _named(where: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 (a mixin's module)

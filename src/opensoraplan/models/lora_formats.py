@@ -118,6 +118,12 @@ def to_peft(
     }
 
 
+def is_of_lora(key: str) -> bool:
+    """Whether a tensor's name is one of a LoRA, or of another adapter that no model has such names of."""
+    others = (_OTHER_KINDS[kind] for kind in ("LoHa", "LoKr", "OFT"))
+    return any(pattern.search(key) for pattern in (_PARTS["down"], _PARTS["up"], *others))
+
+
 def _check_kind(tensors: Iterable[str], settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what is no LoRA at all, by the names of its tensors or by its settings."""
     kind = settings.get("peft_type")
