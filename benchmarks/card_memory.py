@@ -1,7 +1,7 @@
 """Memory of a card, as `osp plan` predicts it and as it is counted on the card in software of
 tests/accelerator: no card is needed, and nothing is computed.
 
-    python benchmarks/card_memory.py            30 cases of a small model
+    python benchmarks/card_memory.py            38 cases of a small model
     python benchmarks/card_memory.py --release  the release, 121 x 576 x 1024, in some minutes
 
 GB. Streamed weights of the release are those of its first two blocks of each stage, which cost the device as
@@ -12,10 +12,11 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "accelerator"))
 
-from counting import RELEASE, SMALL, TRAINED, Counted, Models, generating, training
+from counting import RELEASE, SMALL, TRAINED, Counted, Models, adapter_of, generating, training
 from simulated.device import install
 
 from opensoraplan.models.sizes import BatchShape
@@ -33,6 +34,9 @@ OPTIONS = {
     "bf16, EMA on the host": TrainingOptions(ema="host"),
     "fp32": TrainingOptions(compute="fp32"),
 }
+ADAPTERS: list[dict[str, Any]] = [
+    {"base": base, "streamed": streamed} for base in ("whole", "int8") for streamed in (False, True)
+]
 SHAPES = {"20480 tokens": BatchShape((20, 64, 64), 128), "few tokens": BatchShape((2, 16, 16), 64)}
 
 
@@ -46,6 +50,9 @@ def small() -> Iterator[Counted]:
     for shape_name, shape in SHAPES.items():
         for name, options in OPTIONS.items():
             yield training(f"training, {shape_name}, {name}", TRAINED, shape, options)
+        for adapter in ADAPTERS:
+            asked = TrainingOptions(adapter=adapter_of(TRAINED, **adapter), recompute_blocks=14)
+            yield training(f"LoRA, {shape_name}, {_said(adapter)}", TRAINED, shape, asked)
 
 
 def release() -> Iterator[Counted]:
@@ -60,6 +67,16 @@ def release() -> Iterator[Counted]:
         BatchShape((8, 72, 128), 256),
         TrainingOptions(recompute_blocks=32),
     )
+    for base in ("whole", "int8"):
+        asked = TrainingOptions(adapter=adapter_of({}, base=base), recompute_blocks=32)
+        yield training(
+            f"LoRA, 57 x 288 x 512, {base}, all blocks again", {}, BatchShape((8, 36, 64), 512), asked
+        )
+
+
+def _said(adapter: dict[str, Any]) -> str:
+    placement = "streamed" if adapter["streamed"] else "resident"
+    return f"{adapter['base']}, {placement}, all blocks again"
 
 
 def main() -> None:

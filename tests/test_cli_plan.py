@@ -44,16 +44,43 @@ def test_plan_of_the_release(osp: Command) -> None:
     assert "feature cache: 39.8 GB on disk" in said
 
 
-def test_plan_of_an_adapter_is_none_of_all_weights(osp: Command, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(f'{RUN}[adapter]\nkind = "lora"\n')
-    code, said, error, _ = osp("plan", "run.toml", "--set", "model.pretrained=builtin", "model.config=none")
-    assert (code, said) == (2, "")
-    assert "trains an adapter (lora): memory is predicted only for training all weights" in error
-    code, said, *_ = osp(
-        *("plan", "run.toml", "--generate", "--frames", 9, "--height", 64, "--width", 64),
-        *("--set", "model.pretrained=builtin", "model.config=none"),
+ADAPTER = """output = "out"
+model = { pretrained = "absent" }
+adapter = { kind = "lora" }
+data = { features = "features", selection = { num_frames = 121, max_height = 576, max_width = 1024 } }
+"""
+
+
+def peak_and_host(said: str) -> list[float]:
+    """GB of the device at the busiest moment, and of the host."""
+    found = (re.search(f"{name} +([0-9.]+)", said) for name in ("most at one moment", "of the host"))
+    return [0.0 if match is None else float(match[1]) for match in found]
+
+
+def test_plan_of_an_adapter(osp: Command, tmp_path: Path) -> None:
+    """By less and less memory on the device: the release, whole and streamed, in 8 bits."""
+    (tmp_path / "run.toml").write_text(ADAPTER)
+    changes = (
+        ("memory.recompute_blocks=32",),
+        ("memory.recompute_blocks=32", "adapter.base=int8"),
+        ("memory.placement=streamed",),
+        ("memory.placement=streamed", "adapter.base=int8"),
     )
-    assert (code, "9 x 64 x 64" in said) == (0, True)
+    found = []
+    for change in changes:
+        code, said, *_ = osp("plan", "run.toml", "--devices", 1, "--memory", 24, "--set", *change)
+        assert code == 0
+        assert "112,066,560 are trained, a LoRA of rank 32; the rest " in said
+        assert "1,468.1 TFLOP with what is recomputed" in said
+        found.append(peak_and_host(said))
+        assert ("fits into 24" in said) == ("memory.placement=streamed" in change)
+    assert found == sorted(found, reverse=True, key=lambda one: one[0])
+    assert [round(host, 1) for _, host in found] == [0, 0, 17.0, 8.5]
+    code, said, error, _ = osp("plan", "run.toml", "--set", "adapter.base=int8", "--sp", 2)
+    assert (code, said) == (2, "")
+    assert "frozen weights that are quantised or streamed are for one device, got 2" in error
+    code, said, *_ = osp("plan", "run.toml", "--memory", 24, "--recompute-blocks", 32)
+    assert (code, "the cheapest mesh that fits" in said) == (0, True)
 
 
 def test_plan_of_a_run_takes_its_settings(osp: Command, tmp_path: Path) -> None:

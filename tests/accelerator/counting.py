@@ -26,12 +26,14 @@ from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.plan.memory import training_memory
-from opensoraplan.plan.step import TrainingOptions, TrainingStep
+from opensoraplan.plan.step import AdapterOptions, TrainingOptions, TrainingStep
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import Arrangement, Placement, plans_for
 from opensoraplan.runtime.quantisation import quantise_weights
+from opensoraplan.runtime.streaming import stream_frozen_blocks
 from opensoraplan.samplers import make_scheduler
-from opensoraplan.train.config import OptimizerSettings
+from opensoraplan.train.config import AdapterSettings, OptimizerSettings
+from opensoraplan.train.learner.adapter import add_adapter, target_layers
 from opensoraplan.train.learner.ema import Ema
 from opensoraplan.train.learner.master import MasterWeights
 from opensoraplan.train.learner.optimizer import make_optimizer
@@ -183,6 +185,12 @@ def _denoise(pipeline: OpenSoraPlanPipeline, request: Request) -> Tensor:
     ).frames
 
 
+def adapter_of(config: dict[str, Any], *, rank: int = 32, **options: Any) -> AdapterOptions:  # noqa: ANN401
+    """An adapter of a denoiser of this config with the default targets."""
+    with torch.device("meta"):
+        return AdapterOptions(target_layers(SparseUMMDiT(**config), ()), rank, **options)
+
+
 def training(
     name: str, config: dict[str, Any], shape: BatchShape, options: TrainingOptions, *, steps: int = 2
 ) -> Counted:
@@ -192,13 +200,25 @@ def training(
     with hollow():
         with torch.device("meta"):
             model = SparseUMMDiT(**config)
-        model = nn.Module.to(model, master_dtype).to_empty(device=NPU).train()
-        master = MasterWeights(model, master=master_dtype, compute=dtype)
         model.set_recompute(
             blocks=options.recompute_blocks,
             feed_forwards=options.recompute_feed_forwards,
             keep_attention=options.keep_attention,
         )
+        adapter = options.adapter
+        streamed = adapter is not None and adapter.streamed
+        if adapter is not None:
+            kind = "dora" if adapter.dora else "lora"
+            add_adapter(model, AdapterSettings(kind=kind, rank=adapter.rank, base=adapter.base))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(master_dtype if parameter.requires_grad else dtype)
+        if adapter is not None:
+            quantise_weights(model, adapter.base)
+        model.to_empty(device="cpu" if streamed else NPU)
+        if streamed:
+            stream_frozen_blocks(model, torch.device(NPU))
+        model.train()
+        master = MasterWeights(model, master=master_dtype, compute=dtype)
         optimizer = make_optimizer(master.parameters, OptimizerSettings())
         device = None if options.ema is None else NPU if options.ema == "device" else "cpu"
         ema = None if device is None else Ema(master.parameters, decay=0.999, device=device)

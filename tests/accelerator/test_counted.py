@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from counting import SMALL, TRAINED, generating, training
+from counting import SMALL, TRAINED, adapter_of, generating, training
 
 from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.sizes import BatchShape
@@ -33,3 +33,21 @@ def test_training(options: dict[str, Any]) -> None:
     config = {**TRAINED, "num_layers": [2, 2, 2], "sparse_n": [1, 4, 1]}
     case = training(str(options), config, BatchShape((4, 16, 16), 64, 2), TrainingOptions(**options))
     assert abs(case.off) < 0.02, case
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        ({}, {}),
+        ({"base": "int8"}, {"recompute_blocks": 6}),
+        ({"streamed": True}, {"recompute_blocks": 6, "ema": "host"}),
+        ({"base": "int8", "streamed": True}, {"recompute_blocks": 6, "keep_attention": True}),
+        ({"base": "fp8"}, {"recompute_blocks": 3, "accumulate": 2}),
+        ({"dora": True}, {"recompute_feed_forwards": 6, "compute": "fp32"}),
+    ],
+)
+def test_training_of_an_adapter(adapter: dict[str, Any], options: dict[str, Any]) -> None:
+    config = {**TRAINED, "num_layers": [2, 2, 2], "sparse_n": [1, 4, 1]}
+    asked = TrainingOptions(**options, adapter=adapter_of(config, **adapter))
+    case = training(f"{adapter}, {options}", config, BatchShape((8, 32, 32), 128), asked, steps=1)
+    assert abs(case.off) < 0.05, case

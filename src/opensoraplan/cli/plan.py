@@ -142,8 +142,8 @@ def plan(options: Plan) -> None:
     if options.job.batch is None and run is not None:
         shape = replace(shape, batch=run.data.batch_size)
     mesh, encoders = _mesh_of(options, run), _encoder_bytes(options, run)
-    step = TrainingStep(model, shape, mesh or ONE_DEVICE, _training_options(options.job, run))
-    if mesh is None and options.memory is not None:
+    step = TrainingStep(model, shape, mesh or ONE_DEVICE, _training_options(options.job, run, model))
+    if mesh is None and options.memory is not None and not step.needs_one_device:
         memory = int(options.memory * GB * (1 - MARGIN))
         mesh = cheapest_mesh(step, memory=memory, machine=options.machine, others=encoders)
         step, described = replace(step, mesh=mesh), f"{described}; the cheapest mesh that fits"
@@ -155,13 +155,7 @@ def _run_of(options: Plan) -> "TrainSettings | None":
 
     changes = [change for group in options.set for change in group]
     if options.model is not None and options.model.suffix == ".toml":
-        run = read_run(options.model, changes=changes)
-        if not options.generate and run.adapter.kind != "none":
-            raise ValueError(
-                f"{options.model} trains an adapter ({run.adapter.kind}): memory is predicted "
-                "only for training all weights"
-            )
-        return run
+        return read_run(options.model, changes=changes)
     if changes:
         raise ValueError(f"--set {' '.join(changes)} goes with a run's .toml")
     return None
@@ -180,7 +174,9 @@ def _model_of(options: Plan, run: "TrainSettings | None") -> "DenoiserSizes":
     return DenoiserSizes(denoiser_config(options.model))
 
 
-def _training_options(given: PlanJob, run: "TrainSettings | None") -> "TrainingOptions":
+def _training_options(
+    given: PlanJob, run: "TrainSettings | None", model: "DenoiserSizes"
+) -> "TrainingOptions":
     """The run's, or the defaults, with what is given on the command line in their place."""
     from opensoraplan.plan.step import TrainingOptions
     from opensoraplan.train.run.planning import training_options
@@ -193,7 +189,7 @@ def _training_options(given: PlanJob, run: "TrainSettings | None") -> "TrainingO
     recompute = ("recompute_blocks", "recompute_feed_forwards")
     if any(getattr(given, name) is not None for name in recompute):  # one excludes the other
         changes |= {name: getattr(given, name) or 0 for name in recompute}
-    return replace(TrainingOptions() if run is None else training_options(run), **changes)
+    return replace(TrainingOptions() if run is None else training_options(run, model), **changes)
 
 
 def _frozen_parts(options: Plan, run: "TrainSettings | None") -> "FrozenParts":

@@ -45,39 +45,45 @@ def block_activations(step: TrainingStep, block: Block) -> BlockActivations:
     joined, own = padded // sp, padded // (sp * tp)
     text_out = not block.last
 
-    norm = _norm_bytes(step, dim) + FP32 * dim  # and its output, for the gradient of the scale
+    norm, update = _norm_bytes(step, dim), 0
+    if (
+        step.trains_modulation
+    ):  # a norm's output, for the gradient of the scale; updates, for those of the gates
+        norm, update = norm + FP32 * dim, FP32 * dim
     # q and k in fp32, with what rms_norm keeps of them; the text's, too.
-    qk = 2 * (_rms_bytes(model.head_dim) * model.heads) // tp
+    qk = 2 * (_rms_bytes(step, model.head_dim) * model.heads) // tp
     inner = 2 * 4 * dim * c // tp  # before and after GELU
     attended = (padded + block.rate * text) // (sp * tp)  # q, k, v, output and log-sum-exp of the scores
     attention = attended * (4 * dim * c + FP32 * model.heads)
     if step.tokens % block.rate**2:
         attention += (padded + block.rate * text) * c  # the key mask, as numbers
 
-    # What q, k and v take, and the feed-forward; both updates, for the gradients of the gates.
-    of_video = own * (2 * norm + 2 * FP32 * dim) + joined * (2 * dim * c + qk)
+    # What q, k and v take, and the feed-forward; both updates.
+    of_video = own * (2 * norm + 2 * update) + joined * (2 * dim * c + qk)
     if batch * block.rate * sp > 1:  # what to_out takes is a copy, unless there is one sequence alone
         of_video += joined * dim * c // tp
     of_text = text * (norm + dim * c + qk)
     if text_out:  # what to_add_out and the feed-forward take, both updates
-        of_text += text * (dim * c // tp + dim * c + 2 * FP32 * dim)
+        of_text += text * (dim * c // tp + dim * c + 2 * update)
         if model.config["double_ff"]:
             of_text += text * norm
-    feed_forward = (joined + (text if text_out else 0)) * inner
+    tokens = joined + (text if text_out else 0)
+    low_rank = tokens * _low_rank_bytes(step, layers=4, widths=4)
+    feed_forward = tokens * (inner + _low_rank_bytes(step, layers=2, widths=5))
     # Of both modulations: all six vectors, (1 + scale) of both streams, the Linear's input.
     vectors = 2 * (6 * dim * FP32 + 2 * dim * FP32 + model.config["timestep_embed_dim"] * c)
     inputs = (own + text) * dim * c
     skipped = 0
     if block.skip:
         joined_width = 2 * dim
-        skip = joined_width * c
+        skip = joined_width * c if step.trains_skips else 0
         if not model.config["skip_connection_zero_init"]:
             skip += _norm_bytes(step, joined_width)
         skipped = (own + text) * skip
         # The kept text is the next stage's input as well.
         inputs += 0 if block.shares_kept else own * dim * c
 
-    computed = of_video + of_text + attention + feed_forward + vectors + skipped
+    computed = of_video + of_text + attention + feed_forward + low_rank + vectors + skipped
     weights = 0
     if step.options.compute != "fp32":  # norms compute with fp32 copies of their weights
         weights = FP32 * (8 * dim + 4 * model.head_dim)
@@ -89,15 +95,26 @@ def block_activations(step: TrainingStep, block: Block) -> BlockActivations:
     )
 
 
-def _rms_bytes(width: int) -> int:
-    """What rms_norm keeps of a vector: itself in fp32, 1 / rms, and the quotient."""
-    return width * FP32 * 2 + FP32
+def _low_rank_bytes(step: TrainingStep, *, layers: int, widths: int) -> int:
+    """What the adapters of so many layers keep of a token: what goes from one factor to the other; of DoRA
+    both results, which the magnitudes scale, together `widths` times as wide as the stream.
+    """
+    adapter = step.options.adapter
+    if adapter is None:
+        return 0
+    numbers = layers * adapter.rank + (2 * widths * step.model.dim if adapter.dora else 0)
+    return numbers * step.compute_bytes
+
+
+def _rms_bytes(step: TrainingStep, width: int) -> int:
+    """What rms_norm keeps of a vector: itself in fp32, 1 / rms, and the quotient if its weight is trained."""
+    return width * FP32 * (2 if step.options.adapter is None else 1) + FP32
 
 
 def _norm_bytes(step: TrainingStep, width: int) -> int:
     """What a norm of the config's kind keeps of a vector."""
     if step.model.config["norm_cls"] == "rms_norm":
-        return _rms_bytes(width)
+        return _rms_bytes(step, width)
     return width * FP32 + 2 * FP32  # itself, mean and 1 / std
 
 

@@ -13,7 +13,8 @@ from opensoraplan.plan.activations import (
     kept_by_block,
     kept_outside,
 )
-from opensoraplan.plan.step import TrainingStep
+from opensoraplan.plan.step import AdapterOptions, TrainingStep
+from opensoraplan.runtime.streaming import SLOTS
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class StepMemory:
     """Bytes of one device. Not all of it is there at once: gradients come as activations go, so that `peak`,
     the most at any moment of a step, is less than the sum.
 
-    `working`: what the busiest moment of the backward pass needs besides: a block that is computed again,
-    gradients of activations, weights that FSDP has gathered. `host`: what is in the host's memory instead.
+    `parameters`: those that are trained; `frozen`: the weights under an adapter. `working`: what the busiest
+    moment of the backward pass needs besides: a block that is computed again, gradients of activations,
+    weights that FSDP has gathered. `host`: what is in the host's memory instead.
     """
 
     parameters: int
+    frozen: int
     gradients: int
     optimizer: int
     ema: int
@@ -39,14 +42,15 @@ def training_memory(step: TrainingStep) -> StepMemory:
     """What a step needs of each device. Raises ValueError as `TrainingStep.check`."""
     step.check()
     options, master, compute = step.options, step.master_bytes, step.compute_bytes
-    own = step.model.numbers(tp=step.mesh.tp, shards=step.weight_shards)
+    own = step.trained(tp=step.mesh.tp, shards=step.weight_shards)
+    frozen, streamed = _frozen(step)
     parameters = gradients = own * master
     optimizer = 2 * own * master
     ema = own * FP32 if options.ema else 0
     host = ema if options.ema == "host" else 0
     if options.cpu_offload:
-        host = parameters + gradients + optimizer + ema
-    on_device = parameters + optimizer + ema - (host - (gradients if options.cpu_offload else 0))
+        host = parameters + gradients + optimizer + ema + frozen
+    on_device = frozen + parameters + optimizer + ema - (host - (gradients if options.cpu_offload else 0))
     if step.alone and options.master != options.compute:
         on_device += own * compute
         parameters += own * compute
@@ -58,14 +62,45 @@ def training_memory(step: TrainingStep) -> StepMemory:
     held = sum(kept) + kept_outside(step)
     return StepMemory(
         parameters=parameters,
+        frozen=frozen,
         gradients=gradients,
         optimizer=optimizer,
         ema=ema,
         activations=held,
         working=max(backward - held, 0),
         peak=peak,
-        host=host,
+        host=host + streamed,
     )
+
+
+def _frozen(step: TrainingStep) -> tuple[int, int]:
+    """Bytes of the weights under an adapter on the device and, if they are streamed, on the host."""
+    adapter, model, options = step.options.adapter, step.model, step.options
+    if adapter is None:
+        return 0, 0
+    if not step.alone:  # FSDP takes all weights in one precision
+        return model.numbers(tp=step.mesh.tp, shards=step.weight_shards) * step.master_bytes, 0
+    if not adapter.streamed:
+        return model.stored(options.compute, kind=adapter.base), 0
+    blocks = _stored_blocks(step, adapter)
+    return SLOTS * max(blocks) + model.stored(options.compute, unit=ROOT), sum(blocks)
+
+
+def _stored_blocks(step: TrainingStep, adapter: AdapterOptions) -> list[int]:
+    """Bytes of each block's frozen weights."""
+    model, compute = step.model, step.options.compute
+    return [model.stored(compute, unit=unit, kind=adapter.base) for unit in range(len(model.blocks))]
+
+
+def copied_by_step(step: TrainingStep) -> int:
+    """Bytes of frozen weights that a step copies to the device: all but the last blocks for backward, and all
+    but the first, which are there from the backward pass before, for the next forward pass.
+    """
+    adapter = step.options.adapter
+    if adapter is None or not adapter.streamed:
+        return 0
+    blocks = _stored_blocks(step, adapter)
+    return step.options.accumulate * (sum(blocks[SLOTS:]) + sum(blocks[:-SLOTS]))
 
 
 def _backward_peak(step: TrainingStep, *, kept: Sequence[int]) -> int:
@@ -74,11 +109,12 @@ def _backward_peak(step: TrainingStep, *, kept: Sequence[int]) -> int:
     alone, shards = step.alone, step.weight_shards
     master, compute = step.master_bytes, step.compute_bytes
     whole = [model.numbers(unit=index, tp=mesh.tp) for index in range(len(model.blocks))]
+    trained = [step.trained(unit=index, tp=mesh.tp) for index in range(len(model.blocks))]
     held, gradients = sum(kept) + kept_before(step), 0
     if not alone:  # what is outside of blocks stays whole all the time
         held += model.numbers(unit=ROOT, tp=mesh.tp) * compute
     if options.accumulate > 1 and not options.cpu_offload:  # from the micro-batches before
-        gradients = model.numbers(tp=mesh.tp, shards=shards) * master
+        gradients = step.trained(tp=mesh.tp, shards=shards) * master
     numbers = model.dim * step.shape.batch * step.tokens_of_rank  # in the last norm two tensors in fp32
     most = held + kept_behind(step) + 2 * FP32 * numbers + gradients
     for index in reversed(range(len(model.blocks))):
@@ -87,15 +123,15 @@ def _backward_peak(step: TrainingStep, *, kept: Sequence[int]) -> int:
             # This block's weights and gradients, the next one's weights, which come already, and gradients
             # of the one before on their way to other ranks.
             ahead = whole[index - 1] if index else 0
-            before = whole[index + 1] if index + 1 < len(whole) else 0
-            gathered = (2 * whole[index] + ahead) * compute + before * FP32
+            before = trained[index + 1] if index + 1 < len(whole) else 0
+            gathered = (whole[index] + trained[index] + ahead) * compute + before * FP32
         again = working_memory(step, index)
         most = max(most, held + again + gathered + gradients)
         held -= kept[index]
         if alone and (options.master != options.compute or options.accumulate == 1):
-            gradients += whole[index] * compute
+            gradients += trained[index] * compute
         elif not alone and not options.cpu_offload and options.accumulate == 1:
-            gradients += model.numbers(unit=index, tp=mesh.tp, shards=shards) * master
+            gradients += step.trained(unit=index, tp=mesh.tp, shards=shards) * master
     return max(most, gradients)
 
 

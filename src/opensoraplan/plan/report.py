@@ -14,12 +14,11 @@ from opensoraplan.models.sizes import (
     decoding_memory,
     forward_flops,
     forward_memory,
-    training_flops,
     vector_bytes,
 )
 from opensoraplan.parallel.mesh import said
 from opensoraplan.plan.activations import stage_activations
-from opensoraplan.plan.memory import training_memory
+from opensoraplan.plan.memory import copied_by_step, training_memory
 from opensoraplan.plan.step import TrainingStep
 from opensoraplan.plan.traffic import sent_by_step
 from opensoraplan.runtime.placement import CHUNKS, MARGIN, Needs, plans_for
@@ -76,8 +75,12 @@ def training_lines(step: TrainingStep, known: Known, *, encoders: int, described
     """`encoders`: bytes of the VAE and the text encoders, if they are on the device, too. `described`: the
     video, in words.
     """
-    options, batch = step.options, step.shape.batch
+    options, batch, adapter = step.options, step.shape.batch, step.options.adapter
     yield f"{step.model.numbers():,} parameters; {described}"
+    if adapter is not None:
+        kind, where = "DoRA" if adapter.dora else "LoRA", "streamed" if adapter.streamed else "resident"
+        kept = options.compute if adapter.base == "whole" else adapter.base
+        yield f"{adapter.numbers():,} are trained, a {kind} of rank {adapter.rank}; the rest {kept}, {where}"
     yield (
         f"{_count(step.devices, 'device')}: {said(step.mesh.sizes())}; "
         f"{options.compute}, weights {options.master}"
@@ -103,6 +106,8 @@ def _memory_lines(step: TrainingStep, known: Known, *, encoders: int) -> Iterato
     where = " (host)" if options.cpu_offload else ""
     average = " (host)" if options.ema == "host" or options.cpu_offload else ""
     yield "GB of a device"
+    if memory.frozen:
+        yield _row("frozen weights" + where, memory.frozen)
     yield _row("parameters" + where, memory.parameters)
     yield _row("gradients" + where, memory.gradients)
     yield _row("optimizer" + where, memory.optimizer)
@@ -120,10 +125,14 @@ def _memory_lines(step: TrainingStep, known: Known, *, encoders: int) -> Iterato
 
 
 def _work_lines(step: TrainingStep, known: Known) -> Iterator[str]:
-    flops = training_flops(step.model.config, step.shape)
-    flops = flops * step.options.accumulate // (step.mesh.sp * step.mesh.tp)
+    micro_batches, sharing = step.options.accumulate, step.mesh.sp * step.mesh.tp
+    flops = step.flops * micro_batches // sharing
     yield f"{step.tokens:,} video tokens a sample"
     yield f"{flops / 1e12:,.1f} TFLOP of a device a step; it sends {sent_by_step(step) / GB:,.2f} GB"
+    if again := step.recomputed_flops * micro_batches // sharing:
+        yield f"{(flops + again) / 1e12:,.1f} TFLOP with what is recomputed"
+    if copied := copied_by_step(step):
+        yield f"{copied / GB:,.1f} GB of weights are copied to the device a step"
     if known.tflops is not None:
         seconds = flops / (known.tflops * 1e12)
         yield f"{_time(seconds)} a step at {known.tflops:g} TFLOP/s"

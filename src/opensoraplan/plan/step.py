@@ -1,11 +1,21 @@
 """A training step that is to be planned: of which model, on what, on which mesh, with which options."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from opensoraplan.models.sizes import BYTES, BatchShape, DenoiserSizes
+from opensoraplan.defaults import WeightPrecision
+from opensoraplan.models.sizes import (
+    ADALN,
+    BYTES,
+    BatchShape,
+    DenoiserSizes,
+    attention_flops,
+    block_flops,
+    training_flops,
+)
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.parallel.sequence import padded_tokens
 
@@ -13,8 +23,35 @@ ONE_DEVICE = MeshSettings(dp_shard=1)
 
 
 @dataclass(frozen=True)
+class AdapterOptions:
+    """An adapter that is trained while the model stays frozen. `layers`: the linear layers that have one, by
+    name, as (outputs, inputs); `base`: the precision of the frozen weights; `streamed`: those of blocks are
+    in host memory.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    rank: int
+    dora: bool = False
+    base: WeightPrecision = "whole"
+    streamed: bool = False
+
+    def numbers(self, unit: int | None = None) -> int:
+        """How many parameters it has, in one block or in all (None)."""
+        prefix = "" if unit is None else f"transformer_blocks.{unit}."
+        shapes = [shape for name, shape in self.layers.items() if name.startswith(prefix)]
+        own = sum(self.rank * (outputs + inputs) for outputs, inputs in shapes)
+        return own + (sum(outputs for outputs, _ in shapes) if self.dora else 0)
+
+    def adapts(self, *parts: str) -> bool:
+        """Whether a layer whose name has one of these parts has an adapter."""
+        return any(part in name for name in self.layers for part in parts)
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
-    """How the denoiser is trained; names and meanings as in train/config.py, `ema` is where the EMA is."""
+    """How the denoiser is trained; names and meanings as in train/config.py, `ema` is where the EMA is.
+    `adapter`: what is trained instead of all weights.
+    """
 
     compute: Literal["bf16", "fp32"] = "bf16"
     master: Literal["bf16", "fp32"] = "fp32"
@@ -24,6 +61,7 @@ class TrainingOptions:
     keep_attention: bool = False
     ema: Literal["device", "host"] | None = "device"
     cpu_offload: bool = False
+    adapter: AdapterOptions | None = None
 
     def check(self, model: DenoiserSizes) -> None:
         """Raise ValueError for what the model or the trainer refuses."""
@@ -36,6 +74,11 @@ class TrainingOptions:
         for name in ("recompute_blocks", "recompute_feed_forwards"):
             if not 0 <= (count := getattr(self, name)) <= depth:
                 raise ValueError(f"{name} must be between 0 and {depth}, the model's blocks, got {count}")
+        if self.adapter is not None and self.adapter.streamed and self.recompute_blocks < depth:
+            raise ValueError(
+                f"streamed weights need all {depth} blocks recomputed, got recompute_blocks "
+                f"{self.recompute_blocks}"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +99,11 @@ class TrainingStep:
         self.mesh.check_model(self.model.heads)
         if self.alone and self.options.cpu_offload:
             raise ValueError("cpu_offload is FSDP's, which takes at least 2 devices")
+        if self.needs_one_device and not self.alone:
+            raise ValueError(
+                f"frozen weights that are quantised or streamed are for one device, got {self.devices}: FSDP "
+                "shards them"
+            )
 
     @property
     def devices(self) -> int:
@@ -65,6 +113,52 @@ class TrainingStep:
     def alone(self) -> bool:
         """Whether there is a single device."""
         return self.devices == 1
+
+    @property
+    def needs_one_device(self) -> bool:
+        """Whether the frozen weights are kept in a way that FSDP does not know."""
+        adapter = self.options.adapter
+        return adapter is not None and (adapter.base != "whole" or adapter.streamed)
+
+    @property
+    def trains_modulation(self) -> bool:
+        """Whether vectors of AdaLN have gradients."""
+        return self.options.adapter is None or self.options.adapter.adapts(*ADALN)
+
+    @property
+    def trains_skips(self) -> bool:
+        """Whether the linear layers of skip connections have gradients."""
+        return self.options.adapter is None or self.options.adapter.adapts("skip.linear", "skip_enc.linear")
+
+    def trained(self, *, unit: int | None = None, tp: int = 1, shards: int = 1) -> int:
+        """How many of the parameters that are trained the first rank has, as `DenoiserSizes.numbers`."""
+        adapter = self.options.adapter
+        if adapter is None:
+            return self.model.numbers(unit=unit, tp=tp, shards=shards)
+        return math.ceil(adapter.numbers(unit) / shards)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a micro-batch without what is computed again, as MFU counts them. A frozen weight has no
+        gradient, which is a third of the products.
+        """
+        flops = training_flops(self.model.config, self.shape)
+        return flops if self.options.adapter is None else flops * 2 // 3
+
+    @property
+    def recomputed_flops(self) -> int:
+        """FLOPs of a micro-batch that are computed a second time."""
+        options, model, text, flops = self.options, self.model, self.shape.text, 0
+        for index, block in enumerate(model.blocks):
+            tokens, dim = self.padded(block.rate), model.dim
+            if index < options.recompute_blocks:
+                embed = model.config["timestep_embed_dim"]
+                flops += block_flops(dim, tokens, text, rate=block.rate, embed_dim=embed)
+                if options.keep_attention:
+                    flops -= attention_flops(dim, tokens, text, rate=block.rate)
+            elif index < options.recompute_feed_forwards:
+                flops += 2 * (tokens + text) * 8 * dim**2
+        return self.shape.batch * flops
 
     @property
     def weight_shards(self) -> int:

@@ -3,15 +3,19 @@
 import logging
 from typing import Any
 
+import torch
+
 from opensoraplan.formats.assemble import denoiser_config, empty_vae
 from opensoraplan.formats.checkpoints import open_checkpoint
 from opensoraplan.models.sizes import DenoiserSizes
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import TEXT_PARTS, empty_text_model
 from opensoraplan.plan.report import FrozenParts
-from opensoraplan.plan.step import TrainingOptions
+from opensoraplan.plan.step import AdapterOptions, TrainingOptions
 from opensoraplan.train.config import TextSettings, TrainSettings, VAESettings
 from opensoraplan.train.inputs.encoders import given_paths
 from opensoraplan.train.inputs.sources import selection_of_run, validation_encodes
+from opensoraplan.train.learner.adapter import target_layers
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +45,34 @@ def denoiser_sizes(settings: TrainSettings) -> DenoiserSizes:
     return DenoiserSizes(config)
 
 
-def training_options(settings: TrainSettings) -> TrainingOptions:
-    """How the run trains its model."""
+def training_options(settings: TrainSettings, model: DenoiserSizes) -> TrainingOptions:
+    """How the run trains this model. Raises ValueError for an adapter that does not fit it."""
     optimizer, memory = settings.optimizer, settings.memory
+    adapter = None if settings.adapter.kind == "none" else _adapter_options(settings, model)
     ema = "device" if optimizer.ema_device == "same" else "host"
     return TrainingOptions(
         compute=settings.model.compute,
         master=settings.model.master,
         accumulate=optimizer.accumulate,
-        recompute_blocks=memory.recompute_blocks,
+        recompute_blocks=len(model.blocks) if memory.placement == "streamed" else memory.recompute_blocks,
         recompute_feed_forwards=memory.recompute_feed_forwards,
         keep_attention=memory.keep_attention,
         ema=None if optimizer.ema_decay is None else ema,
         cpu_offload=settings.parallel.cpu_offload,
+        adapter=adapter,
+    )
+
+
+def _adapter_options(settings: TrainSettings, model: DenoiserSizes) -> AdapterOptions:
+    adapter = settings.adapter
+    with torch.device("meta"):
+        layers = target_layers(SparseUMMDiT(**model.config), adapter.targets)
+    return AdapterOptions(
+        layers,
+        adapter.rank,
+        dora=adapter.kind == "dora",
+        base=adapter.base,
+        streamed=settings.memory.placement == "streamed",
     )
 
 
