@@ -3,17 +3,24 @@ those of the CPU.
 """
 
 import gc
-import sys
+import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cards
 import pytest
+from command import Command, Running
 from simulated.device import Card
+from tiny_models import LORA_LAYERS, lora_of
 from torch import Tensor
 
-from opensoraplan import cli
 from opensoraplan.data.video import read_frames
+from opensoraplan.defaults import WeightPrecision
+from opensoraplan.formats.lora import write_lora
 from opensoraplan.generate.planning import needs_of
+from opensoraplan.generate.saved import SUFFIX
 from opensoraplan.generate.session import Session, SessionOptions
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import MARGIN, PLACEMENTS, Placement, plans_for
@@ -117,37 +124,70 @@ def test_fp8_is_for_cards_that_multiply_in_it(tiny_model: Path) -> None:
         Session.open(options, REQUEST)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """Run a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["osp", *map(str, words)])
-    cli.main()
-
-
 def test_commands_that_make_and_measure_videos(
-    card: Card, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: Card, osp: Command, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Generate, calibrate, decode what is saved, reconstruct: each on the card, and as on the CPU."""
+    """Generate, calibrate, reconstruct: each on the card, and as on the CPU."""
     size = ["--frames", 9, "--height", 32, "--width", 32, "--steps", 4]
     made = {}
     for device in ("cpu", "npu"):
-        folder = tmp_path / device
-        same = ("--device", device, "--dtype", "fp32")
-        command(
-            monkeypatch, "generate", "waves", "--model", tiny_model, *size, *same, "--out", folder / "a.mp4"
-        )
-        ratios = folder / "step_cache.json"
-        command(monkeypatch, "calibrate", "--model", tiny_model, *size, *same, "--out", ratios)
-        command(
-            monkeypatch,
-            "reconstruct",
-            folder / "a.mp4",
-            "--vae",
-            tiny_model,
-            *same,
-            "--out",
-            folder / "b.mp4",
-        )
-        made[device] = read_frames(folder / "a.mp4"), read_frames(folder / "b.mp4"), ratios.read_text()
-    for on_cpu, on_card in zip(made["cpu"][:2], made["npu"][:2], strict=True):
+        same = ("--device", device, "--dtype", "fp32", "--out")
+        model = ("--model", tiny_model, *size, *same)
+        for words in (
+            ("generate", "waves", *model, f"{device}.mp4"),
+            ("calibrate", *model, f"{device}_ratios.json"),
+            ("reconstruct", f"{device}.mp4", "--vae", tiny_model, *same, f"{device}_again.mp4"),
+        ):
+            outcome = osp(*words)
+            assert outcome.code == 0, outcome
+        videos = [read_frames(tmp_path / f"{device}{end}.mp4") for end in ("", "_again")]
+        made[device] = videos, json.loads((tmp_path / f"{device}_ratios.json").read_text())["ratios"]
+    for on_cpu, on_card in zip(made["cpu"][0], made["npu"][0], strict=True):
         assert (on_cpu.float() - on_card.float()).abs().mean() < 1
+    assert made["npu"][1] == pytest.approx(made["cpu"][1], rel=1e-3)
     assert card.calls["aten::convolution"] > 0
+
+
+def test_latents_of_a_stopped_video_are_decoded(
+    card: Card, osp: Command, start: Callable[..., Running], tiny_model: Path, tmp_path: Path
+) -> None:
+    size = ["--frames", 9, "--height", 32, "--width", 32, "--steps", 400, "--save-every", 1]
+    words = ["generate", "waves", "--model", tiny_model, *size, "--device", "npu", "--dtype", "fp32"]
+    job = start(*words, "--out", "video.mp4", program=cards.command)
+    latents = tmp_path / f"video{SUFFIX}"
+    job.wait_until(latents.exists)
+    job.send(signal.SIGINT)
+    assert job.wait() == 130, job.said()
+    assert not (tmp_path / "video.mp4").exists()
+    for device in ("cpu", "npu"):
+        outcome = osp("decode", latents, "--device", device, "--out", f"{device}.mp4")
+        assert outcome.code == 0, outcome
+        assert "of 400 steps are done" in outcome.log
+    expected, made = (read_frames(tmp_path / f"{device}.mp4").float() for device in ("cpu", "npu"))
+    assert (made - expected).abs().mean() < 0.5
+    assert card.calls["aten::convolution"] > 0
+
+
+@pytest.mark.parametrize(
+    ("placement", "weights"), [("resident", "whole"), ("in-turn", "int8"), ("streamed", "whole")]
+)
+def test_loras_in_each_placement(
+    card: Card, tiny_model: Path, tmp_path: Path, placement: Placement, weights: WeightPrecision
+) -> None:
+    """Of attention, of feed-forwards, and of AdaLN's layers, which may stay on the host."""
+    layers = (*LORA_LAYERS, "transformer_blocks.0.norm1.linear", "norm_out.linear")
+    file = tmp_path / "a.safetensors"
+    write_lora(lora_of(tiny_model, seed=1, layers=layers), file, kind="diffusers")
+    requests = [REQUEST.model_copy(update={"lora": (f"{file}:{strength}",)}) for strength in (0.5, 0.0)]
+    made = {}
+    for device, memory in (("cpu", "auto"), ("npu", placement)):
+        with Session.open(
+            options_of(tiny_model, device, memory=memory, weights=weights), requests
+        ) as session:
+            made[device] = [session.run(request).frames for request in requests]
+    for expected, frames in zip(made["cpu"], made["npu"], strict=True):
+        assert_alike(frames.short(), expected.short())
+    assert (made["cpu"][0].short() - made["cpu"][1].short()).abs().float().mean() > 1
+    del session
+    gc.collect()
+    assert card.memory.now == 0

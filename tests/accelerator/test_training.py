@@ -48,6 +48,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "adapter": {"kind": "lora", "rank": 4, "base": "int8"},
         "memory": {"placement": "streamed"},
     },
+    "DoRA, AdaLN's layers, too, bf16": {
+        "adapter": {"kind": "dora", "rank": 2, "targets": [r"attn1\.to_q$", r"norm1\.linear$"]},
+        "model": {"compute": "bf16"},
+        "memory": {"recompute_blocks": 4},
+    },
 }
 
 
