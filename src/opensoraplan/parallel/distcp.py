@@ -64,8 +64,10 @@ class _Reader(FileSystemReader):
 def read_into(folder: Path, parts: Parts) -> None:
     """Fill `parts`, tensors or DTensors of any sharding, in place. All ranks call this."""
     alone = not (dist.is_available() and dist.is_initialized())
+    reader = _Reader(folder)
     with _plain(folder):
-        load(_flat(parts), storage_reader=_Reader(folder), no_dist=alone)
+        reader.read_metadata()  # of what is wrong with it, torch 2.9 does not tell
+        load(_flat(parts), storage_reader=reader, no_dist=alone)
 
 
 def read_whole(folder: Path, *, only: Collection[str] | None = None) -> dict[str, dict[str, torch.Tensor]]:
