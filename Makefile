@@ -1,6 +1,8 @@
 # make demo | test | lint | train-demo | bench | guard | clean. All need only python3 (3.11 or newer), pip and make.
 PYTHON ?= python3
-VENV := .venv
+# Another torch than that of the constraints, in an environment of its own: make test TORCH=2.9.1
+TORCH ?=
+VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
 DEMO := demo
 TRAIN := train-demo
@@ -12,7 +14,7 @@ PROMPT := A large red star moves to the right over a green meadow.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH),torch==$(TORCH),-c constraints.txt) -e '.[dev]'
 	touch $@
 
 # A video of a prompt of yours by the built-in model, and a sheet of frames of all such videos so far. The command
@@ -37,10 +39,11 @@ train-demo: $(BIN)/.installed
 	@echo "The model is in $(TRAIN)/model; the package has its own in src/opensoraplan/builtin/model."
 
 # Tiny models run fastest on one thread each; two processes share the tests, but for those that start up to four.
-# Those of accelerators have processes of their own, in which torch's device for others is a card in software.
+# Those of accelerators have processes of their own, in which torch's device for others is a card in software: it
+# needs what the torch of the constraints offers to such devices.
 test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed --ignore tests/accelerator
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/accelerator
+	$(if $(TORCH),,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/accelerator)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 # Speed: all benchmarks into docs/performance.md (BENCH=vae: one of them), or only whether a hot path has lost a third.
@@ -58,4 +61,4 @@ lint: $(BIN)/.installed
 
 # What was installed and built; videos in $(DEMO) stay.
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf .venv .venv-* build src/*.egg-info

@@ -122,8 +122,11 @@ def test_flops_of_the_release_are_near_two_for_each_parameter_and_token() -> Non
 
 # --- Memory ---
 
+# Before torch 2.10 CPUs have no product of this kind in fp8: it is computed in fp32, which takes more.
+FP8 = [("bf16", "fp8")] if hasattr(torch.nn.functional, "scaled_mm") else []
 
-@pytest.mark.parametrize(("compute", "kind"), [("fp32", "whole"), ("bf16", "whole"), ("bf16", "fp8")])
+
+@pytest.mark.parametrize(("compute", "kind"), [("fp32", "whole"), ("bf16", "whole"), *FP8])
 def test_a_forward_pass_needs_what_is_alive_at_most(
     compute: Literal["fp32", "bf16"], kind: WeightPrecision
 ) -> None:
