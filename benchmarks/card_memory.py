@@ -1,7 +1,7 @@
 """Memory of a card, as `osp plan` predicts it and as it is counted on the card in software of
 tests/accelerator: no card is needed, and nothing is computed.
 
-    python benchmarks/card_memory.py            38 cases of a small model
+    python benchmarks/card_memory.py            42 cases of a small model
     python benchmarks/card_memory.py --release  the release, 121 x 576 x 1024, in some minutes
 
 GB. Streamed weights of the release are those of its first two blocks of each stage, which cost the device as
@@ -9,6 +9,7 @@ much as all of them; the host's memory is touched for them.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,13 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "accelerator"))
 from counting import RELEASE, SMALL, TRAINED, Counted, Models, adapter_of, generating, training
 from simulated.device import install
 
+from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.sizes import BatchShape
 from opensoraplan.plan.step import TrainingOptions
 from opensoraplan.requests import Request
 from opensoraplan.runtime.placement import CHUNKS, PLACEMENTS
 
+QUANTISED: tuple[WeightPrecision, ...] = ("int8", "fp8")
 SIZES = ((33, 256, 256), (57, 288, 512))
 OPTIONS = {
     "bf16": TrainingOptions(),
@@ -45,8 +48,8 @@ def small() -> Iterator[Counted]:
         request = Request(prompt="any", frames=size[0], height=size[1], width=size[2], steps=2)
         for placement in PLACEMENTS:
             yield from generating(SMALL, request, placement, chunks=(16, 1))
-        yield from generating(SMALL, request, "resident", weights="int8", chunks=(16,))
-        yield from generating(SMALL, request, "in-turn", weights="int8", chunks=(16,))
+        for weights, placement in itertools.product(QUANTISED, ("resident", "in-turn")):
+            yield from generating(SMALL, request, placement, weights=weights, chunks=(16,))
     for shape_name, shape in SHAPES.items():
         for name, options in OPTIONS.items():
             yield training(f"training, {shape_name}, {name}", TRAINED, shape, options)
@@ -59,10 +62,11 @@ def release() -> Iterator[Counted]:
     request = Request(prompt="any", frames=121, height=576, width=1024, steps=2)
     for placement in ("resident", "in-turn"):
         yield from generating(RELEASE, request, placement, chunks=CHUNKS)
-        yield from generating(RELEASE, request, placement, weights="int8", chunks=CHUNKS)
+        for weights in QUANTISED:
+            yield from generating(RELEASE, request, placement, weights=weights, chunks=CHUNKS)
     yield from generating(Models({"num_layers": [2] * 7}), request, "streamed", chunks=CHUNKS)
     yield training(
-        "training, 73728 cells, all blocks again",
+        "training, 57 x 576 x 1024, all blocks again",
         {},
         BatchShape((8, 72, 128), 256),
         TrainingOptions(recompute_blocks=32),
