@@ -3,8 +3,9 @@
     python examples/prompt_following.py [FOLDER] --count 200 --out following.jsonl --sheet following.png
 
 FOLDER is a diffusers folder of an OpenSoraPlanPipeline (default: the built-in model). No combination of
-colour, shape and motion in these scenes is in training data. Verdicts are kept in --out: the same command
-goes on where it was stopped. The judge is that of prompt_judge.py and is itself checked first.
+colour, shape and motion in these scenes is in training data. --only "brown heart" asks for one thing alone,
+--lora FILE for a LoRA that has learnt it. Verdicts are kept in --out: the same command goes on where it was
+stopped. The judge is that of prompt_judge.py and is itself checked first.
 """
 
 import argparse
@@ -22,15 +23,16 @@ from typing import Any, TextIO
 import torch
 from moving_shapes.captions import caption
 from moving_shapes.drawing import render
-from moving_shapes.scenes import Scene, scene_for
+from moving_shapes.scenes import Scene, scene_for, scene_of
 from moving_shapes.writing import CAPTIONS
 from PIL import Image, ImageDraw, ImageFont
-from prompt_judge import ATTRIBUTES, judge, right
+from prompt_judge import ATTRIBUTES, KNOWN, KNOWN_AND_NEW, Looks, judge, right
 from torch import Tensor
 from tqdm import tqdm
 
 from opensoraplan import builtin
 from opensoraplan.device import resolve_device, resolve_dtype
+from opensoraplan.fingerprint import fingerprint_weights
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.samplers import SOLVERS
@@ -40,6 +42,8 @@ LEAST_JUDGE = 0.99
 TARGETS = {1: {"colour": 0.95, "shape": 0.95, "motion": 0.95, "all": 0.90}, 2: {"all": 0.80}}
 # Area of all other coloured things, in parts of a thing's; in drawn clips it stays below 0.002.
 MOST_OTHERS = 0.01
+# Seeds of scenes with one thing alone begin here: no clips to train on are rendered with them.
+UNSEEN = 1_000_000
 SHEET_CLIPS, SHEET_FRAMES, SHEET_COLUMNS = 12, 5, 2  # clips of the sheet: half with one object, half with two
 
 Record = dict[str, Any]
@@ -65,24 +69,29 @@ class Task:
         return [[getattr(thing, name) for name in ATTRIBUTES] for thing in self.scene.things]
 
 
-def make_tasks(count: int, seed: int) -> list[Task]:
-    """`count` held-out scenes with one object, and as many with two, alternately."""
+def make_tasks(count: int, seed: int, only: str | None) -> list[Task]:
+    """`count` held-out scenes with one object, and as many with two, alternately; or `count` with `only` one
+    thing, such as "brown heart".
+    """
     tasks = []
     for index in range(count):
-        for objects in (1, 2):
-            scene = scene_for(index, seed=seed, held_out=True, objects=objects)
+        for objects in (1, 2) if only is None else (1,):
+            if only is None:
+                scene = scene_for(index, seed=seed, held_out=True, objects=objects)
+            else:
+                scene = scene_of(only, index, seed=UNSEEN + seed)
             prompt = caption(scene, variant=index % CAPTIONS)
             clip_seed = (seed * 100_000 + index) * 2 + objects - 1
             tasks.append(Task(objects, index, scene, prompt, clip_seed))
     return tasks
 
 
-def check_judge(tasks: list[Task], *, frames: int, height: int, width: int) -> None:
+def check_judge(tasks: list[Task], *, frames: int, height: int, width: int, looks: Looks) -> None:
     """Judge the same scenes as the renderer draws them; exit unless that is right nearly always."""
-    counts = {objects: Counter[str]() for objects in (1, 2)}
+    counts = {objects: Counter[str]() for objects in sorted({task.objects for task in tasks})}
     for task in tqdm(tasks, desc="checking the judge", unit="clip"):
         drawn = render(task.scene, frames=frames, height=height, width=width)
-        verdict = right(task.scene, judge(drawn, objects=task.objects))
+        verdict = right(task.scene, judge(drawn, objects=task.objects, looks=looks))
         counts[task.objects].update(name for name, good in verdict.items() if good)
     for objects, count in counts.items():
         clips = sum(task.objects == objects for task in tasks)
@@ -158,9 +167,9 @@ def generate(
     return (output.frames.cpu() * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
 
 
-def judged(task: Task, clip: Tensor, settings: Record) -> Record:
+def judged(task: Task, clip: Tensor, settings: Record, looks: Looks) -> Record:
     """The line of --out for a clip."""
-    verdicts = judge(clip, objects=task.objects)
+    verdicts = judge(clip, objects=task.objects, looks=looks)
     return {
         "objects": task.objects,
         "index": task.index,
@@ -257,6 +266,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("folder", nargs="?", type=Path, help="default: the built-in model")
     parser.add_argument("--count", type=int, default=200, help="scenes with one object, and as many with two")
+    parser.add_argument("--only", help='one thing in all scenes, such as "brown heart"')
+    parser.add_argument("--lora", type=Path, help="LoRA to use at strength 1")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--solver", choices=SOLVERS, default="euler")
     parser.add_argument("--guidance", type=float, default=4.0)
@@ -288,13 +299,18 @@ def main() -> None:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
 
-    tasks = make_tasks(options.count, options.seed)
+    tasks = make_tasks(options.count, options.seed, options.only)
+    looks = KNOWN if options.only is None else KNOWN_AND_NEW
     combinations = {tuple(thing) for task in tasks for thing in task.wanted}
     print(f"{len(tasks)} scenes, {len(combinations)} combinations of colour, shape and motion in them")
-    check_judge(tasks, frames=options.frames, height=options.height, width=options.width)
+    check_judge(tasks, frames=options.frames, height=options.height, width=options.width, looks=looks)
 
     asked = ("steps", "solver", "guidance", "guidance_rescale", "seed", "frames", "height", "width", "dtype")
     settings: Record = {"model": fingerprint(folder), **{name: getattr(options, name) for name in asked}}
+    if options.only is not None:
+        settings["only"] = options.only
+    if options.lora is not None:
+        settings["lora"] = fingerprint_weights(options.lora)
     records = read_records(options.out, settings)
     for_sheet = {task.key for task in tasks[:SHEET_CLIPS]} if options.sheet else set()
     todo = [task for task in tasks if task.key not in records or task.key in for_sheet]
@@ -305,6 +321,8 @@ def main() -> None:
     if todo:
         with appending(options.out) as file:
             pipeline = OpenSoraPlanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            if options.lora is not None:
+                pipeline.transformer.load_lora_adapter(options.lora)
             pipeline.to(device)
             pipeline.set_progress_bar_config(disable=True)
             kept = pipeline.prompt_settings
@@ -316,7 +334,7 @@ def main() -> None:
                     batch = todo[start : start + options.batch]
                     clips = generate(pipeline, batch, negative, options)
                     for task, clip in zip(batch, clips, strict=True):
-                        record = judged(task, clip, settings)
+                        record = judged(task, clip, settings, looks)
                         if task.key not in records:
                             file.write(json.dumps(record) + "\n")
                             file.flush()

@@ -10,13 +10,14 @@ import argparse
 import math
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from moving_shapes.drawing import render, signed_distance
-from moving_shapes.scenes import COLOURS, ROUND, SHAPES, Scene, scene_for
+from moving_shapes.scenes import COLOURS, NEW_COLOURS, NEW_SHAPES, ROUND, SHAPES, Scene, scene_for
 from torch import Tensor
 
 from opensoraplan.data.video import VideoWriter, read_frames
@@ -24,14 +25,15 @@ from opensoraplan.data.video import VideoWriter, read_frames
 ATTRIBUTES = ("colour", "shape", "motion")
 # Polar grid of the templates: radii up to REACH times that of a disc of equal area, and angles.
 RADII, ANGLES, REACH = 24, 120, 1.9
+# Degrees between hues of colours that only their brightness tells apart.
+SAME_HUE = 10.0
 # Turning is known only up to these angles, by which the shape comes out the same.
 SYMMETRY = {"square": 90.0, "triangle": 120.0, "star": 72.0, "cross": 90.0}
 # A clip moves in that one way which exceeds its share the most; below all of them it stands still. The
 # renderer's least: 0.11 of the shorter side, a factor of 1.94 in width, 90 degrees.
 LEAST_WAY, LEAST_GROWTH, LEAST_TURN = 0.05, math.log(1.4), 40.0
-# Distance in the chroma plane (0 .. about 0.6) that tells a thing from the background, and its least area in
-# parts of the frame.
-LEAST_CHROMA, LEAST_AREA = 0.10, 0.003
+# Least area of a thing in parts of the frame.
+LEAST_AREA = 0.003
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,23 @@ class Verdict:
 NOTHING = Verdict(colour="none", shape="none", motion="none")
 
 
-def judge(frames: Tensor, *, objects: int = 1) -> list[Verdict]:
+@dataclass(frozen=True)
+class Looks:
+    """The colours (sRGB) and shapes that things may have, and the least distance of these colours from any
+    background, in the chroma plane (0 .. about 0.6).
+    """
+
+    colours: Mapping[str, tuple[float, float, float]] = field(default_factory=lambda: COLOURS)
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    least_chroma: float = 0.10
+
+
+KNOWN = Looks()
+# Brown things may lie on a brown table.
+KNOWN_AND_NEW = Looks(COLOURS | NEW_COLOURS, (*SHAPES, *NEW_SHAPES), least_chroma=0.06)
+
+
+def judge(frames: Tensor, *, objects: int = 1, looks: Looks = KNOWN) -> list[Verdict]:
     """Judge uint8 frames [T, H, W, 3] with T >= 5: one verdict for the frame, or two, left half and right.
 
     Raises ValueError for frames or a number of objects that cannot be.
@@ -68,10 +86,11 @@ def judge(frames: Tensor, *, objects: int = 1) -> list[Verdict]:
     pixels = frames.float() / 255
     soft = _saliency(pixels)
     if objects == 1:
-        return [_judge_part(pixels, soft)]
+        return [_judge_part(pixels, soft, looks)]
     middle = pixels.shape[2] // 2
     return [
-        _judge_part(pixels[:, :, part], soft[:, :, part]) for part in (slice(middle), slice(middle, None))
+        _judge_part(pixels[:, :, part], soft[:, :, part], looks)
+        for part in (slice(middle), slice(middle, None))
     ]
 
 
@@ -128,10 +147,10 @@ def _highest(labels: Tensor, runs: Tensor) -> Tensor:
     return top[numbers].view_as(labels)
 
 
-def _judge_part(pixels: Tensor, soft: Tensor) -> Verdict:
+def _judge_part(pixels: Tensor, soft: Tensor, looks: Looks) -> Verdict:
     """Judge the largest thing in frames [T, H, W, 3], given how much each pixel stands out [T, H, W]."""
     height, width = soft.shape[1:]
-    found = _largest(soft > LEAST_CHROMA)
+    found = _largest(soft > looks.least_chroma)
     seen = found.flatten(1).sum(dim=1) > LEAST_AREA * height * width  # [T]
     if seen.sum() < 0.8 * len(seen):
         return NOTHING
@@ -142,14 +161,14 @@ def _judge_part(pixels: Tensor, soft: Tensor) -> Verdict:
     cover = (soft / level[:, None, None]).clamp(0, 1) * F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]
     others = (soft > 0.5 * level[:, None, None]).sum() / mask.sum() - 1
     area, x, y = _moments(cover)
-    shape, turn = _match(cover, x, y, (area / math.pi).sqrt())
+    shape, turn = _match(cover, x, y, (area / math.pi).sqrt(), looks.shapes)
     side = height  # the frame's shorter one, of a half, too: frames are no higher than wide
     # Over the whole clip, by straight lines through all frames.
     time = torch.linspace(-0.5, 0.5, len(seen))[seen]
     way_x, way_y, growth = _slope(time, x) / side, _slope(time, y) / side, _slope(time, area.log()) / 2
     total_turn = 0.0 if turn is None else _slope(time, turn)
     return Verdict(
-        colour=_colour(pixels, soft, mask),
+        colour=_colour(pixels, soft, mask, looks.colours),
         shape=shape,
         motion=_motion(way_x, way_y, growth, total_turn),
         way=(way_x, way_y),
@@ -168,14 +187,24 @@ def _moments(cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return area, x, y
 
 
-def _colour(pixels: Tensor, soft: Tensor, mask: Tensor) -> str:
-    """The palette's colour of the nearest hue to the most colourful half of the thing."""
+def _colour(
+    pixels: Tensor, soft: Tensor, mask: Tensor, colours: Mapping[str, tuple[float, float, float]]
+) -> str:
+    """The colour of the nearest hue to the most colourful half of the thing; of two with nearly the same hue,
+    as brown and orange have, the one that is as bright.
+    """
     values = pixels[mask]
     strength = soft[mask]
     mean = values[strength >= strength.median()].mean(dim=0)
-    return min(
-        COLOURS, key=lambda name: abs((_hue(mean) - _hue(torch.tensor(COLOURS[name])) + 180) % 360 - 180)
-    )
+    hues = {name: _hue(torch.tensor(colour)) for name, colour in colours.items()}
+    nearest = min(hues, key=lambda name: _between(_hue(mean), hues[name]))
+    alike = [name for name in hues if _between(hues[nearest], hues[name]) < SAME_HUE]
+    return min(alike, key=lambda name: abs(max(colours[name]) - float(mean.max())))
+
+
+def _between(one: float, other: float) -> float:
+    """Degrees between two hues."""
+    return abs((one - other + 180) % 360 - 180)
 
 
 def _hue(colour: Tensor) -> float:
@@ -196,12 +225,12 @@ def _polar(cover: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return F.grid_sample(cover[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _templates(pixels_wide: float) -> dict[str, Tensor]:
+def _templates(pixels_wide: float, shapes: Iterable[str]) -> dict[str, Tensor]:
     """Each upright shape on the polar grid, as blurred as one of that radius in pixels, [RADII, ANGLES]."""
     size, radius = 128, 40.0
     place = (torch.arange(size) + 0.5 - size / 2) / radius
     result = {}
-    for shape in SHAPES:
+    for shape in shapes:
         distance = signed_distance(shape, place[None, :], place[:, None])
         cover = (0.5 - distance * pixels_wide / 1.5).clamp(0, 1)[None]
         area, x, y = _moments(cover)
@@ -209,12 +238,14 @@ def _templates(pixels_wide: float) -> dict[str, Tensor]:
     return result
 
 
-def _match(cover: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> tuple[str, Tensor | None]:
+def _match(
+    cover: Tensor, x: Tensor, y: Tensor, radius: Tensor, shapes: Iterable[str]
+) -> tuple[str, Tensor | None]:
     """The shape whose silhouette fits best at any angle, and its angles in degrees clockwise [T]."""
     weight = ((torch.arange(RADII) + 0.5) * (REACH / RADII)).sqrt()[:, None]  # area grows with the radius
     seen = torch.fft.rfft(_unit(_polar(cover, x, y, radius) * weight))
     scores = {}
-    for shape, template in _templates(float(radius.median())).items():
+    for shape, template in _templates(float(radius.median()), shapes).items():
         like = torch.fft.rfft(_unit(template[None] * weight))
         # Correlation over all turns at once.
         scores[shape] = torch.fft.irfft((seen * like.conj()).sum(dim=1), n=ANGLES)  # [T, ANGLES]
@@ -228,7 +259,7 @@ def _match(cover: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> tuple[str, Te
     )
     fine = (left - after) / (2 * (left - 2 * top + after)).clamp(max=-1e-9)
     angle = (best + fine) * (360 / ANGLES)
-    period = SYMMETRY[shape]
+    period = SYMMETRY.get(shape, 360.0)
     step = (angle.diff() + period / 2) % period - period / 2
     return shape, torch.cat([angle[:1], angle[:1] + step.cumsum(0)])
 

@@ -333,6 +333,16 @@ def test_the_judge_sees_what_was_drawn(objects: int) -> None:
         assert result == {"colour": True, "shape": True, "motion": True, "all": True}, scene
 
 
+def test_the_judge_knows_new_things_when_it_is_told_of_them() -> None:
+    for index in range(12):
+        scene = scene_of("brown heart", index, seed=1)
+        clip = render(scene)
+        assert judge.right(scene, judge.judge(clip, looks=judge.KNOWN_AND_NEW))["all"], scene
+        assert not judge.right(scene, judge.judge(clip))["colour"]
+    orange = one("orange", "star", "left")
+    assert judge.right(orange, judge.judge(render(orange), looks=judge.KNOWN_AND_NEW))["all"]
+
+
 def test_the_judge_contradicts_a_wrong_prompt_and_sees_nothing_in_nothing() -> None:
     verdicts = judge.judge(render(one("red", "ball", "left")))
     wrong = judge.right(one("green", "star", "right"), verdicts)

@@ -1,10 +1,9 @@
 """Scenes of moving shapes: what there is, what is kept from training, and an endless list of them."""
 
 import hashlib
-import itertools
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from opensoraplan.names import did_you_mean
 
@@ -41,8 +40,6 @@ BACKGROUNDS = {
 
 # One part in this many of all (colour, shape, motion) combinations is kept from training.
 _HELD_OUT_ONE_IN = 10
-# From one list of scenes to one with nothing in common.
-_OTHER_SEEDS = 10**9
 
 
 @dataclass(frozen=True)
@@ -119,12 +116,9 @@ def scene_of(thing: str, index: int, *, seed: int = 0) -> Scene:
     colour, _, shape = thing.strip().partition(" ")
     check_name("colour", colour, COLOURS | NEW_COLOURS)
     check_name("shape", shape, SHAPES | NEW_SHAPES)
-    for attempt in itertools.count():
-        scene = scene_for(index, seed=seed + attempt * _OTHER_SEEDS, objects=1, held_out=None)
-        (drawn,) = scene.things
-        if shape not in ROUND or not drawn.motion.endswith("clockwise"):
-            return replace(scene, things=(replace(drawn, colour=colour, shape=shape),))
-    raise AssertionError
+    rng = random.Random(f"{thing} {seed} {index}")
+    drawn = _draw_thing(rng, count=1, colour=colour, shape=shape)
+    return Scene(things=(drawn,), background=rng.choice(list(BACKGROUNDS)), seed=rng.getrandbits(32))
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -138,11 +132,16 @@ def _combination_held_out(colour: str, shape: str, motion: str) -> bool:
     return int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
 
 
-def _draw_thing(rng: random.Random, *, count: int) -> Thing:
-    shape = rng.choice(list(SHAPES))
+def _draw_thing(
+    rng: random.Random, *, count: int, colour: str | None = None, shape: str | None = None
+) -> Thing:
+    shape = shape or rng.choice(list(SHAPES))
     motions = [motion for motion in MOTIONS if shape not in ROUND or not motion.endswith("clockwise")]
     # Half of a frame is too narrow for the large ones.
     sizes = list(SIZES) if count == 1 else ["small", "medium"]
     return Thing(
-        colour=rng.choice(list(COLOURS)), shape=shape, size=rng.choice(sizes), motion=rng.choice(motions)
+        colour=colour or rng.choice(list(COLOURS)),
+        shape=shape,
+        size=rng.choice(sizes),
+        motion=rng.choice(motions),
     )
