@@ -20,6 +20,7 @@ from opensoraplan.data.record import Record
 from opensoraplan.data.selection import Sample
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.wfvae import WFVAE
+from opensoraplan.shapes import Strides
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.inputs.cache import write_cache
 from opensoraplan.train.inputs.sources import Source, digest_of, open_source, preprocessing_parts
@@ -164,6 +165,10 @@ def test_a_denoiser_of_other_widths_is_refused_with_both_numbers(
     channels = replace(source, vae=WFVAE(**sizes))
     with pytest.raises(ValueError, match="latents of 16 channels, the denoiser has in_channels 4"):
         Source.check_fits(channels, SparseUMMDiT(**DENOISER))
+    coarse = WFVAE(**SHALLOW_VAE, shift=None, scale=None)
+    coarse.strides = Strides(temporal=8, spatial=64)  # clips of 64 x 64 are one latent, tokens are 2 x 2
+    with pytest.raises(ValueError, match="sides must be multiples of 128, got height 64 and width 64"):
+        replace(source, vae=coarse).check_fits(SparseUMMDiT(**DENOISER))
     with pytest.raises(ValueError, match=r"^the VAE makes latents of 4 channels, .* out_channels 8$"):
         source.check_fits(SparseUMMDiT(**{**DENOISER, "out_channels": 8}))
 

@@ -46,7 +46,7 @@ class Branches:
         return scale > 1 and step in self.guided
 
     def replace(self, *, sequence: Tensor | None = None, pooled: Tensor | None = None) -> None:
-        """Replace the T5 states [B, L, D] or CLIP vectors [B, P] of the prompts in later steps."""
+        """Replace the token states [B, L, D] or pooled vectors [B, P] of the prompts in later steps."""
         text = self.positive.text
         changed = PromptEmbeds(
             text.sequence if sequence is None else sequence.to(text.sequence),

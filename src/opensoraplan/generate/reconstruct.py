@@ -1,5 +1,5 @@
 """The job behind `osp reconstruct`: encodes and decodes a real video, measures PSNR and SSIM, and writes both
-side by side. data/video.py reads and writes video, models/wfvae.py is the model.
+side by side. data/video.py reads and writes video, models/vae.py has the models.
 """
 
 import logging

@@ -109,8 +109,8 @@ TEXT_PARTS = (
 class PromptEmbeds:
     """Encoded prompts, all tensors on one device. Every method returns new embeddings.
 
-    `sequence` [B, L, D] T5 states, `mask` [B, L] bool with True for a real token, `pooled` [B, P] CLIP's text
-    embedding. Shapes that do not belong together are a ValueError.
+    `sequence` [B, L, D] are the tokens' states, `mask` [B, L] bool has True for a real token, `pooled` [B, P]
+    is a vector of the whole text. Shapes that do not belong together are a ValueError.
     """
 
     sequence: Tensor

@@ -6,16 +6,22 @@ Shapes: [B, C, T, H, W], of which a rank has H / ranks rows at every stage.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from opensoraplan.models.convolution import memory_format_of
+from opensoraplan.models.vae import VideoVAE
 from opensoraplan.models.wfvae import WFVAE, CausalConv3d, FrameAttention, FrameConv2d, Upsample
 from opensoraplan.parallel.collectives import Group, all_gather, part_of
 
 ROWS = 3
+
+
+def can_be_shared(vae: VideoVAE) -> TypeGuard[WFVAE]:
+    """Whether `share_decoding` knows which layers of this VAE look beyond their rows."""
+    return isinstance(vae, WFVAE)
 
 
 def share_decoding(vae: WFVAE, group: Group) -> None:

@@ -11,10 +11,9 @@ import torch.distributed as dist
 
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.vae import VideoVAE
-from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.parallel.apply import share_sample
 from opensoraplan.parallel.branches import share_branches
-from opensoraplan.parallel.decode import share_decoding
+from opensoraplan.parallel.decode import can_be_shared, share_decoding
 from opensoraplan.parallel.mesh import REPLICATE, Mesh, MeshSettings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def share_generating(model: SparseUMMDiT, vae: VideoVAE, mesh: Mesh, *, rows: Co
         share_branches(model, mesh.group(REPLICATE))
     ranks = dist.get_world_size()
     uneven = [count for count in rows if count % ranks]
-    if uneven or vae.tiling is not None or not isinstance(vae, WFVAE):
+    if uneven or vae.tiling is not None or not can_be_shared(vae):
         why = "frames are tiled" if vae.tiling is not None else f"{type(vae).__name__} decodes whole frames"
         why = f"{uneven[0]} rows of latents are not {ranks} equal shares" if uneven else why
         logger.info("%s: the first process decodes alone", why)

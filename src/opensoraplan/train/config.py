@@ -139,7 +139,7 @@ class VAESettings(Settings):
     pretrained: ModelPath | None = None
     """VAE checkpoint, model folder or "builtin". Needed unless the run trains on `data.features`."""
     config: dict[str, object] | None = None
-    """Constructor arguments of WFVAE, for a checkpoint without a config."""
+    """Constructor arguments of the VAE, for a checkpoint without a config."""
     compute: Precision = "fp32"
     """Precision of encoding and decoding. "bf16" is faster and slightly less exact."""
     chunk: Side = 4

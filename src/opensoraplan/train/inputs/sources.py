@@ -93,6 +93,8 @@ class Source:
 
     def check_fits(self, model: SparseUMMDiT) -> None:
         """Raise ValueError, with both numbers, unless the denoiser takes these latents and this text."""
+        for shape in set(self.shapes):
+            latent_shape(*shape, strides=self.vae.strides, patch=model.config["patch_size"])
         channels = self.vae.latent_channels
         problems = [
             f"the VAE makes latents of {channels} channels, the denoiser has {name} {model.config[name]}"
