@@ -79,6 +79,13 @@ def test_plan_of_an_adapter(osp: Command, tmp_path: Path) -> None:
     code, said, error, _ = osp("plan", "run.toml", "--set", "adapter.base=int8", "--sp", 2)
     assert (code, said) == (2, "")
     assert "frozen weights that are quantised or streamed are for one device, got 2" in error
+    for memory, chosen in ((80, "bf16, resident"), (24, "bf16, streamed")):
+        code, said, *_ = osp("plan", "run.toml", "--memory", memory, "--set", "memory.placement=auto")
+        assert (code, f"a LoRA of rank 32; the rest {chosen}" in said) == (0, True)
+        rows = [line for line in said.splitlines() if line.startswith("  frozen weights ")]
+        fitting = [row for row in rows if row.endswith(f"   fits into {memory}")]
+        assert "streamed" in rows[-1]
+        assert len(rows) > len(fitting) > 0
     code, said, *_ = osp("plan", "run.toml", "--memory", 24, "--recompute-blocks", 32)
     assert (code, "the cheapest mesh that fits" in said) == (0, True)
 

@@ -150,6 +150,14 @@ def test_a_streamed_run_validates(tiny_run: MakeRun, tiny_clips: Path) -> None:
     assert videos[0] == videos[1]
 
 
+def test_what_is_chosen_where_there_is_room_is_what_is_fastest(tiny_run: MakeRun) -> None:
+    chosen = tiny_run("auto", adapter={**LORA, "base": "auto"}, memory={"placement": "auto"})
+    given = tiny_run("given", adapter=LORA)
+    for run in (chosen, given):
+        train(run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"steps": 2})}))
+    assert_same(chosen, given, step=2)
+
+
 class Copies(TorchDispatchMode):
     """Counts copies of whole blocks, which are bytes."""
 
@@ -185,6 +193,11 @@ def test_blocks_are_copied_once_each_way(tiny_run: MakeRun) -> None:
         ),
         ({"adapter": {"base": "int8"}}, 'base needs kind = "lora" or "dora"'),
         ({"memory": STREAMED}, 'all weights are trained: set adapter.kind to "lora"'),
+        ({"adapter": {**LORA, "base": "auto"}}, 'adapter.base "auto" is chosen with memory.placement "auto"'),
+        (
+            {"memory": {"placement": "auto", "recompute_blocks": 2}},
+            'recompute_blocks is chosen by placement "auto"',
+        ),
         (
             {"adapter": LORA, "memory": {**STREAMED, "compile": True}},
             'compile does not go with placement "streamed"',

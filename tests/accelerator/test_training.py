@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from simulated.device import Card
 from tiny_models import SHALLOW_VAE
 
+from opensoraplan.models.sizes import BatchShape
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.inputs.cache import write_cache
+from opensoraplan.train.learner.fitting import possible_fits
 from opensoraplan.train.run import checkpoint
 from opensoraplan.train.run.trainer import train
 
@@ -148,3 +151,61 @@ def test_a_vae_learns_as_on_the_cpu(card: Card, tiny_clips: Path, tmp_path: Path
     assert losses["npu", "fp32"] == pytest.approx(losses["cpu", "fp32"], rel=1e-4)
     assert losses["npu", "bf16"] == pytest.approx(losses["cpu", "fp32"], rel=2e-2)
     assert card.calls["aten::convolution_backward"]
+
+
+class Squeeze(logging.Handler):
+    """Another program takes what is left of the card's memory, but for a MiB, after a run's first step."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("step 1 of "):
+            self.card.memory.capacity = self.card.memory.now + 2**20
+
+
+def test_a_run_goes_leaner_when_memory_is_full(
+    card: Card, tiny_run: MakeRun, wide_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It repeats the step, and learns what a run learns that is streamed from the start."""
+    caplog.set_level(logging.INFO)
+    changes: dict[str, Any] = {
+        "model": {"pretrained": wide_model},
+        "adapter": {"kind": "lora", "rank": 4, "dropout": 0.2},
+        "optimizer": {"steps": 2, "lr": 1e-3, "ema_decay": 0.9, "accumulate": 2},
+    }
+    auto, streamed = (
+        tiny_run(name, **changes, memory={"placement": name}).model_copy(update={"device": "npu"})
+        for name in ("auto", "streamed")
+    )
+    train(streamed)
+    most = card.memory.peak
+    *_, resident, leanest = possible_fits(auto, BatchShape((2, 8, 8), 512, 2), device=torch.device("npu"))
+    assert leanest.device < 0.8 * resident.device
+    card.memory.capacity = int(1.4 * resident.device)  # with the encoders, and 8% in reserve
+    logger, squeeze = logging.getLogger("opensoraplan.train.log.metrics"), Squeeze(card)
+    logger.addHandler(squeeze)
+    try:
+        train(auto)
+    finally:
+        logger.removeHandler(squeeze)
+    said = [text for text in caplog.messages if "frozen weights" in text]
+    assert len(said) == 2
+    assert "memory.placement auto: frozen weights whole, resident; 8 of 10 blocks recomputed" in said[0]
+    assert "memory is full: the step is repeated with frozen weights whole, streamed" in said[1]
+    assert most < card.memory.capacity
+    for name in ("loss", "grad_norm"):
+        assert logged(auto, name) == logged(streamed, name)
+    for part in ("model", "ema", "optimizer"):
+        one, two = weights(auto, part), weights(streamed, part)
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_a_run_that_cannot_fit_is_refused(card: Card, tiny_run: MakeRun, wide_model: Path) -> None:
+    changes: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4}, "model": {"pretrained": wide_model}}
+    run = tiny_run(**changes, memory={"placement": "auto"}).model_copy(update={"device": "npu"})
+    card.memory.capacity = 6 * 10**7
+    with pytest.raises(MemoryError, match=r"even the leanest way \(frozen weights whole, streamed"):
+        train(run)
+    assert not run.output.exists()

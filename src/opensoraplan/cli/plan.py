@@ -109,10 +109,18 @@ def plan(options: Plan) -> None:
     """`osp plan`."""
     from opensoraplan.models.sizes import BatchShape
     from opensoraplan.plan.mesh_search import cheapest_mesh
-    from opensoraplan.plan.report import GB, Known, Precisions, generation_lines, training_lines
+    from opensoraplan.plan.report import (
+        GB,
+        Known,
+        Precisions,
+        fitting_lines,
+        generation_lines,
+        training_lines,
+    )
     from opensoraplan.plan.step import ONE_DEVICE, TrainingStep
     from opensoraplan.runtime.placement import MARGIN
     from opensoraplan.shapes import latent_shape
+    from opensoraplan.train.learner.fitting import possible_fits
     from opensoraplan.train.run.planning import largest_sample
 
     sizes = ("frames", "height", "width", "text_tokens")
@@ -142,6 +150,10 @@ def plan(options: Plan) -> None:
     if options.job.batch is None and run is not None:
         shape = replace(shape, batch=run.data.batch_size)
     mesh, encoders = _mesh_of(options, run), _encoder_bytes(options, run)
+    if run is not None and run.memory.placement == "auto":
+        fits = possible_fits(run, shape, device=None)
+        _write(fitting_lines(fits, known, encoders=encoders, described=described))
+        return
     step = TrainingStep(model, shape, mesh or ONE_DEVICE, _training_options(options.job, run, model))
     if mesh is None and options.memory is not None and not step.needs_one_device:
         memory = int(options.memory * GB * (1 - MARGIN))

@@ -1,7 +1,7 @@
 """What `osp plan` says of a training step, and of generating a video: lines of text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from opensoraplan.defaults import WeightPrecision
@@ -18,6 +18,7 @@ from opensoraplan.models.sizes import (
 )
 from opensoraplan.parallel.mesh import said
 from opensoraplan.plan.activations import stage_activations
+from opensoraplan.plan.fits import Fit
 from opensoraplan.plan.memory import copied_by_step, training_memory
 from opensoraplan.plan.step import TrainingStep
 from opensoraplan.plan.traffic import sent_by_step
@@ -99,6 +100,17 @@ def training_lines(step: TrainingStep, known: Known, *, encoders: int, described
         yield f"feature cache: {one * known.samples / GB:,.1f} GB on disk"
     else:
         yield f"feature cache: {one / 1e6:,.1f} MB a sample on disk"
+
+
+def fitting_lines(fits: Sequence[Fit], known: Known, *, encoders: int, described: str) -> Iterator[str]:
+    """As `training_lines`, of the first of `fits` that fits, or of the leanest, and what all of them need."""
+    room = math.inf if known.memory is None else known.memory * GB * (1 - MARGIN)
+    chosen = next((fit for fit in fits if fit.device + encoders <= room), fits[-1])
+    yield from training_lines(chosen.step, known, encoders=encoders, described=described)
+    yield ""
+    yield "memory.placement auto takes the first of these that fits"
+    for fit in fits:
+        yield f"  {fit}{known.verdict((fit.device + encoders) / (1 - MARGIN))}"
 
 
 def _memory_lines(step: TrainingStep, known: Known, *, encoders: int) -> Iterator[str]:

@@ -113,10 +113,10 @@ class AdapterSettings(Settings):
     """Fraction of the additions' inputs that are dropped in training. Raise it if
     few clips are overfitted.
     """
-    base: WeightPrecision = "whole"
+    base: WeightPrecision | Literal["auto"] = "whole"
     """Precision in which the frozen weights are kept. "int8" halves their memory, "fp8" saves a third and
     multiplies faster on cards with fp8 instructions. Both change the model a little. "whole" is
-    `model.compute`.
+    `model.compute`. "auto", with `memory.placement` "auto": int8 if they do not fit whole.
     """
 
     @model_validator(mode="after")
@@ -302,11 +302,18 @@ class MemorySettings(Settings):
     """Keep the output of attention in recomputed blocks: more memory, less time."""
     compile: bool = False
     """Compile each block with torch.compile. The first step takes minutes, later ones less time."""
-    placement: Literal["resident", "streamed"] = "resident"
+    placement: Literal["resident", "streamed", "auto"] = "resident"
     """Where the frozen weights under an adapter are kept. "resident": on the device. "streamed": in host
     memory; each block is copied to the device while the one before it computes, and all blocks are
-    recomputed. The result is the same, bit for bit.
+    recomputed. The result is the same, bit for bit. "auto": what fits into free memory, and how many blocks
+    are recomputed; if memory is full after all, the step is repeated with less. `memory = "auto"` is short
+    for it. One process only, but for "resident".
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        return {"placement": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -318,7 +325,10 @@ class MemorySettings(Settings):
         if self.placement == "streamed" and (self.recompute_feed_forwards or self.compile):
             given = "recompute_feed_forwards" if self.recompute_feed_forwards else "compile"
             raise ValueError(f'{given} does not go with placement "streamed", which recomputes whole blocks')
-        if self.keep_attention and not self.recompute_blocks and self.placement != "streamed":
+        if self.placement == "auto" and (self.recompute_blocks or self.recompute_feed_forwards):
+            given = "recompute_blocks" if self.recompute_blocks else "recompute_feed_forwards"
+            raise ValueError(f'{given} is chosen by placement "auto": leave it out')
+        if self.keep_attention and not self.recompute_blocks and self.placement == "resident":
             raise ValueError("keep_attention is about recompute_blocks, which is 0: give both or none")
         return self
 
@@ -464,6 +474,10 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _adapts(self) -> Self:
+        if self.adapter.base == "auto" and self.memory.placement != "auto":
+            raise ValueError(
+                f'adapter.base "auto" is chosen with memory.placement "auto", got "{self.memory.placement}"'
+            )
         if self.adapter.kind == "none":
             if self.memory.placement == "streamed":
                 raise ValueError(

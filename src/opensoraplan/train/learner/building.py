@@ -54,6 +54,7 @@ def build(settings: TrainSettings, *, device: torch.device, mesh: Mesh | None = 
         if settings.parallel.cpu_offload:
             device = torch.device("cpu")
     if adapts:
+        assert settings.adapter.base != "auto"
         quantise_weights(model, settings.adapter.base)
         streamed = settings.memory.placement == "streamed"
         model.to_empty(device="cpu" if streamed else device)

@@ -102,6 +102,7 @@ class Learner:
         if self._schedule is not None:
             set_learning_rate(self.optimizer, self._schedule(step - 1))
         self.optimizer.zero_grad(set_to_none=True)
+        self._weights.forget_gradients()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's loss, a scalar, to those of the step."""

@@ -38,6 +38,11 @@ class MasterWeights:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             computing.grad = None
 
+    def forget_gradients(self) -> None:
+        """Drop the model's gradients of a micro-batch that did not come to its end."""
+        for computing in (self._computing or {}).values():
+            computing.grad = None
+
     @torch.no_grad()
     def publish(self) -> None:
         """Give the model the master weights, rounded, after they have changed."""

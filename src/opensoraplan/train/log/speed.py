@@ -40,6 +40,17 @@ class Speed:
         yield
         self._began += time.perf_counter() - began
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """If the block raises, what it has counted and the time that it took are forgotten."""
+        began, before = time.perf_counter(), (self._samples, self._tokens, self._flops)
+        try:
+            yield
+        except BaseException:
+            self._samples, self._tokens, self._flops = before
+            self._began += time.perf_counter() - began
+            raise
+
     def count(self, *, samples: int, tokens: int = 0, flops: int = 0) -> None:
         """A micro-batch of this process went forward and backward."""
         self._samples += samples

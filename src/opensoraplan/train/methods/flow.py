@@ -5,6 +5,7 @@ come from (seed, step, slot), so that a resumed run continues bit for bit on the
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, ope
 from opensoraplan.train.inputs.turns import Turn, encoded_batches
 from opensoraplan.train.learner.adapter import BASE_SETTING, fingerprint_base, lr_ratios
 from opensoraplan.train.learner.building import build
+from opensoraplan.train.learner.fitting import Fitting
 from opensoraplan.train.learner.gradient_clip import AdaptiveClip
 from opensoraplan.train.learner.learner import Learner
 from opensoraplan.train.log.metrics import Averages
@@ -83,6 +85,11 @@ class FlowMatching:
             self._validation = Validation(settings, encoders=encoders, device=device, ranks=ranks)
         self.clips = clips_of_all(self._source.samples, ranks)
         self.encoders = ranks.agree(self._fingerprints)
+        self._fitting = None
+        if settings.memory.placement == "auto":
+            self._fitting = Fitting(settings, self._largest_batch(), device)
+            settings = self._settings = self._fitting.settings
+        self.fits = self._fitting is not None
         self._model = build(settings, device=device, mesh=ranks.mesh).train()
         self._source.check_fits(self._model)
         self._config = plain_config(self._model)
@@ -112,6 +119,13 @@ class FlowMatching:
             lr_ratios=lr_ratios((name for name, _ in self._model.named_parameters()), settings.adapter),
         )
 
+    def _largest_batch(self) -> BatchShape:
+        """Of all micro-batches the one that needs the most memory."""
+        indices = {shape: index for index, shape in enumerate(self._source.shapes)}.values()
+        grids = [self._source.latent_shape(index)[1:] for index in indices]
+        text = self._settings.text.max_tokens
+        return BatchShape(max(grids, key=math.prod), text, self._settings.data.batch_size)
+
     def _fingerprints(self) -> dict[str, str]:
         """Of what the run uses and does not train."""
         settings, base = self._settings, self._settings.model.pretrained
@@ -133,6 +147,9 @@ class FlowMatching:
             "memory.recompute_blocks, or lower data.batch_size or data.selection's sizes; osp plan "
             "predicts what they need"
         )
+
+    def go_leaner(self) -> bool:
+        return self._fitting is not None and self._fitting.go_leaner(self._model)
 
     def loss(self, batch: Turn, *, step: int, micro: int, averages: Averages) -> Tensor:
         drawn, encoded = batch.drawn, batch.encoded
@@ -195,4 +212,5 @@ def _check_adapter(settings: TrainSettings, device: torch.device, ranks: Ranks) 
         raise ValueError(
             f"{asked} works in one process only, got {ranks.count}: FSDP shards the frozen weights instead"
         )
-    check_weight_precision(base, device, DTYPES[settings.model.compute])
+    if base != "auto":
+        check_weight_precision(base, device, DTYPES[settings.model.compute])

@@ -39,8 +39,9 @@ class Method(Protocol):
 
     `learners`: what is trained; the first decides by its gradients whether a step is taken, and is what EMA
     and exports are of. `clips`: what a checkpoint knows of the clips; `encoders`: fingerprints of the frozen
-    models' files, by their settings. `global_batch`: samples of a step in all processes. `state`: what its
-    checkpoints have beside tensors.
+    models' files, by their settings. `global_batch`: samples of a step in all processes. `fits`: whether
+    it can change what it keeps where (`go_leaner`) when memory is full. `state`: what its checkpoints have
+    beside tensors.
     """
 
     learners: Sequence[Learner]
@@ -49,6 +50,7 @@ class Method(Protocol):
     global_batch: int
     outliers: OutlierPolicy
     speed: Speed
+    fits: bool
     state: type[RunState]
     validation_advice: str
 
@@ -62,6 +64,10 @@ class Method(Protocol):
 
     def loss(self, batch: Any, *, step: int, micro: int, averages: Averages) -> Tensor:  # noqa: ANN401
         """The loss of a micro-batch, a scalar with gradients; what is to be logged goes to `averages`."""
+        ...
+
+    def go_leaner(self) -> bool:
+        """Need less memory from now on; False if that is not possible."""
         ...
 
     def finish_step(self, step: int, averages: Averages) -> None:

@@ -124,6 +124,7 @@ class VAETraining:
 
     state = RunState
     validation_advice = _FULL
+    fits = False
     encoders: Mapping[str, str] = MappingProxyType({})  # it has none beside the model
 
     @staticmethod
@@ -210,6 +211,9 @@ class VAETraining:
         self._played = [*(self._played if micro else []), (x, pixels)]
         self.speed.count(samples=len(x))
         return total
+
+    def go_leaner(self) -> bool:
+        return False
 
     def finish_step(self, step: int, averages: Averages) -> None:
         """Let the discriminator learn from what the VAE made: only now, so that a step that fails leaves both

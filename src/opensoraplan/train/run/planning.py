@@ -71,7 +71,7 @@ def _adapter_options(settings: TrainSettings, model: DenoiserSizes) -> AdapterOp
         layers,
         adapter.rank,
         dora=adapter.kind == "dora",
-        base=adapter.base,
+        base="whole" if adapter.base == "auto" else adapter.base,
         streamed=settings.memory.placement == "streamed",
     )
 

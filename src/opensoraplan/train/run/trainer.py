@@ -2,10 +2,12 @@
 what a checkpoint has. What `osp train` does.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,35 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """Do optimizer step number `step`, from 1."""
+        if self.method.fits:
+            self._accumulate_until_it_fits(step)
+        else:
+            self._accumulate(step, self.batches)
+        self._update(step)
+
+    def _accumulate_until_it_fits(self, step: int) -> None:
+        """As `_accumulate`; where memory is full, the method goes leaner and the step begins anew."""
+        taken: list[Any] = []
+        while True:
+            before = copy.deepcopy(self.averages)
+            try:
+                with self.method.speed.attempt():
+                    self._accumulate(step, chain(taken.copy(), _noted(self.batches, taken)))
+                return
+            except MemoryError:
+                self.averages = before
+                if not self.method.go_leaner():
+                    raise
+
+    def _accumulate(self, step: int, batches: Iterator[Any]) -> None:
+        """Add up the gradients of the step's micro-batches."""
         accumulate = self.settings.optimizer.accumulate
         self.learner.begin_step(step)
         for micro in range(accumulate):
-            batch = next(self.batches)
+            batch = next(batches)
             with explain_full_memory(self.method.memory_advice(batch)):
                 loss = self.method.loss(batch, step=step, micro=micro, averages=self.averages)
                 self.learner.backward(loss / accumulate)
-        self._update(step)
 
     def _update(self, step: int) -> None:
         """Take the gradients in, unless their norm is an outlier."""
@@ -222,3 +245,10 @@ class Trainer:
         advice = explain_full_memory(self.method.validation_advice)
         with advice, self.method.speed.apart(), self.learner.use_ema():
             return self.method.validate(step, check)
+
+
+def _noted(batches: Iterator[Any], taken: list[Any]) -> Iterator[Any]:
+    """The batches, each of which is put into the list when it is taken."""
+    for batch in batches:
+        taken.append(batch)
+        yield batch

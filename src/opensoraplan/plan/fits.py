@@ -1,0 +1,72 @@
+"""Ways in which a training step of one device may keep its weights and activations, from the fastest to the
+leanest, and the first of them that fits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from opensoraplan.defaults import WeightPrecision
+from opensoraplan.plan.memory import training_memory
+from opensoraplan.plan.step import TrainingStep
+from opensoraplan.runtime.placement import MARGIN
+
+# Blocks that are recomputed are tried by so many equal shares of all.
+_SHARES = 8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A step, and the bytes that it is predicted to need of the device and of the host."""
+
+    step: TrainingStep
+    device: int
+    host: int
+
+    def __str__(self) -> str:
+        options, adapter = self.step.options, self.step.options.adapter
+        words = f"{options.recompute_blocks} of {len(self.step.model.blocks)} blocks recomputed"
+        if adapter is not None:
+            kept = "whole" if adapter.base == "whole" else adapter.base
+            words = f"frozen weights {kept}, {'streamed' if adapter.streamed else 'resident'}; {words}"
+        host = f" and {self.host / 1e9:.1f} GB of the host" if self.host else ""
+        return f"{words}; {self.device / 1e9:.1f} GB{host}"
+
+
+def fits_of(
+    step: TrainingStep, *, bases: Sequence[WeightPrecision] = ("whole",), streams: bool = True
+) -> list[Fit]:
+    """Each needs less than all before it, of the device or of the host: more and more blocks are recomputed,
+    and then the frozen weights under an adapter are streamed, if that `streams`; first in the first of
+    `bases`.
+    """
+    depth = len(step.model.blocks)
+    counts = sorted({depth * share // _SHARES for share in range(_SHARES + 1)})
+    options = step.options
+    tried = [replace(options, recompute_blocks=count, recompute_feed_forwards=0) for count in counts]
+    if (adapter := options.adapter) is not None:
+        whole, tried = tried, []
+        for base in bases:
+            tried += [replace(one, adapter=replace(adapter, base=base, streamed=False)) for one in whole]
+            if streams:
+                tried.append(replace(whole[-1], adapter=replace(adapter, base=base, streamed=True)))
+    fits: list[Fit] = []
+    for one in tried:
+        candidate = replace(step, options=one)
+        memory = training_memory(candidate)
+        if not any(fit.device <= memory.peak and fit.host <= memory.host for fit in fits):
+            fits.append(Fit(candidate, memory.peak, memory.host))
+    return fits
+
+
+def first_fit(fits: Sequence[Fit], *, device: int, host: int) -> int:
+    """Index of the first of `fits` for so many free bytes of device and host. Raises MemoryError, with these
+    numbers, if there is none.
+    """
+    for place, fit in enumerate(fits):
+        if fit.device <= device * (1 - MARGIN) and fit.host <= host * (1 - MARGIN):
+            return place
+    raise MemoryError(
+        f"a training step does not fit into the {device / 1e9:.1f} GB of the device and the {host / 1e9:.1f} "
+        f"GB of the host that are free: even the leanest way ({fits[-1]}) needs more. Use smaller or shorter "
+        'clips, a smaller data.batch_size, or adapter.base "auto"'
+    )

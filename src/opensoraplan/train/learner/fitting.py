@@ -1,0 +1,78 @@
+"""`memory.placement = "auto"`: how a run keeps weights and activations so that its steps fit into the memory
+that is free, and how it goes on with less when memory is full after all.
+"""
+
+import logging
+
+import torch
+
+from opensoraplan.device import free_memory
+from opensoraplan.models.sizes import BatchShape
+from opensoraplan.models.sparse_ummdit import SparseUMMDiT
+from opensoraplan.plan.fits import Fit, first_fit, fits_of
+from opensoraplan.plan.step import TrainingStep
+from opensoraplan.runtime.streaming import stream_frozen_blocks
+from opensoraplan.train.config import TrainSettings
+from opensoraplan.train.run.planning import denoiser_sizes, training_options
+
+logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
+
+
+class Fitting:
+    """The way that was chosen, and those that need less memory. `settings`: the run's, with it in them."""
+
+    def __init__(self, settings: TrainSettings, shape: BatchShape, device: torch.device) -> None:
+        """Choose for micro-batches of this shape. Raises MemoryError if nothing fits."""
+        self._device = device
+        fits = possible_fits(settings, shape, device=device)
+        free, host = free_memory(device), free_memory(_CPU)
+        self._left = fits[first_fit(fits, device=free, host=host) :]
+        chosen = self._left[0]
+        # What is learned depends on the precision: it does not change on the way.
+        self._left = [fit for fit in self._left if _base(fit) == _base(chosen)]
+        logger.info("of %s, %.1f GB are free; memory.placement auto: %s", device, free / 1e9, chosen)
+        self.settings = _with(settings, chosen)
+
+    def go_leaner(self, model: SparseUMMDiT) -> bool:
+        """Change to the next way for which the host has room; False if there is none."""
+        before, *rest = self._left
+        rest = [fit for fit in rest if fit.host - before.host <= free_memory(_CPU)]
+        if not rest:
+            return False
+        self._left = rest
+        logger.warning("memory is full: the step is repeated with %s", rest[0])
+        options = rest[0].step.options
+        keep_attention = options.keep_attention and options.recompute_blocks > 0
+        model.set_recompute(blocks=options.recompute_blocks, keep_attention=keep_attention)
+        if _streamed(rest[0]) and not _streamed(before):
+            stream_frozen_blocks(model, self._device)
+        return True
+
+
+def possible_fits(settings: TrainSettings, shape: BatchShape, *, device: torch.device | None) -> list[Fit]:
+    """The ways that the settings leave open. `device`: None is any accelerator; on a CPU nothing is streamed,
+    since it is the host.
+    """
+    model = denoiser_sizes(settings)
+    base = settings.adapter.base
+    streams = (device is None or device.type != "cpu") and not settings.memory.compile
+    step = TrainingStep(model, shape, options=training_options(settings, model))
+    return fits_of(step, bases=("whole", "int8") if base == "auto" else (base,), streams=streams)
+
+
+def _with(settings: TrainSettings, fit: Fit) -> TrainSettings:
+    options, memory, adapter = fit.step.options, settings.memory, settings.adapter
+    placement = "streamed" if _streamed(fit) else "resident"
+    update = {"placement": placement, "recompute_blocks": options.recompute_blocks}
+    if options.adapter is not None:
+        adapter = adapter.model_copy(update={"base": options.adapter.base})
+    return settings.model_copy(update={"memory": memory.model_copy(update=update), "adapter": adapter})
+
+
+def _streamed(fit: Fit) -> bool:
+    return fit.step.options.adapter is not None and fit.step.options.adapter.streamed
+
+
+def _base(fit: Fit) -> str | None:
+    return None if fit.step.options.adapter is None else fit.step.options.adapter.base
