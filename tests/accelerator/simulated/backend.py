@@ -77,12 +77,6 @@ class Backend(types.ModuleType):
     def current_stream(self, device: object = None) -> streams.Stream:  # noqa: ARG002
         return streams.current()
 
-    def default_stream(self, device: object = None) -> streams.Stream:  # noqa: ARG002
-        return streams.DEFAULT
-
-    def set_stream(self, stream: streams.Stream) -> None:
-        streams.set_current(stream)
-
     def stream(self, stream: streams.Stream | None) -> Any:  # noqa: ANN401
         return streams.used(stream)
 
@@ -100,9 +94,6 @@ class Backend(types.ModuleType):
 
     def max_memory_allocated(self, device: object = None) -> int:  # noqa: ARG002
         return CARD.memory.peak
-
-    def memory_reserved(self, device: object = None) -> int:  # noqa: ARG002
-        return CARD.memory.now
 
     def max_memory_reserved(self, device: object = None) -> int:  # noqa: ARG002
         return CARD.memory.peak
