@@ -20,28 +20,48 @@ PROMPT_FILES = (".txt", ".jsonl", ".csv")
 
 
 class Request(Settings):
-    """One video to make. A prompt file's row may set any of these; a run's settings are the defaults for its
-    rows. Its size must be one of the release's VAE, or of one whose strides are the `context` of `read`.
+    """One video to make. Each field but `prompt` is an option of `osp generate`, and a row of a prompt file
+    may set any of them; a run's settings are the defaults for its rows. The size must be one of the release's
+    VAE, or of one whose strides are the `context` of `read`.
     """
 
     prompt: str
-    negative_prompt: str = ""
     frames: Frames = 121
+    """Number of frames: 8k + 1, or 1 for a picture."""
     height: Side = 576
+    """Height in pixels, a multiple of 16."""
     width: Side = 1024
+    """Width in pixels, a multiple of 16."""
     fps: Fps = 24
+    """Frames per second of the video file."""
     steps: Steps = 50
+    """Number of denoising steps."""
     guidance: Guidance = 8.0
+    """Classifier-free guidance scale. 1 switches guidance off and halves the time."""
     guidance_rescale: float = Field(0.7, ge=0, le=1)
+    """Guidance rescale, 0 to 1. Higher values give less saturated pictures."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the steps that use guidance; 0 0.5 is the first half."""
     batched_guidance: bool = False
+    """Compute both branches of guidance in one batch. Needs more memory."""
     shift: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    """Timestep shift. Higher values spend more steps at high noise."""
     dynamic_shift: bool | None = None
+    """Compute the timestep shift from the frame size."""
     linear_quadratic: bool = False
+    """Use the linear-quadratic schedule, which has no timestep shift."""
     solver: Solver = "euler"
+    """ODE solver. adams needs about half the steps of euler for the same quality; euler is the original's."""
     step_cache: float = Field(0.0, ge=0, le=1000, allow_inf_nan=False)
+    """Reuse the previous step while the predicted error stays below this value, for example 0.06. 0 is off.
+    Faster, not exact. Run `osp calibrate` first.
+    """
     lora: tuple[str, ...] = ()
+    """LoRA or DoRA files of the denoiser, or folders of PEFT, each with its strength (default: 1)."""
+    negative_prompt: str = ""
+    """What to avoid. Added to the default negative prompt."""
     seed: int = Field(0, ge=0, lt=2**62)
+    """Random seed of the first video. Each further video adds 1."""
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

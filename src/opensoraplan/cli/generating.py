@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from opensoraplan.cli.effects import check_effects, check_scheduler
-from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, check_exists, optional
+from opensoraplan.cli.options import Dtype, OptionalDevice, OptionalPath, check_exists, optional, options_of
 from opensoraplan.cli.parts import (
     NO_PARTS,
     PARTS,
@@ -22,7 +22,7 @@ from opensoraplan.cli.parts import (
     options_of_parts,
     read_prompt_config,
 )
-from opensoraplan.defaults import Memory, Solver, WeightPrecision
+from opensoraplan.defaults import Memory, WeightPrecision
 from opensoraplan.disk import make_folder
 from opensoraplan.fingerprint import fingerprint_parts
 from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
@@ -47,16 +47,7 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Make videos, or pictures with --frames 1, from prompts.
-
-    The model is a folder written by `osp convert` (--model), the original's files (--config or one option per
-    file), or the small built-in model. A .txt file has one prompt per line; .jsonl and .csv files have a
-    column `prompt` and may set other options per video. The same command again continues a stopped job.
-    Existing files are never overwritten. With `osp launch --processes 4 -- generate ...` several devices make
-    each video together.
-    """
-
+class _Files:
     prompt: Annotated[Positional[str], optional("PROMPT")] = ""
     """A prompt, or a file of prompts (.txt, .jsonl or .csv)."""
     model: Annotated[Path | None, optional("PATH", "(default: the small built-in model)")] = None
@@ -67,42 +58,30 @@ class Generate:
     """model files"""
     out: Path = Path("samples")
     """Folder to write to, or the .mp4 or .png file of a single video."""
-    frames: int = 121
-    """Number of frames: 8k + 1, or 1 for a picture."""
-    height: int = 576
-    """Height in pixels, a multiple of 16."""
-    width: int = 1024
-    """Width in pixels, a multiple of 16."""
-    fps: float = 24
-    """Frames per second of the video file."""
-    steps: int = 50
-    """Number of denoising steps."""
-    guidance: float = 8.0
-    """Classifier-free guidance scale. 1 switches guidance off and halves the time."""
-    guidance_rescale: float = 0.7
-    """Guidance rescale, 0 to 1. Higher values give less saturated pictures."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Part of the steps that use guidance; 0 0.5 is the first half."""
-    batched_guidance: bool = False
-    """Compute both branches of guidance in one batch. Needs more memory."""
-    shift: Annotated[float | None, optional("FLOAT", "(default: the model's; 7 of the release)")] = None
-    """Timestep shift. Higher values spend more steps at high noise."""
-    dynamic_shift: Annotated[bool | None, optional("True|False", "(default: the model's, False)")] = None
-    """Compute the timestep shift from the frame size."""
-    linear_quadratic: bool = False
-    """Use the linear-quadratic schedule, which has no timestep shift."""
-    solver: Solver = "euler"
-    """ODE solver. adams needs about half the steps of euler for the same quality; euler is the original's."""
-    step_cache: float = 0.0
-    """Reuse the previous step while the predicted error stays below this value, for example 0.06. 0 is off.
-    Faster, not exact. Run `osp calibrate` first.
+
+
+_RequestOptions = options_of(
+    Request,
+    without=("prompt",),  # which may be a file here
+    shown={
+        "shift": optional("FLOAT", "(default: the model's; 7 of the release)"),
+        "dynamic_shift": optional("True|False", "(default: the model's, False)"),
+        "lora": optional("FILE[:STRENGTH] ..."),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Generate(_RequestOptions, _Files):
+    """Make videos, or pictures with --frames 1, from prompts.
+
+    The model is a folder written by `osp convert` (--model), the original's files (--config or one option per
+    file), or the small built-in model. A .txt file has one prompt per line; .jsonl and .csv files have a
+    column `prompt` and may set other options per video. The same command again continues a stopped job.
+    Existing files are never overwritten. With `osp launch --processes 4 -- generate ...` several devices make
+    each video together.
     """
-    lora: Annotated[tuple[str, ...], optional("FILE[:STRENGTH] ...")] = ()
-    """LoRA or DoRA files of the denoiser, or folders of PEFT, each with its strength (default: 1)."""
-    negative_prompt: str = ""
-    """What to avoid. Added to the default negative prompt."""
-    seed: int = 0
-    """Random seed of the first video. Each further video adds 1."""
+
     videos_per_prompt: int = 1
     """Number of videos per prompt, each with its own seed."""
     device: OptionalDevice = None

@@ -13,6 +13,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from tyro.conf import OmitArgPrefixes, arg
 
 Options = TypeVar("Options")
+# In the metadata of a field that has no docstring: its description.
+HELP = "help"
 # Titles of groups and the options in each.
 Groups = Mapping[str, Sequence[str]]
 
@@ -31,8 +33,8 @@ def group_options(kind: type, groups: Groups, defaults: Mapping[str, Any] = Mapp
                 one.name, descriptions.get(one.name, one.name), group_options(type(value), {}, values)
             )
         shown = types[one.name]
-        if one.name in descriptions:
-            shown = Annotated[shown, arg(help=descriptions[one.name])]
+        if (description := descriptions.get(one.name, one.metadata.get(HELP))) is not None:
+            shown = Annotated[shown, arg(help=description)]
         return one.name, shown, field(default=value)
 
     every = {one.name: one for one in fields(kind)}
@@ -64,10 +66,13 @@ def ungroup_options(kind: type[Options], parsed: Any) -> Options:  # noqa: ANN40
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
-    """The docstring of each field of a class, on one line."""
+    """The docstring of each field of a class and of those that it inherits from, on one line."""
+    found: dict[str, str] = {}
+    for base in kind.__bases__:
+        if is_dataclass(base) and not any(HELP in one.metadata for one in fields(base)):
+            found |= attribute_docs(base)
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
-    found: dict[str, str] = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
         if (
             isinstance(before, ast.AnnAssign)

@@ -1,9 +1,14 @@
 """Types and checks that the options of several verbs share."""
 
+from collections.abc import Collection, Mapping
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
+
+from opensoraplan.cli.help import HELP
+from opensoraplan.settings import Settings
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 # One --set for several values, or one for each.
@@ -19,6 +24,19 @@ OptionalPath = Annotated[Path | None, optional("PATH")]
 OptionalDevice = Annotated[
     str | None, optional("NAME", "(default: the first accelerator there is, else cpu)")
 ]
+
+
+def options_of(kind: type[Settings], *, without: Collection[str], shown: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """A dataclass with the fields of `kind` as options, but for those `without`: with their descriptions and
+    defaults, and not checked. `shown`: what `optional` says of some of them.
+    """
+    entries = []
+    for name, one in kind.model_fields.items():
+        if name not in without:
+            option = Annotated[one.annotation, shown[name]] if name in shown else one.annotation
+            description = " ".join(str(one.description).split())
+            entries.append((name, option, field(default=one.default, metadata={HELP: description})))
+    return make_dataclass(f"{kind.__name__}Options", entries, frozen=True)
 
 
 def check_exists(path: Path) -> None:

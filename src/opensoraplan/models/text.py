@@ -320,11 +320,10 @@ def _class_of(folder: Path, part: TextPart) -> Any:  # noqa: ANN401 (a class)
     kind = TEXT_ENCODERS.get(found)
     if kind is not None and part.feature in kind.gives:
         return kind
-    wanted = ", ".join(dict.fromkeys(k.name for k in TEXT_ENCODERS.values() if part.feature in k.gives))
+    wanted = " or ".join(dict.fromkeys(k.name for k in TEXT_ENCODERS.values() if part.feature in k.gives))
     others = (other.encoder for other in TEXT_PARTS if kind is not None and other.feature in kind.gives)
     other = next(others, None)
     hint = f" This is one for {other}: were the two folders swapped?" if other else ""
     raise ValueError(
-        f"{part.encoder} must be a text encoder that gives {part.feature} ({wanted}), but {folder} holds a "
-        f"model of type {found!r}.{hint}"
+        f"{part.encoder} must be a {wanted} encoder, but {folder} holds a model of type {found!r}.{hint}"
     )
