@@ -111,7 +111,9 @@ def test_collate(tmp_path: Path) -> None:
     items = [data[Draw(index=index, epoch=0, step=0, slot=index)] for index in range(4)]
     batch = collate_features(items)
     assert batch.moments.shape == (4, 8, 2, 2, 3)
+    assert batch.joined.keys() == {"sequence", "pooled"}  # a tensor each, however large the batch is
     for caption, text, item in zip(batch.captions, batch.texts, items, strict=True):
+        assert text.keys() == item.text.keys()
         assert text["sequence"].shape == (1 + 2 * TEXTS.index(caption), 6)
         assert all(torch.equal(text[name], feature) for name, feature in item.text.items())
     assert batch.failures == ()

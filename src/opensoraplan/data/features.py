@@ -287,15 +287,25 @@ class Features(NamedTuple):
 
 
 class FeatureBatch(NamedTuple):
-    """B samples of one shape: moments [B, 2 C, t, h, w], and the features of each text, which have as many
-    tokens as it has. Nothing fails that was encoded before: `failures` is empty.
+    """B samples of one shape: moments [B, 2 C, t, h, w], and `texts`. Nothing fails that was encoded before:
+    `failures` is empty.
+
+    `joined`: each feature of all texts end to end, and `sizes` of the parts. Each tensor that a worker hands
+    over takes a file descriptor, so there are few.
     """
 
     moments: Tensor
-    texts: tuple[Mapping[str, Tensor], ...]
+    joined: Mapping[str, Tensor]
+    sizes: Mapping[str, Sequence[int]]
     captions: tuple[str, ...]
     samples: tuple[Sample, ...]
     failures: tuple[Failure, ...] = ()
+
+    @property
+    def texts(self) -> list[dict[str, Tensor]]:
+        """The features of each text, which have as many tokens as it has."""
+        parts = {name: joined.split(list(self.sizes[name])) for name, joined in self.joined.items()}
+        return [{name: part[place] for name, part in parts.items()} for place in range(len(self.captions))]
 
 
 class FeatureDataset(Dataset[Features]):
@@ -393,9 +403,11 @@ class FeatureDataset(Dataset[Features]):
 
 def collate_features(items: Sequence[Features]) -> FeatureBatch:
     """One batch of samples of one shape."""
+    names = items[0].text
     return FeatureBatch(
         moments=torch.stack([item.moments for item in items]),
-        texts=tuple(item.text for item in items),
+        joined={name: torch.cat([item.text[name] for item in items]) for name in names},
+        sizes={name: [len(item.text[name]) for item in items] for name in names},
         captions=tuple(item.caption for item in items),
         samples=tuple(item.sample for item in items),
     )
