@@ -233,13 +233,7 @@ def _read_in_place(path: Path, records: set[int]) -> Any:  # noqa: ANN401
             starts.add(start)
         return _stored_in_zip(path, tensor, start or 0)
 
-    content = _replace_tensors(_load(path, "meta"), find)
-    if None in starts:  # older versions of torch (2.9, for one) tell fake tensors only
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        starts.clear()
-        with FakeTensorMode():
-            content = _replace_tensors(_load(path, "cpu"), find)
+    content = _replace_tensors(_load_without_values(path), find)
     return content if starts <= records else None
 
 
@@ -252,6 +246,16 @@ def _load(path: Path, device: str) -> Any:  # noqa: ANN401
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location=device, weights_only=True)
+
+
+def _load_without_values(path: Path) -> Any:  # noqa: ANN401
+    if hasattr(torch.serialization, "_is_meta_location"):
+        return _load(path, "meta")
+    # Older versions of torch (2.9, for one) read all values for that, and do not tell their places.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return _load(path, "cpu")
 
 
 def _replace_tensors(
