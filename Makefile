@@ -1,6 +1,6 @@
 # make demo | test | lint | train-demo | bench | guard | clean. All need only python3 (3.11 or newer), pip and make.
 PYTHON ?= python3
-# Another torch than that of the constraints, in an environment of its own: make test TORCH=2.9.1
+# Another torch than that of the constraints, in an environment of its own: make test TORCH=2.12.1
 TORCH ?=
 VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
