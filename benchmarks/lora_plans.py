@@ -33,6 +33,7 @@ def row(fits: list[Fit], card: int, tflops: float) -> str:
     step, adapter = fit.step, fit.step.options.adapter
     assert adapter is not None
     again = f"{step.options.recompute_blocks} of {len(step.model.blocks)}"
+    again += " from the host" if step.options.inputs_on_host else ""
     seconds = (step.flops + step.recomputed_flops) / tflops / 1e12
     link = f"{copied_by_step(step) / step.options.accumulate / seconds / GB:.0f}" if adapter.streamed else ""
     where = "streamed" if adapter.streamed else "resident"

@@ -204,6 +204,7 @@ def training(
             blocks=options.recompute_blocks,
             feed_forwards=options.recompute_feed_forwards,
             keep_attention=options.keep_attention,
+            inputs_on_host=options.inputs_on_host,
         )
         adapter = options.adapter
         streamed = adapter is not None and adapter.streamed

@@ -43,6 +43,7 @@ def test_training(options: dict[str, Any]) -> None:
         ({"streamed": True}, {"recompute_blocks": 6, "ema": "host"}),
         ({"base": "int8", "streamed": True}, {"recompute_blocks": 6, "keep_attention": True}),
         ({"base": "fp8"}, {"recompute_blocks": 3, "accumulate": 2}),
+        ({"base": "int8", "streamed": True}, {"recompute_blocks": 6, "inputs_on_host": True}),
         ({"dora": True}, {"recompute_feed_forwards": 6, "compute": "fp32"}),
     ],
 )

@@ -237,6 +237,7 @@ class SparseUMMDiTBlock(nn.Module):
         self.last = last
         self.gradient_checkpointing = False
         self.keep_attention = False
+        self.inputs_on_host = False
         self.overflowed: Tensor | None = None  # read by overflow.py
 
     def forward(
@@ -386,7 +387,12 @@ class Stages(nn.Module):
                 inputs = (video, text, cond, layouts[n][index % 2], kept, own)
                 kept = None  # only a stage's first block reads it, and it is as large as the stream
                 if block.gradient_checkpointing and torch.is_grad_enabled():
-                    video, text = recomputed(block, *inputs, keep_attention=bool(block.keep_attention))
+                    video, text = recomputed(
+                        block,
+                        *inputs,
+                        keep_attention=bool(block.keep_attention),
+                        on_host=bool(block.inputs_on_host),
+                    )
                 else:
                     video, text = block(*inputs)
             video = from_group_skip(video, count)
@@ -491,10 +497,18 @@ class SparseUMMDiT(
         check_rates(rates, stages=len(self.config["num_layers"]))
         self.register_to_config(sparse_n=None if rates is None else list(rates))
 
-    def set_recompute(self, *, blocks: int = 0, feed_forwards: int = 0, keep_attention: bool = False) -> None:
+    def set_recompute(
+        self,
+        *,
+        blocks: int = 0,
+        feed_forwards: int = 0,
+        keep_attention: bool = False,
+        inputs_on_host: bool = False,
+    ) -> None:
         """Trade time for memory in training: drop the activations of the first `blocks` whole blocks, all or
         `keep_attention`, or those of the feed-forwards of the first `feed_forwards` blocks, and compute them
-        again in backward. Both at once is a ValueError, as in the original.
+        again in backward. `inputs_on_host`: the streams that whole blocks begin from wait for that on the
+        host. Both at once is a ValueError, as in the original.
         `enable_gradient_checkpointing()` is the same as all blocks.
         """
         depth = len(self.transformer_blocks)
@@ -505,6 +519,7 @@ class SparseUMMDiT(
                 raise ValueError(f"{name} must be between 0 and {depth}, got {count}")
         for index, block in enumerate(cast(Iterable[SparseUMMDiTBlock], self.transformer_blocks)):
             block.gradient_checkpointing, block.keep_attention = index < blocks, keep_attention
+            block.inputs_on_host = inputs_on_host
             for ff in (block.ff, block.ff_enc):
                 if ff is not None:
                     ff.recompute = index < feed_forwards

@@ -13,11 +13,13 @@ from opensoraplan.plan.step import TrainingStep
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """Bytes of one block and rank: what it takes, what is kept of all it computes, and how much of that is
-    the feed-forwards' inner width, or attention's output and log-sum-exp.
+    """Bytes of one block and rank: what it takes, and how much of that may wait on the host; what is kept of
+    all it computes, and how much of that is the feed-forwards' inner width, or attention's output and
+    log-sum-exp.
     """
 
     inputs: int
+    on_host: int
     computed: int
     feed_forward: int
     attended: int
@@ -89,6 +91,7 @@ def block_activations(step: TrainingStep, block: Block) -> BlockActivations:
         weights = FP32 * (8 * dim + 4 * model.head_dim)
     return BlockActivations(
         inputs=batch * inputs,
+        on_host=batch * (own + text) * dim * c,
         computed=batch * computed + weights,
         feed_forward=batch * feed_forward,
         attended=batch * attended * (dim * c + FP32 * model.heads),
@@ -124,12 +127,21 @@ def kept_by_block(step: TrainingStep) -> list[int]:
     for index, block in enumerate(step.model.blocks):
         activations = block_activations(step, block)
         if index < options.recompute_blocks:
-            kept.append(activations.inputs + (activations.attended if options.keep_attention else 0))
+            inputs = activations.inputs - (activations.on_host if options.inputs_on_host else 0)
+            kept.append(inputs + (activations.attended if options.keep_attention else 0))
         elif index < options.recompute_feed_forwards:
             kept.append(activations.computed - activations.feed_forward)
         else:
             kept.append(activations.computed)
     return kept
+
+
+def inputs_on_host(step: TrainingStep) -> int:
+    """What waits on the host for the backward pass."""
+    if not step.options.inputs_on_host:
+        return 0
+    blocks = step.model.blocks[: step.options.recompute_blocks]
+    return sum(block_activations(step, block).on_host for block in blocks)
 
 
 def kept_outside(step: TrainingStep) -> int:

@@ -25,6 +25,7 @@ class Fit:
     def __str__(self) -> str:
         options, adapter = self.step.options, self.step.options.adapter
         words = f"{options.recompute_blocks} of {len(self.step.model.blocks)} blocks recomputed"
+        words += " from the host" if options.inputs_on_host else ""
         if adapter is not None:
             kept = "whole" if adapter.base == "whole" else adapter.base
             words = f"frozen weights {kept}, {'streamed' if adapter.streamed else 'resident'}; {words}"
@@ -37,7 +38,7 @@ def fits_of(
 ) -> list[Fit]:
     """Each needs less than all before it, of the device or of the host: more and more blocks are recomputed,
     and then the frozen weights under an adapter are streamed, if that `streams`; first in the first of
-    `bases`.
+    `bases`. At last what blocks are recomputed from waits on the host.
     """
     depth = len(step.model.blocks)
     counts = sorted({depth * share // _SHARES for share in range(_SHARES + 1)})
@@ -50,6 +51,7 @@ def fits_of(
             if streams:
                 tried.append(replace(whole[-1], adapter=replace(adapter, base=base, streamed=True)))
     fits: list[Fit] = []
+    tried.append(replace(tried[-1], inputs_on_host=True))
     for one in tried:
         candidate = replace(step, options=one)
         memory = training_memory(candidate)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from opensoraplan.models.sizes import FP32, ROOT
 from opensoraplan.plan.activations import (
     block_activations,
+    inputs_on_host,
     kept_before,
     kept_behind,
     kept_by_block,
@@ -69,7 +70,7 @@ def training_memory(step: TrainingStep) -> StepMemory:
         activations=held,
         working=max(backward - held, 0),
         peak=peak,
-        host=host + streamed,
+        host=host + streamed + inputs_on_host(step),
     )
 
 

@@ -59,6 +59,7 @@ class TrainingOptions:
     recompute_blocks: int = 0
     recompute_feed_forwards: int = 0
     keep_attention: bool = False
+    inputs_on_host: bool = False
     ema: Literal["device", "host"] | None = "device"
     cpu_offload: bool = False
     adapter: AdapterOptions | None = None

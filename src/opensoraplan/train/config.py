@@ -300,6 +300,10 @@ class MemorySettings(Settings):
     """
     keep_attention: bool = False
     """Keep the output of attention in recomputed blocks: more memory, less time."""
+    inputs_on_host: bool = False
+    """What recomputed blocks begin from waits for the backward pass in host memory (the release,
+    121 x 576 x 1024: 7.3 GB per sample). Copies take a little time.
+    """
     compile: bool = False
     """Compile each block with torch.compile. The first step takes minutes, later ones less time."""
     placement: Literal["resident", "streamed", "auto"] = "resident"
@@ -328,6 +332,8 @@ class MemorySettings(Settings):
         if self.placement == "auto" and (self.recompute_blocks or self.recompute_feed_forwards):
             given = "recompute_blocks" if self.recompute_blocks else "recompute_feed_forwards"
             raise ValueError(f'{given} is chosen by placement "auto": leave it out')
+        if self.inputs_on_host and not self.recompute_blocks and self.placement == "resident":
+            raise ValueError("inputs_on_host is about recompute_blocks, which is 0: give both or none")
         if self.keep_attention and not self.recompute_blocks and self.placement == "resident":
             raise ValueError("keep_attention is about recompute_blocks, which is 0: give both or none")
         return self

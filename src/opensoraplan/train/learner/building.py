@@ -105,4 +105,5 @@ def _set_recompute(model: SparseUMMDiT, memory: MemorySettings) -> None:
         blocks=depth if memory.placement == "streamed" else memory.recompute_blocks,
         feed_forwards=memory.recompute_feed_forwards,
         keep_attention=memory.keep_attention,
+        inputs_on_host=memory.inputs_on_host,
     )

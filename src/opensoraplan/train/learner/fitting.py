@@ -44,7 +44,11 @@ class Fitting:
         logger.warning("memory is full: the step is repeated with %s", rest[0])
         options = rest[0].step.options
         keep_attention = options.keep_attention and options.recompute_blocks > 0
-        model.set_recompute(blocks=options.recompute_blocks, keep_attention=keep_attention)
+        model.set_recompute(
+            blocks=options.recompute_blocks,
+            keep_attention=keep_attention,
+            inputs_on_host=options.inputs_on_host,
+        )
         if _streamed(rest[0]) and not _streamed(before):
             stream_frozen_blocks(model, self._device)
         return True
@@ -64,7 +68,11 @@ def possible_fits(settings: TrainSettings, shape: BatchShape, *, device: torch.d
 def _with(settings: TrainSettings, fit: Fit) -> TrainSettings:
     options, memory, adapter = fit.step.options, settings.memory, settings.adapter
     placement = "streamed" if _streamed(fit) else "resident"
-    update = {"placement": placement, "recompute_blocks": options.recompute_blocks}
+    update = {
+        "placement": placement,
+        "recompute_blocks": options.recompute_blocks,
+        "inputs_on_host": options.inputs_on_host,
+    }
     if options.adapter is not None:
         adapter = adapter.model_copy(update={"base": options.adapter.base})
     return settings.model_copy(update={"memory": memory.model_copy(update=update), "adapter": adapter})

@@ -57,6 +57,7 @@ def training_options(settings: TrainSettings, model: DenoiserSizes) -> TrainingO
         recompute_blocks=len(model.blocks) if memory.placement == "streamed" else memory.recompute_blocks,
         recompute_feed_forwards=memory.recompute_feed_forwards,
         keep_attention=memory.keep_attention,
+        inputs_on_host=memory.inputs_on_host,
         ema=None if optimizer.ema_decay is None else ema,
         cpu_offload=settings.parallel.cpu_offload,
         adapter=adapter,
