@@ -18,6 +18,7 @@ from opensoraplan.runtime.placement import MARGIN
 from opensoraplan.shapes import latent_shape
 from opensoraplan.train.learner.fitting import possible_fits
 from opensoraplan.train.run.files import read_run
+from opensoraplan.train.run.planning import training_step
 
 RUN = Path(__file__).parents[1] / "configs" / "lora.toml"
 SIZES = ((57, 288, 512), (121, 576, 1024))
@@ -49,7 +50,8 @@ def main() -> None:
     run = read_run(RUN)
     for size, base in product(SIZES, ("whole", "int8")):
         asked = run.model_copy(update={"adapter": run.adapter.model_copy(update={"base": base})})
-        fits = possible_fits(asked, BatchShape(latent_shape(*size), run.text.max_tokens), device=None)
+        step = training_step(asked, BatchShape(latent_shape(*size), run.text.max_tokens))
+        fits = possible_fits(asked, step, device=None)
         for card in CARDS:
             said = "bf16" if base == "whole" else base
             print(f"| {' x '.join(map(str, size))} | {said} | {card} | {row(fits, card, tflops)}", flush=True)

@@ -86,6 +86,16 @@ def test_plan_of_an_adapter(osp: Command, tmp_path: Path) -> None:
         fitting = [row for row in rows if row.endswith(f"   fits into {memory}")]
         assert "streamed" in rows[-1]
         assert len(rows) > len(fitting) > 0
+    for given, message in (
+        (("--sp", 2), '--sp has no effect: memory.placement "auto" is for one device'),
+        (("--recompute-blocks", 4), "--recompute-blocks has no effect: "),
+    ):
+        code, said, error, _ = osp("plan", "run.toml", "--set", "memory.placement=auto", *given)
+        assert (code, said, message in error) == (2, "", True)
+    _, said, *_ = osp(
+        "plan", "run.toml", "--memory", 80, "--set", "memory.placement=auto", "--compute", "fp32"
+    )
+    assert "a LoRA of rank 32; the rest fp32, resident" in said
     code, said, *_ = osp("plan", "run.toml", "--memory", 24, "--recompute-blocks", 32)
     assert (code, "the cheapest mesh that fits" in said) == (0, True)
 

@@ -17,6 +17,7 @@ from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.inputs.cache import write_cache
 from opensoraplan.train.learner.fitting import possible_fits
 from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.planning import training_step
 from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
@@ -181,7 +182,8 @@ def test_a_run_goes_leaner_when_memory_is_full(
     )
     train(streamed)
     most = card.memory.peak
-    *_, resident, leanest, _ = possible_fits(auto, BatchShape((2, 8, 8), 512, 2), device=torch.device("npu"))
+    step = training_step(auto, BatchShape((2, 8, 8), 512, 2))
+    *_, resident, leanest, _ = possible_fits(auto, step, device=torch.device("npu"))
     assert leanest.device < 0.8 * resident.device
     card.memory.capacity = int(1.4 * resident.device)  # with the encoders, and 8% in reserve
     logger, squeeze = logging.getLogger("opensoraplan.train.log.metrics"), Squeeze(card)

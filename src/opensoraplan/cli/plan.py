@@ -150,16 +150,30 @@ def plan(options: Plan) -> None:
     if options.job.batch is None and run is not None:
         shape = replace(shape, batch=run.data.batch_size)
     mesh, encoders = _mesh_of(options, run), _encoder_bytes(options, run)
+    step = TrainingStep(model, shape, mesh or ONE_DEVICE, _training_options(options.job, run, model))
     if run is not None and run.memory.placement == "auto":
-        fits = possible_fits(run, shape, device=None)
+        _check_left_to_auto(options)
+        fits = possible_fits(run, step, device=None)
         _write(fitting_lines(fits, known, encoders=encoders, described=described))
         return
-    step = TrainingStep(model, shape, mesh or ONE_DEVICE, _training_options(options.job, run, model))
     if mesh is None and options.memory is not None and not step.needs_one_device:
         memory = int(options.memory * GB * (1 - MARGIN))
         mesh = cheapest_mesh(step, memory=memory, machine=options.machine, others=encoders)
         step, described = replace(step, mesh=mesh), f"{described}; the cheapest mesh that fits"
     _write(training_lines(step, known, encoders=encoders, described=described))
+
+
+def _check_left_to_auto(options: Plan) -> None:
+    """Raise ValueError for options that memory.placement "auto" takes from nobody."""
+    names = [name for name, size in vars(options.mesh).items() if size not in (None, 1)]
+    if names:
+        raise ValueError(
+            f'--{names[0].replace("_", "-")} has no effect: memory.placement "auto" is for one device'
+        )
+    for name in ("recompute_blocks", "recompute_feed_forwards"):
+        if getattr(options.job, name) is not None:
+            shown = name.replace("_", "-")
+            raise ValueError(f'--{shown} has no effect: memory.placement "auto" chooses what is recomputed')
 
 
 def _run_of(options: Plan) -> "TrainSettings | None":

@@ -13,7 +13,7 @@ from opensoraplan.plan.fits import Fit, first_fit, fits_of
 from opensoraplan.plan.step import TrainingStep
 from opensoraplan.runtime.streaming import stream_frozen_blocks
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.run.planning import denoiser_sizes, training_options
+from opensoraplan.train.run.planning import training_step
 
 logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ class Fitting:
     def __init__(self, settings: TrainSettings, shape: BatchShape, device: torch.device) -> None:
         """Choose for micro-batches of this shape. Raises MemoryError if nothing fits."""
         self._device = device
-        fits = possible_fits(settings, shape, device=device)
+        fits = possible_fits(settings, training_step(settings, shape), device=device)
         free, host = free_memory(device), free_memory(_CPU)
         self._left = fits[first_fit(fits, device=free, host=host) :]
         chosen = self._left[0]
@@ -54,14 +54,12 @@ class Fitting:
         return True
 
 
-def possible_fits(settings: TrainSettings, shape: BatchShape, *, device: torch.device | None) -> list[Fit]:
-    """The ways that the settings leave open. `device`: None is any accelerator; on a CPU nothing is streamed,
-    since it is the host.
+def possible_fits(settings: TrainSettings, step: TrainingStep, *, device: torch.device | None) -> list[Fit]:
+    """The ways of a step that the settings leave open. `device`: None is any accelerator; on a CPU nothing is
+    streamed, since it is the host.
     """
-    model = denoiser_sizes(settings)
     base = settings.adapter.base
     streams = (device is None or device.type != "cpu") and not settings.memory.compile
-    step = TrainingStep(model, shape, options=training_options(settings, model))
     return fits_of(step, bases=("whole", "int8") if base == "auto" else (base,), streams=streams)
 
 

@@ -7,11 +7,11 @@ import torch
 
 from opensoraplan.formats.assemble import denoiser_config, empty_vae
 from opensoraplan.formats.checkpoints import open_checkpoint
-from opensoraplan.models.sizes import DenoiserSizes
+from opensoraplan.models.sizes import BatchShape, DenoiserSizes
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import TEXT_PARTS, empty_text_model
 from opensoraplan.plan.report import FrozenParts
-from opensoraplan.plan.step import AdapterOptions, TrainingOptions
+from opensoraplan.plan.step import AdapterOptions, TrainingOptions, TrainingStep
 from opensoraplan.train.config import TextSettings, TrainSettings, VAESettings
 from opensoraplan.train.inputs.encoders import given_paths
 from opensoraplan.train.inputs.sources import selection_of_run, validation_encodes
@@ -43,6 +43,12 @@ def denoiser_sizes(settings: TrainSettings) -> DenoiserSizes:
     if model.sparse_n is not None:
         config["sparse_n"] = list(model.sparse_n)
     return DenoiserSizes(config)
+
+
+def training_step(settings: TrainSettings, shape: BatchShape) -> TrainingStep:
+    """A step of the run in one process, with micro-batches of this shape."""
+    model = denoiser_sizes(settings)
+    return TrainingStep(model, shape, options=training_options(settings, model))
 
 
 def training_options(settings: TrainSettings, model: DenoiserSizes) -> TrainingOptions:
