@@ -6,23 +6,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensoraplan.models import pretrained_text
 from opensoraplan.models.pretrained_text import Epsilon, Size
 from opensoraplan.settings import Settings
 from opensoraplan.shapes import FeatureShape
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
-
-# The vision tower is left in the files.
-_USED_TENSORS = ("text_model.", "text_projection.")
-# What of the config decides the output, beside the weights.
-_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 
 
 class _Sizes(Settings):
@@ -39,30 +31,29 @@ class _Sizes(Settings):
 
 
 @dataclass(frozen=True, eq=False)
-class CLIP:
+class CLIP(pretrained_text.PretrainedTextEncoder):
     """A `TextEncoder`. It reads as many tokens as it has positions (77), whatever `max_tokens` is: texts are
     padded to that and have no mask, as in the original.
     """
 
-    model: CLIPTextModelWithProjection
-    tokenizer: PreTrainedTokenizerBase
-    max_tokens: int = 512
+    name = "CLIP"
+    gives = ("pooled",)
+    # The vision tower is left in the files.
+    used = ("text_model.", "text_projection.")
+    keys = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 
-    name: ClassVar[str] = "CLIP"
-    gives: ClassVar[tuple[str, ...]] = ("pooled",)
+    @staticmethod
+    def class_and_config(folder: Path) -> tuple[Any, Any]:
+        from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
 
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype) -> nn.Module:
-        """Of a released repository, which may have the vision tower, or of what transformers saved."""
-        return pretrained_text.load_pretrained(folder, _class_and_config, dtype=dtype, used=_USED_TENSORS)
-
-    @classmethod
-    def empty(cls, folder: Path) -> nn.Module:
-        return pretrained_text.empty_pretrained(folder, _class_and_config)
-
-    @classmethod
-    def load_tokenizer(cls, folder: Path) -> PreTrainedTokenizerBase:
-        return pretrained_text.load_tokenizer(folder)
+        if pretrained_text.model_type(folder) != "clip":
+            config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+            return CLIPTextModelWithProjection, pretrained_text.checked(config, _Sizes, folder)
+        whole = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config = whole.get_text_config()
+        # In a whole CLIP the top level says how wide the projection is. The text part often keeps a default.
+        config.update({"projection_dim": whole.projection_dim})
+        return CLIPTextModelWithProjection, pretrained_text.checked(config, _Sizes, folder)
 
     @property
     def shapes(self) -> dict[str, FeatureShape]:
@@ -85,12 +76,6 @@ class CLIP:
             return []
         return pretrained_text.unread_tokens(text, self.tokenizer, name=self.name, most=self._positions)
 
-    def fingerprint(self) -> dict[str, str]:
-        return {
-            self.name: pretrained_text.hash_encoder(self.model, _KEYS),
-            f"{self.name} tokenizer": pretrained_text.hash_tokenizer(self.tokenizer),
-        }
-
     @property
     def _positions(self) -> int:
         return self.model.config.max_position_embeddings
@@ -107,16 +92,3 @@ class CLIP:
                 f"CLIP would pool at token {pooled_at}, but the tokenizer ends a text with "
                 f"{self.tokenizer.eos_token_id}: is it the tokenizer of another model?"
             )
-
-
-def _class_and_config(folder: Path) -> tuple[Any, Any]:
-    from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
-
-    if pretrained_text.model_type(folder) != "clip":
-        config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
-        return CLIPTextModelWithProjection, pretrained_text.checked(config, _Sizes, folder)
-    whole = CLIPConfig.from_pretrained(folder, local_files_only=True)
-    config = whole.get_text_config()
-    # In a whole CLIP the top level says how wide the projection is. The text part often keeps a default.
-    config.update({"projection_dim": whole.projection_dim})
-    return CLIPTextModelWithProjection, pretrained_text.checked(config, _Sizes, folder)

@@ -10,10 +10,12 @@ import json
 import pickle
 import re
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -47,6 +49,49 @@ Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 # A folder's class of model, and its config.
 ClassAndConfig = Callable[[Path], tuple[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class PretrainedTextEncoder(ABC):
+    """What a `TextEncoder` of transformers has in common with others: loading and fingerprint. See there.
+
+    `used`: how the names of its tensors begin; others are left in the files. `keys`: what of the config
+    decides the output, beside the weights.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int = 512
+
+    name: ClassVar[str]
+    gives: ClassVar[tuple[str, ...]]
+    used: ClassVar[tuple[str, ...]]
+    keys: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    @abstractmethod
+    def class_and_config(folder: Path) -> tuple[Any, Any]:
+        """The class of the model in a folder, and its config, checked."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: torch.dtype) -> nn.Module:
+        """Of a released repository, which may have more than the encoder, or of what transformers saved."""
+        return load_pretrained(folder, cls.class_and_config, dtype=dtype, used=cls.used)
+
+    @classmethod
+    def empty(cls, folder: Path) -> nn.Module:
+        return empty_pretrained(folder, cls.class_and_config)
+
+    @classmethod
+    def load_tokenizer(cls, folder: Path) -> PreTrainedTokenizerBase:
+        return load_tokenizer(folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            self.name: hash_encoder(self.model, self.keys),
+            f"{self.name} tokenizer": hash_tokenizer(self.tokenizer),
+        }
 
 
 # --- Encoding -----------------------------------------------------------------------------------------------

@@ -418,8 +418,7 @@ class SparseUMMDiT(
         timestep_embed_dim: width of the condition vector. patch_size: latent cells on a token's side.
         norm_cls: "layer_norm" or "rms_norm". `norm_eps` is the eps of every norm, the q/k norms included.
         skip_connection: stages after the middle take the outputs of those before it.
-        skip_connection_zero_init: their Linear starts as [identity | 0] and has no norm; False: a norm before
-        it.
+        skip_connection_zero_init: their Linear starts as [identity | 0], without a norm before it.
 
     Raises ValueError for values that make no model. Source: docs/model.md section 1 (report
     and measured original).

@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensoraplan.models import pretrained_text
 from opensoraplan.models.pretrained_text import Epsilon, Size
@@ -18,19 +18,7 @@ from opensoraplan.settings import Settings
 from opensoraplan.shapes import FeatureShape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, T5EncoderModel
-
-# The decoder is left in the files.
-_USED_TENSORS = ("shared.", "encoder.")
-# What of the config decides the output, beside the weights. The rest of it changes from one way of saving to
-# the other.
-_KEYS = (
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "feed_forward_proj",
-    "layer_norm_epsilon",
-)
+    from transformers import PreTrainedTokenizerBase
 
 
 class _Sizes(Settings):
@@ -48,34 +36,33 @@ class _Sizes(Settings):
 
 
 @dataclass(frozen=True, eq=False)
-class T5:
+class T5(pretrained_text.PretrainedTextEncoder):
     """A `TextEncoder`. The original pads every sequence to 512 and masks the padding; here a text runs at its
     real length: the same up to rounding.
     """
 
-    model: T5EncoderModel
-    tokenizer: PreTrainedTokenizerBase
-    max_tokens: int = 512
+    name = "T5"
+    gives = ("sequence",)
+    # The decoder is left in the files.
+    used = ("shared.", "encoder.")
+    keys = (
+        "num_heads",
+        "relative_attention_num_buckets",
+        "relative_attention_max_distance",
+        "feed_forward_proj",
+        "layer_norm_epsilon",
+    )
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
-    name: ClassVar[str] = "T5"
-    gives: ClassVar[tuple[str, ...]] = ("sequence",)
+    @staticmethod
+    def class_and_config(folder: Path) -> tuple[Any, Any]:
+        from transformers import T5Config, T5EncoderModel
 
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype) -> nn.Module:
-        """The encoder of a released repository, which may have the decoder, or of what transformers saved."""
-        return pretrained_text.load_pretrained(folder, _class_and_config, dtype=dtype, used=_USED_TENSORS)
-
-    @classmethod
-    def empty(cls, folder: Path) -> nn.Module:
-        return pretrained_text.empty_pretrained(folder, _class_and_config)
-
-    @classmethod
-    def load_tokenizer(cls, folder: Path) -> PreTrainedTokenizerBase:
-        return pretrained_text.load_tokenizer(folder)
+        config = T5Config.from_pretrained(folder, local_files_only=True)
+        return T5EncoderModel, pretrained_text.checked(config, _Sizes, folder)
 
     @property
     def shapes(self) -> dict[str, FeatureShape]:
@@ -97,19 +84,6 @@ class T5:
             return unread
         shown = shorten(", ".join(words), 200, placeholder=" ...")
         return [f"{self.name} has no tokens for {shown}: it only sees that they are unknown", *unread]
-
-    def fingerprint(self) -> dict[str, str]:
-        return {
-            self.name: pretrained_text.hash_encoder(self.model, _KEYS),
-            f"{self.name} tokenizer": pretrained_text.hash_tokenizer(self.tokenizer),
-        }
-
-
-def _class_and_config(folder: Path) -> tuple[Any, Any]:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config.from_pretrained(folder, local_files_only=True)
-    return T5EncoderModel, pretrained_text.checked(config, _Sizes, folder)
 
 
 def _unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

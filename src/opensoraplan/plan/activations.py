@@ -13,9 +13,9 @@ from opensoraplan.plan.step import TrainingStep
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """Bytes of one block and rank: what it takes, and how much of that may wait on the host; what is kept of
-    all it computes, and how much of that is the feed-forwards' inner width, or attention's output and
-    log-sum-exp.
+    """Bytes of one block and rank: its `inputs`, and how much of them may wait on the host; what is kept of
+    all that is `computed`, and how much of that is the feed-forwards' inner width, or the output and the
+    log-sum-exp of attention.
     """
 
     inputs: int

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def load_loras(model: SparseUMMDiT, files: Sequence[Path]) -> None:
-    """Put LoRAs into the denoiser, which may be on the meta device, in its precision, all of them off. To be
-    called once, before its weights are quantised or moved. Raises ValueError for a file that does not fit,
-    as `load_lora_adapter`.
+    """Put LoRAs into the denoiser, which may be on the meta device, in its precision, all of them off. Call
+    this once, before the weights are quantised or moved. Raises ValueError as `load_lora_adapter` for a file
+    that does not fit.
     """
     for file in files:
         model.load_lora_adapter(file, adapter_name=_name(file, files), low_cpu_mem_usage=True)

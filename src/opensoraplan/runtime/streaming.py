@@ -119,8 +119,8 @@ def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
 
 def stream_frozen_blocks(model: SparseUMMDiT, device: torch.device) -> None:
     """Keep the frozen weights of a model's blocks on the host, pinned if possible, and train the rest on the
-    device. All blocks must be recomputed (`set_recompute`). Nothing is copied back. Do not move the model
-    afterwards.
+    device. All blocks must be recomputed (`set_recompute`). Nothing is copied back. The model must not be
+    moved afterwards.
     """
     assert all(block.gradient_checkpointing for block in model.transformer_blocks)
     stream = _TrainingStreamer(model.transformer_blocks, device)
@@ -190,9 +190,7 @@ class _BlockStreamer:
             self._api.current_stream(self.device).wait_stream(self._copies)
 
     def _send(self, index: int) -> None:
-        """Start to copy a block, unless it is there, as soon as the computation that uses its slot has
-        finished.
-        """
+        """Start to copy a block, unless it is there, when the computation that uses its slot has finished."""
         slot, block = index % SLOTS, self.blocks[index]
         if self.held[slot] == index:
             return
@@ -232,9 +230,7 @@ class _TrainingStreamer(_BlockStreamer):
 
 
 def _store_on_host(block: nn.Module, *, pinned: bool, frozen: bool) -> _Block:
-    """Move the block's tensors, or only the `frozen` ones, into one piece of host memory, and free their
-    own.
-    """
+    """Move the block's tensors, or only the `frozen` ones, into one piece of host memory."""
     places: list[_Place] = []
     size = 0
     for owner, name, tensor in _tensors_of(block):

@@ -54,8 +54,7 @@ class Metrics:
 
     Always a line of metrics.jsonl for each `log`; to the `trackers` too, TensorBoard's in output/tensorboard.
     On the console a progress bar with the numbers named in `shown`, or a line for each `log` where `console`
-    (None: stderr) is no terminal. Log records go around the bar as long as the object is open as a context
-    manager.
+    (None: stderr) is no terminal. In a `with` statement, log records go around the bar.
 
     Going on from `start` drops what a broken run logged after that step. Raises ValueError if an
     optional package is wanted and absent, before any file is touched, if wandb refuses the run, and for

@@ -39,9 +39,8 @@ class Method(Protocol):
 
     `learners`: what is trained; the first decides by its gradients whether a step is taken, and is what EMA
     and exports are of. `clips`: what a checkpoint knows of the clips; `encoders`: fingerprints of the frozen
-    models' files, by their settings. `global_batch`: samples of a step in all processes. `fits`: whether
-    it can change what it keeps where (`go_leaner`) when memory is full. `state`: what its checkpoints have
-    beside tensors.
+    models' files, by their settings. `global_batch`: samples of a step in all processes. `fits`: whether it
+    can go on with less memory (`go_leaner`) when it is full. `state`: what checkpoints have beside tensors.
     """
 
     learners: Sequence[Learner]
