@@ -78,7 +78,7 @@ def test_plan_of_an_adapter(osp: Command, tmp_path: Path) -> None:
     assert [round(host, 1) for _, host in found] == [0, 0, 17.0, 8.5]
     code, said, error, _ = osp("plan", "run.toml", "--set", "adapter.base=int8", "--sp", 2)
     assert (code, said) == (2, "")
-    assert "frozen weights that are quantised or streamed are for one device, got 2" in error
+    assert "quantised or streamed frozen weights need one device, got 2" in error
     for memory, chosen in ((80, "bf16, resident"), (24, "bf16, streamed")):
         code, said, *_ = osp("plan", "run.toml", "--memory", memory, "--set", "memory.placement=auto")
         assert (code, f"a LoRA of rank 32; the rest {chosen}" in said) == (0, True)

@@ -96,7 +96,7 @@ def test_what_cannot_be_converted(osp: Callable[..., Any], tiny_model: Path, tmp
         (("convert", "--lora", lora, "--out", "a", "--to", "lora"), "use a.safetensors"),
         (("inspect", loha), "hada_w1_a is of LoHa: only LoRA and DoRA"),
         (("inspect", lora), "caption_projection takes"),
-        (("inspect", tiny_model, "--model", tiny_model), "is no LoRA"),
+        (("inspect", tiny_model, "--model", tiny_model), "is not a LoRA"),
     ):
         outcome = osp(*words)
         assert (outcome.code, message in outcome.err) == (2, True), outcome

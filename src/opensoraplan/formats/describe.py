@@ -26,7 +26,7 @@ def describe(path: Path, *, base: Path | None = None) -> str:
     if is_lora(path):
         return _lines(_describe_lora(path, base))
     if base is not None:
-        raise ValueError(f"{path} is no LoRA, which alone is compared with a model: leave out {base}")
+        raise ValueError(f"{path} is not a LoRA, and only a LoRA is compared with a model: leave out {base}")
     checkpoint = open_checkpoint(path)
     info, config, model = checkpoint.info, config_of(checkpoint), empty_model(checkpoint)
     form = original.format_of(model)

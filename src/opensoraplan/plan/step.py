@@ -102,8 +102,7 @@ class TrainingStep:
             raise ValueError("cpu_offload is FSDP's, which takes at least 2 devices")
         if self.needs_one_device and not self.alone:
             raise ValueError(
-                f"frozen weights that are quantised or streamed are for one device, got {self.devices}: FSDP "
-                "shards them"
+                f"quantised or streamed frozen weights need one device, got {self.devices}: FSDP shards them"
             )
 
     @property

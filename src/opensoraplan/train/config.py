@@ -301,7 +301,7 @@ class MemorySettings(Settings):
     keep_attention: bool = False
     """Keep the output of attention in recomputed blocks: more memory, less time."""
     inputs_on_host: bool = False
-    """What recomputed blocks begin from waits for the backward pass in host memory (the release,
+    """Keep the inputs of recomputed blocks in host memory until the backward pass (the release,
     121 x 576 x 1024: 7.3 GB per sample). Copies take a little time.
     """
     compile: bool = False
