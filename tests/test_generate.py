@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from opensoraplan.data.video import read_frames
 from opensoraplan.generate import saved
-from opensoraplan.generate.job import Targets, check_targets, read_stored_record, run, stem_of
+from opensoraplan.generate.job import Progress, Targets, check_targets, read_stored_record, run, stem_of
 from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline, VideoOutput
 from opensoraplan.requests import Request, is_prompt_file, read_requests
@@ -54,6 +54,7 @@ def make(
     *prompts: str,
     resume: bool = True,
     save_every: int = 0,
+    progress: Progress | None = None,
     model: str = "tiny",
     fingerprints: Mapping[str, str] = MappingProxyType({}),
     **changes: Any,  # noqa: ANN401
@@ -63,7 +64,7 @@ def make(
     paths[0].parent.mkdir(parents=True, exist_ok=True)  # as the command does
     ratios = [1.0] * requests[0].steps
     session = Session(pipeline, model, fingerprints=fingerprints, step_ratios=ratios)
-    return run(session, requests, paths, resume=resume, save_every=save_every)
+    return run(session, requests, paths, resume=resume, progress=progress or Progress(save_every))
 
 
 def names(folder: Path) -> list[str]:
@@ -676,6 +677,31 @@ def test_a_stopped_video_goes_on_bit_for_bit(
     assert denoiser.steps - before == 4 - step
     assert torch.equal(read_frames(resumed), read_frames(whole))
     assert names(tmp_path / "stopped") == ["a-cat_seed0.json", "a-cat_seed0.mp4"]
+
+
+def test_progress_is_told_and_may_stop_the_video(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
+    steps: list[int] = []
+    frames: list[int] = []
+
+    def stop_after(step: int) -> None:
+        steps.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    def stop_decoding(count: int) -> None:
+        frames.append(count)
+        raise KeyboardInterrupt
+
+    (whole,) = make(pipeline, tmp_path / "whole", "a cat", steps=4, frames=17)
+    for progress in (Progress(10, stop_after), Progress(10, steps.append, stop_decoding)):
+        with pytest.raises(KeyboardInterrupt):
+            make(pipeline, tmp_path, "a cat", steps=4, frames=17, progress=progress)
+    (resumed,) = make(
+        pipeline, tmp_path, "a cat", steps=4, frames=17, progress=Progress(1, None, frames.append)
+    )
+    assert steps == [1, 2, 3, 4]
+    assert (frames[0], frames[-1]) == (frames[1], 17)
+    assert torch.equal(read_frames(resumed), read_frames(whole))
 
 
 def test_latents_of_another_video_are_neither_used_nor_lost(

@@ -297,7 +297,9 @@ def test_a_video_goes_on_where_memory_was_full(pipeline: OpenSoraPlanPipeline, t
 
     pipeline.transformer.patch_embed.register_forward_pre_hook(full, with_kwargs=True)
     session = Session(pipeline, "tiny", arrangement=arrangement)
-    (path,) = generate.run(session, [request], [tmp_path / "broken.mp4"], resume=False, save_every=1)
+    (path,) = generate.run(
+        session, [request], [tmp_path / "broken.mp4"], resume=False, progress=generate.Progress(save_every=1)
+    )
     assert calls.count(first) == 6
     assert len(calls) == 6 + 2 * 2  # the first two steps were not done again
     assert torch.equal(read_frames(path), read_frames(whole))

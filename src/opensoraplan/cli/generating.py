@@ -159,7 +159,8 @@ def generate(options: Generate, inference: "Inference | None", given: Collection
         logger.warning(warning)
     how = _session_options(options, inference, asked)
     with Session.open(how, asked.requests) as session, make_folder(asked.targets[0].parent):
-        job.run(session, asked.requests, asked.targets, resume=asked.resume, save_every=options.save_every)
+        progress = job.Progress(save_every=options.save_every)
+        job.run(session, asked.requests, asked.targets, resume=asked.resume, progress=progress)
 
 
 def check(options: Generate, inference: "Inference | None", given: Collection[str]) -> None:

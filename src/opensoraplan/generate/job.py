@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,19 @@ logger = logging.getLogger(__name__)
 OTHER_FORMATS = (".avi", ".gif", ".jpeg", ".jpg", ".m4v", ".mkv", ".mov", ".webm", ".webp")
 # Most bytes of a file name that come from the prompt: most file systems allow 255 for the whole name.
 STEM_BYTES = 120
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is done while a video is made: resumable latents are saved every `save_every` steps (0: never).
+    `on_step` is called after each step with the number of steps done, `on_frames` after each chunk of decoded
+    frames with the number of frames so far. A KeyboardInterrupt that one of them raises stops the video as
+    Ctrl-C does: the newest latents are saved.
+    """
+
+    save_every: int = 0
+    on_step: Callable[[int], None] | None = None
+    on_frames: Callable[[int], None] | None = None
 
 
 class Targets:
@@ -99,7 +113,12 @@ def check_targets(requests: list[Request], out: Path) -> list[Path]:
 
 
 def run(
-    session: "Session", requests: list[Request], paths: list[Path], *, resume: bool, save_every: int = 0
+    session: "Session",
+    requests: list[Request],
+    paths: list[Path],
+    *,
+    resume: bool,
+    progress: Progress = Progress(),
 ) -> list[Path]:
     """Make the videos one after the other and return their files.
 
@@ -131,7 +150,7 @@ def run(
             logger.info("%d of %d: %r, seed %d", number, total, request.prompt, request.seed)
             if request.step_cache:
                 logger.info("with a step cache, latents are saved only after the last step")
-            make = partial(_make_on_all_ranks, session, request, wanted, record, save_every=save_every)
+            make = partial(_make_on_all_ranks, session, request, wanted, record, progress=progress)
             path = session.attempt(request, lambda again: make(resume=resume or again))
             if path is not None:
                 logger.info("wrote %s", path)
@@ -174,7 +193,7 @@ def _make_on_all_ranks(
     wanted: Path,
     record: dict[str, Any],
     *,
-    save_every: int,
+    progress: Progress,
     resume: bool,
 ) -> Path | None:
     """Make one video, with `resume` from its saved latents if there are any. The first rank writes it and
@@ -189,9 +208,7 @@ def _make_on_all_ranks(
         if start is None:
             move_unused_latents(wanted, record)
         with _claim_latents_file(wanted, record) as place:
-            return make_video(
-                session, request, wanted, record, place=place, start=start, save_every=save_every
-            )
+            return make_video(session, request, wanted, record, place=place, start=start, progress=progress)
     session.share_decoding(session.denoise(request, start=start))
     return None
 
@@ -204,20 +221,20 @@ def make_video(
     *,
     place: Path,
     start: "SavedLatents | None" = None,
-    save_every: int = 0,
+    progress: Progress = Progress(),
 ) -> Path:
     """Make one video and its json, and return the video's path. Frames are encoded as they are decoded.
 
-    Until the video is written, the last finite latents are saved in `place`, a file next to it: every
-    `save_every` steps, when the command is stopped (neither if it is 0), before decoding, and when latents
-    become NaN. With a step cache they are saved only after the last step, since its state is not saved.
+    Until the video is written, the last finite latents are saved in `place`, a file next to it: as `progress`
+    says, when the command is stopped (neither if `save_every` is 0), before decoding, and when latents become
+    NaN. With a step cache they are saved only after the last step, since its state is not saved.
     """
     from opensoraplan.pipeline import NonFiniteLatentsError
 
     save = partial(save_latents, place, record=record, session=session, request=request)
 
     # Other schedulers may have more calls than steps, and cannot resume between two steps.
-    resumable = bool(save_every) and session.can_resume(request)
+    resumable = bool(progress.save_every) and session.can_resume(request)
     save_newest: Callable[[], None] | None = None
 
     def after_step(latents: "Tensor", step: int, velocity: "Tensor") -> None:
@@ -226,9 +243,11 @@ def make_video(
             save_newest = partial(
                 save, latents, step, velocity=velocity if request.solver == "adams" else None
             )
-            if step % save_every == 0:
+            if step % progress.save_every == 0:
                 save_newest()
                 save_newest = None
+        if progress.on_step is not None:
+            progress.on_step(step)
 
     try:
         latents = session.denoise(request, start=start, after_step=after_step)
@@ -244,7 +263,9 @@ def make_video(
     if start is None or start.step < request.steps:
         save(latents, request.steps)
     try:
-        path = write_frames(session.pipeline, latents, wanted, record, fps=request.fps)
+        path = write_frames(
+            session.pipeline, latents, wanted, record, fps=request.fps, on_frames=progress.on_frames
+        )
     except BaseException:
         logger.error(_describe_saved(place, record))
         raise
@@ -357,10 +378,17 @@ def save_latents(
 
 
 def write_frames(
-    pipeline: "OpenSoraPlanPipeline", latents: "Tensor", wanted: Path, record: dict[str, Any], *, fps: float
+    pipeline: "OpenSoraPlanPipeline",
+    latents: "Tensor",
+    wanted: Path,
+    record: dict[str, Any],
+    *,
+    fps: float,
+    on_frames: Callable[[int], None] | None = None,
 ) -> Path:
     """Decode latents [1, C, T, H, W] into an mp4, or a png of one frame. Writes `record` into its metadata
-    and into a json next to it. Returns the video's path: `wanted`, with a number added if it is taken.
+    and into a json next to it. Returns the video's path: `wanted`, with a number added if it is taken. Calls
+    `on_frames` as `Progress` says, or else shows a progress bar.
     """
     from PIL import Image, PngImagePlugin
     from tqdm import tqdm
@@ -379,7 +407,7 @@ def write_frames(
     else:
         total = shapes.pixel_frames(latents.shape[2], strides=pipeline.vae.strides)
         with (
-            tqdm(total=total, desc="decoding", unit="frame") as progress,
+            tqdm(total=total, desc="decoding", unit="frame", disable=on_frames is not None) as bar,
             VideoWriter(free, fps=fps, title=record["prompt"], comment=comment) as writer,
         ):
 
@@ -387,8 +415,12 @@ def write_frames(
                 writer.write(chunk)
                 return len(chunk)
 
+            done = 0
             for frames in map_ahead(write, chunks):  # while the next chunk is decoded
-                progress.update(frames)
+                done += frames
+                bar.update(frames)
+                if on_frames is not None:
+                    on_frames(done)
         path = writer.path
     write_record(path, record)
     return path
