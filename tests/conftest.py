@@ -27,7 +27,7 @@ from opensoraplan.train.config import TrainSettings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=1, help="how often tests/distributed kills a rank")
+    parser.addoption("--kills", type=int, default=1, help="how often tests of killed runs kill each")
 
 
 def pytest_configure() -> None:
@@ -58,6 +58,12 @@ def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often a run is killed at random."""
+    return request.config.getoption("--kills")
 
 
 @pytest.fixture

@@ -1,13 +1,18 @@
 """Whatever part of a run dies, the command ends within seconds, what was learned is saved, and the reason is
-its last sentence. By real processes and real kills.
+its last sentence. A run that was killed itself learns the same once it is resumed. By real processes and real
+kills.
 """
 
 import json
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 from command import Running
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -15,6 +20,7 @@ from opensoraplan import cli
 from opensoraplan.train.config import TrainSettings, VAETrainSettings
 from opensoraplan.train.log.metrics import FILE as METRICS
 from opensoraplan.train.run import checkpoint
+from opensoraplan.train.run.trainer import train
 
 MakeRun = Callable[..., TrainSettings]
 Start = Callable[..., Running]
@@ -47,9 +53,10 @@ def configuration(verb: str, tiny_run: MakeRun, *, workers: int) -> Path:
     return path
 
 
-def wait_for_steps(process: Running, folder: Path) -> None:
+def wait_for_steps(process: Running, folder: Path, *, lines: int = 2) -> None:
+    """Until so many lines are logged; AssertionError if the process ends before."""
     log = folder / "run" / METRICS
-    process.wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2)
+    process.wait_until(lambda: log.exists() and log.read_text().count("\n") >= lines)
 
 
 def data_workers(process: Running) -> list[psutil.Process]:
@@ -113,3 +120,37 @@ def test_a_killed_worker_ends_a_cache(
     code, last = end_of(process)
     assert code == 2
     assert last.startswith("osp: error: a worker process that reads clips has died (SIGKILL): ")
+
+
+LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "dropout": 0.2, "base": "int8"}
+TRAINED = {"all weights": {}, "LoRA": LORA, "DoRA": {"kind": "dora", "rank": 2}}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("adapter", TRAINED.values(), ids=TRAINED)
+def test_a_run_that_is_killed_and_resumed_learns_the_same(
+    tiny_run: MakeRun, start: Start, tmp_path: Path, kills: int, adapter: dict[str, Any]
+) -> None:
+    """Bit for bit, at whatever moment it dies: in a step, in a checkpoint, while it begins."""
+    steps = 6 * (kills + 1)
+    run, whole = (
+        tiny_run(
+            name, adapter=adapter, optimizer={"steps": steps}, data={"workers": 1}, checkpoint={"keep": 1}
+        )
+        for name in ("run", "whole")
+    )
+    train(whole)
+    config, moments = tmp_path / "run.json", random.Random(0)
+    config.write_text(run.model_dump_json())
+    for kill in range(kills):
+        process = start("train", config, "--resume", "latest")
+        wait_for_steps(process, tmp_path, lines=6 * kill + 1)
+        time.sleep(moments.uniform(0, 0.3))
+        assert process.code is None, process.said()  # or it was not killed
+        process.kill()
+    assert start("train", config, "--resume", "latest").wait() == 0
+    one, two = (checkpoint.load(folder.output, steps).parts for folder in (whole, run))
+    assert set(one) == set(two) == {"model", "ema", "optimizer"}
+    for part, tensors in one.items():
+        assert set(tensors) == set(two[part])
+        assert all(torch.equal(tensor, two[part][name]) for name, tensor in tensors.items()), part

@@ -96,11 +96,6 @@ def finish(job: list[Running]) -> None:
 
 
 @pytest.fixture
-def kills(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("--kills")
-
-
-@pytest.fixture
 def six(tiny_run: MakeRun) -> MakeRun:
     """Runs of six samples a step, however they are shared out."""
 
