@@ -1,5 +1,6 @@
 """The frozen base of a LoRA, in 8 bits or streamed from the host: what is kept of it, what is learned."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ def test_what_is_chosen_where_there_is_room_is_what_is_fastest(tiny_run: MakeRun
     for run in (chosen, given):
         train(run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"steps": 2})}))
     assert_same(chosen, given, step=2)
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_chosen(tiny_run: MakeRun) -> None:
+    """Though another one would be chosen now: its checkpoint is like that of a run in less memory."""
+    auto = {"adapter": {**LORA, "base": "auto"}, "memory": {"placement": "auto"}}
+    run = tiny_run(**auto, optimizer={"steps": 2})
+    train(run)
+    state = checkpoint.path_of(run.output, 2) / checkpoint.STATE
+    began = json.loads(state.read_text())
+    assert began["base"] == "whole"
+    state.write_text(json.dumps({**began, "base": "int8"}))
+    train(tiny_run(**auto, optimizer={"steps": 4}), resume="latest")
+    assert checkpoint.load(run.output, 4).state["base"] == "int8"
 
 
 class Copies(TorchDispatchMode):

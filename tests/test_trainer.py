@@ -666,28 +666,6 @@ def test_resume_with_other_clips_is_for_those_who_ask_for_it(
     assert "not the clips that the run was started with (8 then, 7 now" in caplog.text
 
 
-def test_a_resumed_run_tells_of_encoders_that_were_replaced(
-    tiny_run: MakeRun, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model, model)
-    parts = {"vae": {"pretrained": model}, "text": {"t5": model, "clip": model}}
-
-    def go_on(steps: int) -> str:
-        caplog.clear()
-        train(tiny_run(**parts, optimizer={"steps": steps}, checkpoint={"every": 1}), resume="latest")
-        return caplog.text
-
-    assert "files are not those" not in go_on(1) + go_on(2)
-    for name in ("vae", "text_encoder_2"):
-        (weights,) = (model / name).glob("*.safetensors")
-        tensors = load_file(weights)
-        first = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
-        save_file({**tensors, first: tensors[first] * 1.5}, weights, metadata={"format": "pt"})
-    assert "vae.pretrained, text.clip: the files are not those that the run was trained with" in go_on(3)
-    assert "files are not those" not in go_on(4)
-
-
 def test_memory_that_is_full_is_told_and_the_last_step_saved(tiny_run: MakeRun) -> None:
     run = tiny_run(checkpoint={"every": 100})
     with (

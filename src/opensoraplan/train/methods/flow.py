@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from opensoraplan.data.buckets import BucketSampler
+from opensoraplan.data.features import read_parts
 from opensoraplan.device import DTYPES
 from opensoraplan.models.attention import check_backend
 from opensoraplan.models.conditions import Conditions
+from opensoraplan.models.hashes import hash_plain
 from opensoraplan.models.sizes import BatchShape, training_flops
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import Ranks
@@ -132,6 +134,8 @@ class FlowMatching:
         found = fingerprint_files(settings.vae, settings.text)
         if self._adapts and base is not None:
             found[BASE_SETTING] = fingerprint_base(base)
+        if settings.data.features is not None:
+            found["data.features"] = hash_plain(read_parts(settings.data.features))
         return found
 
     def batches(self, start: int, account: Account) -> Generator[Turn, None, None]:

@@ -31,6 +31,7 @@ EXTENDS = "extends"
 OF_THE_GUIDE = ("predictor", "dataset_param", "dataloader_param")
 
 METHOD = "method"
+_NONE = "none"
 # The settings of a run of each method.
 SETTINGS: Mapping[str, type[RunSettings]] = {"flow": TrainSettings, "vae": VAETrainSettings}
 # To begin with one's own.
@@ -62,6 +63,13 @@ RESUMABLE_CHANGES = (
 )
 
 
+# Paths that may be others if what is in them is the same, which a checkpoint tells by fingerprints.
+MOVABLE = (
+    "model.pretrained",
+    "vae.pretrained",
+    *(f"text.{name}" for name in ("t5", "clip", "t5_tokenizer", "clip_tokenizer")),
+    "data.features",
+)
 # A denoiser's checkpoints know how many samples a step has, in all processes; what makes them up may change.
 KNOWN_TO_CHECKPOINTS = ("data.batch_size", "optimizer.accumulate")
 
@@ -141,9 +149,11 @@ def nearest_key(name: str, *kinds: type[Settings]) -> str | None:
 
 def refuse_changes(old: Settings, new: Settings) -> None:
     """Raise ValueError if `new` cannot go on with what `old` began: something but RESUMABLE_CHANGES
-    differs, or the end of a schedule that tells the learning rate of every step before it.
+    differs, or the end of a schedule that tells the learning rate of every step before it. What `moved_paths`
+    gives is left to `refuse_other_files`.
     """
     allowed = RESUMABLE_CHANGES + (KNOWN_TO_CHECKPOINTS if isinstance(new, TrainSettings) else ())
+    allowed += tuple(moved_paths(old, new))
     lines = [
         f"  {name}: {before} -> {after}"
         for name, (before, after) in _find_differences(old, new).items()
@@ -161,6 +171,33 @@ def refuse_changes(old: Settings, new: Settings) -> None:
             + "\n".join(lines)
             + "\nResume it with the old settings, or start a new run: without --resume, in another "
             "output folder, and with model.pretrained to start from this run's weights"
+        )
+
+
+def moved_paths(old: Settings, new: Settings) -> dict[str, str]:
+    """The settings of MOVABLE that name another path than before, and both paths for messages."""
+    found = _find_differences(old, new)
+    return {
+        name: f"{before} -> {after}"
+        for name in MOVABLE
+        if name in found and _NONE not in (before := found[name][0], after := found[name][1])
+    }
+
+
+def refuse_other_files(moved: Mapping[str, str], before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ValueError unless what is in the `moved_paths` is the same, by the fingerprints of a checkpoint
+    and of `now`.
+    """
+    lines = [
+        f"  {name}: {paths}" + ("" if name in before else " (the checkpoint does not know what was in it)")
+        for name, paths in moved.items()
+        if before.get(name) is None or before[name] != now.get(name)
+    ]
+    if lines:
+        raise ValueError(
+            "this run cannot be resumed with other files than it was started with:\n"
+            + "\n".join(lines)
+            + "\nName the old ones or copies of them, or start a new run"
         )
 
 
@@ -182,7 +219,7 @@ def _flatten(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str,
 
 
 def _show(value: object) -> str:
-    return "none" if value is None else str(value)
+    return _NONE if value is None else str(value)
 
 
 def _read_file(path: Path, *, method: str) -> tuple[dict[str, Any], str, type[RunSettings]]:

@@ -15,7 +15,7 @@ from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.train.config import RunSettings
 from opensoraplan.train.log.metrics import FILE as METRICS
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.files import read_settings, refuse_changes
+from opensoraplan.train.run.files import moved_paths, read_settings, refuse_changes
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,11 @@ def _has_trained(output: Path) -> bool:
     """Whether a run has done anything there that should not be lost."""
     metrics = output / METRICS
     return bool(checkpoint.steps(output)) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def moved_since(settings: RunSettings) -> dict[str, str]:
+    """`moved_paths` from the run's own settings, as its folder has them until it goes on, to these."""
+    return moved_paths(read_settings(settings.output / CONFIG), settings)
 
 
 def write_config(settings: RunSettings) -> None:

@@ -15,22 +15,25 @@ import torch
 from torch import Tensor
 
 from opensoraplan.device import explain_full_memory, prepare, resolve_device
+from opensoraplan.models.hashes import hash_plain
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import ALONE, Ranks, device_of_rank, joined
+from opensoraplan.runtime.quantisation import weight_precision_of
 from opensoraplan.train.config import RunSettings, TrainSettings
 from opensoraplan.train.inputs.encoders import warn_of_other_encoders
 from opensoraplan.train.inputs.loading import BadFileAccount
 from opensoraplan.train.inputs.sources import check_clips
-from opensoraplan.train.learner.adapter import check_base
+from opensoraplan.train.learner.adapter import BASE_SETTING, check_base
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
 from opensoraplan.train.log.metrics import Averages
 from opensoraplan.train.methods.flow import FlowMatching
 from opensoraplan.train.methods.method import Method
 from opensoraplan.train.methods.vae import VAETraining
 from opensoraplan.train.run import checkpoint
-from opensoraplan.train.run.folder import open_run_together
+from opensoraplan.train.run.files import refuse_other_files
+from opensoraplan.train.run.folder import moved_since, open_run_together
 from opensoraplan.train.run.loop import run_steps
-from opensoraplan.train.run.state import RunState
+from opensoraplan.train.run.state import DenoiserState, RunState
 from opensoraplan.train.run.writers import ShardedWriter, Writer
 
 logger = logging.getLogger(__name__)
@@ -56,13 +59,24 @@ def train(settings: RunSettings, *, resume: str | None = None) -> Path:
         _joined(settings, device) as ranks,
         open_run_together(settings.output, settings, resume=resume, ranks=ranks) as start,
     ):
-        method: Method = kind(settings, device=device, ranks=ranks)
+        method: Method = kind(_with_base_of_run(settings, start), device=device, ranks=ranks)
         trainer = Trainer(method, settings, ranks, start=start)
         if start:
             trainer.load(start)
         with closing(trainer.batches):
             run_steps(trainer, settings, start=start, ranks=ranks)
         return method.finish()
+
+
+def _with_base_of_run(settings: RunSettings, start: int) -> RunSettings:
+    """The settings of a run that goes on after step `start`. Where memory.placement "auto" has chosen the
+    precision of the frozen weights, what is learned depends on it: it stays.
+    """
+    if not start or not isinstance(settings, TrainSettings) or settings.adapter.base != "auto":
+        return settings
+    base = checkpoint.read_state(settings.output, start, DenoiserState).base
+    adapter = settings.adapter.model_copy(update={} if base is None else {"base": base})
+    return settings.model_copy(update={"adapter": adapter})
 
 
 def _joined(settings: RunSettings, device: torch.device) -> AbstractContextManager[Ranks]:
@@ -182,6 +196,7 @@ class Trainer:
         self.bad_files.share(self.ranks)
         state = {
             "model_config": plain_config(self.learner.module),
+            "base": weight_precision_of(self.learner.module),
             **self.learner.state_dict(),
             "outliers_in_a_row": self.outliers_in_a_row,
             "global_batch": self.method.global_batch,
@@ -203,6 +218,7 @@ class Trainer:
         """Go on from a checkpoint of the same run, made by any number of processes."""
         saved = checkpoint.read_state(self.settings.output, step, self.method.state)
         check_base(saved.encoders, self.method.encoders)
+        self._check_moved(saved)
         with self.method.speed.apart():
             state = self._restore(step)
         check_clips(state.clips, self.method.clips, others=self.settings.data.other_clips)
@@ -212,6 +228,14 @@ class Trainer:
             self.bad_files.load_state_dict(state.bad_files)
             if self.ranks.data_rank == 0:  # sums are of all processes: one goes on with them
                 self.averages.load_state_dict(state.averages.model_dump())
+
+    def _check_moved(self, saved: RunState) -> None:
+        """Raise ValueError if the settings name files in other places than before, and others."""
+        before, now = dict(saved.encoders), dict(self.method.encoders)
+        if BASE_SETTING not in now:  # it is trained itself: of the path only the config is used
+            before[BASE_SETTING] = hash_plain(saved.architecture)
+            now[BASE_SETTING] = hash_plain(plain_config(self.learner.module))
+        refuse_other_files(moved_since(self.settings), before, now)
 
     def _restore(self, step: int) -> RunState:
         """Take over what was learned until then, without what is counted; returns the checkpoint's state."""
