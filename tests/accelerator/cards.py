@@ -30,6 +30,20 @@ def gather_without_waiting() -> None:
     dist.all_gather_into_tensor(torch.empty(8, device="npu"), x)
 
 
+def use_without_waiting(fault: str) -> None:
+    """An asynchronous collective of which nobody waits for the end, which is an error to read what it
+    receives, and to write what it sends. "none": somebody does.
+    """
+    x, gathered = torch.ones(4, device="npu"), torch.empty(8, device="npu")
+    work = dist.all_gather_into_tensor(gathered, x, async_op=True)
+    if fault == "none":
+        work.wait()
+    if fault != "writes":
+        assert gathered.sum().item() == 8
+    if fault != "reads":
+        x += 1
+
+
 def command() -> None:
     """`osp`, on the card if that is asked for."""
     install()

@@ -50,6 +50,13 @@ def test_a_collective_waits_for_the_stream_that_writes_what_is_sent(ranks: Ranks
         ranks(cards.gather_without_waiting, ranks=2)
 
 
+@pytest.mark.parametrize("fault", ["reads", "writes"])
+def test_what_a_collective_is_at_work_on_is_not_used(ranks: Ranks, fault: str) -> None:
+    with pytest.raises(AssertionError, match="does not wait for stream"):
+        ranks(cards.use_without_waiting, fault, ranks=2)
+    ranks(cards.use_without_waiting, "none", ranks=2)
+
+
 def finish(job: list[Running]) -> None:
     for process in job:
         assert process.wait() == 0, process.said()

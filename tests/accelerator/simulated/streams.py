@@ -72,6 +72,7 @@ _all: list[Stream] = []
 # What the host has waited for, no stream has to wait for any more.
 HOST = Stream()
 DEFAULT = Stream()
+COLLECTIVES = Stream()
 _current = threading.local()
 
 
@@ -133,8 +134,9 @@ def synchronize_all() -> None:
 def forget() -> None:
     """As at the start of the process, for the next test."""
     synchronize_all()
-    _all[:] = [HOST, DEFAULT]
-    HOST.freed, DEFAULT.freed = [], []
+    _all[:] = [HOST, DEFAULT, COLLECTIVES]
+    for stream in _all:
+        stream.freed = []
     set_current(DEFAULT)
 
 
