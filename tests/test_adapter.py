@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def test_sample_videos_are_made_with_the_adapter(tiny_run: MakeRun) -> None:
 def test_adapters_that_do_not_fit_the_model(tiny_run: MakeRun, adapter: dict[str, Any], message: str) -> None:
     run = tiny_run(adapter=adapter)
     with pytest.raises(ValueError, match=message):
+        train(run)
+    assert not run.output.exists()
+
+
+def test_an_adapter_without_peft_is_refused_before_anything_is_read(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    run = tiny_run(adapter=LORA, vae={"pretrained": "nowhere"})
+    with pytest.raises(ValueError, match=r"LoRAs need the package peft .*\[lora\]"):
         train(run)
     assert not run.output.exists()
 

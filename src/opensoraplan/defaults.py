@@ -25,6 +25,8 @@ Fps = Annotated[float, Field(ge=0.001, le=1000)]
 Initialisation = Literal["adaln_zero", "original"]
 # How the denoiser's matrices are kept: runtime/quantisation.py.
 WeightPrecision = Literal["whole", "int8", "fp8"]
+# The same of the frozen weights under a LoRA, for which there is one kind more: runtime/nf4.py.
+BasePrecision = Literal[WeightPrecision, "nf4"]
 # Where weights are kept: runtime/placement.py; "auto": the fastest placement that fits.
 Memory = Literal["auto", "resident", "in-turn", "streamed"]
 

@@ -220,7 +220,7 @@ def training(
             stream_frozen_blocks(model, torch.device(NPU))
         model.train()
         master = MasterWeights(model, master=master_dtype, compute=dtype)
-        optimizer = make_optimizer(master.parameters, OptimizerSettings())
+        optimizer = make_optimizer(master.parameters, OptimizerSettings(bits=options.bits, eps=1e-8))
         device = None if options.ema is None else NPU if options.ema == "device" else "cpu"
         ema = None if device is None else Ema(master.parameters, decay=0.999, device=device)
 

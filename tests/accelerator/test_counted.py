@@ -27,7 +27,13 @@ def test_generating(placement: Placement, weights: WeightPrecision) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"recompute_blocks": 6}, {"recompute_feed_forwards": 3, "compute": "fp32"}, {"ema": "host"}],
+    [
+        {},
+        {"recompute_blocks": 6},
+        {"recompute_feed_forwards": 3, "compute": "fp32"},
+        {"ema": "host"},
+        {"ema": "host", "bits": 8},
+    ],
 )
 def test_training(options: dict[str, Any]) -> None:
     config = {**TRAINED, "num_layers": [2, 2, 2], "sparse_n": [1, 4, 1]}
@@ -39,7 +45,7 @@ def test_training(options: dict[str, Any]) -> None:
     ("adapter", "options"),
     [
         ({}, {}),
-        ({"base": "int8"}, {"recompute_blocks": 6}),
+        ({"base": "int8"}, {"recompute_blocks": 6, "bits": 8}),
         ({"streamed": True}, {"recompute_blocks": 6, "ema": "host"}),
         ({"base": "int8", "streamed": True}, {"recompute_blocks": 6, "keep_attention": True}),
         ({"base": "fp8"}, {"recompute_blocks": 3, "accumulate": 2}),

@@ -2,7 +2,6 @@
 lora_formats.py; diffusers and PEFT put it into the model.
 """
 
-import importlib.util
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -84,9 +83,11 @@ class LoraMixin(PeftAdapterMixin):
 
 
 def check_peft() -> None:
-    """Raise ImportError without PEFT, which puts LoRAs into models."""
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("LoRAs need peft: pip install 'peft>=0.17'")
+    """Raise ValueError without PEFT, which puts LoRAs into models."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"LoRAs need the package peft ({error}): pip install 'opensoraplan[lora]'") from None
 
 
 def read_fitting(

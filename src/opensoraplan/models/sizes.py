@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from opensoraplan.defaults import WeightPrecision
+from opensoraplan.defaults import BasePrecision
 from opensoraplan.models.chunks import latents_at_a_time, tile_starts
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import name_wrong_types
@@ -21,6 +21,7 @@ from opensoraplan.shapes import COLOURS, SPATIAL_STRIDE
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NF4_BLOCK = 64  # numbers with a scale
 ROOT = -1  # the unit of what is outside of all blocks
 
 # --- Tensor parallelism -------------------------------------------------------------------------------------
@@ -140,20 +141,25 @@ class DenoiserSizes:
         compute: str,
         *,
         unit: int | None = None,
-        kind: WeightPrecision = "whole",
+        kind: BasePrecision = "whole",
         adaln: bool | None = None,
     ) -> int:
         """Bytes of the weights of one unit or of all, on one device, kept as `kind`
         (runtime/quantisation.py): a byte for each number of the smaller ones, and a scale for each of their
-        outputs. `adaln`: only AdaLN's linear layers, or only the others.
+        outputs; of "nf4" half a byte, and a scale for each block of 64. `adaln`: only AdaLN's linear layers,
+        or only the others.
         """
         whole, total = BYTES[compute], 0
         scale = FP32 if kind == "fp8" else whole
         for weight in self.weights:
             if unit in (None, weight.unit) and adaln in (None, weight.adaln):
                 in_block = weight.unit != ROOT and len(weight.shape) == 2
-                smaller = weight.feed_forward if kind == "fp8" else kind == "int8" and in_block
-                total += weight.numbers() + weight.shape[0] * scale if smaller else weight.numbers() * whole
+                smaller = weight.feed_forward if kind == "fp8" else kind in ("int8", "nf4") and in_block
+                numbers = weight.numbers()
+                if smaller and kind == "nf4":
+                    total += math.ceil(numbers / 2) + math.ceil(numbers / _NF4_BLOCK) * FP32
+                else:
+                    total += numbers + weight.shape[0] * scale if smaller else numbers * whole
         return total
 
 
@@ -247,7 +253,7 @@ def cache_bytes(
 
 
 def forward_memory(
-    model: DenoiserSizes, shape: BatchShape, compute: str, *, kind: WeightPrecision = "whole"
+    model: DenoiserSizes, shape: BatchShape, compute: str, *, kind: BasePrecision = "whole"
 ) -> int:
     """Bytes of one forward pass without gradients, without weights, which have this precision. The peaks of a
     block are GELU (its input and output, and five tensors of the stream's width; in fp8 its output, scaled

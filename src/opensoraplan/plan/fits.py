@@ -5,7 +5,7 @@ leanest, and the first of them that fits.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from opensoraplan.defaults import WeightPrecision
+from opensoraplan.defaults import BasePrecision
 from opensoraplan.plan.memory import training_memory
 from opensoraplan.plan.step import TrainingStep
 from opensoraplan.runtime.placement import MARGIN
@@ -34,7 +34,7 @@ class Fit:
 
 
 def fits_of(
-    step: TrainingStep, *, bases: Sequence[WeightPrecision] = ("whole",), streams: bool = True
+    step: TrainingStep, *, bases: Sequence[BasePrecision] = ("whole",), streams: bool = True
 ) -> list[Fit]:
     """Each needs less than all before it, of the device or of the host: more and more blocks are recomputed,
     and then the frozen weights under an adapter are streamed, if that `streams`; first in the first of

@@ -47,6 +47,8 @@ def training_memory(step: TrainingStep) -> StepMemory:
     frozen, streamed = _frozen(step)
     parameters = gradients = own * master
     optimizer = 2 * own * master
+    if options.bits == 8:  # a byte, and a scale for each block of 256
+        optimizer = 2 * (own + own // 256 * FP32)
     ema = own * FP32 if options.ema else 0
     host = ema if options.ema == "host" else 0
     if options.cpu_offload:

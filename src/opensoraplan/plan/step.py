@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from opensoraplan.defaults import WeightPrecision
+from opensoraplan.defaults import BasePrecision
 from opensoraplan.models.sizes import (
     ADALN,
     BYTES,
@@ -32,7 +32,7 @@ class AdapterOptions:
     layers: Mapping[str, tuple[int, int]]
     rank: int
     dora: bool = False
-    base: WeightPrecision = "whole"
+    base: BasePrecision = "whole"
     streamed: bool = False
 
     def numbers(self, unit: int | None = None) -> int:
@@ -49,8 +49,8 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How the denoiser is trained; names and meanings as in train/config.py, `ema` is where the EMA is.
-    `adapter`: what is trained instead of all weights.
+    """How the denoiser is trained; names and meanings as in train/config.py, `ema` is where the EMA is,
+    `bits` are those of the optimizer's moments. `adapter`: what is trained instead of all weights.
     """
 
     compute: Literal["bf16", "fp32"] = "bf16"
@@ -60,6 +60,7 @@ class TrainingOptions:
     recompute_feed_forwards: int = 0
     keep_attention: bool = False
     inputs_on_host: bool = False
+    bits: Literal[32, 8] = 32
     ema: Literal["device", "host"] | None = "device"
     cpu_offload: bool = False
     adapter: AdapterOptions | None = None
@@ -98,6 +99,8 @@ class TrainingStep:
         """Raise ValueError for what the model or the trainer refuses."""
         self.options.check(self.model)
         self.mesh.check_model(self.model.heads)
+        if self.options.bits == 8 and not self.alone:
+            raise ValueError(f"moments in 8 bits need one device, got {self.devices}: FSDP shards them in 32")
         if self.alone and self.options.cpu_offload:
             raise ValueError("cpu_offload is FSDP's, which takes at least 2 devices")
         if self.needs_one_device and not self.alone:

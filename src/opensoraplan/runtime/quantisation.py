@@ -1,22 +1,25 @@
-"""Quantises a denoiser's matrices to 8 bits, for generating and as the frozen base of a LoRA. Not exact.
+"""Quantises a denoiser's matrices to 8 bits, for generating and as the frozen base of a LoRA, and for the
+latter to 4 (nf4.py). Not exact.
 
 "int8" stores the matrices of all blocks in int8 and casts each to the model's precision when it is used, on
 any device. "fp8" stores the feed-forwards' matrices, two thirds of the FLOPs of linear layers, in fp8 and
 multiplies in fp8, at twice the rate of bf16 on cards with fp8 instructions. Gradients of inputs are those of
 the dequantised matrices; the matrices themselves have none.
 
-In plain torch, so that it works on every device: torchao has no kernels for NPUs.
+Both in plain torch, so that it works on every device: torchao has no kernels for NPUs.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opensoraplan.defaults import WeightPrecision
+from opensoraplan.defaults import BasePrecision
 from opensoraplan.device import dtype_name
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT, SparseUMMDiTBlock
+from opensoraplan.runtime.nf4 import Nf4Linear, check_nf4
 
 LARGEST_INT8 = 127
 FP8 = torch.float8_e4m3fn
@@ -96,7 +99,8 @@ class Fp8Linear(nn.Module):
 
 
 # Linear layers that keep their weight in fewer bits.
-QUANTISED = (Int8Linear, Fp8Linear)
+QuantisedLinear = Int8Linear | Fp8Linear | Nf4Linear
+QUANTISED = (Int8Linear, Fp8Linear, Nf4Linear)
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -152,13 +156,15 @@ def _round_to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows * inverse).to(FP8), 1 / inverse.float()
 
 
-def quantise_weights(model: SparseUMMDiT, kind: WeightPrecision) -> None:
+def quantise_weights(model: SparseUMMDiT, kind: BasePrecision) -> None:
     """Quantise the denoiser's matrices in place, which have no gradients then; layers of LoRAs stay as they
     are. Bytes of the release's: `DenoiserSizes.stored`. Raises ValueError as `check_weight_precision` does.
     """
     check_weight_precision(kind, model.device, model.dtype)
     if kind == "int8":
         _replace_linears(model.transformer_blocks, Int8Linear)
+    elif kind == "nf4":
+        _replace_linears(model.transformer_blocks, Nf4Linear)
     elif kind == "fp8":
         for block in model.transformer_blocks:
             block = cast(SparseUMMDiTBlock, block)
@@ -167,16 +173,19 @@ def quantise_weights(model: SparseUMMDiT, kind: WeightPrecision) -> None:
                     _replace_linears(feed_forward, Fp8Linear)
 
 
-def weight_precision_of(model: nn.Module) -> WeightPrecision:
+def weight_precision_of(model: nn.Module) -> BasePrecision:
     """The precision that `quantise_weights` gave the model's weights."""
-    kinds = {type(layer) for layer in model.modules()}
-    return "int8" if Int8Linear in kinds else "fp8" if Fp8Linear in kinds else "whole"
+    kinds: dict[type, BasePrecision] = {Int8Linear: "int8", Fp8Linear: "fp8", Nf4Linear: "nf4"}
+    found: list[BasePrecision] = [kinds[type(layer)] for layer in model.modules() if type(layer) in kinds]
+    return found[0] if found else "whole"
 
 
-def check_weight_precision(kind: WeightPrecision, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError if the device, or a model of this dtype, does not support weights of this precision.
-    CPUs support all, but are slow in fp8.
+def check_weight_precision(kind: BasePrecision, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError if the device, or a model of this dtype, does not support weights of this precision,
+    or a package that they need is missing. CPUs support all, but are slow in fp8.
     """
+    if kind == "nf4":
+        check_nf4(device)
     if kind != "fp8":
         return
     if dtype != torch.bfloat16:
@@ -190,7 +199,7 @@ def check_weight_precision(kind: WeightPrecision, device: torch.device, dtype: t
         )
 
 
-def _replace_linears(module: nn.Module, kind: type[Int8Linear] | type[Fp8Linear]) -> None:
+def _replace_linears(module: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
     """Make all linear layers inside the module such ones, but for LoRAs'."""
     for name, child in module.named_children():
         if name.startswith("lora_"):

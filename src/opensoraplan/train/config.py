@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from opensoraplan import builtin
 from opensoraplan.data.reading import Reader
 from opensoraplan.data.selection import SelectionSettings
-from opensoraplan.defaults import Fps, Initialisation, WeightPrecision
+from opensoraplan.defaults import BasePrecision, Fps, Initialisation
 from opensoraplan.flow import Weighting
 from opensoraplan.parallel.mesh import MeshSettings
 from opensoraplan.requests import Request
@@ -113,10 +113,11 @@ class AdapterSettings(Settings):
     """Fraction of the additions' inputs that are dropped in training. Raise it if
     few clips are overfitted.
     """
-    base: WeightPrecision | Literal["auto"] = "whole"
+    base: BasePrecision | Literal["auto"] = "whole"
     """Precision in which the frozen weights are kept. "int8" halves their memory, "fp8" saves a third and
-    multiplies faster on cards with fp8 instructions. Both change the model a little. "whole" is
-    `model.compute`. "auto", with `memory.placement` "auto": int8 if they do not fit whole.
+    multiplies faster on cards with fp8 instructions, "nf4" takes a quarter and needs the extra
+    `bitsandbytes`. They change the model a little, "nf4" the most. "whole" is `model.compute`. "auto", with
+    `memory.placement` "auto": int8 if they do not fit whole.
     """
 
     @model_validator(mode="after")
@@ -258,12 +259,24 @@ class OptimizerSettings(Settings):
     """AdamW's epsilon. The default is the original's."""
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 1e-4
     """AdamW's decoupled weight decay."""
+    bits: Literal[32, 8] = 32
+    """Bits of AdamW's two moments of each weight. 8 saves 6 bytes for each parameter that is trained, at some
+    cost in exactness. Needs the extra `bitsandbytes`, one process, and `eps` of 1e-8 at least.
+    """
     ema_decay: Decay | None = 0.9999
     """Decay of the EMA of the weights per step; None is no EMA. Lower it for short runs: 0.9999 averages
     about 10,000 steps.
     """
     ema_device: Literal["same", "cpu"] = "same"
     """Where the EMA is kept. "cpu" saves 4 bytes per parameter on the accelerator."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.bits == 8 and self.eps < 1e-8:
+            raise ValueError(
+                f"eps {self.eps:g} is too small for bits = 8, which round small moments to 0: use 1e-8"
+            )
+        return self
 
     @model_validator(mode="after")
     def _falls(self) -> Self:

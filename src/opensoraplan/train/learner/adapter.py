@@ -18,7 +18,7 @@ from opensoraplan.models.lora import check_peft, linear_layers
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.names import did_you_mean
 from opensoraplan.parallel.shards import fill
-from opensoraplan.runtime.quantisation import QUANTISED, Fp8Linear, Int8Linear
+from opensoraplan.runtime.quantisation import QUANTISED, QuantisedLinear
 from opensoraplan.train.config import AdapterSettings
 
 # Attention and feed-forwards of both streams; not modulation, skip connections and projections at both ends.
@@ -91,7 +91,7 @@ def fill_with_adapter(model: SparseUMMDiT, weights: Iterable[tuple[str, Tensor]]
             fill(parameter, torch.zeros(parameter.shape))
 
 
-def quantised_layers(model: SparseUMMDiT) -> dict[str, Int8Linear | Fp8Linear]:
+def quantised_layers(model: SparseUMMDiT) -> dict[str, QuantisedLinear]:
     """The linear layers that are quantised, by the names that they have without an adapter."""
     return {
         name.removesuffix(_BASE[:-1]): module

@@ -19,6 +19,7 @@ from opensoraplan.device import DTYPES
 from opensoraplan.models.attention import check_backend
 from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.hashes import hash_plain
+from opensoraplan.models.lora import check_peft
 from opensoraplan.models.sizes import BatchShape, training_flops
 from opensoraplan.models.strict import plain_config
 from opensoraplan.parallel.ranks import Ranks
@@ -209,7 +210,11 @@ class FlowMatching:
 
 
 def _check_adapter(settings: TrainSettings, device: torch.device, ranks: Ranks) -> None:
-    """Raise ValueError for a frozen base that cannot be kept as the settings say."""
+    """Raise ValueError for an adapter that cannot be trained here, or a frozen base that cannot be kept as
+    the settings say.
+    """
+    if settings.adapter.kind != "none":
+        check_peft()
     base, placement = settings.adapter.base, settings.memory.placement
     if ranks.mesh is not None and (base != "whole" or placement != "resident"):
         asked = f'adapter.base "{base}"' if base != "whole" else f'memory.placement "{placement}"'

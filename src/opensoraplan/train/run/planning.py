@@ -64,6 +64,7 @@ def training_options(settings: TrainSettings, model: DenoiserSizes) -> TrainingO
         recompute_feed_forwards=memory.recompute_feed_forwards,
         keep_attention=memory.keep_attention,
         inputs_on_host=memory.inputs_on_host,
+        bits=optimizer.bits,
         ema=None if optimizer.ema_decay is None else ema,
         cpu_offload=settings.parallel.cpu_offload,
         adapter=adapter,

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from opensoraplan.defaults import WeightPrecision
+from opensoraplan.defaults import BasePrecision
 from opensoraplan.settings import Settings
 
 Count = Annotated[int, Field(ge=0)]
@@ -48,7 +48,7 @@ class RunState(Settings):
     outliers_in_a_row: Count = 0
     global_batch: Annotated[int, Field(ge=1)] | None = None
     encoders: dict[str, str] = Field(default={})
-    base: WeightPrecision | None = None  # of the frozen weights
+    base: BasePrecision | None = None  # of the frozen weights
 
 
 class DenoiserState(RunState):

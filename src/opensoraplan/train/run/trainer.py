@@ -25,6 +25,7 @@ from opensoraplan.train.inputs.loading import BadFileAccount
 from opensoraplan.train.inputs.sources import check_clips
 from opensoraplan.train.learner.adapter import BASE_SETTING, check_base
 from opensoraplan.train.learner.gradient_clip import GradientOutlierError
+from opensoraplan.train.learner.optimizer import check_optimizer
 from opensoraplan.train.log.metrics import Averages
 from opensoraplan.train.methods.flow import FlowMatching
 from opensoraplan.train.methods.method import Method
@@ -53,6 +54,7 @@ def train(settings: RunSettings, *, resume: str | None = None) -> Path:
     """
     kind = METHODS[settings.method]
     kind.check(settings)
+    check_optimizer(settings.optimizer)
     device = device_of_rank(resolve_device(settings.device))
     prepare(device, allow_tf32=settings.allow_tf32)
     with (
