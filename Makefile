@@ -1,4 +1,5 @@
-# make demo | test | lint | train-demo | bench | guard | clean. All need only python3 (3.11 or newer), pip and make.
+# make demo | test | test-postgresql | lint | train-demo | bench | guard | clean. All need only
+# python3 (3.11 or newer), pip and make; test-postgresql also needs PostgreSQL.
 PYTHON ?= python3
 # Another torch than that of the constraints, in an environment of its own: make test TORCH=2.12.1
 TORCH ?=
@@ -9,7 +10,7 @@ TRAIN := train-demo
 COMPUTE := fp32
 PROMPT := A large red star moves to the right over a green meadow.
 
-.PHONY: demo train-demo test lint bench guard clean
+.PHONY: demo train-demo test test-postgresql lint bench guard clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
@@ -42,9 +43,13 @@ train-demo: $(BIN)/.installed
 # Those of accelerators have processes of their own, in which torch's device for others is a card in software: it
 # needs what the torch of the constraints offers to such devices.
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed --ignore tests/accelerator
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed --ignore tests/accelerator --ignore tests/postgresql
 	$(if $(TORCH),,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/accelerator)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+
+# The server with several machines' store: needs PostgreSQL (Debian: apt-get install postgresql).
+test-postgresql: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/postgresql
 
 # Speed: all benchmarks into docs/performance.md (BENCH=vae: one of them), or only whether a hot path has lost a third.
 bench: $(BIN)/.installed

@@ -110,6 +110,14 @@ class Request(Settings):
         """Latent (T, H, W) of the video, of a VAE with these strides. Raises ValueError if there is none."""
         return latent_shape(self.frames, self.height, self.width, strides=strides)
 
+    def positions(self, strides: Strides = RELEASE) -> tuple[int, int]:
+        """Number of latent positions in a frame, and in all that is denoised at once."""
+        frames, rows, columns = self.grid(strides)
+        return rows * columns, frames * rows * columns * (2 if self.batched_guidance else 1)
+
+    def describe_size(self) -> str:
+        return f"{self.frames} frames of {self.width} x {self.height}"
+
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
         self.grid(info.context or RELEASE)

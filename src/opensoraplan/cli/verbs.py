@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from opensoraplan.cli import data, decoding, doctor, generating, launch, models, plan, training
+from opensoraplan.cli import data, decoding, doctor, generating, launch, models, plan, serving, training
 from opensoraplan.cli.effects import given_options
 from opensoraplan.cli.help import Groups
 from opensoraplan.cli.options import check_exists
@@ -47,6 +47,10 @@ GROUPS = {
         "decode": Verb(decoding.Decode, decoding.decode),
         "calibrate": Verb(decoding.Calibrate, decoding.calibrate),
         "reconstruct": Verb(models.Reconstruct, models.reconstruct),
+    },
+    "Serve": {
+        "serve": Verb(serving.Serve, serving.serve, groups=serving.GROUPS),
+        "serve worker": Verb(serving.ServeWorker, serving.serve_worker, groups=serving.WORKER_GROUPS),
     },
     "Train": {
         "data check": Verb(data.DataCheck, data.data_check),
@@ -133,7 +137,7 @@ def _check_launched(options: launch.Launch) -> None:
 
 def _verb_of(words: list[str]) -> tuple[str, list[str]]:
     """The verb that a command line begins with, and the rest of it. Shows the help of `osp data`."""
-    for count in (1, 2):
+    for count in (2, 1):
         if (name := " ".join(words[:count])) in VERBS:
             return name, words[count:]
     family = {name: verb for name, verb in VERBS.items() if name.startswith(f"{words[0]} ")}

@@ -43,7 +43,6 @@ from opensoraplan.runtime.loras import load_loras, settings_of, use_loras
 from opensoraplan.runtime.placement import Arrangement
 from opensoraplan.runtime.quantisation import weight_precision_of
 from opensoraplan.runtime.step_cache import Calibration, skip_steps
-from opensoraplan.shapes import Strides
 
 logger = logging.getLogger(__name__)
 
@@ -251,15 +250,15 @@ class Session:
             if file not in self.loras:
                 raise ValueError(f"this session was not opened for a request with the LoRA {file}")
         strides = self.pipeline.vae.strides
-        area, volume = _size(request, strides)
+        area, volume = request.positions(strides)
         if not self.largest:
             return
-        sizes = {_size(one, strides): one for one in self.largest}
+        sizes = {one.positions(strides): one for one in self.largest}
         if not any(area <= size[0] and volume <= size[1] for size in sizes):
             most = sizes[max(sizes)]
             raise ValueError(
-                f"{_describe_size(request)} are more than this session was opened for, "
-                f"{_describe_size(most)}: open it for the largest request"
+                f"{request.describe_size()} are more than this session was opened for, "
+                f"{most.describe_size()}: open it for the largest request"
             )
         rows, count = request.height // strides.spatial, self.ranks.count
         if self.all_decode and rows % count:
@@ -278,7 +277,7 @@ class Session:
         """Return `work(False)`. If memory runs out, return `work(True)` with the next plan that needs less.
         Raises MemoryError if there is no such plan.
         """
-        what = f"{_describe_size(request)} do not fit into memory: ask for fewer or smaller ones"
+        what = f"{request.describe_size()} do not fit into memory: ask for fewer or smaller ones"
         with explain_full_memory(what):
             return work(False) if self.arrangement is None else self.arrangement.run(work)
 
@@ -500,13 +499,3 @@ def _hash_configs(pipeline: OpenSoraPlanPipeline) -> str:
     models = (pipeline.transformer, pipeline.vae)
     configs = [{k: v for k, v in model.config.items() if not k.startswith("_")} for model in models]
     return hash_text(json.dumps(configs, sort_keys=True))
-
-
-def _size(request: Request, strides: Strides) -> tuple[int, int]:
-    """Number of latent positions in a frame, and in all that is denoised at once."""
-    frames, rows, columns = request.grid(strides)
-    return rows * columns, frames * rows * columns * (2 if request.batched_guidance else 1)
-
-
-def _describe_size(request: Request) -> str:
-    return f"{request.frames} frames of {request.width} x {request.height}"
