@@ -54,6 +54,9 @@ class PatchVAE(StrictMixin, ModelMixin, ConfigMixin):
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         return latents * self.config["spread"]
 
+    def encoding_bytes(self, grid: tuple[int, int, int]) -> int:
+        return 2 * 3 * SIDE**3 * grid[0] * grid[1] * grid[2] * self.dtype.itemsize
+
     def decoding_bytes(self, grid: tuple[int, int, int], *, chunk: int) -> int:
         frames, rows, columns = grid
         return 3 * SIDE**3 * min(frames, chunk) * rows * columns * self.dtype.itemsize

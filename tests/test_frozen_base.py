@@ -235,6 +235,10 @@ def test_blocks_are_copied_once_each_way(tiny_run: MakeRun) -> None:
         ({"adapter": {"base": "int8"}}, 'base needs kind = "lora" or "dora"'),
         ({"memory": STREAMED}, 'all weights are trained: set adapter.kind to "lora"'),
         ({"adapter": {**LORA, "base": "auto"}}, 'adapter.base "auto" is chosen with memory.placement "auto"'),
+        (
+            {"memory": {"encoders": "in-turn"}, "data": {"manifest": None, "features": "features"}},
+            'memory.encoders "in-turn" has no effect: nothing is encoded',
+        ),
         ({"memory": {"inputs_on_host": True}}, "inputs_on_host is about recompute_blocks, which is 0"),
         (
             {"memory": {"placement": "auto", "recompute_blocks": 2}},

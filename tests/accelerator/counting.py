@@ -32,6 +32,7 @@ from opensoraplan.runtime.placement import Arrangement, Placement, plans_for
 from opensoraplan.runtime.quantisation import quantise_weights
 from opensoraplan.runtime.streaming import stream_frozen_blocks
 from opensoraplan.samplers import make_scheduler
+from opensoraplan.shapes import latent_shape
 from opensoraplan.train.config import AdapterSettings, OptimizerSettings
 from opensoraplan.train.learner.adapter import add_adapter, target_layers
 from opensoraplan.train.learner.ema import Ema
@@ -137,6 +138,23 @@ def generating(
             name = f"{size}, {placement}, {chunk}" + ("" if weights == "whole" else f", {weights}")
             cases.append(Counted(name, plans[chunk].peak, max(denoising, decoding)))
         return cases
+
+
+def encoding(models: Models, size: tuple[int, int, int], *, chunk: int, dtype: torch.dtype) -> Counted:
+    """A clip of this many frames, height and width, as the encoders of training take it."""
+    with hollow(), torch.no_grad():
+        with torch.device("meta"):
+            vae = WFVAE(**models.vae)
+        vae = nn.Module.to(vae, dtype).eval().requires_grad_(False).to_empty(device=NPU)
+        vae.enable_streaming(latent_frames=chunk)
+        clip, before = torch.empty(1, 3, *size), CARD.memory.now
+
+        def work() -> None:
+            for moments in vae.iter_encode([clip.to(NPU, dtype)]):
+                del moments
+
+        grid = latent_shape(*size, patch=1)
+        return Counted(f"{size}, {chunk}", vae.encoding_bytes(grid), peak_of(work)[1] - before)
 
 
 def _decode(pipeline: OpenSoraPlanPipeline, latents: Tensor) -> None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from counting import SMALL, TRAINED, adapter_of, generating, training
+import torch
+from counting import RELEASE, SMALL, TRAINED, adapter_of, encoding, generating, training
 
 from opensoraplan.defaults import WeightPrecision
 from opensoraplan.models.sizes import BatchShape
@@ -22,6 +23,14 @@ def test_generating(placement: Placement, weights: WeightPrecision) -> None:
     cases = generating(SMALL, REQUEST, placement, weights=weights, chunks=(16, 1))
     assert cases
     for case in cases:
+        assert abs(case.off) < 0.05, case
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding(dtype: torch.dtype, chunk: int) -> None:
+    for size in ((57, 288, 512), (121, 576, 1024)):
+        case = encoding(RELEASE, size, chunk=chunk, dtype=dtype)
         assert abs(case.off) < 0.05, case
 
 

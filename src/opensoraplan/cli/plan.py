@@ -12,8 +12,9 @@ from opensoraplan.cli.options import Changes, Dtype, check_exists, optional
 from opensoraplan.defaults import WeightPrecision
 
 if TYPE_CHECKING:
-    from opensoraplan.models.sizes import DenoiserSizes
+    from opensoraplan.models.sizes import BatchShape, DenoiserSizes
     from opensoraplan.parallel.mesh import MeshSettings
+    from opensoraplan.plan.memory import Encoding
     from opensoraplan.plan.report import FrozenParts
     from opensoraplan.plan.step import TrainingOptions
     from opensoraplan.train.config import TrainSettings
@@ -149,18 +150,19 @@ def plan(options: Plan) -> None:
         raise ValueError(f"--vae-dtype {options.vae_dtype} is for --generate: set vae.compute of the run")
     if options.job.batch is None and run is not None:
         shape = replace(shape, batch=run.data.batch_size)
-    mesh, encoders = _mesh_of(options, run), _encoder_bytes(options, run)
+    mesh, encoding = _mesh_of(options, run), _encoding_of(options, run, shape)
     step = TrainingStep(model, shape, mesh or ONE_DEVICE, _training_options(options.job, run, model))
     if run is not None and run.memory.placement == "auto":
         _check_left_to_auto(options)
-        fits = possible_fits(run, step, device=None)
-        _write(fitting_lines(fits, known, encoders=encoders, described=described))
+        fits = possible_fits(run, step, device=None, encoding=encoding)
+        _write(fitting_lines(fits, known, described=described))
         return
     if mesh is None and options.memory is not None and not step.needs_one_device:
         memory = int(options.memory * GB * (1 - MARGIN))
-        mesh = cheapest_mesh(step, memory=memory, machine=options.machine, others=encoders)
+        others = 0 if encoding is None or encoding.in_turn else encoding.weights
+        mesh = cheapest_mesh(step, memory=memory, machine=options.machine, others=others)
         step, described = replace(step, mesh=mesh), f"{described}; the cheapest mesh that fits"
-    _write(training_lines(step, known, encoders=encoders, described=described))
+    _write(training_lines(step, known, encoding=encoding, described=described))
 
 
 def _check_left_to_auto(options: Plan) -> None:
@@ -232,19 +234,27 @@ def _frozen_parts(options: Plan, run: "TrainSettings | None") -> "FrozenParts":
     return frozen_parts(VAESettings(pretrained=folder), TextSettings(t5=folder, clip=folder))
 
 
-def _encoder_bytes(options: Plan, run: "TrainSettings | None") -> int:
-    """Of the VAE and the text encoders, where clips are encoded while training."""
+def _encoding_of(options: Plan, run: "TrainSettings | None", shape: "BatchShape") -> "Encoding | None":
+    """By what clips are encoded while training, if they are."""
     from opensoraplan.models.sizes import BYTES
-    from opensoraplan.train.run.planning import encodes_while_training
+    from opensoraplan.plan.memory import Encoding
+    from opensoraplan.train.config import TextSettings, VAESettings
+    from opensoraplan.train.run.planning import empty_vae_of, encodes_while_training
 
     wanted = options.job.encoders
     if wanted is None:
         wanted = run is not None and encodes_while_training(run)
     if not wanted:
-        return 0
-    vae, text = (run.vae.compute, run.text.compute) if run else ("fp32", "bf16")
+        return None
+    folder = options.model if options.model and (options.model / "model_index.json").is_file() else None
+    vae, text = (run.vae, run.text) if run else (VAESettings(pretrained=folder), TextSettings())
     parts = _frozen_parts(options, run)
-    return parts.vae * BYTES[vae] + parts.text * BYTES[text]
+    return Encoding(
+        parts.vae * BYTES[vae.compute],
+        (parts.t5 * BYTES[text.compute], parts.clip * BYTES[text.compute]),
+        empty_vae_of(vae).encoding_bytes(shape.grid),
+        in_turn=run is not None and run.memory.encoders == "in-turn",
+    )
 
 
 def _mesh_of(options: Plan, run: "TrainSettings | None") -> "MeshSettings | None":

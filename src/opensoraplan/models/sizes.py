@@ -285,6 +285,18 @@ def step_cache_bytes(model: DenoiserSizes, shape: BatchShape, compute: str) -> i
     return 2 * 2 * shape.tokens(model.config["patch_size"]) * model.dim * BYTES[compute]
 
 
+def encoding_memory(shape: BatchShape, compute: str, *, base: int = 160, chunk: int = 4) -> int:
+    """What the WF-VAE of `base` channels needs to encode one clip whose latents are [C, *shape.grid] besides
+    weights, `chunk` latent frames at a time: the clip itself; and in the first resnets, which have half of
+    its frames, height and width, about three tensors of 4 frames for each latent one, and what convolutions
+    keep from chunk to chunk, as much as 12 frames.
+    """
+    frames, height, width = shape.grid
+    clip = COLOURS * (1 + 8 * (frames - 1)) * 64 * height * width
+    wide = int(12.2 * min(chunk, frames - 1) + 12) * 16 * height * width
+    return (clip + wide * base) * BYTES[compute]
+
+
 def decoding_memory(
     shape: BatchShape,
     compute: str,

@@ -30,7 +30,7 @@ from opensoraplan.models.chunks import (
     latents_at_a_time,
     tile_starts,
 )
-from opensoraplan.models.sizes import PRECISIONS, BatchShape, decoding_memory
+from opensoraplan.models.sizes import PRECISIONS, BatchShape, decoding_memory, encoding_memory
 from opensoraplan.models.strict import Depth, Numbers, PositiveNumbers, StrictMixin, Whole
 from opensoraplan.shapes import (
     COLOURS,
@@ -536,6 +536,11 @@ class WFVAE(StrictMixin, original.OriginalModel, ModelMixin, ConfigMixin):
         """Memory to decode latents [1, C, *grid], `chunk` latent frames at a time, besides weights."""
         shape, base = BatchShape(grid, 0), self.config["base_channels"]
         return decoding_memory(shape, PRECISIONS[self.dtype], base=base, chunk=chunk, tiling=self.tiling)
+
+    def encoding_bytes(self, grid: tuple[int, int, int]) -> int:
+        """Memory to encode a clip whose latents are [1, C, *grid], besides weights."""
+        chunk, base = self.streaming_latent_frames or grid[0], self.config["base_channels"]
+        return encoding_memory(BatchShape(grid, 0), PRECISIONS[self.dtype], base=base, chunk=chunk)
 
     def enable_streaming(self, *, latent_frames: int = 4) -> None:
         """Encode and decode in chunks of `latent_frames` latent frames (8 times as many frames): the same

@@ -25,7 +25,8 @@ class StepMemory:
 
     `parameters`: those that are trained; `frozen`: the weights under an adapter. `working`: what the busiest
     moment of the backward pass needs besides: a block that is computed again, gradients of activations,
-    weights that FSDP has gathered. `host`: what is in the host's memory instead.
+    weights that FSDP has gathered. `between`: what is there while clips are encoded for the next step.
+    `host`: what is in the host's memory instead.
     """
 
     parameters: int
@@ -35,8 +36,36 @@ class StepMemory:
     ema: int
     activations: int
     working: int
+    between: int
     peak: int
     host: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What encodes the clips of a run that trains: bytes of the VAE and of each text encoder, and what the
+    VAE needs besides (`working`). `in_turn`: each is on the device only while it encodes, else in host
+    memory.
+    """
+
+    vae: int
+    texts: tuple[int, ...]
+    working: int
+    in_turn: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.vae + sum(self.texts)
+
+    def peak(self, memory: StepMemory) -> int:
+        """The most bytes of the device at any moment, of steps that need this memory."""
+        if self.in_turn:
+            return max(memory.peak, memory.between + max(self.vae + self.working, *self.texts))
+        return self.weights + max(memory.peak, memory.between + self.working)
+
+    def host(self, memory: StepMemory) -> int:
+        """Bytes of the host."""
+        return memory.host + (self.weights if self.in_turn else 0)
 
 
 def training_memory(step: TrainingStep) -> StepMemory:
@@ -71,6 +100,7 @@ def training_memory(step: TrainingStep) -> StepMemory:
         ema=ema,
         activations=held,
         working=max(backward - held, 0),
+        between=on_device,
         peak=peak,
         host=host + streamed + inputs_on_host(step),
     )

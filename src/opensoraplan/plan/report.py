@@ -19,7 +19,7 @@ from opensoraplan.models.sizes import (
 from opensoraplan.parallel.mesh import said
 from opensoraplan.plan.activations import stage_activations
 from opensoraplan.plan.fits import Fit
-from opensoraplan.plan.memory import copied_by_step, training_memory
+from opensoraplan.plan.memory import Encoding, copied_by_step, training_memory
 from opensoraplan.plan.step import TrainingStep
 from opensoraplan.plan.traffic import sent_by_step
 from opensoraplan.runtime.placement import CHUNKS, MARGIN, Needs, plans_for
@@ -72,10 +72,10 @@ class Precisions:
         return self.compute if self.vae == self.compute else f"{self.compute}, the VAE in {self.vae}"
 
 
-def training_lines(step: TrainingStep, known: Known, *, encoders: int, described: str) -> Iterator[str]:
-    """`encoders`: bytes of the VAE and the text encoders, if they are on the device, too. `described`: the
-    video, in words.
-    """
+def training_lines(
+    step: TrainingStep, known: Known, *, encoding: Encoding | None, described: str
+) -> Iterator[str]:
+    """`encoding`: by what clips are encoded while training, if they are. `described`: the video, in words."""
     options, batch, adapter = step.options, step.shape.batch, step.options.adapter
     yield f"{step.model.numbers():,} parameters; {described}"
     if adapter is not None:
@@ -92,7 +92,7 @@ def training_lines(step: TrainingStep, known: Known, *, encoders: int, described
         fewer = options.accumulate // replicas
         yield f"optimizer.accumulate {fewer} would keep the {step.samples // replicas:,} of one process"
     yield ""
-    yield from _memory_lines(step, known, encoders=encoders)
+    yield from _memory_lines(step, known, encoding)
     yield ""
     yield from _work_lines(step, known)
     one = cache_bytes(step.model, step.shape)
@@ -102,18 +102,18 @@ def training_lines(step: TrainingStep, known: Known, *, encoders: int, described
         yield f"feature cache: {one / 1e6:,.1f} MB a sample on disk"
 
 
-def fitting_lines(fits: Sequence[Fit], known: Known, *, encoders: int, described: str) -> Iterator[str]:
+def fitting_lines(fits: Sequence[Fit], known: Known, *, described: str) -> Iterator[str]:
     """As `training_lines`, of the first of `fits` that fits, or of the leanest, and what all of them need."""
     room = math.inf if known.memory is None else known.memory * GB * (1 - MARGIN)
-    chosen = next((fit for fit in fits if fit.device + encoders <= room), fits[-1])
-    yield from training_lines(chosen.step, known, encoders=encoders, described=described)
+    chosen = next((fit for fit in fits if fit.device <= room), fits[-1])
+    yield from training_lines(chosen.step, known, encoding=chosen.encoding, described=described)
     yield ""
     yield "memory.placement auto takes the first of these that fits"
     for fit in fits:
-        yield f"  {fit}{known.verdict((fit.device + encoders) / (1 - MARGIN))}"
+        yield f"  {fit}{known.verdict(fit.device / (1 - MARGIN))}"
 
 
-def _memory_lines(step: TrainingStep, known: Known, *, encoders: int) -> Iterator[str]:
+def _memory_lines(step: TrainingStep, known: Known, encoding: Encoding | None) -> Iterator[str]:
     memory, options = training_memory(step), step.options
     where = " (host)" if options.cpu_offload else ""
     average = " (host)" if options.ema == "host" or options.cpu_offload else ""
@@ -124,16 +124,19 @@ def _memory_lines(step: TrainingStep, known: Known, *, encoders: int) -> Iterato
     yield _row("gradients" + where, memory.gradients)
     yield _row("optimizer" + where, memory.optimizer)
     yield _row("EMA" + average, memory.ema)
-    if encoders:
-        yield _row("VAE and text encoders", encoders)
+    if encoding is not None:
+        yield _row("VAE and text encoders" + (" (host)" if encoding.in_turn else ""), encoding.weights)
+        yield _row("working memory of encoding", encoding.working)
     yield _row("activations", memory.activations)
     for number, stage in enumerate(stage_activations(step), 1):
         yield _row(f"  stage {number}, {stage.depth} blocks of rate {stage.rate}", stage.kept)
     yield _row("working memory of backward", memory.working)
-    peak = memory.peak + encoders
+    peak, host = memory.peak, memory.host
+    if encoding is not None:
+        peak, host = encoding.peak(memory), encoding.host(memory)
     yield _row("most at one moment", peak) + known.verdict(peak / (1 - MARGIN))
-    if memory.host:
-        yield _row("of the host", memory.host)
+    if host:
+        yield _row("of the host", host)
 
 
 def _work_lines(step: TrainingStep, known: Known) -> Iterator[str]:

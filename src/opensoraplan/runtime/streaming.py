@@ -8,6 +8,7 @@ model offloading, which copies weights back to the host, although they are still
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,6 +61,20 @@ def stream_layers(model: nn.Module, device: torch.device) -> None:
     apply_group_offloading(model, device, offload_type="leaf_level")
 
 
+@contextmanager
+def brought(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a model on the device inside the block. One that is elsewhere is used there again after it, and
+    nothing is copied back.
+    """
+    there = all(_is_on(tensor, device) for _, _, tensor in _tensors_of(model))
+    elsewhere = [] if there else _bring(model, device)
+    try:
+        yield
+    finally:
+        for owner, name, tensor in elsewhere:
+            _set(owner, name, tensor)
+
+
 class InTurn:
     """Keeps one model on the device at a time. A model is moved there when one of its `doors` (modules in
     it) is called, and stays until a door of another model is called. The host keeps its tensors, so
@@ -95,13 +110,7 @@ class InTurn:
             return
         self.release()
         self._there = model
-        seen: set[int] = set()  # parameters that two modules share are one
-        for owner, name, tensor in _tensors_of(model):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                host = tensor.data
-                self._tensors.append((owner, name, host))
-                _set(owner, name, torch.empty_like(host, device=self._device).copy_(host))
+        self._tensors = _bring(model, self._device)
 
 
 def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
@@ -245,6 +254,23 @@ def _store_on_host(block: nn.Module, *, pinned: bool, frozen: bool) -> _Block:
         place.of(host).copy_(tensor.detach())
         place.use(host)
     return _Block(places, host)
+
+
+def _bring(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Tensor]]:
+    """Let the model compute with copies of its tensors on the device; returns the tensors."""
+    before: list[tuple[nn.Module, str, Tensor]] = []
+    seen: set[int] = set()  # parameters that two modules share are one
+    for owner, name, tensor in _tensors_of(model):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            before.append((owner, name, tensor.data))
+            _set(owner, name, torch.empty_like(tensor.data, device=device).copy_(tensor.data))
+    return before
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Of a device without a number, its current one is meant."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

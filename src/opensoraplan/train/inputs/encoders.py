@@ -4,10 +4,11 @@ Which videos and captions those are is decided in data/.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from opensoraplan.models.hashes import hash_plain, hash_tensors
 from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.models.text import TEXT_PARTS, TextEncoder, TextPart, encode_texts, load_text_encoder
 from opensoraplan.models.vae import VideoVAE
+from opensoraplan.runtime.streaming import brought
 from opensoraplan.train.config import TextSettings, VAESettings
 
 logger = logging.getLogger(__name__)
@@ -32,10 +34,13 @@ _SETTINGS = {"text_encoder": ("t5", "t5_tokenizer"), "text_encoder_2": ("clip", 
 
 @dataclass(frozen=True, eq=False)
 class Encoders:
-    """VAE and text encoders in evaluation mode, without gradients, each in its own precision."""
+    """VAE and text encoders in evaluation mode, without gradients, each in its own precision. They compute on
+    `device`; one that is elsewhere is brought there each time.
+    """
 
     vae: VideoVAE
     text: Sequence[TextEncoder]
+    device: torch.device
     clean: bool = True
     keep_chinese: bool = False
 
@@ -53,19 +58,37 @@ class Encoders:
             for name, component in ((part.encoder, encoder.model), (part.tokenizer, encoder.tokenizer))
         }
 
-    def to(self, device: torch.device) -> Self:
-        """The same models, moved."""
-        for model in (self.vae, *(encoder.model for encoder in self.text)):
-            model.to(device)
-        return self
+    @property
+    def models(self) -> list[Any]:
+        """The VAE, then the text encoders."""
+        return [self.vae, *(encoder.model for encoder in self.text)]
+
+    def stay(self) -> None:
+        """Keep all of them on the device from now on."""
+        for model in self.models:
+            model.to(self.device)
+
+    def wait(self) -> None:
+        """Keep all of them in the host's memory while they do not encode."""
+        for model in self.models:
+            model.to("cpu")
+
+    @contextmanager
+    def there(self) -> Iterator[None]:
+        """All of them are on the device inside the block."""
+        with ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(brought(model, self.device))
+            yield
 
     @torch.no_grad()
     def encode_videos(self, video: Tensor) -> Tensor:
         """Moments [B, 2 C, t, h, w] of the posterior of clips [B, 3, T, H, W] in [-1, 1], in the VAE's
         precision and on its device. Clip by clip: a batch is bit-equal to its clips alone.
         """
-        clips = (clip[None].to(self.vae.device, self.vae.dtype) for clip in video)
-        return torch.cat([torch.cat(list(self.vae.iter_encode([clip])), dim=2) for clip in clips])
+        clips = (clip[None].to(self.device, self.vae.dtype) for clip in video)
+        with brought(self.models[0], self.device):
+            return torch.cat([torch.cat(list(self.vae.iter_encode([clip])), dim=2) for clip in clips])
 
     def encode_captions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """Features of captions as the original trains on them: cleaned (with `clean`; `keep_chinese` leaves
@@ -73,7 +96,12 @@ class Encoders:
         """
         settings = caption_settings(self)
         texts = [settings.positive(caption) for caption in captions]
-        return encode_texts(texts, self.text, captions=True)
+        found: list[dict[str, Tensor]] = [{} for _ in texts]
+        for encoder in self.text:
+            with brought(encoder.model, self.device):
+                for features, more in zip(found, encode_texts(texts, [encoder], captions=True), strict=True):
+                    features |= more
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """What features depend on, part by part under names for messages; reads all weights once.
@@ -136,19 +164,24 @@ def _vae_parts(vae: VideoVAE) -> dict[str, str]:
     }
 
 
-def load_encoders(vae: VAESettings, text: TextSettings, *, device: torch.device | str) -> Encoders:
-    """Load VAE, text encoders and tokenizers from local files; each path may also be a whole pipeline's.
+def load_encoders(
+    vae: VAESettings, text: TextSettings, *, device: torch.device | str, on_host: bool = False
+) -> Encoders:
+    """Load VAE, text encoders and tokenizers from local files; each path may also be a whole pipeline's. They
+    compute on `device`, and are there unless they are to wait `on_host`.
 
     All settings and paths are checked before anything is loaded. Raises ValueError for a setting that is
     missing and FileNotFoundError for paths that do not exist, naming each, and what loading the parts raises.
     """
     device = torch.device(device)
+    home = torch.device("cpu") if on_host else device
     paths = find_parts(vae, text)
-    loaded = _load_vae(paths["vae.pretrained"], vae.config, dtype=DTYPES[vae.compute], device=device)
+    loaded = _load_vae(paths["vae.pretrained"], vae.config, dtype=DTYPES[vae.compute], device=home)
     loaded.enable_streaming(latent_frames=vae.chunk)
     return Encoders(
         vae=loaded.requires_grad_(False).eval(),
-        text=[_load_text(part, paths, text, device=device) for part in TEXT_PARTS],
+        text=[_load_text(part, paths, text, device=home) for part in TEXT_PARTS],
+        device=device,
         clean=text.clean,
         keep_chinese=text.keep_chinese,
     )

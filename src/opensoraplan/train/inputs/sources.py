@@ -157,7 +157,7 @@ def _open_clips(
     warn_of_captions(samples, settings.text)
     if not held_out:
         samples = tuple(samples[place] for place in repeat_samples(samples, data.repeat))
-    loaded = encoders or load_encoders(settings.vae, settings.text, device=device)
+    loaded = encoders or encoders_of_run(settings, device)
     dataset = ClipDataset(
         samples,
         seed=settings.seed,
@@ -195,10 +195,12 @@ def _check_features(
     elif not held_out:
         parts |= _given_parts(data, of=read_parts(folder))
     if _names_encoders(settings):
-        loaded = encoders or load_encoders(settings.vae, settings.text, device="cpu")
+        loaded = encoders or load_encoders(settings.vae, settings.text, device=device, on_host=True)
         parts |= loaded.fingerprint()
         if not held_out and validation_encodes(settings):
-            encoders = loaded.to(device)
+            encoders = loaded
+            if not waits_on_host(settings):
+                encoders.stay()
     else:
         parts |= fingerprint_of_named(settings.vae, settings.text)
     if held_out and data.features is not None:
@@ -207,6 +209,18 @@ def _check_features(
     if samples:
         check_files(folder, samples)
     return encoders
+
+
+def waits_on_host(settings: TrainSettings) -> bool:
+    """Whether the encoders are in the host's memory while they do not encode, at least until it is known
+    whether they fit the device, too.
+    """
+    return settings.memory.encoders == "in-turn" or settings.memory.placement == "auto"
+
+
+def encoders_of_run(settings: TrainSettings, device: torch.device) -> Encoders:
+    """Load the encoders that the settings name, where they want them. Raises what `load_encoders` raises."""
+    return load_encoders(settings.vae, settings.text, device=device, on_host=waits_on_host(settings))
 
 
 def global_batch_of(settings: TrainSettings | VAETrainSettings) -> int:

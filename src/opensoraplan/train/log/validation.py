@@ -16,8 +16,8 @@ from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.samplers import make_scheduler
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.inputs.encoders import Encoders, caption_settings, load_encoders, sample_posterior
-from opensoraplan.train.inputs.sources import Source, clips_of_all, open_source
+from opensoraplan.train.inputs.encoders import Encoders, caption_settings, sample_posterior
+from opensoraplan.train.inputs.sources import Source, clips_of_all, encoders_of_run, open_source
 from opensoraplan.train.methods import flow_loss
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Validation:
         self.encoders = encoders
         if self.settings.prompts:
             self._check_prompts()
-            self.encoders = encoders or load_encoders(settings.vae, settings.text, device=device)
+            self.encoders = encoders or encoders_of_run(settings, device)
         if self.settings.manifest is not None or self.settings.features is not None:
             self.source, self.encoders = open_source(
                 settings, device=device, held_out=True, encoders=self.encoders
@@ -75,7 +75,9 @@ class Validation:
         model.eval()
         try:
             if self.settings.prompts:
-                self._write_videos(model, step, check)
+                assert self.encoders is not None
+                with self.encoders.there():
+                    self._write_videos(model, self.encoders, step, check)
             return {} if self.source is None else self._losses(model, self.source, check)
         finally:
             model.train()
@@ -107,10 +109,10 @@ class Validation:
         by_sigma = {f"validation_loss/sigma_{sigma:g}": value for sigma, value in means.items()}
         return {"validation_loss": sum(means.values()) / len(means), **by_sigma}
 
-    def _write_videos(self, model: SparseUMMDiT, step: int, check: Callable[[], None]) -> None:
+    def _write_videos(
+        self, model: SparseUMMDiT, encoders: Encoders, step: int, check: Callable[[], None]
+    ) -> None:
         """One mp4 a prompt in OUTPUT/samples, named by step and number."""
-        encoders = self.encoders
-        assert encoders is not None
         pipeline = OpenSoraPlanPipeline(
             transformer=model,
             vae=encoders.vae,

@@ -90,7 +90,8 @@ class FlowMatching:
         self.encoders = ranks.agree(self._fingerprints)
         self._fitting = None
         if settings.memory.placement == "auto":
-            self._fitting = Fitting(settings, self._largest_batch(), device)
+            encoders = encoders or (self._validation and self._validation.encoders)
+            self._fitting = Fitting(settings, self._largest_batch(), device, encoders=encoders)
             settings = self._settings = self._fitting.settings
         self.fits = self._fitting is not None
         self._model = build(settings, device=device, mesh=ranks.mesh).train()

@@ -4,12 +4,16 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
+from opensoraplan.device import DTYPES
 from opensoraplan.formats.assemble import denoiser_config, empty_vae
 from opensoraplan.formats.checkpoints import open_checkpoint
 from opensoraplan.models.sizes import BatchShape, DenoiserSizes
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.text import TEXT_PARTS, empty_text_model
+from opensoraplan.models.vae import VideoVAE
+from opensoraplan.models.wfvae import WFVAE
 from opensoraplan.plan.report import FrozenParts
 from opensoraplan.plan.step import AdapterOptions, TrainingOptions, TrainingStep
 from opensoraplan.train.config import TextSettings, TrainSettings, VAESettings
@@ -95,6 +99,19 @@ def frozen_parts(vae: VAESettings, text: TextSettings) -> FrozenParts:
             models[name] = empty_text_model(path, part)
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     return FrozenParts(**counts)
+
+
+def empty_vae_of(settings: VAESettings) -> VideoVAE:
+    """The VAE without weights, in its precision; where it is not there, the release's."""
+    path = given_paths(settings, TextSettings()).get("vae.pretrained")
+    if path is not None and path.exists():
+        vae = empty_vae(open_checkpoint(path), settings.config)
+    else:
+        with torch.device("meta"):
+            vae = WFVAE()
+    nn.Module.to(vae, DTYPES[settings.compute])  # type: ignore[arg-type] (it is a module)
+    vae.enable_streaming(latent_frames=settings.chunk)
+    return vae
 
 
 def encodes_while_training(settings: TrainSettings) -> bool:

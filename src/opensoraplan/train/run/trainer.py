@@ -3,6 +3,7 @@ what a checkpoint has. What `osp train` does.
 """
 
 import copy
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -123,10 +124,14 @@ class Trainer:
                 with self.method.speed.attempt():
                     self._accumulate(step, chain(taken.copy(), _noted(self.batches, taken)))
                 return
-            except MemoryError:
-                self.averages = before
-                if not self.method.go_leaner():
-                    raise
+            except _InputsDoNotFitError:
+                raise
+            except MemoryError as error:
+                full = MemoryError(str(error))
+            gc.collect()  # no frame of the failed step, and no cycle, is to keep its tensors
+            self.averages = before
+            if not self.method.go_leaner():
+                raise full
 
     def _accumulate(self, step: int, batches: Iterator[Any]) -> None:
         """Add up the gradients of the step's micro-batches."""
@@ -273,8 +278,15 @@ class Trainer:
             return self.method.validate(step, check)
 
 
+class _InputsDoNotFitError(MemoryError):
+    """Memory is full while a batch is made, which no leaner step helps."""
+
+
 def _noted(batches: Iterator[Any], taken: list[Any]) -> Iterator[Any]:
     """The batches, each of which is put into the list when it is taken."""
-    for batch in batches:
-        taken.append(batch)
-        yield batch
+    try:
+        for batch in batches:
+            taken.append(batch)
+            yield batch
+    except MemoryError as error:
+        raise _InputsDoNotFitError(str(error)) from None
