@@ -237,7 +237,7 @@ def test_blocks_are_copied_once_each_way(tiny_run: MakeRun) -> None:
         ({"adapter": {**LORA, "base": "auto"}}, 'adapter.base "auto" is chosen with memory.placement "auto"'),
         (
             {"memory": {"encoders": "in-turn"}, "data": {"manifest": None, "features": "features"}},
-            'memory.encoders "in-turn" has no effect: nothing is encoded',
+            'memory.encoders "in-turn" has no effect: data.features are encoded',
         ),
         ({"memory": {"inputs_on_host": True}}, "inputs_on_host is about recompute_blocks, which is 0"),
         (

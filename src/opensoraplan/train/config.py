@@ -504,7 +504,7 @@ class TrainSettings(Settings):
             )
         held_out = self.validation.manifest is not None or bool(self.validation.prompts)
         if self.memory.encoders == "in-turn" and self.data.features is not None and not held_out:
-            raise ValueError('memory.encoders "in-turn" has no effect with data.features: nothing is encoded')
+            raise ValueError('memory.encoders "in-turn" has no effect: data.features are encoded already')
         if self.adapter.kind == "none":
             if self.memory.placement == "streamed":
                 raise ValueError(
