@@ -105,6 +105,8 @@ def caption(scene: Scene, *, variant: int = 0, short: bool = False) -> str:
         parts = [thing.colour, thing.shape] if short else [thing.size, thing.colour, thing.shape]
         noun = " ".join(_pick(_WORDS[part], rng) for part in parts)
         does, doing = _DOES[thing.motion]
+        if scene.slow and thing.motion != "still":
+            does, doing = ([f"slowly {word}" for word in words] for words in (does, doing))
         words[name] = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
         words[f"{name}_does"] = _pick(does, rng)
         words[f"{name}_doing"] = _pick(doing, rng)

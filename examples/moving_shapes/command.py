@@ -34,6 +34,8 @@ class Render:
     """Frames per second."""
     only: Annotated[str | None, optional("THING")] = None
     """Render one thing alone, such as "brown heart", which the built-in model has never seen."""
+    slow: bool = False
+    """Render slow motions, of which a clip shows a part, with "slowly" in the captions."""
     held_out: bool = False
     """Render only combinations of colour, shape and motion that are left out otherwise, for testing."""
 
@@ -48,6 +50,8 @@ def run(words: list[str]) -> None:
 
     if options.only is not None and options.held_out:
         raise ValueError("--only and --held-out exclude each other: give one of them")
+    if options.only is not None and options.slow:
+        raise ValueError("--only and --slow exclude each other: give one of them")
     torch.set_num_threads(1)  # more only get in each other's way on pictures of this size
     size = (options.frames, options.height, options.width)
     manifest = write_dataset(
@@ -56,6 +60,7 @@ def run(words: list[str]) -> None:
         seed=options.seed,
         held_out=options.held_out if options.only is None else None,
         only=options.only,
+        slow=options.slow,
         size=size,
         fps=options.fps,
     )

@@ -27,6 +27,8 @@ _MOST_PIXELS = 10**9
 _TWO_SCALE = 0.85
 # Growing goes from the first multiple of the size's radius to the second; shrinking the other way.
 _GROWTH = (0.72, 1.32)
+# The part of its motions, from -1 to 1, that a clip of a slow scene shows.
+_SLOW_PART = 0.5
 # Width of a thing's outline in pixels, as a lens draws it.
 _BLUR = 2.0
 # Towards the light, x to the right, y down, z to the viewer.
@@ -160,7 +162,7 @@ def _track(
 ) -> _Track:
     """Place and move thing `index` so that it stays in its part of the frame all the time."""
     thing, two = scene.things[index], len(scene.things) == 2
-    time = torch.linspace(-1, 1, frames)[:, None, None] if frames > 1 else torch.zeros(1, 1, 1)  # [T, 1, 1]
+    time = _time(scene, frames)
     radius = torch.full_like(time, SIZES[thing.size] * (_TWO_SCALE if two else 1))
     if thing.motion in ("growing", "shrinking"):
         low, high = _GROWTH
@@ -182,6 +184,17 @@ def _track(
         half_turn = math.radians(rng.uniform(45, 55))
         angle = angle + time * (half_turn if thing.motion == "clockwise" else -half_turn)
     return _Track(x=x, y=y, radius=radius, angle=angle)
+
+
+def _time(scene: Scene, frames: int) -> Tensor:
+    """How far the motions are in each frame, from -1 to 1: [T, 1, 1]."""
+    if frames == 1:
+        return torch.zeros(1, 1, 1)
+    start, end = -1.0, 1.0
+    if scene.slow:
+        start = random.Random(f"part {scene.seed}").uniform(-1, 1 - _SLOW_PART)
+        end = start + _SLOW_PART
+    return torch.linspace(start, end, frames)[:, None, None]
 
 
 def _local(track: _Track, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

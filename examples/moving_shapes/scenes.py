@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opensoraplan.names import did_you_mean
 
@@ -69,13 +69,14 @@ class Thing:
 class Scene:
     """What a clip shows: one thing, or two (left, right), in front of a background of BACKGROUNDS.
 
-    `seed` settles what no caption tells: exact places and speeds. Raises ValueError for another number
-    of things or an unknown background.
+    `seed` settles what no caption tells: exact places and speeds. `slow`: a clip shows a quarter of the
+    motions, some part of them. Raises ValueError for another number of things or an unknown background.
     """
 
     things: tuple[Thing, ...]
     background: str
     seed: int = 0
+    slow: bool = field(default=False, repr=False)  # captions are drawn by the repr
 
     def __post_init__(self) -> None:
         if len(self.things) not in (1, 2):
@@ -89,9 +90,14 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def scene_for(
-    index: int, *, seed: int = 0, held_out: bool | None = False, objects: int | None = None
+    index: int,
+    *,
+    seed: int = 0,
+    held_out: bool | None = False,
+    objects: int | None = None,
+    slow: bool = False,
 ) -> Scene:
-    """Scene number `index` of an endless list, which `seed`, `held_out` and `objects` determine.
+    """Scene number `index` of an endless list, which `seed`, `held_out`, `objects` and `slow` determine.
 
     `held_out`: only scenes kept from training (True), only scenes to train on (False), or any (None).
     `objects`: how many things, 1 or 2; None mixes three scenes of one with two of two. Two things of a scene
@@ -99,11 +105,12 @@ def scene_for(
     """
     if objects not in (None, 1, 2):
         raise ValueError(f"objects must be 1, 2 or None, got {objects}")
-    rng = random.Random(f"scene {seed} {index} {held_out} {objects}")
+    rng = random.Random(f"scene {seed} {index} {held_out} {objects}{' slow' if slow else ''}")
     count = objects or (1 if rng.random() < 0.6 else 2)
     while True:
         things = tuple(_draw_thing(rng, count=count) for _ in range(count))
-        scene = Scene(things=things, background=rng.choice(list(BACKGROUNDS)), seed=rng.getrandbits(32))
+        background, own_seed = rng.choice(list(BACKGROUNDS)), rng.getrandbits(32)
+        scene = Scene(things=things, background=background, seed=own_seed, slow=slow)
         colours = {thing.colour for thing in things}
         if len(colours) == count and held_out in (None, is_held_out(scene)):
             return scene

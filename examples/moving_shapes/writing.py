@@ -32,6 +32,7 @@ class _ClipSettings(Settings):
     held_out: bool | None
     objects: int | None
     only: str | None = None
+    slow: bool = False
     frames: int
     height: int
     width: int
@@ -48,16 +49,17 @@ def write_dataset(
     size: tuple[int, int, int] = (25, 96, 128),
     fps: int = 12,
     only: str | None = None,
+    slow: bool = False,
 ) -> Path:
     """Write scenes 0 .. count - 1 of `scene_for` as mp4 files of `size` (frames, height, width) with
     the original's manifest.
 
-    `only`: scenes of `scene_of` with that thing instead. Makes `folder/clips/000000.mp4`, ...,
-    `folder/annotation.json` (path, cap, num_frames, fps, resolution; `cap` lists four full wordings and a
-    short one) and `folder/data.txt` (line `.,annotation.json`, so that the folder may be moved), and
-    returns the path of the last. Clips that are there already are kept, so that a broken-off call can be
-    repeated and a data set be extended with a larger `count`. Several processes that make the same data set
-    share its clips.
+    `only`: scenes of `scene_of` with that thing instead; `slow`: slow scenes. Makes
+    `folder/clips/000000.mp4`, ..., `folder/annotation.json` (path, cap, num_frames, fps, resolution; `cap`
+    lists four full wordings and a short one) and `folder/data.txt` (line `.,annotation.json`, so that the
+    folder may be moved), and returns the path of the last. Clips that are there already are kept, so that a
+    broken-off call can be repeated and a data set be extended with a larger `count`. Several processes that
+    make the same data set share its clips.
 
     Raises ValueError for a folder that holds clips of other settings, or files of these names that were not
     made here, and for numbers that cannot be. Nothing is written then.
@@ -76,6 +78,7 @@ def write_dataset(
         held_out=held_out,
         objects=None,
         only=only,
+        slow=slow,
         frames=frames,
         height=height,
         width=width,
@@ -136,7 +139,7 @@ def _write_clips(root: Path, settings: _ClipSettings, count: int) -> Path:
 def _scene(index: int, settings: _ClipSettings) -> Scene:
     if settings.only is not None:
         return scene_of(settings.only, index, seed=settings.seed)
-    return scene_for(index, seed=settings.seed, held_out=settings.held_out)
+    return scene_for(index, seed=settings.seed, held_out=settings.held_out, slow=settings.slow)
 
 
 def _check_folder(root: Path, settings: _ClipSettings) -> None:

@@ -82,8 +82,8 @@ def loss_weight(sigma: Tensor, weighting: Weighting) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_t for clean latents and noise [B, C, T, H, W] at sigma [B]."""
-    s = sigma.view(-1, *[1] * (x0.ndim - 1))
+    """x_t for clean latents and noise [B, C, T, H, W] at sigma [B], or at one of each frame, [B, T]."""
+    s = sigma.view(len(sigma), *[1] * (x0.ndim - 1)) if sigma.ndim == 1 else sigma[:, None, :, None, None]
     return s * noise + (1 - s) * x0
 
 
@@ -92,18 +92,31 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+def guide(
+    uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0, *, where: Tensor | None = None
+) -> Tensor:
     """Classifier-free guidance of two velocities [B, ...], with the rescale of arXiv 2305.08891.
 
     g = uncond + scale * (cond - uncond); the result is rescale * g * std(cond) / std(g) + (1 - rescale) * g,
-    the standard deviations taken over everything but the batch.
+    the standard deviations taken over everything but the batch, or over the part of it that `where`, which
+    broadcasts, is True in.
     """
     guided = uncond + scale * (cond - uncond)
     if rescale == 0:
         return guided
-    over = tuple(range(1, cond.ndim))
-    matched = guided * (cond.std(over, keepdim=True) / guided.std(over, keepdim=True))
+    matched = guided * (_std(cond, where) / _std(guided, where))
     return rescale * matched + (1 - rescale) * guided
+
+
+def _std(x: Tensor, where: Tensor | None) -> Tensor:
+    """Standard deviation of each sample of [B, ...], with Bessel's correction: [B, 1, ...]."""
+    over = tuple(range(1, x.ndim))
+    if where is None:
+        return x.std(over, keepdim=True)
+    part = where.expand_as(x)
+    count = part.sum(over, keepdim=True)
+    mean = (x * part).sum(over, keepdim=True) / count
+    return ((x - mean).square() * part).sum(over, keepdim=True).div(count - 1).sqrt()
 
 
 def euler_step(sample: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor) -> Tensor:

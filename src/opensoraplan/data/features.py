@@ -4,7 +4,8 @@ No models here; encoding is in train/inputs/cache.py, a file of the folder in sh
 
     features.json               what it was made from, part by part
     videos-00000.safetensors    posterior moments of so many samples in a row; in the header what is known of
-                                each sample, of its file, and of those that could not be read
+                                each sample, of its file, and of those that could not be read; where
+                                training needs them, moments of last frames as pictures
     texts-00000.safetensors     features of so many texts, by the names that the text encoders gave them
 """
 
@@ -41,6 +42,7 @@ from opensoraplan.data.shards import (
     TextIndex,
     VideoIndex,
     damage,
+    last_name,
     read_index,
     same_channels,
     shard_path,
@@ -69,8 +71,9 @@ class Description(Settings):
 
     `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the
     VAE's config (with the latents' shift and scale), `vae_class` its class. `text_features`: the shapes of a
-    text's features; caches without this key have "sequence" [L, D] and "pooled" [P]. `left_out` is None until
-    every shard is there.
+    text's features; caches without this key have "sequence" [L, D] and "pooled" [P]. `last_frames`: whether
+    there are the moments of each clip's last frame as a picture. `left_out` is None until every shard is
+    there.
     """
 
     version: int = VERSION
@@ -81,6 +84,7 @@ class Description(Settings):
     spatial_stride: Annotated[int, Field(ge=1)] = RELEASE.spatial
     text_features: dict[str, tuple[Side | None, ...]] | None = None
     use_aesthetic: bool
+    last_frames: bool = False
     samples: int
     texts: int
     videos_per_shard: int
@@ -154,7 +158,7 @@ def is_written(folder: Path, description: Description, kind: Kind, shard: int) -
     try:
         if kind == "videos":
             videos, shapes = read_index(path, VideoIndex)
-            videos.channels(shapes, description.strides)
+            videos.channels(shapes, description.strides, last_frames=description.last_frames)
         else:
             texts, shapes = read_index(path, TextIndex)
             texts.features(shapes, description.text_features)
@@ -168,12 +172,14 @@ def write_videos(
     shard: int,
     moments: Sequence[tuple[Sample, Tensor]],
     *,
+    last: Sequence[Tensor] = (),
     files: Mapping[int, KnownFile] = MappingProxyType({}),
     left_out: Sequence[LeftOut] = (),
 ) -> None:
     """Write samples with their moments [2 C, t, h, w] as file number `shard`, or nothing at all.
 
-    `files`: the clips' files as they were read, by the samples' places in the whole cache, in their order.
+    `last`: the moments [2 C, 1, h, w] of each one's last frame. `files`: the clips' files as they were read,
+    by the samples' places in the whole cache, in their order.
 
     Raises ValueError in plain words for a disk that is full or cannot be written to.
     """
@@ -183,6 +189,7 @@ def write_videos(
         left_out=list(left_out),
     )
     tensors = {video_name(place): tensor for place, (_, tensor) in enumerate(moments)}
+    tensors |= {last_name(place): tensor for place, tensor in enumerate(last)}
     write_shard(shard_path(folder, "videos", shard), tensors, index)
 
 
@@ -278,12 +285,15 @@ def check_fresh(folder: Path, parts: Mapping[str, str]) -> Description:
 
 
 class Features(NamedTuple):
-    """A sample: moments [2 C, t, h, w], and the features of the caption drawn, by name."""
+    """A sample: moments [2 C, t, h, w], and the features of the caption drawn, by name; moments of its last
+    frame, if they are asked for.
+    """
 
     moments: Tensor
     text: Mapping[str, Tensor]
     caption: str
     sample: Sample
+    last: Tensor | None = None
 
 
 class FeatureBatch(NamedTuple):
@@ -299,6 +309,7 @@ class FeatureBatch(NamedTuple):
     sizes: Mapping[str, Sequence[int]]
     captions: tuple[str, ...]
     samples: tuple[Sample, ...]
+    last: Tensor | None = None
     failures: tuple[Failure, ...] = ()
 
     @property
@@ -311,29 +322,46 @@ class FeatureBatch(NamedTuple):
 class FeatureDataset(Dataset[Features]):
     """The samples of a whole cache. `dataset[draw]` has the caption that training on the clips would draw.
 
-    Nothing is read ahead, and an object sent to another process opens files of its own there. Raises
-    ValueError for a cache that is not finished or damaged, and for one without the captions that
-    `use_aesthetic` asks for.
+    Nothing is read ahead, and an object sent to another process opens files of its own there. With
+    `last_frames`, samples have those. Raises ValueError for a cache that is not finished or damaged, and for
+    one without last frames, or without the captions that `use_aesthetic` asks for.
 
     Attributes: `samples`; `latent_channels`, C; `text_features`, the shapes of a text's features.
     """
 
-    def __init__(self, folder: str | Path, *, seed: int, caption_dropout: float, use_aesthetic: bool) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seed: int,
+        caption_dropout: float,
+        use_aesthetic: bool,
+        last_frames: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.description = check_fresh(self.folder, {})
+        self.last_frames = last_frames
+        if last_frames and not self.description.last_frames:
+            raise ValueError(
+                f"{self.folder} has no last frames of clips, which conditions.first_last needs: write a new "
+                "cache with `osp cache` into another folder"
+            )
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.samples: list[Sample] = []
-        self._files: list[tuple[Path, str]] = []
+        self._files: list[tuple[Path, int]] = []
         self._checksums: dict[Path, dict[str, int]] = {}
         channels: int | None = None
         files = _shards(self.folder, self.description, "videos")
         for file, (index, shapes) in zip(files, _read_indices(VideoIndex, files), strict=True):
             with damage(file):
-                channels = same_channels(channels, index.channels(shapes, self.description.strides))
+                own = index.channels(
+                    shapes, self.description.strides, last_frames=self.description.last_frames
+                )
+                channels = same_channels(channels, own)
             self._checksums[file] = index.checksums
             self.samples += [entry.sample() for entry in index.samples]
-            self._files += [(file, video_name(place)) for place in range(len(index.samples))]
+            self._files += [(file, place) for place in range(len(index.samples))]
         if channels is None:
             raise ValueError(f"{self.folder} has no samples: none of its clips could be read")
         self.latent_channels = channels
@@ -387,8 +415,10 @@ class FeatureDataset(Dataset[Features]):
     def __getitem__(self, draw: Draw) -> Features:
         sample = self.samples[draw.index]
         caption = caption_of(sample, draw, seed=self.seed, dropout=self.caption_dropout)
-        moments = self._tensor(*self._files[draw.index])
-        return Features(moments, self._text(caption), caption, sample)
+        file, place = self._files[draw.index]
+        moments = self._tensor(file, video_name(place))
+        last = self._tensor(file, last_name(place)) if self.last_frames else None
+        return Features(moments, self._text(caption), caption, sample, last)
 
     def _text(self, caption: str) -> dict[str, Tensor]:
         key = text_key(caption)
@@ -404,12 +434,14 @@ class FeatureDataset(Dataset[Features]):
 def collate_features(items: Sequence[Features]) -> FeatureBatch:
     """One batch of samples of one shape."""
     names = items[0].text
+    last = [item.last for item in items if item.last is not None]
     return FeatureBatch(
         moments=torch.stack([item.moments for item in items]),
         joined={name: torch.cat([item.text[name] for item in items]) for name in names},
         sizes={name: [len(item.text[name]) for item in items] for name in names},
         captions=tuple(item.caption for item in items),
         samples=tuple(item.sample for item in items),
+        last=torch.stack(last) if last else None,
     )
 
 

@@ -1,8 +1,8 @@
 """One file of a feature cache: tensors and, in its header, an index of what they are with checksums of both.
 
 Not here: the cache that the files make up, and the dataset that reads it (features.py). A file of videos has
-NNNNN.moments [2 C, t, h, w] of each sample, with C latent channels; one of texts has KEY.NAME of each text's
-feature NAME, see `text_key`.
+NNNNN.moments [2 C, t, h, w] of each sample, with C latent channels, and in some caches NNNNN.last [2 C, 1, h,
+w] of its last frame as a picture; one of texts has KEY.NAME of each text's feature NAME, see `text_key`.
 """
 
 import hashlib
@@ -137,9 +137,9 @@ class VideoIndex(Settings):
     files: list[PlacedFile] = Field(default=[])
     left_out: list[LeftOut]
 
-    def channels(self, shapes: Shapes, strides: Strides) -> int | None:
+    def channels(self, shapes: Shapes, strides: Strides, *, last_frames: bool) -> int | None:
         """C, None without samples. Raises ValueError unless each sample has moments of so many channels, of
-        its size by `strides`.
+        its size by `strides`, and with `last_frames` those of its last frame.
         """
         channels: int | None = None
         for place, sample in enumerate(self.samples):
@@ -153,6 +153,10 @@ class VideoIndex(Settings):
                 wanted = f"[2 C, {', '.join(map(str, grid))}]"
                 raise ValueError(f"{name}: {size} pixels have moments {wanted}, got {_shown(shape)}")
             channels = same_channels(channels, shape[0] // 2)
+            last = shapes.get(last_name(place), ())
+            if last_frames and tuple(last) != (shape[0], 1, *shape[2:]):
+                wanted = f"[{shape[0]}, 1, {shape[2]}, {shape[3]}]"
+                raise ValueError(f"{last_name(place)}: must be {wanted}, got {_shown(last)}")
         return channels
 
 
@@ -207,6 +211,11 @@ def text_key(text: str) -> str:
 def video_name(place: int) -> str:
     """The name of the moments of sample number `place` of a file."""
     return f"{place:05d}.moments"
+
+
+def last_name(place: int) -> str:
+    """The name of the moments of that sample's last frame."""
+    return f"{place:05d}.last"
 
 
 def shard_path(folder: Path, kind: Kind, shard: int) -> Path:

@@ -1,8 +1,14 @@
 """What the timestep and the pooled prompt do to the streams of the denoiser: the condition vector, the norms
 that it modulates (AdaLN), and the gates of what follows them.
 
-Shapes: B batch, n the Skiparse rate of a stage, s tokens of a subsequence, L text tokens, D width, E width of
-the condition, P of the pooled prompt. All but `add_gated` and the modulated streams compute and return fp32.
+Shapes: B batch, T latent frames, n the Skiparse rate of a stage, s tokens of a subsequence, L text tokens, D
+width, E width of the condition, P of the pooled prompt. All but `add_gated` and the modulated streams compute
+and return fp32.
+
+Frames may have timesteps of their own. Then there is a row of the condition for each different (sample,
+timestep), R in all: first one for each sample, which its text has, then those of other frames. `rows` says
+which of them each run of video tokens has: [1, B, U] or [n, B, U] for U equal runs of tokens; None: every
+token has that of its sample, and R is B.
 """
 
 from collections.abc import Sequence
@@ -44,10 +50,37 @@ class ConditionMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x))).float()
 
 
-class ConditionEmbedding(nn.Module):
-    """The condition vector [B, E] in fp32, from timestep [B] (1000 * sigma) and the pooled CLIP
-    vector [B, P].
+class TimestepRows(NamedTuple):
+    """The different timesteps [R] of a batch, the sample [R] of each, and the row [B, T] of each frame; None
+    where every row is a sample's own.
     """
+
+    timestep: Tensor
+    sample: Tensor | None = None
+    of_frame: Tensor | None = None
+
+
+def timestep_rows(timestep: Tensor) -> TimestepRows:
+    """The rows of timesteps [B], or [B, T], one for each latent frame. The text of a sample has the highest
+    timestep of its frames. Looks at the values of [B, T], for which a card has to be waited for.
+    """
+    if timestep.ndim == 1:
+        return TimestepRows(timestep)
+    frames = timestep.tolist()
+    numbers = {(sample, max(values)): sample for sample, values in enumerate(frames)}
+    of_frame = [
+        [numbers.setdefault((sample, value), len(numbers)) for value in values]
+        for sample, values in enumerate(frames)
+    ]
+    rows = timestep.new_tensor([value for _, value in numbers])
+    if len(numbers) == len(frames):
+        return TimestepRows(rows)
+    samples = torch.tensor([sample for sample, _ in numbers], device=timestep.device)
+    return TimestepRows(rows, samples, torch.tensor(of_frame, device=timestep.device))
+
+
+class ConditionEmbedding(nn.Module):
+    """The condition [R, E] in fp32, from timesteps [R] (1000 * sigma) and the pooled CLIP vectors [R, P]."""
 
     def __init__(self, embed_dim: int, *, pooled_dim: int) -> None:
         super().__init__()
@@ -77,23 +110,31 @@ class AdaNormZero(nn.Module):
         self.norm_enc = NORMS[norm_cls](dim, eps=eps) if text_norm else None
 
     def forward(
-        self, video: Tensor, text: Tensor, cond: Tensor, vectors: Tensor | None = None
+        self,
+        video: Tensor,
+        text: Tensor,
+        cond: Tensor,
+        vectors: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [B, 1, D] in fp32. `vectors`
-        [B, 6 D]: what the linear layer has made of the condition, if it was computed before.
+        """Video [n, B, s, D] and text [B, L, D] in their dtype, and their gates [R, D] and [B, D] in fp32.
+        `vectors` [R, 6 D]: what the linear layer has made of the condition, if it was computed before.
         """
         if vectors is None:
             vectors = cast(Tensor, self.linear(F.silu(cond).to(video.dtype)))
-        vectors = vectors.float().unsqueeze(1)
-        shift, scale, gate, text_shift, text_scale, text_gate = vectors.chunk(6, dim=-1)
-        video = (self.norm(video) * (1 + scale) + shift).to(video.dtype)
+        of_video, of_text = vectors.float().chunk(2, dim=-1)
+        if rows is not None:
+            of_text = of_text[: len(text)]
+        shift, scale, gate = of_video.chunk(3, dim=-1)
+        text_shift, text_scale, text_gate = of_text.chunk(3, dim=-1)
+        video = modulate(self.norm(video), shift, scale, rows).to(video.dtype)
         if self.norm_enc is not None:
-            text = (self.norm_enc(text) * (1 + text_scale) + text_shift).to(text.dtype)
+            text = modulate(self.norm_enc(text), text_shift, text_scale).to(text.dtype)
         return video, text, gate, text_gate
 
 
 class Modulation(NamedTuple):
-    """The outputs of all AdaLN linear layers for one condition: [B, 6 D] twice for each block, and [B, 2 D]
+    """The outputs of all AdaLN linear layers for one condition: [R, 6 D] twice for each block, and [R, 2 D]
     at the end. Made by models/modulation.py.
     """
 
@@ -101,9 +142,27 @@ class Modulation(NamedTuple):
     out: Tensor
 
 
-def add_gated(stream: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """stream + gate * update, computed in fp32, in the stream's dtype."""
-    return (stream.float() + gate * update.float()).to(stream.dtype)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x * (1 + scale) + shift for x [.., B, s, D] in fp32, shift and scale [R, D]."""
+    if rows is None:
+        return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    runs = x.unflatten(-2, (rows.shape[-1], -1))
+    return (runs * of_runs(1 + scale, rows) + of_runs(shift, rows)).flatten(-3, -2)
+
+
+def add_gated(stream: Tensor, gate: Tensor, update: Tensor, rows: Tensor | None = None) -> Tensor:
+    """stream + gate * update, computed in fp32, in the stream's dtype: stream and update [.., B, s, D], gate
+    [R, D].
+    """
+    if rows is None:
+        return (stream.float() + gate.unsqueeze(1) * update.float()).to(stream.dtype)
+    gated = of_runs(gate, rows) * update.float().unflatten(-2, (rows.shape[-1], -1))
+    return (stream.float() + gated.flatten(-3, -2)).to(stream.dtype)
+
+
+def of_runs(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Vectors [R, D] for each run of tokens: [.., B, U, 1, D]."""
+    return vectors[rows].unsqueeze(-2)
 
 
 class AdaNormOut(nn.Module):
@@ -114,8 +173,11 @@ class AdaNormOut(nn.Module):
         self.linear = nn.Linear(embed_dim, 2 * dim)
         self.norm = NORMS[norm_cls](dim, eps=eps)
 
-    def forward(self, x: Tensor, cond: Tensor, vectors: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cond: Tensor, vectors: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """x [B, s, D] in its dtype; `rows` [B, U]."""
         if vectors is None:
             vectors = cast(Tensor, self.linear(F.silu(cond).to(x.dtype)))
-        shift, scale = vectors.float().unsqueeze(1).chunk(2, dim=-1)
-        return self.norm(x) * (1 + scale) + shift
+        shift, scale = vectors.float().chunk(2, dim=-1)
+        return modulate(self.norm(x), shift, scale, rows)

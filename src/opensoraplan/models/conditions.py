@@ -24,53 +24,69 @@ _WIDTHS = {"sequence": "caption_channels", "pooled": "pooled_projection_dim"}
 class Conditions:
     """The conditions of B samples. Every method returns new ones.
 
-    `text`: the encoded prompts. `frames` [B, C, T, H, W] are clean latents, given where `frames_mask`
-    [B, 1, T, H, W] is 1; None for text to video, the only task that there are denoisers for yet.
+    `text`: the encoded prompts. `frames` [B, C, T, H, W] are clean latents in fp32, of those latent frames
+    that are `given` [B, T]; None for text to video. `padding` [B, T]: frames that are given and that nothing
+    looks at, which make samples of one batch equally long.
     """
 
     text: PromptEmbeds
     frames: Tensor | None = None
-    frames_mask: Tensor | None = None
+    given: Tensor | None = None
+    padding: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.frames is None) != (self.frames_mask is None):
-            raise ValueError("clean frames and their mask belong together: give both, or neither")
-        if self.frames is not None and len(self.frames) != self.batch_size:
-            raise ValueError(f"clean frames are of {len(self.frames)} samples, the text of {self.batch_size}")
+        if (self.frames is None) != (self.given is None):
+            raise ValueError("clean frames and `given` belong together: give both, or neither")
+        if self.frames is None or self.given is None:
+            return
+        wanted = (self.batch_size, self.frames.shape[2])
+        if self.given.shape != wanted:
+            raise ValueError(
+                f"given must be [samples, latent frames], {list(wanted)}, got {list(self.given.shape)}"
+            )
 
     @property
     def batch_size(self) -> int:
         return self.text.batch_size
 
+    @property
+    def generated(self) -> Tensor | None:
+        """Where there is something to generate: True in [B, 1, T, 1, 1]; None for all frames."""
+        return None if self.given is None else ~self.given[:, None, :, None, None]
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, T, H, W] with the given frames in their places."""
+        if self.frames is None or (generated := self.generated) is None:
+            return latents
+        return torch.where(generated, latents, self.frames)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
-        """On `device`, all but the text's mask in `dtype`; None leaves either as it is."""
-        frames, mask = (
-            tensor if tensor is None else tensor.to(device=device, dtype=dtype)
-            for tensor in (self.frames, self.frames_mask)
-        )
-        return Conditions(self.text.to(device, dtype), frames, mask)
+        """On `device`, the text in `dtype`; None leaves either as it is."""
+        moved = (None if tensor is None else tensor.to(device=device) for tensor in self._of_frames)
+        return Conditions(self.text.to(device, dtype), *moved)
 
     def repeat(self, n: int) -> Conditions:
         """Each sample `n` times in a row: a, b becomes a, a, b, b for n = 2."""
-        frames, mask = (
-            tensor if tensor is None else tensor.repeat_interleave(n, dim=0)
-            for tensor in (self.frames, self.frames_mask)
-        )
-        return Conditions(self.text.repeat(n), frames, mask)
+        repeated = (None if one is None else one.repeat_interleave(n, dim=0) for one in self._of_frames)
+        return Conditions(self.text.repeat(n), *repeated)
+
+    @property
+    def _of_frames(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.frames, self.given, self.padding
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
         """The samples of all `parts` in one batch. Shorter texts are padded; all or none have frames."""
         text = PromptEmbeds.cat([part.text for part in parts])
-        frames = [part.frames for part in parts if part.frames is not None]
-        masks = [part.frames_mask for part in parts if part.frames_mask is not None]
-        if not frames:
-            return Conditions(text)
-        if len(frames) < len(parts):
-            raise ValueError(
-                f"{len(frames)} of {len(parts)} parts have clean frames: give them to all or none"
-            )
-        return Conditions(text, torch.cat(frames), torch.cat(masks))
+        joined = []
+        for tensors in zip(*(part._of_frames for part in parts), strict=True):
+            there = [tensor for tensor in tensors if tensor is not None]
+            if there and len(there) < len(parts):
+                raise ValueError(
+                    f"{len(there)} of {len(parts)} parts have clean frames: give them to all or none"
+                )
+            joined.append(torch.cat(there) if there else None)
+        return Conditions(text, *joined)
 
 
 def text_features(config: Mapping[str, Any]) -> dict[str, FeatureShape]:
@@ -104,21 +120,31 @@ def denoise(
     *,
     modulation: Modulation | None = None,
 ) -> Tensor:
-    """Velocity [B, C, T, H, W] in fp32 of noisy latents [B, C, T, H, W] at `timestep` [B] (1000 * sigma).
+    """Velocity [B, C, T, H, W] in fp32 of noisy latents [B, C, T, H, W] at `timestep` (1000 * sigma) [B], or
+    [B, T] where frames have sigmas of their own. The frames that the conditions give are looked at as they
+    are, at timestep 0; what is predicted for them means nothing.
 
     The model, a `SparseUMMDiT`, computes in the dtype of the text states. `modulation`: see its `forward`.
-    Raises ValueError for clean frames, which it does not take.
     """
-    text = conditions.text
-    if conditions.frames is not None:
-        raise ValueError("this denoiser makes videos of text alone: it takes no clean frames")
+    text, mask = conditions.text, None
+    if conditions.padding is not None:
+        mask = ~conditions.padding[:, :, None, None].expand(-1, -1, *latents.shape[3:])
     (velocity,) = model(
-        hidden_states=latents.to(text.sequence.dtype),
-        timestep=timestep,
+        hidden_states=conditions.restore(latents).to(text.sequence.dtype),
+        timestep=frame_timesteps(timestep, conditions.given),
         encoder_hidden_states=text.sequence,
         pooled_projections=text.pooled,
         encoder_attention_mask=text.key_mask,
+        attention_mask=mask,
         modulation=modulation,
         return_dict=False,
     )
     return velocity.float()
+
+
+def frame_timesteps(timestep: Tensor, given: Tensor | None) -> Tensor:
+    """Timesteps [B] or [B, T] with 0 for the frames that are `given` [B, T]."""
+    if given is None:
+        return timestep
+    of_frames = timestep if timestep.ndim == 2 else timestep[:, None]
+    return of_frames.masked_fill(given.to(timestep.device), 0)

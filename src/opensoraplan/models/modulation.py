@@ -64,13 +64,14 @@ def is_kept_on_host(model: SparseUMMDiT) -> bool:
 def modulations(
     model: SparseUMMDiT, conditions: Sequence[tuple[Tensor, Tensor]], *, device: torch.device
 ) -> list[Modulation]:
-    """What a `forward` of each (timestep [B], pooled vector [B, P]) would compute, on the device: the weights
-    of one layer after the other are there meanwhile. The condition vectors are made where their weights are.
+    """What a `forward` of each (timestep [B] or [B, T], pooled vector [B, P]) would compute, on the device:
+    the weights of one layer after the other are there meanwhile. The condition vectors are made where their
+    weights are.
     """
     home = model.time_text_embed.text_embedder.linear_1.weight.device
     inputs = []
     for timestep, pooled in conditions:
-        cond = model.time_text_embed(timestep.to(home), pooled.to(home))
+        cond, _ = model.condition(timestep, pooled.to(home))
         inputs.append(F.silu(cond).to(device, pooled.dtype))
     outputs = []
     for adaln in adaln_layers(model):

@@ -49,12 +49,13 @@ def check_rates(rates: Sequence[int] | None, *, stages: int) -> None:
 
 
 class Layout(NamedTuple):
-    """What attention needs to know of one order of the tokens."""
+    """What a block needs to know of one order of the tokens."""
 
     cos: Tensor  # [n, 1, S'/n, 1, d/2]
     sin: Tensor
     # [n * B, 1, 1, S'/n + L], True where attention may look, or floats to add; None where nothing is masked
     key_mask: Tensor | None
+    rows: Tensor | None = None  # of the condition, for runs of tokens: see adaln.py
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,3 +117,15 @@ def make_layouts(
         if additive is not None:
             single_mask, group_mask = (additive_mask(mask, additive) for mask in (single_mask, group_mask))
     return Layout(cos, sin, single_mask), Layout(swap_skip(cos), swap_skip(sin), group_mask)
+
+
+def order_rows(n: int, rows: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """The rows [B, S] of tokens, the same for each `run` of them, in single-skip and in group-skip order:
+    [1, B, U] with a row for each run where runs are whole n^2 groups, which keep their order; else for each
+    token, [n, B, S'/n].
+    """
+    if run % n**2 == 0:
+        of_runs = rows[:, ::run].unsqueeze(0)
+        return of_runs, of_runs
+    single = to_single_skip(rows, n)
+    return single, swap_skip(single)

@@ -32,6 +32,7 @@ from opensoraplan.models.adaln import (
     Modulation,
     RMSNorm,
     add_gated,
+    timestep_rows,
 )
 from opensoraplan.models.attention import attention
 from opensoraplan.models.caching import CheckedCacheMixin
@@ -44,6 +45,7 @@ from opensoraplan.models.skiparse import (
     check_rates,
     from_group_skip,
     make_layouts,
+    order_rows,
     rotary_tables,
     swap_skip,
     to_single_skip,
@@ -249,7 +251,7 @@ class SparseUMMDiTBlock(nn.Module):
         kept: tuple[Tensor, Tensor] | None = None,
         vectors: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Video [n, B, s, D], text [B, L, D], cond [B, E] fp32 -> video, text. `kept`: an earlier stage's
+        """Video [n, B, s, D], text [B, L, D], cond [R, E] fp32 -> video, text. `kept`: an earlier stage's
         two. `vectors`: this block's of a `Modulation`.
         """
         if self.skip is None or self.skip_enc is None:
@@ -282,18 +284,19 @@ class SparseUMMDiTBlock(nn.Module):
         it they may meet a skip connection or the last norm, which spread an infinity to the whole token.
         """
         first, second = vectors or (None, None)
+        rows = layout.rows
         overflows = [] if video.dtype == torch.float16 and not self.training else None
         video, text = saturate(video, overflows), saturate(text, overflows)
 
-        normed, normed_text, gate, text_gate = self.norm1(video, text, cond, first)
+        normed, normed_text, gate, text_gate = self.norm1(video, text, cond, first, rows)
         updates = self.attn1(normed, normed_text, layout)
         update, text_update = updates if isinstance(updates, tuple) else (updates, None)
-        video = saturate(add_gated(video, gate, update), overflows)
+        video = saturate(add_gated(video, gate, update, rows), overflows)
         if text_update is not None:
             text = saturate(add_gated(text, text_gate, text_update), overflows)
 
-        normed, normed_text, gate, text_gate = self.norm2(video, text, cond, second)
-        video = saturate(add_gated(video, gate, self.ff(normed)), overflows)
+        normed, normed_text, gate, text_gate = self.norm2(video, text, cond, second, rows)
+        video = saturate(add_gated(video, gate, self.ff(normed), rows), overflows)
         if not self.last:
             text_ff = self.ff if self.ff_enc is None else self.ff_enc
             text = saturate(add_gated(text, text_gate, text_ff(normed_text)), overflows)
@@ -342,6 +345,8 @@ class VideoTokens(NamedTuple):
     video: Tensor  # [B, S, D]
     tables: tuple[Tensor, Tensor]  # cosines and sines [1, S, 1, d/2]
     mask: Tensor | None  # [B, S], True where there is a token; None where nothing is masked
+    rows: Tensor | None = None  # [B, S], of the condition; None where each sample has one: see adaln.py
+    run: int = 1  # so many tokens after each other have the same row, from the first token on
 
 
 class Stages(nn.Module):
@@ -364,8 +369,10 @@ class Stages(nn.Module):
         blocks: Iterable[nn.Module],
         rates: Sequence[int],
         modulation: Modulation | None = None,
-    ) -> Tensor:
-        """Tokens [B, S, D] in natural order -> the same. `text` [B, L, D], its mask [B, L], `cond` [B, E]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, S, D] in natural order -> the same, and the rows [B, U] of their runs. `text` [B, L, D],
+        its mask [B, L], `cond` [R, E].
+        """
         video, count, middle = tokens.video, tokens.video.shape[1], len(self.num_layers) // 2
         # On CPUs, as their kernels want it: a compiled softmax that reads booleans takes three times as long.
         additive = video.dtype if video.device.type == "cpu" else None
@@ -373,6 +380,10 @@ class Stages(nn.Module):
             n: make_layouts(n, tokens.tables, tokens.mask, text_mask, text.shape[:2], additive=additive)
             for n in set(rates)
         }
+        if (rows := tokens.rows) is not None:
+            for n, both in layouts.items():
+                ordered = zip(both, order_rows(n, rows, tokens.run), strict=True)
+                layouts[n] = cast(Any, tuple(layout._replace(rows=own) for layout, own in ordered))
         vectors = itertools.repeat(None) if modulation is None else modulation.blocks
         rest = zip(blocks, vectors, strict=False)
         outputs: list[tuple[Tensor, Tensor]] = []
@@ -398,7 +409,7 @@ class Stages(nn.Module):
             video = from_group_skip(video, count)
             if stage < middle:
                 outputs.append((video, text))
-        return video
+        return video, None if rows is None else rows[:, :: tokens.run]
 
 
 # diffusers' pipelines load a class only where they find the name ModelMixin beside it.
@@ -534,7 +545,9 @@ class SparseUMMDiT(
         modulation: Modulation | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity [B, C, T, H, W] of latents [B, C, T, H, W] at `timestep` [B] (1000 * sigma).
+        """Velocity [B, C, T, H, W] of latents [B, C, T, H, W] at `timestep` (1000 * sigma) [B], or [B, T]
+        where frames have timesteps of their own: no weights are needed for that, and frames that all have the
+        same one give the same bits as [B].
 
         `encoder_hidden_states` [B, L, caption_channels] with `encoder_attention_mask` [B, L] (non-zero = real
         token), `pooled_projections` [B, P]; `attention_mask` [B, T, H, W] (non-zero = valid cell; a token
@@ -555,13 +568,20 @@ class SparseUMMDiT(
         if attention_mask is not None and not attention_mask.bool().all():
             video_mask = F.max_pool2d(attention_mask.float(), patch).flatten(1) > 0  # [B, S]
 
-        cond = self.time_text_embed(timestep, pooled_projections)
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ValueError(
+                f"timestep must be [{batch}] or, one for each frame, [{batch}, {frames}], got "
+                f"{list(timestep.shape)}"
+            )
+        cond, rows = self.condition(timestep, pooled_projections)
+        if rows is not None:
+            rows = rows.to(hidden_states.device).repeat_interleave(grid[1] * grid[2], dim=1)  # [B, S]
         video = self.patch_embed(hidden_states)
         text = self.caption_projection(text)
         tables = rotary_tables(grid, self.config["attention_head_dim"], video.device)
         rates = self.config["sparse_n"] or [1] * len(self.config["num_layers"])
-        video = self.stages(
-            VideoTokens(video, tables, video_mask),
+        video, rows = self.stages(
+            VideoTokens(video, tables, video_mask, rows, run=grid[1] * grid[2]),
             *(text, text_mask, cond),
             blocks=self.transformer_blocks,
             rates=rates,
@@ -569,11 +589,20 @@ class SparseUMMDiT(
         )
 
         vectors = None if modulation is None else modulation.out
-        video = self.norm_out(self.norm_final(video).to(video.dtype), cond, vectors).to(video.dtype)
+        video = self.norm_out(self.norm_final(video).to(video.dtype), cond, vectors, rows).to(video.dtype)
         video = self.proj_out(video)
         video = video.unflatten(-1, (patch, patch, -1)).unflatten(1, grid)  # [B, T, H/p, W/p, p, p, C]
         sample = video.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def condition(self, timestep: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The condition [R, E] of timesteps [B] or [B, T] and pooled vectors [B, P], and the row [B, T] of
+        each frame; None where every frame has that of its sample.
+        """
+        rows = timestep_rows(timestep)
+        if rows.sample is not None:
+            pooled = pooled[rows.sample.to(pooled.device)]
+        return self.time_text_embed(rows.timestep.to(pooled.device), pooled), rows.of_frame
 
 
 def trim_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

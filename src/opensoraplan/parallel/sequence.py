@@ -63,7 +63,7 @@ class _TokenSharing:
         self, _stages: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tokens: VideoTokens = args[0]
-        video, (cos, sin), mask = tokens
+        video, (cos, sin), mask, rows, run = tokens
         count = video.shape[1]
         self._tokens.append(count)
         padding = padded_tokens(count, ranks=self.ranks, rates=kwargs["rates"]) - count
@@ -73,6 +73,11 @@ class _TokenSharing:
             mask = F.pad(mask, (0, padding))
             video = F.pad(video, (0, 0, 0, padding))
             cos, sin = (F.pad(table, (0, 0, 0, 0, 0, padding)) for table in (cos, sin))
+            rows = None if rows is None else F.pad(rows, (0, padding))
+        if rows is not None:
+            for group in filter(None, (self.sp, self.tp)):
+                rows = part_of(rows, dim=1, group=group)
+            run = math.gcd(run, rows.shape[1])
         if self.sp is not None:
             video = part_of(video, dim=1, group=self.sp)
             cos, sin = (part_of(table, dim=1, group=self.sp) for table in (cos, sin))
@@ -81,7 +86,7 @@ class _TokenSharing:
         # Tables and mask stay whole for tp, which joins the tokens for attention.
         if self.tp is not None:
             video = split_copies(video, dim=1, group=self.tp)
-        return (VideoTokens(video, (cos, sin), mask), *args[1:]), kwargs
+        return (VideoTokens(video, (cos, sin), mask, rows, run), *args[1:]), kwargs
 
     def join(self, _last: nn.Module, _args: tuple[Any, ...], video: Tensor) -> Tensor:
         if self.tp is not None:

@@ -236,6 +236,34 @@ class FlowSettings(Settings):
     """
 
 
+class ConditionSettings(Settings):
+    """Tasks besides text to video: what share of the samples is given frames of its clip, clean, and has to
+    make the others. No weights are added, and any checkpoint can learn them, whole or as a LoRA.
+    """
+
+    first: Fraction = 0.0
+    """Share of the samples that begin from their first frame (image to video)."""
+    prefix: Fraction = 0.0
+    """Share that goes on from 9 frames or more, which `osp generate --video` and `--extend` need."""
+    first_last: Fraction = 0.0
+    """Share that is given the first and the last frame."""
+    independent: Fraction = 0.0
+    """Share of all samples in which each latent frame that is not given has noise of its own."""
+
+    @property
+    def used(self) -> bool:
+        """Whether there is any task but text to video."""
+        return self != ConditionSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (total := self.first + self.prefix + self.first_last) > 1 + 1e-9:
+            raise ValueError(
+                f"first, prefix and first_last are shares of all samples, but add up to {total:g}"
+            )
+        return self
+
+
 class OptimizerSettings(Settings):
     """AdamW, its learning rate and the EMA of the weights."""
 
@@ -488,6 +516,7 @@ class TrainSettings(Settings):
     text: TextSettings = TextSettings()
     data: DataSettings
     flow: FlowSettings = FlowSettings()
+    conditions: ConditionSettings = ConditionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     clip: GradientClipSettings = GradientClipSettings()
     memory: MemorySettings = MemorySettings()

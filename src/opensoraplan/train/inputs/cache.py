@@ -156,6 +156,7 @@ class CacheJob:
             spatial_stride=self.encoders.vae.strides.spatial,
             text_features=shapes_of(self.encoders.text),
             use_aesthetic=data.use_aesthetic,
+            last_frames=settings.conditions.first_last > 0,
             samples=len(self.samples),
             texts=len(self.texts),
             videos_per_shard=videos_per_shard,
@@ -269,6 +270,7 @@ class CacheJob:
         self, shard: int, clips: Iterator["_Clip | LeftOut"], one_more: Callable[[], None]
     ) -> None:
         moments: list[tuple[Sample, Tensor]] = []
+        last: list[Tensor] = []
         files: dict[int, KnownFile] = {}
         bad: list[LeftOut] = []
         for place in self.description.places("videos", shard):
@@ -279,10 +281,12 @@ class CacheJob:
             else:
                 with explain_full_memory(_FULL):
                     encoded = self.encoders.encode_videos(read.video[None])[0].cpu()
+                    if self.description.last_frames:
+                        last.append(self.encoders.encode_videos(read.video[None, :, -1:])[0].cpu())
                 moments.append((self.samples[place], encoded))
                 files[place] = read.file
             one_more()
-        features.write_videos(self.out, shard, moments, files=files, left_out=bad)
+        features.write_videos(self.out, shard, moments, last=last, files=files, left_out=bad)
         self.encoded += 1
 
     def leave_out(self, clips: Sequence[LeftOut]) -> None:

@@ -58,10 +58,13 @@ _READER, _AESTHETIC, _CLIPS = "reader", "use_aesthetic", "clips, windows (drawn 
 
 
 class Encoded(NamedTuple):
-    """A micro-batch as the denoiser's training needs it: posterior moments [B, 2 C, T, H, W] and text."""
+    """A micro-batch as the denoiser's training needs it: posterior moments [B, 2 C, T, H, W] and text; where
+    a task is given last frames, the moments [B, 2 C, 1, H, W] of each as a picture.
+    """
 
     moments: Tensor
     prompt: PromptEmbeds
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +172,8 @@ def _open_clips(
 
     def encode(batch: Batch) -> Encoded:
         moments = loaded.encode_videos(batch.video)
-        return Encoded(moments, PromptEmbeds.of(loaded.encode_captions(batch.captions)))
+        last = loaded.encode_videos(batch.video[:, :, -1:]) if settings.conditions.first_last else None
+        return Encoded(moments, PromptEmbeds.of(loaded.encode_captions(batch.captions)), last)
 
     shapes = shapes_of(loaded.text)
     largest = max(clip_bytes(sample.shape) for sample in samples)
@@ -393,6 +397,7 @@ def _features(
         seed=settings.seed,
         caption_dropout=0.0 if held_out else settings.data.caption_dropout,
         use_aesthetic=settings.data.use_aesthetic,
+        last_frames=settings.conditions.first_last > 0 and not held_out,
     )
 
     if global_batch is not None:
@@ -405,7 +410,8 @@ def _features(
         dataset.take(repeat_samples(dataset.samples, settings.data.repeat))
 
     def encode(batch: FeatureBatch) -> Encoded:
-        return Encoded(batch.moments.to(device), PromptEmbeds.of(batch.texts).to(device))
+        last = None if batch.last is None else batch.last.to(device)
+        return Encoded(batch.moments.to(device), PromptEmbeds.of(batch.texts).to(device), last)
 
     known, where = dataset.description, f"{folder / DESCRIPTION}, vae"
     vae = vae_without_weights(known.vae_class, known.vae, where=where)

@@ -73,7 +73,8 @@ def encoded_batches(
 
     def drawn_for(draws: list[Draw]) -> Drawn:
         shape = source.latent_shape(draws[0].index)
-        return draw(draws, shape, settings.flow, seed=settings.seed).to(source.device)
+        drawn = draw(draws, shape, settings.flow, conditions=settings.conditions, seed=settings.seed)
+        return drawn.to(source.device)
 
     batches = micro_batches(
         source.dataset,
@@ -112,6 +113,8 @@ def _shared(
     tensors = None
     if mine is not None:
         tensors = {"moments": mine.encoded.moments, **mine.encoded.prompt.tensors}
+        if mine.encoded.last is not None:
+            tensors["last"] = mine.encoded.last
     like = [None if tensors is None else {name: (t.shape, t.dtype) for name, t in tensors.items()}]
     dist.broadcast_object_list(like, group=group, group_src=turn)
     assert like[0] is not None
@@ -122,4 +125,5 @@ def _shared(
         dist.broadcast(received[name], group=group, group_src=turn)
     if mine is not None:
         return mine
-    return Turn(drawn, Encoded(received.pop("moments"), PromptEmbeds(**received)))
+    moments, last = received.pop("moments"), received.pop("last", None)
+    return Turn(drawn, Encoded(moments, PromptEmbeds(**received), last))

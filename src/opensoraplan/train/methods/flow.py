@@ -17,7 +17,6 @@ from opensoraplan.data.buckets import BucketSampler
 from opensoraplan.data.features import read_parts
 from opensoraplan.device import DTYPES
 from opensoraplan.models.attention import check_backend
-from opensoraplan.models.conditions import Conditions
 from opensoraplan.models.hashes import hash_plain
 from opensoraplan.models.lora import check_peft
 from opensoraplan.models.sizes import BatchShape, training_flops
@@ -26,7 +25,7 @@ from opensoraplan.parallel.ranks import Ranks
 from opensoraplan.runtime.compiling import compile_blocks
 from opensoraplan.runtime.quantisation import check_weight_precision
 from opensoraplan.train.config import TrainSettings
-from opensoraplan.train.inputs.encoders import fingerprint_files, sample_posterior
+from opensoraplan.train.inputs.encoders import fingerprint_files
 from opensoraplan.train.inputs.sources import clips_of_all, global_batch_of, open_source
 from opensoraplan.train.inputs.turns import Turn, encoded_batches
 from opensoraplan.train.learner.adapter import BASE_SETTING, fingerprint_base, lr_ratios
@@ -126,7 +125,8 @@ class FlowMatching:
     def _largest_batch(self) -> BatchShape:
         """Of all micro-batches the one that needs the most memory."""
         indices = {shape: index for index, shape in enumerate(self._source.shapes)}.values()
-        grids = [self._source.latent_shape(index)[1:] for index in indices]
+        more = int(self._settings.conditions.first_last > 0)  # the last frame, behind the clip
+        grids = [(t + more, h, w) for _, t, h, w in map(self._source.latent_shape, indices)]
         text = self._settings.text.max_tokens
         return BatchShape(max(grids, key=math.prod), text, self._settings.data.batch_size)
 
@@ -162,18 +162,18 @@ class FlowMatching:
         if self._settings.adapter.dropout:
             place = f"{self._settings.seed} {step} {micro} {self._ranks.data_rank}"
             torch.manual_seed(random.Random(place).getrandbits(63))
-        sampled = sample_posterior(encoded.moments.float(), drawn.posterior)
-        latents = self._source.vae.normalize_latents(sampled)
+        latents, conditions, drawn = flow_loss.prepare(encoded, drawn, self._source.vae)
         losses = flow_loss.losses(
             self._model,
             latents,
-            Conditions(encoded.prompt),
+            conditions,
             sigma=drawn.sigma,
             noise=drawn.noise,
             dtype=self._dtype,
             weighting=self._settings.flow.weighting,
         )
-        averages.add_losses(losses, drawn.sigma)
+        sigma = drawn.sigma if drawn.sigma.ndim == 1 else drawn.sigma.mean(1)
+        averages.add_losses(losses, sigma)
         self._count(batch, latents)
         return losses.mean()
 
