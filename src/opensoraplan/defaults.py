@@ -23,6 +23,8 @@ Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Fps = Annotated[float, Field(ge=0.001, le=1000)]
 # How a denoiser that is trained from nothing starts: models/initial_weights.py.
 Initialisation = Literal["adaln_zero", "original"]
+# What a denoiser may be given of a video: its first frame, the 9 or more that it begins with, first and last.
+Task = Literal["first", "prefix", "first_last"]
 # How the denoiser's matrices are kept: runtime/quantisation.py.
 WeightPrecision = Literal["whole", "int8", "fp8"]
 # The same of the frozen weights under a LoRA, for which there is one kind more: runtime/nf4.py.
@@ -43,6 +45,8 @@ class GenerateDefaults(Settings):
     guidance: Guidance | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    tasks: tuple[Task, ...] | None = None
+    """What the model was trained for besides text to video; no option."""
 
     @classmethod
     def of(cls, model: Path) -> "GenerateDefaults":

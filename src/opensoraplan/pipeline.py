@@ -6,7 +6,7 @@ Shapes: B videos (prompts x videos per prompt), C latent channels, T/H/W latent 
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from PIL import Image
@@ -25,9 +24,10 @@ from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
 from opensoraplan.defaults import FILE as GENERATE_FILE
 from opensoraplan.defaults import INDEX, STEP_CACHE_FILE, Solver, check_model_files
+from opensoraplan.given_frames import Clip, Picture
 from opensoraplan.guidance import Branches
 from opensoraplan.models.adaln import Modulation
-from opensoraplan.models.conditions import Conditions, denoise, wrong_features
+from opensoraplan.models.conditions import Conditions, denoise, frame_timesteps, wrong_features
 from opensoraplan.models.modulation import is_kept_on_host, modulations
 from opensoraplan.models.overflow import take_overflows
 from opensoraplan.models.pretrained_text import check_json
@@ -55,6 +55,7 @@ from opensoraplan.pipeline_inputs import (
     range_of_steps,
     repeat_texts,
 )
+from opensoraplan.pipeline_pixels import GivenLatents, VideoCoding
 from opensoraplan.samplers import Sampler, Schedule, is_default_scheduler, make_sampler
 from opensoraplan.shapes import RELEASE, latent_shape
 
@@ -89,7 +90,7 @@ class VideoOutput(BaseOutput):
     seeds: list[int] | None = None
 
 
-class OpenSoraPlanPipeline(DiffusionPipeline):
+class OpenSoraPlanPipeline(VideoCoding, DiffusionPipeline):
     """Text to video with Open-Sora Plan v1.5.0.
 
     Text encoders and tokenizers may be None if every call gets `prompt_embeds`, and the VAE may be None if
@@ -277,6 +278,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         previous_velocity: Tensor | None = None,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
+        image: Picture | None = None,
+        last_image: Picture | None = None,
+        video: Clip | None = None,
+        given_latents: GivenLatents | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
         | None = None,
@@ -312,6 +317,9 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             first_step: number of steps that `latents` have already gone through. Only for the default
                 scheduler.
             previous_velocity: velocity of the step before `first_step`, for "adams".
+            image, last_image: pictures that every video begins and ends with, cropped and resized to fit.
+            video: 8k + 1 frames that every video goes on from, instead of `image`; they are its first ones.
+            given_latents: those of such frames, if they have been encoded before.
             output_type: "pil", "np", "pt" or "latent", see `VideoOutput`; `iter_decode` decodes latents.
             callback_on_step_end: called with (pipeline, step, timestep, tensors) after each step, `step`
                 counting from 0; or a callback of diffusers, such as SDCFGCutoffCallback. It may return a dict
@@ -331,6 +339,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             grid = latent_shape(num_frames, height, width, strides=strides)
         else:
             grid = self._latent_grid(latents)
+        given = self._fit_frames(grid, image=image, last_image=last_image, video=video)
         check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
@@ -373,7 +382,8 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, steps, False
 
         try:
-            # 1. Text
+            # 1. Given frames and text
+            clean = (given_latents or self.encode_frames(given)).over(grid[0], batch=batch)
             texts = self._prepare_prompts(prompts)
             negative_texts = self._prepare_prompts(negatives, negative=True) if guided_at_first else None
             device, dtype = self._execution_device, self.transformer.dtype
@@ -388,10 +398,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                         len(prompts) // negative_prompt_embeds.batch_size
                     )
                 negative = negative.repeat(num_videos_per_prompt).trimmed()
-                return Conditions(negative.to(device, dtype))
+                return Conditions(negative.to(device, dtype), *clean)
 
             text = text.repeat(num_videos_per_prompt).trimmed().to(device, dtype)
-            positive = Conditions(text)
+            positive = Conditions(text, *clean)
             branches = Branches(positive, encode_negative, guided=guided, batched=batched_guidance)
 
             # 2. Noise
@@ -430,8 +440,11 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         rescale: float,
         call_back: Callable[..., Tensor] | None,
     ) -> Tensor:
-        """Run the steps from `first_step` on. Returns latents [B, C, T, H, W] in fp32."""
-        steps, warned = len(sampler.timesteps), False
+        """Run the steps from `first_step` on. Returns latents [B, C, T, H, W] in fp32. A last frame that is
+        given is one more latent frame behind these, until they are returned or a callback sees them.
+        """
+        steps, warned, given, frames = len(sampler.timesteps), False, branches.positive, latents.shape[2]
+        latents = given.restore(given.extend(latents))
         planned: tuple[float, Conditions] | None = None
         calls: list[dict[str, Conditions]] = []
         vectors: list[dict[str, Modulation]] | None = None
@@ -456,17 +469,18 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 warned = warned or self._warn_of_overflow(index + 1, steps=steps)
                 if branches.is_guided(index, scale=scale):
                     uncond, cond = velocity.chunk(2)
-                    velocity = flow.guide(uncond, cond, scale, rescale)
-                stepped = sampler.step(velocity, index, latents)
+                    velocity = flow.guide(uncond, cond, scale, rescale, where=given.generated)
+                stepped = given.restore(sampler.step(velocity, index, latents))
                 if not torch.isfinite(stepped).all():
-                    raise NonFiniteLatentsError(index + 1, steps=steps, last_good=latents)
+                    raise NonFiniteLatentsError(index + 1, steps=steps, last_good=latents[:, :, :frames])
                 latents = stepped
                 if call_back is not None:
-                    latents = call_back(index, timestep, latents, velocity, branches)
+                    seen = (tensor[:, :, :frames] for tensor in (latents, velocity))
+                    latents = given.restore(given.extend(call_back(index, timestep, *seen, branches)))
                 progress.update()
                 if self._interrupt:
                     break
-        return latents
+        return latents[:, :, :frames]
 
     def _call_back(
         self,
@@ -498,40 +512,6 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         if sequence is not None or pooled is not None:
             branches.replace(sequence=sequence, pooled=pooled)
         return changed.get("latents", latents).to(latents)
-
-    def iter_decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode normalised latents [B, C, T, H, W] chunk by chunk, so that a long video is never in memory
-        as a whole. Yields frames [B, 3, t, height, width] in [0, 1], fp32 on the CPU. Raises
-        FloatingPointError if they are not finite.
-        """
-        for pixels in self._decode_pixels(latents):
-            yield (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-    def iter_pictures(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode one video as `iter_decode`, but to uint8 [t, height, width, 3] for files. Rounded on the
-        device, so that a quarter of the bytes is copied from it.
-        """
-        for pixels in self._decode_pixels(latents):
-            yield to_uint8(pixels[0]).cpu()
-
-    @torch.no_grad()
-    def _decode_pixels(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield pixels [B, 3, t, height, width], about [-1, 1], chunk by chunk."""
-        self.is_decoding = True
-        # Offloading moves a model when its `forward` is called, which decoding does not do.
-        hook = getattr(self.vae, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.vae)
-        latents = self.vae.denormalize_latents(latents.to(self._execution_device, torch.float32))
-        for pixels in self.vae.iter_decode(latents.to(self.vae.dtype)):
-            if not torch.isfinite(pixels).all():
-                raise FloatingPointError(
-                    f"the decoded frames are not finite in {self.vae.dtype}: try dtype bf16 or fp32"
-                )
-            yield pixels
-        self.is_decoding = False
-        if isinstance(hook, CpuOffload):
-            self.vae.to("cpu")  # type: ignore[arg-type]
 
     def _to_output(
         self, latents: Tensor, output_type: OutputType
@@ -588,7 +568,7 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         resumed video has the same bits as one that was not stopped.
         """
         conditions = [
-            (timestep.expand(branch.batch_size), branch.text.pooled)
+            (frame_timesteps(timestep.expand(branch.batch_size), branch.given), branch.text.pooled)
             for timestep, branches in zip(timesteps, calls, strict=True)
             for branch in branches.values()
         ]

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from opensoraplan.defaults import Fps, Frames, Guidance, Side, Solver, Steps
+from opensoraplan.defaults import Fps, Frames, Guidance, Side, Solver, Steps, Task
 from opensoraplan.documents import parse_json
 from opensoraplan.settings import Settings
-from opensoraplan.shapes import RELEASE, Strides, latent_shape
+from opensoraplan.shapes import RELEASE, Strides, check_given, latent_shape
 
 # Videos of one prompt; more are more commands.
 MOST_COPIES = 10_000
@@ -55,6 +55,18 @@ class Request(Settings):
     step_cache: float = Field(0.0, ge=0, le=1000, allow_inf_nan=False)
     """Reuse the previous step while the predicted error stays below this value, for example 0.06. 0 is off.
     Faster, not exact. Run `osp calibrate` first.
+    """
+    image: str | None = None
+    """Picture that the video begins with, cropped and resized to fit."""
+    last_image: str | None = None
+    """Picture that the video ends with. With --extend, all of it."""
+    video: str | None = None
+    """Clip whose last frames the video begins with, to go on from them."""
+    overlap: Frames = 9
+    """Number of frames to go on from, 8k + 1, with --video and --extend."""
+    extend: int = Field(0, ge=0, le=100_000)
+    """Number of further frames, a multiple of 8. They go on from the last ones, again and again, in memory
+    that does not grow.
     """
     lora: tuple[str, ...] = ()
     """LoRA or DoRA files of the denoiser, or folders of PEFT, each with its strength (default: 1)."""
@@ -102,17 +114,59 @@ class Request(Settings):
             raise ValueError(f"{twice[0]} is named twice: give it once, with one strength")
         return value
 
+    def frame_files(self) -> list[Path]:
+        """The files of the frames that the video is given."""
+        return [Path(file) for file in (self.image, self.last_image, self.video) if file is not None]
+
+    def tasks(self) -> set[Task]:
+        """What a denoiser has to be trained for to make the video, besides text to video."""
+        found: set[Task] = set()
+        if self.last_image is not None:
+            found.add("first_last")
+        elif self.image is not None:
+            found.add("first")
+        if self.video is not None or self.extend:
+            found.add("prefix")
+        return found
+
     def lora_strengths(self) -> dict[Path, float]:
         """The strength of each LoRA, by its file."""
         return dict(split_strength(text) for text in self.lora)
+
+    @property
+    def windows(self) -> int:
+        """How often frames are generated: once, and again for every part of `extend`."""
+        return 1 + math.ceil(self.extend / (self.frames - self.overlap)) if self.extend else 1
+
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps of all windows."""
+        return self.windows * self.steps
+
+    def frames_of(self, window: int) -> int:
+        """Frames of a window, counted from 0, with those that it goes on from."""
+        if window == 0:
+            return self.frames
+        before = (window - 1) * (self.frames - self.overlap)
+        return self.overlap + min(self.frames - self.overlap, self.extend - before)
+
+    def frames_after(self, step: int) -> int:
+        """Frames of the video as far as it is begun after so many of all steps."""
+        window = max(0, math.ceil(step / self.steps) - 1)
+        return self.frames + min(self.extend, window * (self.frames - self.overlap))
 
     def grid(self, strides: Strides = RELEASE) -> tuple[int, int, int]:
         """Latent (T, H, W) of the video, of a VAE with these strides. Raises ValueError if there is none."""
         return latent_shape(self.frames, self.height, self.width, strides=strides)
 
+    def denoised_grid(self, strides: Strides = RELEASE) -> tuple[int, int, int]:
+        """`grid`, with the latent frame behind it that a last image is."""
+        frames, rows, columns = self.grid(strides)
+        return frames + (self.last_image is not None), rows, columns
+
     def positions(self, strides: Strides = RELEASE) -> tuple[int, int]:
         """Number of latent positions in a frame, and in all that is denoised at once."""
-        frames, rows, columns = self.grid(strides)
+        frames, rows, columns = self.denoised_grid(strides)
         return rows * columns, frames * rows * columns * (2 if self.batched_guidance else 1)
 
     def describe_size(self) -> str:
@@ -135,7 +189,27 @@ class Request(Settings):
                 f"got {self.steps}: use {self.steps + 1}"
             )
         self.check_step_cache()
+        self._check_given(info.context or RELEASE)
         return self
+
+    def _check_given(self, strides: Strides) -> None:
+        """Raise ValueError unless the frames that are given leave something to generate."""
+        if self.image is not None and self.video is not None:
+            raise ValueError("a video begins with an image or goes on from a clip: give image or video")
+        if self.last_image is not None and self.frames == 1:
+            raise ValueError("a picture of 1 frame has no last frame: ask for more frames")
+        if self.image is not None:
+            check_given(1, self.frames, strides=strides)
+        if self.video is not None or self.extend:
+            try:
+                check_given(self.overlap, self.frames, strides=strides)
+            except ValueError as error:
+                raise ValueError(f"overlap: {error}") from None
+        if self.extend % strides.temporal:
+            nearest = max(1, round(self.extend / strides.temporal)) * strides.temporal
+            raise ValueError(
+                f"extend must be a multiple of {strides.temporal}, got {self.extend}: use {nearest}"
+            )
 
     def check_step_cache(self) -> None:
         """Raise ValueError if guidance begins or ends in a way that a step cache cannot follow: it counts the

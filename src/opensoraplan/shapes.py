@@ -51,6 +51,18 @@ def check_frames(frames: int, *, strides: Strides = RELEASE) -> None:
         raise ValueError(f"frames must be {rule}, got {frames}: use {hint}")
 
 
+def check_given(given: int, frames: int, *, strides: Strides = RELEASE) -> None:
+    """Raise ValueError unless a video of so many frames can begin with so many `given` ones."""
+    check_frames(given, strides=strides)
+    if given >= frames:
+        if frames == 1:
+            raise ValueError("a picture of 1 frame cannot begin with another picture: ask for more frames")
+        most, _ = nearest_frames(frames - 1, strides=strides)
+        raise ValueError(
+            f"{given} given frames leave nothing to generate of a video of {frames}: give at most {most}"
+        )
+
+
 def check_sides(height: int, width: int, *, multiple: int = SIDE_MULTIPLE) -> None:
     """Raise ValueError unless both sides, in pixels, are positive multiples of `multiple`."""
     wrong = [

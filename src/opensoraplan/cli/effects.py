@@ -54,6 +54,8 @@ def check_effects(options: "Generate", given: Collection[str], requests: Sequenc
         reasons["tiling"] = f"frames up to {TILE_SIZE} x {TILE_SIZE} fit into one tile"
     if options.solver == "adams" and all(request.steps == 1 for request in requests):
         reasons["solver"] = "adams uses the velocity of the previous step: use --steps 2 or more"
+    if not any(request.extend or request.video for request in requests):
+        reasons["overlap"] = "it is the number of frames that --video or --extend goes on from"
     for name, reason in reasons.items():
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')} has no effect: {reason}")

@@ -66,6 +66,9 @@ _RequestOptions = options_of(
     shown={
         "shift": optional("FLOAT", "(default: the model's; 7 of the release)"),
         "dynamic_shift": optional("True|False", "(default: the model's, False)"),
+        "image": optional("FILE"),
+        "last_image": optional("FILE"),
+        "video": optional("FILE"),
         "lora": optional("FILE[:STRENGTH] ..."),
     },
 )
@@ -127,6 +130,7 @@ class Generate(_RequestOptions, _Files):
 
 # Groups of options in --help; the basic options are in none of them.
 GROUPS = {
+    "pictures and clips": ("image", "last_image", "video", "overlap", "extend"),
     "sampling": (
         *("guidance", "guidance_rescale", "guidance_interval", "batched_guidance", "solver", "shift"),
         *("dynamic_shift", "linear_quadratic", "step_cache"),
@@ -237,6 +241,7 @@ def _check_options(
         check_parts(paths)
         check_scheduler(folder, given_names, requests)
         _warn_of_sizes(folder, requests)
+        _warn_of_tasks(folder, requests)
     else:
         paths = find_paths(options.parts, inference)
     prompts = _prompt_settings(options, folder)
@@ -247,8 +252,9 @@ def _check_options(
         from opensoraplan.models.attention import check_backend
 
         check_backend(options.attention)
-    for file in {file: None for request in requests for file in request.lora_strengths()}:
-        check_exists(file)
+    for request in requests:
+        for file in (*request.frame_files(), *request.lora_strengths()):
+            check_exists(file)
     targets = job.check_targets(requests, options.out)
     fingerprints = fingerprint_parts(paths)
     if options.parts.ema is not None:
@@ -285,6 +291,21 @@ def _warn_of_sizes(folder: Path, requests: list[Request]) -> None:
                 "this model was trained on %d x %d (height x width); at %d x %d it may repeat objects",
                 usual.height, usual.width, request.height, request.width,
             )  # fmt: skip
+            return
+
+
+def _warn_of_tasks(folder: Path, requests: list[Request]) -> None:
+    """Warn if the model, alone, was not trained to begin or end with the frames that it is given."""
+    from opensoraplan.defaults import GenerateDefaults
+
+    known = GenerateDefaults.of(folder).tasks or ()
+    for request in requests:
+        new = request.tasks() - {*known}
+        if new and not request.lora:
+            logger.warning(
+                "this model was not trained for %s: videos may not go on from what they are given",
+                " and ".join(sorted(new)),
+            )
             return
 
 

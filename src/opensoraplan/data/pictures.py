@@ -56,7 +56,7 @@ def read_pictures(path: str | Path) -> Iterator[tuple[np.ndarray, Fraction]]:
                 image.load()
                 milliseconds = image.info.get("duration") or 0
                 seconds = Fraction(round(milliseconds * 1000), 1_000_000) or _UNTIMED
-                yield _to_rgb(_turn_upright(image)), seconds if animated else _STILL
+                yield upright_rgb(image), seconds if animated else _STILL
     except Exception as error:
         raise _explain(path, error) from error
 
@@ -66,6 +66,11 @@ def _explain(path: str | Path, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}")
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a picture as uint8 [H, W, 3], as `read_pictures` gives them."""
+    return _to_rgb(_turn_upright(image))
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

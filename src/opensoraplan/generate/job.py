@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from opensoraplan.generate.saved import SavedLatents
     from opensoraplan.generate.session import Session
+    from opensoraplan.generate.windows import Snapshot
     from opensoraplan.pipeline import OpenSoraPlanPipeline
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def _make_on_all_ranks(
     ranks = session.ranks
     start = ranks.agree(partial(find_latents, session, request, wanted, record)) if resume else None
     if start is not None:
-        logger.info("resuming after step %d of %d", start.step, request.steps)
+        logger.info("resuming after step %d of %d", start.step, request.total_steps)
         session.embeds.put(request, start)
     if ranks.first:
         if start is None:
@@ -237,22 +238,21 @@ def make_video(
     resumable = bool(progress.save_every) and session.can_resume(request)
     save_newest: Callable[[], None] | None = None
 
-    def after_step(latents: "Tensor", step: int, velocity: "Tensor") -> None:
+    def after_step(now: "Snapshot") -> None:
         nonlocal save_newest
-        if resumable and step < request.steps:
-            save_newest = partial(
-                save, latents, step, velocity=velocity if request.solver == "adams" else None
-            )
-            if step % progress.save_every == 0:
+        if resumable and now.step < request.total_steps:
+            velocity = session.velocity_to_keep(request, now)
+            save_newest = partial(save, now.latents, now.step, velocity=velocity, prefix=now.prefix)
+            if now.step % progress.save_every == 0:
                 save_newest()
                 save_newest = None
         if progress.on_step is not None:
-            progress.on_step(step)
+            progress.on_step(now.step)
 
     try:
         latents = session.denoise(request, start=start, after_step=after_step)
     except NonFiniteLatentsError as error:
-        save(error.last_good, min(error.step, request.steps) - 1)
+        save(error.last_good, min(error.step, request.total_steps) - 1)
         logger.error(_describe_saved(place, record))
         raise
     except KeyboardInterrupt:
@@ -260,8 +260,8 @@ def make_video(
             save_newest()
         logger.info(_describe_saved(place, record))
         raise
-    if start is None or start.step < request.steps:
-        save(latents, request.steps)
+    if start is None or start.step < request.total_steps:
+        save(latents, request.total_steps)
     try:
         path = write_frames(
             session.pipeline, latents, wanted, record, fps=request.fps, on_frames=progress.on_frames
@@ -285,7 +285,7 @@ def _describe_saved(place: Path, record: dict[str, Any]) -> str:
     """Which latents of an unfinished video are on the disk: the newest may not have been saved."""
     from opensoraplan.generate import saved
 
-    step, steps = saved.saved_step(place, record), record["steps"]
+    step, steps = saved.saved_step(place, record), saved.total_steps(record)
     if step is None:
         return "nothing of this video is saved: it will start from the first step"
     if step == steps:
@@ -333,7 +333,7 @@ def find_latents(
         _warn_of_unusable_latents(wanted, record)
         return None
     found = saved.read(place)
-    return found if found.step == request.steps or session.can_resume(request) else None
+    return found if found.step == request.total_steps or session.can_resume(request) else None
 
 
 def _warn_of_unusable_latents(wanted: Path, record: dict[str, Any]) -> None:
@@ -361,6 +361,7 @@ def save_latents(
     session: "Session",
     request: Request,
     velocity: "Tensor | None" = None,
+    prefix: "Tensor | None" = None,
 ) -> None:
     """Save the latents [1, C, T, H, W] after `step` steps. If they cannot be written, only log a warning."""
     from safetensors import SafetensorError
@@ -371,7 +372,9 @@ def save_latents(
     scaling = {key: None if (one := vae.config.get(key)) is None else [*one] for key in ("shift", "scale")}
     try:
         prompt, negative = session.embeds.of(request)
-        kept = saved.SavedLatents(latents, step, record, scaling, prompt, negative, velocity, vae.strides)
+        kept = saved.SavedLatents(
+            *(latents, step, record, scaling, prompt, negative, velocity, vae.strides), prefix
+        )
         saved.write(place, kept)
     except (OSError, SafetensorError) as error:
         logger.warning("cannot save the latents after step %d in %s: %s", step, place, error)

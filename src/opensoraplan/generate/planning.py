@@ -236,7 +236,7 @@ def reason_for_mask(
     for request in requests:
         if request.batched_guidance and request.guidance > 1 and options.branch_ranks == 1:
             return "--batched-guidance pads the shorter of the two prompts"
-        frames, rows, columns = request.grid(pipeline.vae.strides)
+        frames, rows, columns = request.denoised_grid(pipeline.vae.strides)
         tokens = frames * rows * columns // config["patch_size"] ** 2
         padded = padded_tokens(tokens, ranks=mesh.sp * mesh.tp, rates=rates)
         if padded != tokens:
@@ -276,7 +276,8 @@ def needs_of(
     transformer, vae = pipeline.transformer, pipeline.vae
     grid = request.grid(pipeline.vae.strides)
     model = model or DenoiserSizes(plain_config(transformer))
-    shape = BatchShape(grid, text_tokens, batch=2 if request.batched_guidance else 1)
+    denoised = request.denoised_grid(pipeline.vae.strides)
+    shape = BatchShape(denoised, text_tokens, batch=2 if request.batched_guidance else 1)
     precision = PRECISIONS[transformer.dtype]
     denoising = forward_memory(model, shape, precision, kind=weight_precision_of(transformer))
     if request.step_cache:
@@ -302,7 +303,8 @@ def needs_of_all(
 ) -> list[Needs]:
     """Memory that each different size of video needs. `model`: the denoiser's sizes."""
     sizes = {
-        (r.frames, r.height, r.width, r.steps, r.batched_guidance, bool(r.step_cache)): r for r in requests
+        (*r.denoised_grid(pipeline.vae.strides), r.steps, r.batched_guidance, bool(r.step_cache)): r
+        for r in requests
     }
     return [needs_of(pipeline, request, model=model) for request in sizes.values()]
 

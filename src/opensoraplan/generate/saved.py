@@ -17,7 +17,7 @@ from opensoraplan.documents import as_object, check_file, parse_json
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.requests import Request
 from opensoraplan.settings import Settings
-from opensoraplan.shapes import RELEASE, Strides
+from opensoraplan.shapes import RELEASE, Strides, latent_shape
 
 SUFFIX = ".latents.safetensors"
 # Fields of PromptEmbeds in the file, after the name of the prompt.
@@ -27,6 +27,9 @@ _ADDED = ("fingerprint", "encoded_prompt", "encoded_negative_prompt")
 
 # Key of the fingerprints and strengths of a video's LoRAs, whose files may have been renamed.
 LORA_WEIGHTS = "lora_weights"
+# Key of what the frames that a video is given look like, whose files may have been renamed, and their fields.
+GIVEN_FRAMES = "given_frames"
+FRAME_FILES = ("image", "last_image", "video")
 
 Record = dict[str, Any]
 
@@ -48,8 +51,8 @@ class _StoredRecord(Request):
 
     @model_validator(mode="after")
     def _check_step(self) -> Self:
-        if self.step > self.steps:
-            raise ValueError(f"step {self.step} is greater than the number of steps, {self.steps}")
+        if self.step > self.total_steps:
+            raise ValueError(f"step {self.step} is greater than the number of steps, {self.total_steps}")
         if isinstance(self.model, dict) and not isinstance(self.model.get("vae"), str):
             raise ValueError("model must say where its vae is")
         return self
@@ -64,10 +67,11 @@ class _Scaling(Settings):
 
 @dataclass(frozen=True)
 class SavedLatents:
-    """Normalised latents [1, C, T, H, W] after `step` of the steps of `record`, which is all that decides how
-    the video looks. `scaling`: shift and scale of the VAE that they are for, whose `strides` are these.
-    `prompt` and `negative`: encoded, where they were saved. `velocity` [1, C, T, H, W]: of that step, for
-    solvers that go on from it.
+    """Normalised latents [1, C, T, H, W] of the video so far, after `step` of the steps of `record`, which is
+    all that decides how the video looks. `scaling`: shift and scale of the VAE that they are for, whose
+    `strides` are these. `prompt` and `negative`: encoded, where they were saved. `velocity` [1, C, T, H, W]:
+    of that step, for solvers that go on from it. `prefix` [1, C, t, H, W]: of an extended video, what its
+    newest window goes on from.
     """
 
     latents: Tensor
@@ -78,6 +82,7 @@ class SavedLatents:
     negative: PromptEmbeds | None = None
     velocity: Tensor | None = None
     strides: Strides = RELEASE
+    prefix: Tensor | None = None
 
 
 def latents_path(video: Path) -> Path:
@@ -88,8 +93,9 @@ def latents_path(video: Path) -> Path:
 def write(path: Path, saved: SavedLatents) -> None:
     """Write the file atomically; it replaces an older one. Raises OSError or SafetensorError if it cannot."""
     tensors = {"latents": saved.latents}
-    if saved.velocity is not None:
-        tensors["velocity"] = saved.velocity
+    for name in ("velocity", "prefix"):
+        if (tensor := getattr(saved, name)) is not None:
+            tensors[name] = tensor
     for name in ("prompt", "negative"):
         embeds: PromptEmbeds | None = getattr(saved, name)
         if embeds is not None:
@@ -122,6 +128,7 @@ def read(path: Path) -> SavedLatents:
         negative=_embeds(tensors, "negative"),
         velocity=tensors.get("velocity"),
         strides=_strides(metadata, where=f"{path}, strides"),
+        prefix=tensors.get("prefix"),
     )
 
 
@@ -142,7 +149,8 @@ def read_record(path: Path) -> tuple[Record, int]:
     record = as_object(parse_json(metadata["record"], where=where), where=where)
     strides = _strides(metadata, where=f"{path}, strides")
     checked = _StoredRecord.read(record, where=where, strict=True, context=strides)
-    _check_shapes(path, shapes, checked.grid(strides))
+    frames = checked.frames_after(checked.step)
+    _check_shapes(path, shapes, latent_shape(frames, checked.height, checked.width, strides=strides))
     return record, record.pop("step")
 
 
@@ -167,6 +175,9 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple
             f"{path} has latents of shape {list(latents)}; its record needs "
             f"[1, channels, {', '.join(map(str, grid))}]"
         )
+    prefix = shapes.get("prefix", latents)
+    if len(prefix) != 5 or (*prefix[:2], *prefix[3:]) != (*latents[:2], *latents[3:]):
+        raise ValueError(f"{path} has a prefix {list(prefix)} for latents {list(latents)}")
     if shapes.get("velocity", latents) != latents:
         raise ValueError(f"{path} has velocity {list(shapes['velocity'])} for latents {list(latents)}")
     for name in ("prompt", "negative"):
@@ -177,6 +188,11 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], grid: tuple
         if len(sequence) != 3 or sequence[0] != 1 or mask != sequence[:2] or len(pooled) != 2:
             shown = ", ".join(map(str, parts))
             raise ValueError(f"{path} is damaged: the embeddings of its {name} have the shapes {shown}")
+
+
+def total_steps(record: Mapping[str, Any]) -> int:
+    """The denoising steps of a record's video."""
+    return _StoredRecord.read({**record, "step": 0}, where="record").total_steps
 
 
 def is_latents_of(path: Path, record: Mapping[str, Any]) -> bool:
@@ -200,6 +216,8 @@ def identity(record: Mapping[str, Any]) -> Record:
         ignored.add("model")
     if LORA_WEIGHTS in record:
         ignored.add("lora")
+    if GIVEN_FRAMES in record:
+        ignored |= {*FRAME_FILES}
     return {key: value for key, value in record.items() if key not in ignored}
 
 

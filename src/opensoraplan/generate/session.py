@@ -30,19 +30,22 @@ from opensoraplan.generate.planning import (
     set_decoding,
     tune,
 )
-from opensoraplan.generate.saved import LORA_WEIGHTS, SavedLatents
+from opensoraplan.generate.saved import FRAME_FILES, GIVEN_FRAMES, LORA_WEIGHTS, SavedLatents
+from opensoraplan.generate.windows import Snapshot, Window, next_window, seed_of
+from opensoraplan.given_frames import GivenFrames, read_given
 from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.models.strict import name_wrong_types
 from opensoraplan.models.text import PromptEmbeds
 from opensoraplan.parallel.generating import share_generating
 from opensoraplan.parallel.ranks import ALONE, Ranks, joined
-from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
+from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline
 from opensoraplan.requests import Request
 from opensoraplan.runtime.compiling import compile_blocks
 from opensoraplan.runtime.loras import load_loras, settings_of, use_loras
 from opensoraplan.runtime.placement import Arrangement
 from opensoraplan.runtime.quantisation import weight_precision_of
 from opensoraplan.runtime.step_cache import Calibration, skip_steps
+from opensoraplan.shapes import RELEASE, Strides
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,21 @@ class PromptCache:
         return self.kept[text, negative]
 
 
+class GivenCache:
+    """Keeps the frames that the last request was given, which several calls read."""
+
+    def __init__(self, strides: Strides) -> None:
+        self._strides = strides
+        self._kept: tuple[object, GivenFrames] = (None, GivenFrames())
+
+    def of(self, request: Request) -> GivenFrames:
+        """Read and fit them. Raises FileNotFoundError and ValueError for files that do not give them."""
+        key = request.model_dump(include={*FRAME_FILES, "overlap", "fps", "height", "width"})
+        if self._kept[0] != key:
+            self._kept = key, read_given(request, strides=self._strides)
+        return self._kept[1]
+
+
 @dataclass
 class Session:
     """A pipeline that is ready for requests. `open` loads one from a model's files; the constructor takes a
@@ -124,6 +142,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.embeds = PromptCache(self.pipeline)
+        self.given = GivenCache(self.pipeline.vae.strides if self.pipeline.vae else RELEASE)
         self._opened = ExitStack()
 
     @classmethod
@@ -135,6 +154,8 @@ class Session:
         weights are read, and MemoryError if the model or a video does not fit.
         """
         requests = [largest] if isinstance(largest, Request) else list(largest)
+        for request in requests:
+            read_given(request)  # before heavy work
         options = _add_fingerprints(options, requests)
         place = resolve_place(options, requests)
         with ExitStack() as stack:
@@ -214,14 +235,17 @@ class Session:
             stopped = stopped or (should_stop is not None and self.ranks.any(should_stop()))
             return stopped
 
-        def after_step(latents: Tensor, step: int, velocity: Tensor) -> None:
+        def after_step(now: Snapshot) -> None:
             nonlocal kept, done
-            done = step
+            done = now.step
             if self.can_resume(request):
-                velocity_needed = velocity if request.solver == "adams" and step < request.steps else None
-                kept = SavedLatents(latents, step, record, {}, velocity=velocity_needed)
+                kept = SavedLatents(
+                    *(now.latents, now.step, record, {}),
+                    velocity=self.velocity_to_keep(request, now),
+                    prefix=now.prefix,
+                )
             if on_step is not None:
-                on_step(step, latents)
+                on_step(now.step, now.latents)
             if asked_to_stop():
                 self.pipeline._interrupt = True
 
@@ -232,7 +256,7 @@ class Session:
             return latents, self._frames(latents, asked_to_stop)
 
         latents, frames = self.attempt(request, make)
-        return Result(latents, done if stopped else request.steps, record, frames)
+        return Result(latents, done if stopped else request.total_steps, record, frames)
 
     def check(self, request: Request) -> None:
         """Warn of words that cleaning removes from the prompts. Raises ValueError if cleaning leaves almost
@@ -273,6 +297,11 @@ class Session:
         """
         return self.pipeline.has_default_scheduler and not request.step_cache
 
+    @staticmethod
+    def velocity_to_keep(request: Request, now: Snapshot) -> Tensor | None:
+        """The velocity that a video needs to resume: of adams, within a window."""
+        return now.velocity if request.solver == "adams" and now.step % request.steps else None
+
     def attempt(self, request: Request, work: Callable[[bool], Made]) -> Made:
         """Return `work(False)`. If memory runs out, return `work(True)` with the next plan that needs less.
         Raises MemoryError if there is no such plan.
@@ -286,21 +315,38 @@ class Session:
         request: Request,
         *,
         start: SavedLatents | None = None,
-        after_step: Callable[[Tensor, int, Tensor], None] | None = None,
+        after_step: Callable[[Snapshot], None] | None = None,
     ) -> Tensor:
-        """Denoise a request, from noise or from saved latents. Returns normalised latents [1, C, T, H, W].
-        `after_step` gets the latents, the number of steps done, and the last step's velocity.
+        """Denoise a request, from noise or from saved latents. Returns normalised latents [1, C, T, H, W], of
+        all windows of an extended video. `after_step` gets the video so far after each step.
         """
-        if start is not None and start.step == request.steps:
+        if start is not None and start.step == request.total_steps:
             return start.latents
         pipeline = self.pipeline
-        pipeline.is_decoding = False  # an interrupted video may have left it True
+        pipeline.is_decoding = pipeline._interrupt = False  # which an interrupted video may have left True
+        use_loras(pipeline.transformer, list(self.loras), request.lora_strengths())
+        so_far = None if start is None else Snapshot.of(start)
+        while so_far is None or (so_far.step < request.total_steps and not pipeline.interrupt):
+            window = next_window(pipeline, request, lambda: self.given.of(request), so_far)
+            if request.windows > 1:
+                total = request.frames + request.extend
+                end = request.frames_after((window.number + 1) * request.steps)
+                logger.info("frames to %d of %d", end, total)
+            so_far = self._denoise_window(request, window, after_step)
+        return so_far.latents
+
+    def _denoise_window(
+        self, request: Request, window: Window, after_step: Callable[[Snapshot], None] | None
+    ) -> Snapshot:
+        pipeline = self.pipeline
+        newest: Snapshot | None = None
 
         def on_step_end(_pipeline: object, index: int, _timestep: object, tensors: dict[str, Tensor]) -> None:
+            nonlocal newest
+            newest = window.snapshot(tensors["latents"], index + 1, tensors["velocity"], steps=request.steps)
             if after_step is not None:
-                after_step(tensors["latents"], index + 1, tensors["velocity"])
+                after_step(newest)
 
-        use_loras(pipeline.transformer, list(self.loras), request.lora_strengths())
         prompt, negative = self.embeds.of(request)
         cached = nullcontext()
         if request.step_cache:
@@ -308,32 +354,37 @@ class Session:
                 pipeline.transformer, self.step_ratios, threshold=request.step_cache, steps=request.steps
             )
         with cached:
-            output = pipeline(
-                prompt_embeds=prompt,
-                negative_prompt_embeds=negative,
-                num_frames=request.frames,
-                height=request.height,
-                width=request.width,
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
-                guidance_rescale=request.guidance_rescale,
-                guidance_interval=request.guidance_interval,
-                batched_guidance=request.batched_guidance or self.batched,
-                shift=request.shift,
-                use_dynamic_shifting=request.dynamic_shift,
-                use_linear_quadratic_schedule=request.linear_quadratic,
-                solver=request.solver,
-                seed=request.seed,
-                latents=None if start is None else start.latents,
-                first_step=0 if start is None else start.step,
-                previous_velocity=None if start is None else start.velocity,
-                output_type="latent",
-                callback_on_step_end=on_step_end,
-                callback_on_step_end_tensor_inputs=("latents", "velocity"),
-            )
-        assert isinstance(output, VideoOutput)
-        assert isinstance(output.frames, Tensor)
-        return output.frames
+            try:
+                pipeline(
+                    prompt_embeds=prompt,
+                    negative_prompt_embeds=negative,
+                    num_frames=window.frames,
+                    height=request.height,
+                    width=request.width,
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance,
+                    guidance_rescale=request.guidance_rescale,
+                    guidance_interval=request.guidance_interval,
+                    batched_guidance=request.batched_guidance or self.batched,
+                    shift=request.shift,
+                    use_dynamic_shifting=request.dynamic_shift,
+                    use_linear_quadratic_schedule=request.linear_quadratic,
+                    solver=request.solver,
+                    seed=seed_of(request, window.number),
+                    latents=window.latents,
+                    first_step=window.step,
+                    previous_velocity=window.velocity,
+                    given_latents=window.given,
+                    output_type="latent",
+                    callback_on_step_end=on_step_end,
+                    callback_on_step_end_tensor_inputs=("latents", "velocity"),
+                )
+            except NonFiniteLatentsError as error:
+                error.step += window.number * request.steps
+                error.last_good = window.video(error.last_good)
+                raise
+        assert newest is not None
+        return newest
 
     def record(self, request: Request) -> dict[str, Any]:
         """Everything that determines a video, to be stored with it as JSON."""
@@ -367,6 +418,14 @@ class Session:
             record[LORA_WEIGHTS] = [[self.loras[file], strength] for file, strength in strengths.items()]
         else:  # as in records older than LoRAs
             del record["lora"]
+        if given := self.given.of(request):
+            record[GIVEN_FRAMES] = given.digest()
+        # As in records older than these fields, where they have no effect.
+        unused = {name for name in FRAME_FILES if getattr(request, name) is None}
+        unused |= {"extend"} if not request.extend else set()
+        unused |= {"overlap"} if not request.extend and request.video is None else set()
+        for name in unused:
+            del record[name]
         return json.loads(json.dumps(record))
 
     def share_decoding(self, latents: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from opensoraplan.models.adaln import Modulation
 from opensoraplan.models.text import PromptEmbeds
@@ -59,6 +60,11 @@ class Conditions:
         if self.frames is None or (generated := self.generated) is None:
             return latents
         return torch.where(generated, latents, self.frames)
+
+    def extend(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, T, H, W] with as many frames as those that are given, zeros behind."""
+        more = 0 if self.frames is None else self.frames.shape[2] - latents.shape[2]
+        return F.pad(latents, (0, 0, 0, 0, 0, more)) if more else latents
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
         """On `device`, the text in `dtype`; None leaves either as it is."""

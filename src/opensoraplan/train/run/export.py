@@ -4,12 +4,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, SchedulerConfig
+from opensoraplan.defaults import INDEX, GenerateDefaults, ModelIndex, SchedulerConfig, Task
 from opensoraplan.formats.assemble import (
     Opened,
     OpenedPipeline,
@@ -151,6 +151,7 @@ def _read_adapter(run: Path, settings: TrainSettings, options: ExportOptions) ->
         "base": str(base),
         "base_fingerprint": state.encoders.get(BASE_SETTING, ""),
         "adapter": settings.adapter.model_dump(mode="json"),
+        "tasks": tasks_of(settings),
     }
     return lora_of(tensors, settings.adapter, origin)
 
@@ -278,10 +279,18 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
     """Videos like those of the run's validation, else of the size that it was trained on, if that is one, and
     else as of the pipeline that it began from.
     """
-    validation, selection = settings.validation, selection_of_run(settings.data)
     before = GenerateDefaults() if base is None else GenerateDefaults.of(base)
+    shown = {**_shown_size(settings), "dtype": settings.model.compute}
+    if tasks := tasks_of(settings):
+        shown["tasks"] = tasks
+    return before.model_copy(update=shown)
+
+
+def _shown_size(settings: TrainSettings) -> dict[str, Any]:
+    """Options of videos like those of the run's validation, or of the size that it was trained on."""
+    validation, selection = settings.validation, selection_of_run(settings.data)
     if validation.prompts:
-        shown = {
+        return {
             "frames": validation.frames,
             "height": validation.height,
             "width": validation.width,
@@ -289,10 +298,14 @@ def _generate_defaults(settings: TrainSettings, base: Path | None) -> GenerateDe
             "steps": validation.sampling_steps,
             "guidance": validation.guidance_scale,
         }
-        return before.model_copy(update={**shown, "dtype": settings.model.compute})
     if selection is None:
-        return before.model_copy(update={"dtype": settings.model.compute})
+        return {}
     size = {"frames": selection.sample_frames(selection.num_frames), "fps": selection.train_fps}
     if selection.force_resolution:
         size |= {"height": selection.max_height, "width": selection.max_width}
-    return before.model_copy(update={**size, "dtype": settings.model.compute})
+    return size
+
+
+def tasks_of(settings: TrainSettings) -> tuple[Task, ...]:
+    """What the run trains its model for, besides text to video."""
+    return tuple(task for task in get_args(Task) if getattr(settings.conditions, task))
