@@ -17,7 +17,8 @@ def text(batch: int, tokens: int, *, real: int | None = None) -> PromptEmbeds:
 
 
 def with_frames(batch: int) -> Conditions:
-    return Conditions(text(batch, 3), torch.randn(batch, 4, 2, 4, 4), torch.ones(batch, 1, 2, 4, 4))
+    given = torch.tensor([True, False]).expand(batch, -1)
+    return Conditions(text(batch, 3), torch.randn(batch, 4, 2, 4, 4), given)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,9 @@ def test_frames_go_with_the_text() -> None:
     conditions = with_frames(2)
     assert conditions.frames is not None
     moved = conditions.to(dtype=torch.bfloat16)
-    assert {moved.text.sequence.dtype, moved.frames.dtype, moved.frames_mask.dtype} == {torch.bfloat16}
-    assert moved.text.mask.dtype == torch.bool
+    assert moved.text.sequence.dtype == torch.bfloat16
+    assert moved.frames is not None
+    assert moved.frames.dtype == torch.float32  # which latents are denoised in
     both = Conditions.cat([conditions, with_frames(1)])
     assert both.batch_size == 3
     assert torch.equal(both.frames[:2], conditions.frames)
@@ -62,16 +64,28 @@ def test_text_alone_has_no_frames_anywhere() -> None:
     assert joined.text.sequence.shape == (3, 5, 24)
     for conditions in (alone.to("cpu", torch.bfloat16), alone.repeat(3), joined):
         assert conditions.frames is None
-        assert conditions.frames_mask is None
+        assert conditions.given is None
+        assert conditions.generated is None
 
 
-def test_what_does_not_belong_together(model: SparseUMMDiT) -> None:
+def test_what_does_not_belong_together() -> None:
     conditions = with_frames(2)
     with pytest.raises(ValueError, match="give both, or neither"):
-        replace(conditions, frames_mask=None)
-    with pytest.raises(ValueError, match="frames are of 2 samples, the text of 1"):
+        replace(conditions, given=None)
+    with pytest.raises(ValueError, match=r"given must be \[samples, latent frames\], \[1, 2\], got \[2, 2\]"):
         replace(conditions, text=text(1, 3))
     with pytest.raises(ValueError, match="1 of 2 parts have clean frames"):
         Conditions.cat([conditions, Conditions(text(1, 3))])
-    with pytest.raises(ValueError, match="takes no clean frames"):
-        denoise(model, torch.randn(2, 4, 2, 4, 4), torch.tensor([1.0, 2.0]), conditions)
+
+
+@torch.no_grad()
+def test_given_frames_are_put_in_place_and_told_timestep_0(model: SparseUMMDiT) -> None:
+    model.to(torch.float32)
+    conditions, latents = with_frames(2), torch.randn(2, 4, 2, 4, 4)
+    told, frames = conditions.text, conditions.frames
+    assert frames is not None
+    looked_at = torch.cat([frames[:, :, :1], latents[:, :, 1:]], dim=2)
+    assert torch.equal(conditions.restore(latents), looked_at)
+    timestep = torch.tensor([[0.0, 900.0], [0.0, 100.0]])
+    wanted = model(looked_at, timestep, told.sequence, told.pooled).sample
+    assert torch.equal(denoise(model, latents, torch.tensor([900.0, 100.0]), conditions), wanted)

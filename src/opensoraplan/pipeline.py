@@ -19,6 +19,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from opensoraplan import flow
 from opensoraplan.data.video import to_uint8
@@ -368,6 +369,8 @@ class OpenSoraPlanPipeline(VideoCoding, DiffusionPipeline):
         schedule = Schedule(
             num_inference_steps, shift, use_dynamic_shifting, use_linear_quadratic_schedule, solver
         )
+        if previous_velocity is not None and (given_latents or given).last is not None:
+            previous_velocity = F.pad(previous_velocity, (0, 0, 0, 0, 0, 1))  # see `_denoise`
         sampler = make_sampler(self.scheduler, schedule, grid, previous=previous_velocity, sources=sources)
         self._check_first_step(first_step, sampler, latents, previous_velocity)
         steps = len(sampler.timesteps)
