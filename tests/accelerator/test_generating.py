@@ -12,6 +12,7 @@ from typing import Any
 import cards
 import pytest
 from command import Command, Running
+from PIL import Image
 from simulated.device import Card
 from tiny_models import LORA_LAYERS, lora_of
 from torch import Tensor
@@ -58,6 +59,22 @@ def test_each_placement_gives_the_frames_of_the_cpu(
 ) -> None:
     made = frames_of(options_of(tiny_model, "npu", memory=placement))
     assert_alike(made, expected)
+    gc.collect()
+    assert card.memory.now == 0
+
+
+@pytest.mark.parametrize("weights", ["whole", "int8"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_videos_with_given_frames_are_those_of_the_cpu(
+    card: Card, tiny_model: Path, tmp_path: Path, placement: Placement, weights: WeightPrecision
+) -> None:
+    file = str(tmp_path / "picture.png")
+    Image.effect_mandelbrot((60, 40), (-3, -2.5, 2, 2.5), 100).convert("RGB").save(file)
+    request = REQUEST.model_copy(update={"frames": 17, "image": file, "last_image": file, "extend": 8})
+    wanted = frames_of(options_of(tiny_model, "cpu", weights=weights), request)
+    made = frames_of(options_of(tiny_model, "npu", memory=placement, weights=weights), request)
+    assert len(made) == 25
+    assert_alike(made, wanted)
     gc.collect()
     assert card.memory.now == 0
 

@@ -43,17 +43,23 @@ def make_model(**changes: object) -> SparseUMMDiT:
     return model
 
 
-def make_batch(grid: tuple[int, int, int], *, masked: bool = True) -> dict[str, Tensor]:
-    """Inputs of four samples and what the output should be. Texts have different lengths if `masked`."""
+def make_batch(grid: tuple[int, int, int], *, masked: bool = True, given: bool = False) -> dict[str, Tensor]:
+    """Inputs of four samples and what the output should be. Texts have different lengths if `masked`; the
+    first frame of three samples is at timestep 0 if it is `given`.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     lengths = torch.tensor([3, 5, 6, 4] if masked else [TEXT] * BATCH)
+    timestep = torch.tensor([100.0, 400.0, 700.0, 900.0])
+    if given:
+        timestep = timestep[:, None].repeat(1, grid[0])
+        timestep[:3, 0] = 0
     return {
         "hidden_states": random(BATCH, 4, *grid),
-        "timestep": torch.tensor([100.0, 400.0, 700.0, 900.0]),
+        "timestep": timestep,
         "encoder_hidden_states": random(BATCH, TEXT, 12),
         "pooled_projections": random(BATCH, 10),
         "encoder_attention_mask": (torch.arange(TEXT) < lengths[:, None]).float(),
@@ -66,6 +72,7 @@ def train(
     *,
     grid: tuple[int, int, int] = WHOLE,
     masked: bool = True,
+    given: bool = False,
     recompute: int = 0,
     backend: str | None = None,
     compute: torch.dtype = torch.float32,
@@ -82,7 +89,7 @@ def train(
     model.set_recompute(blocks=recompute)
     if not cpu_offload:  # FSDP takes a rank's shards to the device
         model.to(device)
-    batch = {name: value.to(device) for name, value in make_batch(grid, masked=masked).items()}
+    batch = {name: value.to(device) for name, value in make_batch(grid, masked=masked, given=given).items()}
     share, shares = 0, 1
     if sizes is not None:
         mesh = Mesh.build(MeshSettings(**sizes), device_type=device)  # type: ignore[arg-type]

@@ -31,13 +31,16 @@ def one_process(
     grid: tuple[int, int, int] = WHOLE,
     *,
     masked: bool = True,
+    given: bool = False,
     double_ff: bool = True,
     layers: tuple[int, ...] = (2, 2, 2),
     dense: bool = False,
 ) -> Result:
     torch.set_num_threads(1)
     rates = {"sparse_n": None} if dense else {}
-    return denoising.train(None, grid=grid, masked=masked, double_ff=double_ff, num_layers=layers, **rates)
+    return denoising.train(
+        None, grid=grid, masked=masked, given=given, double_ff=double_ff, num_layers=layers, **rates
+    )
 
 
 # Where each rank has whole samples, none is padded for it.
@@ -52,6 +55,16 @@ def test_mesh_equals_one_process(ranks: Ranks, case: str) -> None:
     count = torch.tensor(list(sizes.values())).prod().item()
     for result in ranks(run, sizes, {"grid": grid}, ranks=int(count)):
         assert_equal(result, one_process(grid))
+
+
+@pytest.mark.parametrize("grid", [WHOLE, RAGGED], ids=["whole", "padded"])
+@pytest.mark.parametrize("mesh", ["tp 2", "sp 2", "tp 2 x sp 2"])
+def test_timesteps_of_single_frames_equal_one_process(
+    ranks: Ranks, mesh: str, grid: tuple[int, int, int]
+) -> None:
+    count = torch.tensor(list(MESHES[mesh].values())).prod().item()
+    for result in ranks(run, MESHES[mesh], {"grid": grid, "given": True}, ranks=int(count)):
+        assert_equal(result, one_process(grid, given=True))
 
 
 @pytest.mark.parametrize("mesh", ["tp 2 x sp 2", "fsdp 2 x sp 2"])
