@@ -26,8 +26,10 @@ from opensoraplan.pipeline import OpenSoraPlanPipeline, VideoOutput
 CLOSE = 1e-4
 
 
-def video(model: Path, *, branches: bool = False, **sizes: int) -> Tensor:
-    """Frames of a prompt by the pipeline in `model`, on a mesh of these sizes or with shared branches."""
+def video(model: Path, *, branches: bool = False, given: bool = False, **sizes: int) -> Tensor:
+    """Frames of a prompt by the pipeline in `model`, on a mesh of these sizes or with shared branches; with
+    the first and the last one `given`.
+    """
     pipeline = OpenSoraPlanPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if branches:
@@ -37,25 +39,32 @@ def video(model: Path, *, branches: bool = False, **sizes: int) -> Tensor:
     output = pipeline(
         "a fox", height=64, width=64, num_frames=9, num_inference_steps=3, seed=1,
         batched_guidance=branches, output_type="pt",
+        **({"image": picture(0), "last_image": picture(128)} if given else {}),
     )  # fmt: skip
     assert isinstance(output, VideoOutput)
     return output.frames
 
 
-def on_ranks(model: Path, branches: bool, sizes: dict[str, int]) -> Tensor:
-    return video(model, branches=branches, **sizes)
+def picture(level: int) -> Tensor:
+    columns = torch.arange(64, dtype=torch.uint8).expand(64, -1) + level
+    return torch.stack([columns, columns.T, columns // 2], dim=-1).contiguous()
 
 
+def on_ranks(model: Path, branches: bool, given: bool, sizes: dict[str, int]) -> Tensor:
+    return video(model, branches=branches, given=given, **sizes)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["text", "frames"])
 @pytest.mark.parametrize(
     ("count", "branches", "sizes"),
     [(2, False, {"sp": 2}), (4, False, {"sp": 4}), (2, False, {"tp": 2}), (2, True, {})],
     ids=["sp 2", "sp 4", "tp 2", "guidance"],
 )
 def test_video_equals_one_process(
-    ranks: Ranks, tiny_model: Path, count: int, branches: bool, sizes: dict[str, int]
+    ranks: Ranks, tiny_model: Path, count: int, branches: bool, given: bool, sizes: dict[str, int]
 ) -> None:
-    reference = video(tiny_model)
-    for frames in ranks(on_ranks, tiny_model, branches, sizes, ranks=count):
+    reference = video(tiny_model, given=given)
+    for frames in ranks(on_ranks, tiny_model, branches, given, sizes, ranks=count):
         assert (frames - reference).abs().max() < CLOSE
 
 
