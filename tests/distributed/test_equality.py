@@ -23,8 +23,24 @@ MESHES = {
 
 
 def run(sizes: dict[str, int], options: dict[str, object]) -> Result:
-    options = {"masked": masked, "given": given, "double_ff": double_ff, "num_layers": layers, **rates}
-    return denoising.train(None, grid=grid, **options)  # type: ignore[arg-type]
+    return denoising.train(sizes, **options)  # type: ignore[arg-type]
+
+
+@functools.cache
+def one_process(
+    grid: tuple[int, int, int] = WHOLE,
+    *,
+    masked: bool = True,
+    given: bool = False,
+    double_ff: bool = True,
+    layers: tuple[int, ...] = (2, 2, 2),
+    dense: bool = False,
+) -> Result:
+    torch.set_num_threads(1)
+    rates = {"sparse_n": None} if dense else {}
+    return denoising.train(
+        None, grid=grid, masked=masked, given=given, double_ff=double_ff, num_layers=layers, **rates
+    )
 
 
 # Where each rank has whole samples, none is padded for it.
