@@ -16,8 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from moving_shapes.drawing import render, signed_distance
-from moving_shapes.scenes import COLOURS, NEW_COLOURS, NEW_SHAPES, ROUND, SHAPES, Scene, scene_for
+from moving_shapes.drawing import empty, render, signed_distance
+from moving_shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    NEW_COLOURS,
+    NEW_SHAPES,
+    ROUND,
+    SHAPES,
+    Scene,
+    scene_for,
+)
 from torch import Tensor
 
 from opensoraplan.data.video import VideoWriter, read_frames
@@ -92,6 +101,16 @@ def judge(frames: Tensor, *, objects: int = 1, looks: Looks = KNOWN) -> list[Ver
         _judge_part(pixels[:, :, part], soft[:, :, part], looks)
         for part in (slice(middle), slice(middle, None))
     ]
+
+
+def background_of(frames: Tensor) -> str:
+    """The background of frames [T, H, W, 3]: the one that their borders are nearest to."""
+    height, width = frames.shape[1:3]
+    edge = max(2, height // 12)
+    border = torch.ones(height, width, dtype=torch.bool)
+    border[edge:-edge, edge:-edge] = False
+    seen = frames.float().median(dim=0).values[border] / 255
+    return min(BACKGROUNDS, key=lambda name: float((empty(name, height, width)[border] - seen).abs().mean()))
 
 
 def right(scene: Scene, verdicts: list[Verdict]) -> dict[str, bool]:

@@ -102,6 +102,14 @@ def render(scene: Scene, *, frames: int = 25, height: int = 96, width: int = 128
     return (video * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
+def empty(background: str, height: int, width: int) -> Tensor:
+    """A background alone: [height, width, 3] in 0 .. 1."""
+    unit = min(height, width)
+    y = ((torch.arange(height) + 0.5 - height / 2) / unit)[:, None]
+    x = ((torch.arange(width) + 0.5 - width / 2) / unit)[None, :]
+    return _background(background, x, y)[0].permute(1, 2, 0)
+
+
 def check_size(*, frames: int, height: int, width: int) -> None:
     for name, value in (("height", height), ("width", width)):
         if value < 64 or value % 16:
