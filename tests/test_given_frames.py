@@ -286,6 +286,16 @@ def test_a_record_tells_pictures_by_their_pixels(
     assert not {"image", "last_image", "video", "overlap", "extend", "given_frames"} & plain.keys()
 
 
+def test_a_picture_that_is_replaced_is_read_again(pipeline: OpenSoraPlanPipeline, tmp_path: Path) -> None:
+    session, path = Session(pipeline, "tiny"), tmp_path / "picture.png"
+    request = Request(prompt="a cat", **SIZE, steps=1, guidance=1, image=str(path))
+    made = []
+    for seed in (1, 2):
+        Image.fromarray(picture(seed)).save(path)
+        made.append(session.denoise(request))
+    assert not torch.equal(made[0][:, :, :1], made[1][:, :, :1])
+
+
 # --- Command ------------------------------------------------------------------------------------------------
 
 

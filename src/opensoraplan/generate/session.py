@@ -108,7 +108,9 @@ class GivenCache:
 
     def of(self, request: Request) -> GivenFrames:
         """Read and fit them. Raises FileNotFoundError and ValueError for files that do not give them."""
-        key = request.model_dump(include={*FRAME_FILES, "overlap", "fps", "height", "width"})
+        fields = request.model_dump(include={*FRAME_FILES, "overlap", "fps", "height", "width"})
+        stats = [path.stat() for path in request.frame_files()]  # a file may be replaced by another
+        key = fields, [(one.st_ino, one.st_size, one.st_mtime_ns) for one in stats]
         if self._kept[0] != key:
             self._kept = key, read_given(request, strides=self._strides)
         return self._kept[1]
