@@ -48,7 +48,7 @@ def main() -> None:
     print("| clips | base | card | frozen weights | blocks recomputed | GB | host GB | s a sample | GB/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     run = read_run(RUN)
-    for size, base in product(SIZES, ("whole", "int8")):
+    for size, base in product(SIZES, ("whole", "int8", "nf4")):
         asked = run.model_copy(update={"adapter": run.adapter.model_copy(update={"base": base})})
         step = training_step(asked, BatchShape(latent_shape(*size), run.text.max_tokens))
         fits = possible_fits(asked, step, device=None)

@@ -58,7 +58,6 @@ SMALL: dict[str, Any] = {
     "pooled_projection_dim": 128,
     "timestep_embed_dim": 256,
 }
-WIDE = {"num_attention_heads": 8}
 TOKENS = ((8, 32, 32), 64, 2)  # 2048 video tokens, 64 of text, batch 2
 FEW = ((2, 16, 16), 64, 1)  # weights are most of it
 
@@ -117,13 +116,13 @@ CASES = {
     "fp32, tp 2": Case(options=FP32, mesh={"tp": 2}),
     "fp32, sp 2 x tp 2": Case(options=FP32, mesh={"sp": 2, "tp": 2}),
     "bf16, sp 2, all blocks again": Case(options={"recompute_blocks": 10}, mesh={"sp": 2}),
-    "LoRA, bf16, wide, few tokens": Case(FEW, model=WIDE, adapter={}),
-    "LoRA, int8, wide, few tokens": Case(FEW, model=WIDE, adapter={"base": "int8"}),
     "LoRA, fp32": Case(options=FP32, adapter={}),
+    "LoRA, bf16": Case(adapter={}),
+    "LoRA, int8": Case(options=FP32, adapter={"base": "int8"}),
+    "LoRA, NF4": Case(options=FP32, adapter={"base": "nf4"}),
     "LoRA, fp32, all blocks again": Case(options={**FP32, **AGAIN}, adapter={}),
     "LoRA, fp32, streamed": Case(options={**FP32, **AGAIN}, adapter={"streamed": True}),
-    "LoRA, int8": Case(options=FP32, adapter={"base": "int8"}),
-    "LoRA, int8, streamed": Case(options={**FP32, **AGAIN}, adapter={"base": "int8", "streamed": True}),
+    "fp32, few tokens, AdamW in 8 bits": Case(FEW, {**FP32, "bits": 8}),
     "built-in model, all weights": Case(BUILTIN_CLIPS, FP32, model=BUILTIN),
     "built-in model, LoRA": Case(BUILTIN_CLIPS, FP32, model=BUILTIN, adapter={}),
     "built-in model, LoRA, int8": Case(BUILTIN_CLIPS, FP32, model=BUILTIN, adapter={"base": "int8"}),
@@ -146,7 +145,7 @@ def measure(rank: int, case: Case, meeting: str) -> None:
     before = resident("VmRSS")
 
     master = make_model(case, mesh)
-    optimizer = make_optimizer(master.parameters, OptimizerSettings())
+    optimizer = make_optimizer(master.parameters, OptimizerSettings(bits=planned.options.bits, eps=1e-8))
     ema = Ema(master.parameters, decay=0.999) if planned.options.ema else None
     times = []
     for step in range(1, STEPS + 1):

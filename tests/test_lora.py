@@ -267,6 +267,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         r"dora_scale is \[1, 32\], .* takes \[32\]",
     ),
     "no alpha": (lambda t: t.update({f"{Q}.alpha": torch.tensor(math.nan)}), "alpha of .*to_q is nan"),
+    "not a number": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.full((4, 32), math.nan)}),
+        r"to_q\.lora_A\.weight has numbers that are not finite",
+    ),
     "nothing": (lambda t: t.clear(), "it is empty"),
 }
 

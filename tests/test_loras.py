@@ -70,6 +70,19 @@ def test_each_request_has_its_own_loras(tiny_model: Path, files: list[Path], wei
     assert len({tuple(latents.flatten().tolist()) for latents in alone.values()}) == len(alone) == 5
 
 
+@pytest.mark.parametrize(("weights", "dtype"), [("whole", "fp32"), ("int8", "fp32"), ("fp8", "bf16")])
+def test_a_lora_that_has_learned_nothing_changes_no_bit(
+    tiny_model: Path, tmp_path: Path, weights: str, dtype: str
+) -> None:
+    lora, path = lora_of(tiny_model, seed=1), tmp_path / "a.safetensors"
+    tensors = {name: tensor * ("lora_B" not in name) for name, tensor in lora.tensors.items()}
+    write_lora(Lora(tensors, lora.config, {}), path, kind="diffusers")
+    wanted = [request(), request(str(path))]
+    with Session.open(options_of(tiny_model, weights=weights, dtype=dtype), wanted) as session:
+        without, made = (session.run(one, output="latents").latents for one in wanted)
+    assert torch.equal(made, without)
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_a_lora_is_what_merging_it_gives(tiny_model: Path, tmp_path: Path, dora: bool) -> None:
     lora = lora_of(tiny_model, seed=1, dora=dora)

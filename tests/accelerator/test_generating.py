@@ -11,6 +11,7 @@ from typing import Any
 
 import cards
 import pytest
+import torch
 from command import Command, Running
 from PIL import Image
 from simulated.device import Card
@@ -195,7 +196,8 @@ def test_loras_in_each_placement(
     layers = (*LORA_LAYERS, "transformer_blocks.0.norm1.linear", "norm_out.linear")
     file = tmp_path / "a.safetensors"
     write_lora(lora_of(tiny_model, seed=1, layers=layers), file, kind="diffusers")
-    requests = [REQUEST.model_copy(update={"lora": (f"{file}:{strength}",)}) for strength in (0.5, 0.0)]
+    loras = ((f"{file}:0.5",), (f"{file}:0",), ())
+    requests = [REQUEST.model_copy(update={"lora": lora}) for lora in loras]
     made = {}
     for device, memory in (("cpu", "auto"), ("npu", placement)):
         with Session.open(
@@ -204,6 +206,7 @@ def test_loras_in_each_placement(
             made[device] = [session.run(request).frames for request in requests]
     for expected, frames in zip(made["cpu"], made["npu"], strict=True):
         assert_alike(frames.short(), expected.short())
+    assert torch.equal(made["npu"][1], made["npu"][2])
     assert (made["cpu"][0].short() - made["cpu"][1].short()).abs().float().mean() > 1
     del session
     gc.collect()

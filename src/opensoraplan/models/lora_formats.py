@@ -72,7 +72,8 @@ def to_peft(
 
     `settings`: the LoraConfig that a file came with, of which alpha is taken. `prefix`: one that names may
     have beside the known ones. Raises ValueError that names the tensors of another kind than LoRA and DoRA,
-    those that no layer takes, those that are missing or mis-shaped, and settings that cannot be kept.
+    those that no layer takes, those that are missing, mis-shaped or not finite, and settings that cannot be
+    kept.
     """
     prefixes = PREFIXES if prefix is None else (*PREFIXES, f"{prefix}.")
     settings = {_without(key, prefixes): value for key, value in (settings or {}).items()}
@@ -90,6 +91,12 @@ def to_peft(
         for layer in layers.values()
         for part in optional
         if part not in layer.parts and "down" in layer.parts
+    ]
+    faults += [
+        f"{layer.keys[part]} has numbers that are not finite"
+        for layer in layers.values()
+        for part, tensor in layer.parts.items()
+        if part != "alpha" and not tensor.isfinite().all()
     ]
     if faults or not layers:
         more = f"\n  and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
