@@ -35,14 +35,15 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
     return app
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _owner(request: Request) -> str:
+async def _owner(request: Request) -> str:
     return request.state.owner
 
 
+# The two are async, since others would take a thread each.
 WithService = Annotated[Service, Depends(_service)]
 WithOwner = Annotated[str, Depends(_owner)]
 
@@ -62,11 +63,12 @@ def page(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
-) -> dict[str, Any]:
+) -> JSONResponse:
     last = None if after is None else service.job(owner, after)
     jobs, has_more = service.store.page(owner, after=last, limit=limit, order=order)
     ends = {"first_id": jobs[0].id, "last_id": jobs[-1].id} if jobs else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": [service.video(job) for job in jobs], **ends, "has_more": has_more}
+    data = service.videos(jobs)
+    return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
 
 @router.get("/v1/videos/{job_id}")

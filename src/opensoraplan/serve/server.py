@@ -86,7 +86,8 @@ def _opened(settings: WorkerSettings) -> Iterator[Database]:
 def _listen(settings: ServeSettings) -> Iterator[socket.socket]:
     """A socket for the server's address. Raises ValueError if it cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listening:
+    # TCP is named so that asyncio sends small answers at once: it asks accepted sockets for their protocol.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         if sys.platform != "win32":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

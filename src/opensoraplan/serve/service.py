@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,28 +74,13 @@ class Service:
             self.artefacts.remove(job_id)
 
     def video(self, job: Job) -> dict[str, Any]:
-        """A job as clients see it: OpenAI's object, the place in the queue, the step, and the settings."""
-        request = Request.model_construct(**job.request)
-        settings = {name: value for name, value in job.request.items() if name != "prompt"}
-        failed = job.status == "failed"
-        return {
-            "id": job.id,
-            "object": "video",
-            "model": job.model,
-            "status": job.status,
-            "progress": job.progress,
-            "created_at": int(job.created_at),
-            "completed_at": None if job.completed_at is None else int(job.completed_at),
-            "expires_at": None if job.expires_at is None else int(job.expires_at),
-            "prompt": request.prompt,
-            "size": f"{request.width}x{request.height}",
-            "seconds": f"{(request.frames - 1) / request.fps:g}",
-            "remixed_from_video_id": None,
-            "error": {"code": job.error_code, "message": job.error_message} if failed else None,
-            "queue_place": self.store.place(job) if job.status == "queued" else None,
-            "step": job.step,
-            **settings,
-        }
+        """A job as clients see it, see `videos`."""
+        return self.videos([job])[0]
+
+    def videos(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Jobs as clients see them: OpenAI's object, the place in the queue, the step, and the settings."""
+        places = self.store.places(jobs)
+        return [_video(job, places.get(job.id)) for job in jobs]
 
     def poll_after_ms(self, job: Job) -> int:
         """When it is worth asking for a job again: after its next step."""
@@ -155,3 +140,27 @@ class Service:
             totals["seconds"] / max(totals["completed"], 1) / max(self.store.counts().get("queued", 0), 1)
         )
         return min(max(math.ceil(waited), 1), _MOST_RETRY_S)
+
+
+def _video(job: Job, place: int | None) -> dict[str, Any]:
+    request = Request.model_construct(**job.request)
+    settings = {name: value for name, value in job.request.items() if name != "prompt"}
+    failed = job.status == "failed"
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        "status": job.status,
+        "progress": job.progress,
+        "created_at": int(job.created_at),
+        "completed_at": None if job.completed_at is None else int(job.completed_at),
+        "expires_at": None if job.expires_at is None else int(job.expires_at),
+        "prompt": request.prompt,
+        "size": f"{request.width}x{request.height}",
+        "seconds": f"{(request.frames - 1) / request.fps:g}",
+        "remixed_from_video_id": None,
+        "error": {"code": job.error_code, "message": job.error_message} if failed else None,
+        "queue_place": place,
+        "step": job.step,
+        **settings,
+    }

@@ -6,7 +6,7 @@ ignored.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,13 +103,17 @@ class Store:
             found = [Job(**row._mapping) for row in connection.execute(query)]
         return found[:limit], len(found) > limit
 
-    def place(self, job: Job) -> int:
-        """How many jobs are before this one in the queue."""
-        first, second = JOBS.c.created_at, JOBS.c.id
-        earlier = or_(first < job.created_at, and_(first == job.created_at, second < job.id))
-        query = select(func.count()).where(JOBS.c.status == "queued", JOBS.c.model == job.model, earlier)
+    def places(self, jobs: Iterable[Job]) -> dict[str, int]:
+        """How many jobs are before each of those that wait, by id."""
+        waiting = [job.id for job in jobs if job.status == "queued"]
+        if not waiting:
+            return {}
+        order = {"partition_by": JOBS.c.model, "order_by": (JOBS.c.created_at, JOBS.c.id)}
+        number = func.row_number().over(**order).label("number")
+        queue = select(JOBS.c.id, number).where(JOBS.c.status == "queued").subquery()
+        query = select(queue.c.id, queue.c.number).where(queue.c.id.in_(waiting))
         with self._database.reading() as connection:
-            return connection.execute(query).scalar_one()
+            return {row.id: row.number - 1 for row in connection.execute(query)}
 
     def remove(self, job_id: str, owner: str) -> Job | None:
         """Remove a job. A worker that has it notices after its step."""
