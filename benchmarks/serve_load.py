@@ -172,7 +172,7 @@ class LoadClient:
         mine: list[str] = []
         while time.monotonic() < until:
             dice = random.random()
-            if dice < 0.02 or not mine:
+            if dice < 0.005 or not mine:
                 mine += [job_id] if (job_id := await self.send_good()) else []
             elif dice < 0.12:
                 answer = await self.call("POST", "/v1/videos", json={**GOOD, **random.choice(BAD)})
@@ -264,7 +264,8 @@ async def load(options: argparse.Namespace, servers: Servers, seen: Seen, data: 
     expected = undisturbed(data / "undisturbed")
     for job_id, seed in seen.accepted.items():
         folder = data / "jobs" / job_id
-        if job_id not in seen.deleted and frames_of(folder / "video.mp4") != expected[seed]:
+        video = folder / "video.mp4"
+        if job_id not in seen.deleted and video.exists() and frames_of(video) != expected[seed]:
             seen.wrong.append(f"{job_id} has other frames than an undisturbed video of seed {seed}")
         # Those of a job whose worker was killed before it noticed are removed an hour later.
         if job_id in seen.deleted and folder.exists() and not options.kills:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
+from opensoraplan import builtin
+from opensoraplan.data.video import read_frames
+from opensoraplan.generate import job
+from opensoraplan.generate.session import Session, SessionOptions
+from opensoraplan.requests import Request
 from opensoraplan.serve.access import Keys
 from opensoraplan.serve.app import make_app
 from opensoraplan.serve.artefacts import Artefacts
@@ -24,8 +30,10 @@ from opensoraplan.serve.store import NAMES, NewJob, Store, new_id
 
 PROMPT = "A large red ball moves to the right in front of a grey wall."
 # What a server, and a job, takes at most.
-TIMEOUT = 90
+TIMEOUT = 300
 JSON = {"prompt": PROMPT, "steps": 4, "seed": 1}
+# Enough steps that a test can act between two of them.
+LONG = 16
 
 
 def new_job(owner: str = "", **changes: Any) -> NewJob:  # noqa: ANN401
@@ -58,13 +66,21 @@ def app_of(data: Path, *, keys: tuple[str, ...] = (), **changes: Any) -> Iterato
 class Server:
     """`osp serve`, or `osp serve worker`, in a process of its own, and its workers."""
 
-    def __init__(self, folder: Path, *words: object, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *words: object,
+        environment: Mapping[str, str] | None = None,
+        new_session: bool = False,
+    ) -> None:
         self.folder = folder
         self._log = folder / f"log-{time.monotonic_ns()}.txt"
         line = [sys.executable, "-m", "opensoraplan", "serve", *map(str, words)]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(line, cwd=folder, stderr=log, env=variables)
+            self.process = subprocess.Popen(
+                line, cwd=folder, stderr=log, env=variables, start_new_session=new_session
+            )
 
     def said(self) -> str:
         return self._log.read_text(errors="replace")
@@ -144,3 +160,18 @@ def serving(
             yield server, client
     finally:
         server.kill()
+
+
+def undisturbed(folder: Path, **changes: Any) -> torch.Tensor:  # noqa: ANN401
+    """The frames of a video as `osp generate` makes it."""
+    values = {"frames": 25, "height": 96, "width": 128, "fps": 12, "guidance": 3, "solver": "adams"}
+    request = Request(**{**values, **JSON, **changes})
+    options = SessionOptions(builtin.folder(), device="cpu", dtype="fp32", progress=False)
+    with Session.open(options, request) as session:
+        folder.mkdir(exist_ok=True)
+        (path,) = job.run(session, [request], [folder / "undisturbed.mp4"], resume=False)
+    return read_frames(path)
+
+
+def video_of(server: Server, job_id: str) -> torch.Tensor:
+    return read_frames(server.folder / "osp-data" / "jobs" / job_id / "video.mp4")

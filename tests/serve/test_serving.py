@@ -3,27 +3,22 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from openai import NotFoundError, OpenAI
 from PIL import Image
-from serving import JSON, PROMPT, Client, Server, serving
+from serving import LONG, PROMPT, Client, Server, serving, undisturbed, video_of
 
-from opensoraplan import builtin
 from opensoraplan.data.video import read_frames
-from opensoraplan.generate import job
-from opensoraplan.generate.session import Session, SessionOptions
-from opensoraplan.requests import Request
-
-# Enough steps that a test can act between two of them.
-LONG = 16
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +32,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, C
 @pytest.fixture
 def openai(served: tuple[Server, Client]) -> OpenAI:
     return OpenAI(base_url=f"{served[0].address}/v1", api_key="none is needed")
-
-
-def undisturbed(folder: Path, **changes: Any) -> torch.Tensor:  # noqa: ANN401
-    """The frames of a video as `osp generate` makes it."""
-    values = {"frames": 25, "height": 96, "width": 128, "fps": 12, "guidance": 3, "solver": "adams"}
-    request = Request(**{**values, **JSON, **changes})
-    options = SessionOptions(builtin.folder(), device="cpu", dtype="fp32", progress=False)
-    with Session.open(options, request) as session:
-        (path,) = job.run(session, [request], [folder / "undisturbed.mp4"], resume=False)
-    return read_frames(path)
-
-
-def video_of(server: Server, job_id: str) -> torch.Tensor:
-    return read_frames(server.folder / "osp-data" / "jobs" / job_id / "video.mp4")
 
 
 def in_store(folder: Path, query: str) -> int:
@@ -97,6 +78,26 @@ def test_the_client_of_openai(openai: OpenAI, served: tuple[Server, Client], tmp
     with pytest.raises(NotFoundError):
         openai.videos.retrieve(made.id)
     assert not (server.folder / "osp-data" / "jobs" / made.id).exists()
+
+
+def test_the_lines_of_the_documentation(served: tuple[Server, Client], tmp_path: Path) -> None:
+    """curl's and Python's, as they are printed; but for the address."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = text.replace("http://localhost:8000", served[0].address)
+    lines = [block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "curl" in block]
+    script = "set -euo pipefail\nalias curl='curl --fail-with-body'\nshopt -s expand_aliases\n" + "\n".join(
+        lines
+    )
+    said = subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "event: video" in said.stdout
+    assert "video.deleted" in said.stdout
+    assert len(read_frames(tmp_path / "video.mp4")) == 25
+    for name in ("thumbnail.webp", "sheet.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    assert len(read_frames(tmp_path / "ball.mp4")) == 25
 
 
 def test_a_picture(served: tuple[Server, Client]) -> None:

@@ -1,6 +1,8 @@
 """`osp serve` and `osp serve worker`: options, and checks before anything is started."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +57,7 @@ def serve(options: Serve) -> None:
     settings = _check(options, ServeSettings, "osp serve")
     from opensoraplan.serve import server
 
-    with make_folder(settings.data):
+    with _data_folder(settings.data):
         server.serve(settings)
 
 
@@ -64,8 +66,18 @@ def serve_worker(options: ServeWorker) -> None:
     settings = _check(options, WorkerSettings, "osp serve worker")
     from opensoraplan.serve import server
 
-    with make_folder(settings.data):
+    with _data_folder(settings.data):
         server.work(settings)
+
+
+@contextmanager
+def _data_folder(folder: Path) -> Iterator[None]:
+    """Make the data folder, if it is not there, for this user only: it has everybody's prompts and videos."""
+    is_new = not folder.exists()
+    with make_folder(folder):
+        if is_new:
+            folder.chmod(0o700)
+        yield
 
 
 def _check(options: Any, kind: type[Kind], verb: str) -> Kind:  # noqa: ANN401 (options made of a class)

@@ -44,7 +44,9 @@ def serve(settings: ServeSettings) -> None:
             logger.info("serving %s on http://%s:%d/v1", settings.model_id, shown, port)
             with named_supervisor(settings.data) as name, Supervisor(settings, database, name) as supervisor:
                 supervisor.start()
-                while not stop.wait(_WATCH_S) and is_answering():
+                while not stop.wait(_WATCH_S):
+                    if not is_answering():
+                        raise RuntimeError("the HTTP server has ended")
                     supervisor.watch()
                 service.draining.set()
                 logger.info("stopping: running jobs are saved and continue after the next start")

@@ -34,6 +34,9 @@ class Service:
     artefacts: Artefacts
     draining: threading.Event = field(default_factory=threading.Event)
 
+    def __post_init__(self) -> None:
+        self.prompts = self.settings.prompt_settings()
+
     def submit(self, owner: str, fields: Mapping[str, Any], idempotency_key: str | None) -> Job:
         """Queue the video that a body asks for. Raises ApiError."""
         if self.draining.is_set():
@@ -98,17 +101,29 @@ class Service:
         ]
 
     def loras(self) -> tuple[list[str], dict[str, str]]:
-        """The names of the LoRAs that requests may use, and why the workers cannot use others."""
+        """The names of all LoRAs, and why the workers cannot use some."""
+        return [*find_loras(self.settings.loras)], self._broken_loras()
+
+    def _broken_loras(self) -> dict[str, str]:
         broken: dict[str, str] = {}
         for worker in self.ready_workers() if self.settings.loras is not None else ():
             broken |= worker.facts.get("broken_loras", {})
-        return [*find_loras(self.settings.loras)], broken
+        return broken
+
+    def _check_prompts(self, request: Request) -> None:
+        """Refuse prompts of which cleaning leaves almost nothing."""
+        negatives = [request.negative_prompt] if request.guidance > 1 else []
+        for param, texts in (("prompt", ([request.prompt], [])), ("negative_prompt", ([], negatives))):
+            try:
+                self.prompts.check_all(*texts)
+            except ValueError as error:
+                raise ApiError(400, str(error), param=param) from None
 
     def _admit(self, fields: Mapping[str, Any]) -> Request:
         """The request of a body, if the workers can make its video."""
-        _, broken = self.loras()
-        known = find_loras(self.settings.loras)
+        known, broken = find_loras(self.settings.loras), self._broken_loras()
         request = read_request(fields, self.settings, loras=known, broken_loras=broken)
+        self._check_prompts(request)
         most = self.settings.largest_request()
         area, volume = request.positions()
         most_area, most_volume = most.positions()

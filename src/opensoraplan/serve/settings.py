@@ -2,12 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from opensoraplan import builtin
-from opensoraplan.defaults import STEP_CACHE_FILE, Frames, GenerateDefaults, Memory, Side, WeightPrecision
+from opensoraplan.defaults import (
+    STEP_CACHE_FILE,
+    Frames,
+    GenerateDefaults,
+    Memory,
+    ModelIndex,
+    Side,
+    WeightPrecision,
+)
+from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
 from opensoraplan.requests import Request
 from opensoraplan.settings import Settings
 
@@ -102,6 +111,16 @@ class WorkerSettings(Settings):
     def defaults(self) -> dict[str, object]:
         """Values of a request that the client leaves out: the model's own, where it has some."""
         return GenerateDefaults.of(self.folder).model_dump(exclude_none=True, exclude={"dtype"})
+
+    def prompt_settings(self) -> PromptSettings:
+        """How the model prepares prompts."""
+        config: dict[str, Any] = ModelIndex.of(self.folder).prompt_config()
+        return PromptSettings(
+            template=config.get("prompt_template", DEFAULT_TEMPLATE),
+            negative_prompt=config.get("default_negative_prompt", DEFAULT_NEGATIVE_PROMPT),
+            clean=config.get("clean_prompts", True),
+            keep_chinese=config.get("keep_chinese", False),
+        )
 
     def largest_request(self) -> Request:
         """The largest request that workers make videos of, as their sessions are opened for it."""

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 # Seconds between looks into a store that cannot be reached.
 _RETRY_S = 1.0
+# Seconds between searches for folders without a job, of which there may be many to look through.
+_CLEAN_S = 3600.0
 # Leases after which workers of other supervisors are forgotten.
 _FORGET_LEASES = 20
 _NO_WORKERS = ("none",)
@@ -77,7 +79,7 @@ class Supervisor:
         self._artefacts = Artefacts(settings.data)
         self._context = _context()
         self._slots: list[_Slot] = []
-        self._look_at = 0.0
+        self._look_at = self._clean_at = 0.0
 
     def start(self) -> None:
         """Put the jobs of this supervisor's former workers back into the queue, and start workers. Raises
@@ -145,7 +147,7 @@ class Supervisor:
         if wanted == _NO_WORKERS:
             return []
         receiver, sender = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_resolve_devices, args=(list(wanted), sender))
+        process = self._context.Process(target=resolve_devices, args=(list(wanted), sender))
         process.start()
         sender.close()
         try:
@@ -198,7 +200,9 @@ class Supervisor:
         self._roster.leave(sorted(self._roster.silent(_FORGET_LEASES * settings.lease)))
         for job_id in self._store.remove_expired():
             self._artefacts.remove(job_id)
-        self._artefacts.remove_orphans(self._store.known)
+        if time.monotonic() >= self._clean_at:
+            self._clean_at = time.monotonic() + _CLEAN_S
+            self._artefacts.remove_orphans(self._store.known)
 
 
 def _context() -> Any:  # noqa: ANN401 (a context of multiprocessing)
@@ -212,7 +216,7 @@ def _context() -> Any:  # noqa: ANN401 (a context of multiprocessing)
     return context
 
 
-def _resolve_devices(wanted: list[str], sender: Any) -> None:  # noqa: ANN401 (a connection)
+def resolve_devices(wanted: list[str], sender: Any) -> None:  # noqa: ANN401 (a connection)
     """Send the names of the devices to use, or why they cannot be used: by default all accelerators there
     are.
     """

@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 UNUSABLE, SPOILED = 2, 3
 # Seconds between looks into an empty queue, and into a store that cannot be reached.
 _POLL_S, _RETRY_S = 0.2, 2.0
-# Added to the niceness of workers on a CPU, so that the server answers while they compute.
-_NICE = 5
 
 
 def main(settings: WorkerSettings, identity: Identity) -> None:
@@ -52,12 +50,10 @@ def main(settings: WorkerSettings, identity: Identity) -> None:
     for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes; the supervisor drains
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if identity.device == "cpu" and hasattr(os, "nice"):
-        os.nice(_NICE)
     if settings.loras is not None:
         os.chdir(settings.loras)
     database = Database(settings.store_url, counters=NAMES)
-    worker = _Worker(settings, identity, database, stopping)
+    worker = WorkLoop(settings, identity, database, stopping)
     try:
         worker.run()
     except (ValueError, FileNotFoundError, MemoryError) as error:
@@ -75,7 +71,9 @@ def _end_with_parent() -> None:
         os._exit(SPOILED)
 
 
-class _Worker:
+class WorkLoop:
+    """What a worker does: one job after the other, with one session."""
+
     def __init__(
         self, settings: WorkerSettings, identity: Identity, database: Database, stopping: threading.Event
     ) -> None:
