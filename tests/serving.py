@@ -91,7 +91,7 @@ class Server:
         while not (value := is_so()):
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < end, self.said()
-            time.sleep(0.02)
+            time.sleep(0.1)
         return value
 
     @property
