@@ -83,7 +83,8 @@ def test_fields_of_requests_that_may_be_paths_are_no_fields_of_the_api() -> None
     assert "lora" in others
     for name, one in Request.model_fields.items():
         is_text = "str" in str(one.annotation) or "Path" in str(one.annotation)
-        assert (name in others) == (is_text and name not in ("prompt", "negative_prompt")), name
+        is_path = is_text and name not in ("prompt", "negative_prompt")
+        assert (name in others) == (is_path or name in ("overlap", "extend")), name
 
 
 def test_the_list_has_pages(client: TestClient) -> None:

@@ -24,6 +24,8 @@ from opensoraplan.shapes import TEMPORAL_STRIDE
 # Text of a request that is no file's name. Any other field of a `Request` with text might be a path of this
 # machine.
 _TEXTS = ("prompt", "negative_prompt")
+# Of frames that are given, which the server does not take.
+_OF_GIVEN_FRAMES = ("overlap", "extend")
 # Fields that are not those of a `Request`, or mean something else.
 _OWN = ("model", "seconds", "size", "input_reference", "lora")
 # Most characters of a prompt, and fields of a form.
@@ -37,8 +39,8 @@ def client_fields() -> frozenset[str]:
     """The fields of a `Request` that clients set by themselves: numbers, switches and words of a list, and
     text that names no file.
     """
-    fields = Request.model_fields.items()
-    return frozenset(name for name, one in fields if name in _TEXTS or _is_harmless(one.annotation))
+    fields = {name: one for name, one in Request.model_fields.items() if name not in _OF_GIVEN_FRAMES}
+    return frozenset(name for name, one in fields.items() if name in _TEXTS or _is_harmless(one.annotation))
 
 
 def _is_harmless(kind: Any) -> bool:  # noqa: ANN401 (any type there is)
@@ -107,6 +109,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
     known = {*client_fields(), *_OWN}
     for name, value in fields.items():
         if name not in known:
+            if name in _OF_GIVEN_FRAMES:
+                raise ApiError(400, f"{name}: this server makes videos of text only", param=name)
             if name in Request.model_fields:
                 raise ApiError(400, f"{name}: a client cannot name files of the server", param=name)
             raise ApiError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from opensoraplan.requests import Request
 from opensoraplan.serve.artefacts import Artefacts, is_id
-from opensoraplan.serve.body import read_request
+from opensoraplan.serve.body import client_fields, read_request
 from opensoraplan.serve.errors import ApiError
 from opensoraplan.serve.jobs import Job
 from opensoraplan.serve.loras import find_loras
@@ -44,7 +44,7 @@ class Service:
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _MOST_KEY_CHARACTERS:
             raise ApiError(400, f"Idempotency-Key has 1 to {_MOST_KEY_CHARACTERS} characters")
         request = self._admit(fields)
-        values = request.model_dump(mode="json")
+        values = request.model_dump(mode="json", include={*client_fields(), "lora"})
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
         new = NewJob(owner, self.settings.model_id, values, idempotency_key, digest)
         job_id, kept = new_id(), ""
