@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 TRAIN := train-demo
 COMPUTE := fp32
+EXPORT := --dtype bf16 --max-shard-size 15MB --prompt-template "{}" --default-negative-prompt ""
 PROMPT := A large red star moves to the right over a green meadow.
 
 .PHONY: demo train-demo test test-postgresql lint bench guard clean
@@ -35,8 +36,12 @@ train-demo: $(BIN)/.installed
 	$(BIN)/python examples/render_clips.py $(TRAIN)/clips --count 8000
 	$(BIN)/osp cache examples/builtin/denoiser.toml
 	$(BIN)/osp train examples/builtin/denoiser.toml --set model.compute=$(COMPUTE) --resume latest
-	$(BIN)/osp export $(TRAIN)/denoiser --out $(TRAIN)/model --dtype bf16 --max-shard-size 15MB \
-		--prompt-template "{}" --default-negative-prompt ""
+	test -e $(TRAIN)/text-to-video || $(BIN)/osp export $(TRAIN)/denoiser --out $(TRAIN)/text-to-video $(EXPORT)
+	$(BIN)/python examples/render_clips.py $(TRAIN)/slow --slow --count 800
+	printf 'clips,clips/annotation.json\nslow,slow/annotation.json\n' > $(TRAIN)/clips_and_slow.txt
+	$(BIN)/osp cache examples/builtin/conditions.toml
+	$(BIN)/osp train examples/builtin/conditions.toml --set model.compute=$(COMPUTE) --resume latest
+	$(BIN)/osp export $(TRAIN)/conditions --out $(TRAIN)/model $(EXPORT)
 	@echo "The model is in $(TRAIN)/model; the package has its own in src/opensoraplan/builtin/model."
 
 # Tiny models run fastest on one thread each; two processes share the tests, but for those that start up to four.

@@ -124,6 +124,13 @@ def test_plan_of_a_run_is_of_its_largest_sample(
     assert f"parameters; {said}, " in osp("plan", "run.toml")[1]
 
 
+def test_plan_counts_a_last_frame_that_is_given(osp: Command, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(RUN + "[conditions]\nfirst_last = 0.2\n")
+    said = osp("plan", tmp_path / "run.toml").out
+    assert "9 x 64 x 64, 512 text tokens, the last frame once more" in said
+    assert "48 video tokens a sample" in said  # 2 latent frames and 1, of 4 x 4
+
+
 def test_plan_before_there_are_weights(osp: Command, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     code, said, *_ = osp("plan", "run.toml", "--set", "model.pretrained=absent", "model.config=none")

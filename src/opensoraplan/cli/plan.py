@@ -132,9 +132,13 @@ def plan(options: Plan) -> None:
     frames, height, width = (121, 576, 1024) if run is None else largest_sample(run)
     frames, height, width = options.frames or frames, options.height or height, options.width or width
     text = options.text_tokens or (run.text.max_tokens if run else 512)
-    shape = BatchShape(latent_shape(frames, height, width), text, batch=options.job.batch or 1)
+    grid = latent_shape(frames, height, width)
     model = _model_of(options, run)
     described = f"{frames} x {height} x {width}, {text} text tokens"
+    if run is not None and run.conditions.first_last:
+        grid = (grid[0] + 1, *grid[1:])
+        described += ", the last frame once more"
+    shape = BatchShape(grid, text, batch=options.job.batch or 1)
     known = Known(options.memory, options.tflops, options.samples)
     if options.generate:
         compute = options.job.compute or "bf16"
