@@ -29,6 +29,7 @@ from opensoraplan.data.video import VideoWriter
 from opensoraplan.generate.session import Session
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.requests import Request
+from opensoraplan.shapes import RELEASE
 
 HEIGHT, WIDTH, FRAMES, OVERLAP, FPS = 96, 128, 25, 9, 12
 SHEET_CLIPS, SHEET_FRAMES = 6, 6
@@ -97,26 +98,29 @@ def shares(made: list[Made], *, part: Callable[[Tensor], Tensor] = lambda video:
     return ", ".join(f"{name} {count / len(made):.1%}" for name, count in right.items())
 
 
-def seams(video: Tensor, *, extend: int) -> list[tuple[float, float]]:
-    """For each seam the mean change of a pixel over it, and the median of those of the frames around it."""
+def seams(video: Tensor, *, extend: int) -> list[tuple[float, float, float]]:
+    """For each seam the mean change of a pixel over it, the median of those of the frames around it, and the
+    mean of those from one latent frame to the next before and after it, where videos of the VAE change most.
+    """
     change = (video[1:].float() - video[:-1].float()).abs().mean((1, 2, 3))
-    places = range(FRAMES - 1, FRAMES + extend - 1, FRAMES - OVERLAP)
-    around = ([*range(p - NEIGHBOURS, p), *range(p + 1, p + 1 + NEIGHBOURS)] for p in places)
-    return [
-        (float(change[p]), float(change[[q for q in near if q < len(change)]].median()))
-        for p, near in zip(places, around, strict=True)
-    ]
+    found = []
+    for place in range(FRAMES - 1, FRAMES + extend - 1, FRAMES - OVERLAP):
+        around = [*range(place - NEIGHBOURS, place), *range(place + 1, place + 1 + NEIGHBOURS)]
+        steps = [p for p in (place - RELEASE.temporal, place + RELEASE.temporal) if p < len(change)]
+        near = change[[p for p in around if p < len(change)]].median()
+        found.append((float(change[place]), float(near), float(change[steps].mean())))
+    return found
 
 
 def report(task: str, made: list[Made], options: argparse.Namespace) -> None:
     print(f"{task}, {len(made)} scenes: {shares(made)}")
     if task == "extend":
         print(f"  the last {FRAMES} frames: {shares(made, part=lambda video: video[-FRAMES:])}")
-        over = [pair for one in made for pair in seams(one.video, extend=options.extend)]
-        smooth = sum(change <= median for change, median in over) / len(over)
-        ratio = sum(change for change, _ in over) / sum(median for _, median in over)
+        over = [seam for one in made for seam in seams(one.video, extend=options.extend)]
+        seam, around, steps = (sum(column) for column in zip(*over, strict=True))
         print(
-            f"  change over seams: {ratio:.2f} of the median of its neighbours; {smooth:.0%} are not above it"
+            f"  change over seams: {seam / around:.2f} of the median of the {2 * NEIGHBOURS} around them, "
+            f"{seam / steps:.2f} of that between latent frames before and after"
         )
         return
     for name, place in (("first", 0), ("last", -1)):

@@ -497,19 +497,20 @@ def test_configs(path: Path) -> None:
 
 
 def test_the_recipe_goes_from_stage_to_stage() -> None:
-    """Each starts from what the one before made; rates and learning rates are the report's."""
+    """Each starts from what the one before made; rates of the first ten are the report's."""
     stages = [path.stem for path in sorted(CONFIGS.glob("*-[1-9]*.toml"))]
-    assert len(stages) == 10
+    assert len(stages) == 11
     runs = [read_run(CONFIGS / f"{stage}.toml") for stage in stages]
     assert [run.model.pretrained for run in runs] == [
         None,
         *(Path("models") / stage for stage in stages[:-1]),
     ]
-    assert [run.optimizer.lr for run in runs] == [1e-4] * 4 + [6e-5, 6e-5, 4e-5, 2e-5, 1e-5, 1e-5]
-    assert [set(run.model.sparse_n or ()) == {1} for run in runs] == [True] * 3 + [False] * 7
-    assert [run.data.selection.num_frames for run in runs] == [1] * 4 + [57, 57] + [121] * 4
-    assert [run.data.selection.train_fps for run in runs] == [24] * 5 + [12] + [24] * 4
+    assert [run.optimizer.lr for run in runs] == [1e-4] * 4 + [6e-5, 6e-5, 4e-5, 2e-5, 1e-5, 1e-5, 1e-5]
+    assert [set(run.model.sparse_n or ()) == {1} for run in runs] == [True] * 3 + [False] * 8
+    assert [run.data.selection.num_frames for run in runs] == [1] * 4 + [57, 57] + [121] * 5
+    assert [run.data.selection.train_fps for run in runs] == [24] * 5 + [12] + [24] * 5
     assert all(run.model.config == {} for run in runs)
+    assert [run.conditions.used for run in runs] == [False] * 10 + [True]
 
 
 def test_the_recipe_has_the_batches_and_steps_of_its_table() -> None:
