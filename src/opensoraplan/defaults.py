@@ -3,7 +3,7 @@ config; and the bounds of a video.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -34,7 +34,9 @@ Memory = Literal["auto", "resident", "in-turn", "streamed"]
 
 
 class GenerateDefaults(Settings):
-    """Options of `osp generate` that suit a model; None leaves one as it is."""
+    """Options of `osp generate` that suit a model; None leaves one as it is. `tasks`, which is no option: what
+    the model was trained for besides text to video.
+    """
 
     frames: Frames | None = None
     height: Side | None = None
@@ -46,13 +48,16 @@ class GenerateDefaults(Settings):
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     tasks: tuple[Task, ...] | None = None
-    """What the model was trained for besides text to video; no option."""
 
     @classmethod
     def of(cls, model: Path) -> "GenerateDefaults":
         """Those of a model's folder; none if it has no such file. Raises ValueError for a damaged one."""
         path = model / FILE
         return cls.read_file(path) if path.is_file() else cls()
+
+    def options(self) -> dict[str, Any]:
+        """The options that are given, by their names."""
+        return self.model_dump(exclude={"tasks"}, exclude_none=True)
 
     def write(self, model: Path) -> None:
         (model / FILE).write_text(self.model_dump_json(indent=1, exclude_none=True) + "\n")

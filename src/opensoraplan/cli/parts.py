@@ -101,7 +101,7 @@ def read_defaults(arguments: list[str], inference: "Inference | None") -> dict[s
     folder = found.model or builtin.folder()
     prompts = read_prompt_config(folder)
     cleaning = {key: prompts[key] for key in ("clean_prompts", "keep_chinese") if key in prompts}
-    return {**GenerateDefaults.of(folder).model_dump(exclude_none=True), **cleaning}
+    return {**GenerateDefaults.of(folder).options(), **cleaning}
 
 
 def read_prompt_config(folder: Path | None) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class WorkerSettings(Settings):
 
     def defaults(self) -> dict[str, object]:
         """Values of a request that the client leaves out: the model's own, where it has some."""
-        return GenerateDefaults.of(self.folder).model_dump(exclude_none=True, exclude={"dtype"})
+        options = GenerateDefaults.of(self.folder).options()
+        return {name: value for name, value in options.items() if name != "dtype"}
 
     def prompt_settings(self) -> PromptSettings:
         """How the model prepares prompts."""
