@@ -34,8 +34,8 @@ Memory = Literal["auto", "resident", "in-turn", "streamed"]
 
 
 class GenerateDefaults(Settings):
-    """Options of `osp generate` that suit a model; None leaves one as it is. `tasks`, which is no option: what
-    the model was trained for besides text to video.
+    """Options of `osp generate` that suit a model; None leaves one as it is. `tasks`, which is no option:
+    what the model was trained for besides text to video.
     """
 
     frames: Frames | None = None

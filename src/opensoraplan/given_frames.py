@@ -14,14 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opensoraplan.data.pictures import read_pictures, upright_rgb
+from opensoraplan.data.pictures import SMALLEST, read_pictures, upright_rgb
 from opensoraplan.data.video import fit, iter_frames
 from opensoraplan.models.hashes import hash_tensors
 from opensoraplan.requests import Request
 from opensoraplan.shapes import RELEASE, Strides, check_given, nearest_frames
 
-# Pixels on a side, below which a picture says nothing.
-SMALLEST = 16
 # A PIL picture, or uint8 pixels [H, W, 3]; of clips, several, or [T, H, W, 3].
 Picture = Image.Image | np.ndarray | Tensor
 Clip = Sequence[Picture] | np.ndarray | Tensor

@@ -1,13 +1,18 @@
 """The API without workers: what is admitted, told and refused. test_serving.py makes videos."""
 
+import base64
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from openai.types import Video
+from PIL import Image
 from serving import JSON, PROMPT, app_of
 
 from opensoraplan.requests import Request
@@ -85,6 +90,48 @@ def test_fields_of_requests_that_may_be_paths_are_no_fields_of_the_api() -> None
         is_text = "str" in str(one.annotation) or "Path" in str(one.annotation)
         is_path = is_text and name not in ("prompt", "negative_prompt")
         assert (name in others) == (is_path or name in ("overlap", "extend")), name
+
+
+def drawn(kind: str = "PNG", *, width: int = 64, height: int = 48) -> bytes:
+    """The file of a picture."""
+    file = BytesIO()
+    Image.new("RGB", (width, height), "orange").save(file, format=kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_to_begin_with(client: TestClient, tmp_path: Path, kind: str) -> None:
+    """As an upload, whatever its name, and in JSON: kept under the server's name, until it is removed."""
+    content = drawn(kind)
+    url = f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+    form = {name: (None, str(value)) for name, value in JSON.items()}
+    for body in (
+        {"files": {**form, "input_reference": ("../../evil.png", content)}},
+        {"json": {**JSON, "input_reference": {"image_url": url}}},
+    ):
+        headers = {"Idempotency-Key": f"{[*body]}"}
+        answers = [client.post("/v1/videos", **body, headers=headers) for _ in range(2)]  # type: ignore[arg-type]
+        assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+        video, again = (answer.json() for answer in answers)
+        check_shape(video)
+        assert video["id"] == again["id"]
+        assert video["image"] == "picture"
+        assert str(tmp_path) not in answers[0].text
+        folder = tmp_path / "data" / "jobs" / video["id"]
+        assert sorted(one.name for one in folder.iterdir()) == ["picture", "request.json"]
+        assert (folder / "picture").read_bytes() == content
+        other = {"files": {**form, "input_reference": ("evil.png", drawn(kind, width=80))}}
+        assert message_of(client.post("/v1/videos", **other, headers=headers), 422)  # type: ignore[arg-type]
+        client.delete(f"/v1/videos/{video['id']}")
+        assert not folder.exists()
+    assert {one.name.partition(".")[0] for one in tmp_path.rglob("*")} == {"data", "jobs"}
+
+
+def test_the_server_checks_pictures_without_torch() -> None:
+    code = (
+        "import sys, opensoraplan.serve.app; assert 'PIL' in sys.modules; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_list_has_pages(client: TestClient) -> None:

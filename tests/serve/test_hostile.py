@@ -1,5 +1,6 @@
 """Hostile requests: each is answered with a 4xx and a message, and leaves nothing behind."""
 
+import base64
 import json
 import zipfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from serving import PROMPT, app_of
 
 PATHS = (
@@ -25,6 +27,21 @@ PATHS = (
 )
 # Values of JSON that no field takes.
 JUNK = ([], {}, "x" * 30_000, {"a": {"b": []}}, [1, 2, 3])
+# Of pictures: of this machine, of other kinds, with more, and what is no picture.
+URLS = (
+    {"image_url": "file:///etc/passwd"},
+    {"image_url": "/etc/passwd"},
+    {"image_url": "https://example.com/x.png"},
+    {"image_url": "data:text/plain;base64,eA=="},
+    {"image_url": "data:image/png,x"},
+    {"image_url": "data:image/png;base64,%%%"},
+    {"image_url": "data:image/png;base64,eA=="},
+    {"image_url": "data:image/svg+xml;base64,PHN2Zy8+"},
+    {"image_url": ["data:image/png;base64,eA=="]},
+    {"image_url": "data:image/png;base64,eA==", "file_id": "x"},
+    {},
+    [],
+)
 FIELDS: dict[str, tuple[Any, ...]] = {
     "prompt": ("", "   ", 7, None, True, "a\0b", "a" * 20_001, "x" * 1_000_000, *JUNK[:2]),
     "frames": (0, -1, 10, 1e9, "many", 26, 1.5, True, 10**30, *JUNK),
@@ -43,7 +60,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "size": ("1280x", "x", "128 x 96", "0x0", "-128x96", "100x100", "99999x99999", "1280X720", 5, *JUNK[:2]),
     "model": ("sora-2", "../builtin", "", 5, *JUNK[:2]),
     "lora": (*PATHS, "none-there", ":1", "a:b:c", 5, {"a": 1}, [["a"]]),
-    "input_reference": (*PATHS, {"image_url": "http://127.0.0.1:1/x.png"}, {"file_id": "../x"}),
+    "input_reference": (*PATHS, {"image_url": "http://127.0.0.1:1/x.png"}, {"file_id": "../x"}, *URLS),
     "image": PATHS[:3],
     "last_image": PATHS[:1],
     "video": PATHS[:1],
@@ -169,6 +186,44 @@ FORMS = (
 def test_forms(client: TestClient, folder: Path, number: int) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     refused(client.post("/v1/videos", content=FORMS[number], headers=headers), folder)
+
+
+def drawn(kind: str, width: int, height: int, mode: str = "RGB") -> bytes:
+    file = BytesIO()
+    Image.new(mode, (width, height)).save(file, format=kind)
+    return file.getvalue()
+
+
+PICTURES = (
+    (lambda: b"", "is no picture of JPEG, PNG, WEBP"),
+    (lambda: b"GIF89a" + b"\0" * 100, "is no picture of JPEG, PNG, WEBP"),
+    (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "is no picture of JPEG, PNG, WEBP"),
+    (lambda: drawn("BMP", 64, 64), "is no picture of JPEG, PNG, WEBP"),
+    (lambda: drawn("PNG", 1, 64), "has 1 x 64 pixels: a side needs 16 at least"),
+    (lambda: drawn("JPEG", 64, 15), "has 64 x 15 pixels: a side needs 16 at least"),
+    (lambda: drawn("PNG", 64, 64)[:-30], "cannot be read as a picture"),
+    (lambda: drawn("JPEG", 64, 64)[:-200], "cannot be read as a picture"),
+    (lambda: drawn("PNG", 10_000, 10_000, "1"), "has 10000 x 10000 pixels, at most 89,478,485 are read"),
+    (lambda: drawn("PNG", 20_000, 20_000, "1"), "could be decompression bomb"),
+)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("number", range(len(PICTURES)))
+def test_pictures(client: TestClient, folder: Path, number: int) -> None:
+    draw, said = PICTURES[number]
+    content = draw()
+    form = {"prompt": (None, PROMPT), "input_reference": ("a.png", content)}
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    body = {"prompt": PROMPT, "input_reference": {"image_url": url}}
+    for answer in (client.post("/v1/videos", files=form), client.post("/v1/videos", json=body)):
+        assert said in refused(answer, folder)
+        assert answer.json()["error"]["param"] == "input_reference"
+
+
+def test_a_picture_that_begins_with_a_picture(client: TestClient, folder: Path) -> None:
+    form = {"prompt": (None, PROMPT), "frames": (None, "1"), "input_reference": drawn("PNG", 64, 64)}
+    assert "cannot begin with another picture" in refused(client.post("/v1/videos", files=form), folder)
 
 
 def zipped() -> bytes:

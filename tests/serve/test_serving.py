@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from openai import NotFoundError, OpenAI
@@ -98,6 +99,29 @@ def test_the_lines_of_the_documentation(served: tuple[Server, Client], tmp_path:
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
     assert len(read_frames(tmp_path / "ball.mp4")) == 25
+
+
+def test_a_video_begins_with_the_picture_that_is_sent(
+    openai: OpenAI, served: tuple[Server, Client], tmp_path: Path
+) -> None:
+    """Near enough to tell it from any other; and no path of the server is told."""
+    server, client = served
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32], pixels[:, 32:] = (200, 60, 40), (40, 90, 200)
+    Image.fromarray(pixels).save(tmp_path / "start.png")
+    made = openai.videos.create_and_poll(
+        prompt=PROMPT,
+        input_reference=tmp_path / "start.png",
+        extra_body={"size": "64x48", "frames": 9, "steps": 2, "seed": 1},
+    )
+    assert (made.status, made.error) == ("completed", None)
+    first = video_of(server, made.id)[0].float()
+    assert (first - torch.as_tensor(pixels)).abs().mean() < 20
+    folder = server.folder / "osp-data" / "jobs" / made.id
+    for told in (client.get(f"/v1/videos/{made.id}").content, (folder / "video.mp4").read_bytes()):
+        assert str(server.folder).encode() not in told
+    assert openai.videos.delete(made.id).deleted
+    assert not folder.exists()
 
 
 def test_a_picture(served: tuple[Server, Client]) -> None:

@@ -241,7 +241,7 @@ def _check_options(
         check_parts(paths)
         check_scheduler(folder, given_names, requests)
         _warn_of_sizes(folder, requests)
-        _warn_of_tasks(folder, requests)
+        job.warn_of_tasks(folder, requests)
     else:
         paths = find_paths(options.parts, inference)
     prompts = _prompt_settings(options, folder)
@@ -291,21 +291,6 @@ def _warn_of_sizes(folder: Path, requests: list[Request]) -> None:
                 "this model was trained on %d x %d (height x width); at %d x %d it may repeat objects",
                 usual.height, usual.width, request.height, request.width,
             )  # fmt: skip
-            return
-
-
-def _warn_of_tasks(folder: Path, requests: list[Request]) -> None:
-    """Warn if the model, alone, was not trained to begin or end with the frames that it is given."""
-    from opensoraplan.defaults import GenerateDefaults
-
-    known = GenerateDefaults.of(folder).tasks or ()
-    for request in requests:
-        new = request.tasks() - {*known}
-        if new and not request.lora:
-            logger.warning(
-                "this model was not trained for %s: videos may not go on from what they are given",
-                " and ".join(sorted(new)),
-            )
             return
 
 

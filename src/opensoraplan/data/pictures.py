@@ -15,6 +15,8 @@ from opensoraplan.documents import check_file
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # Several pictures in one of these are a video. In other formats they are pages, or one picture in many sizes.
 ANIMATED_SUFFIXES = (".webp", ".avif")
+# Pixels on a side, below which a picture says nothing.
+SMALLEST = 16
 # Behind transparent pixels.
 BACKGROUND = "white"
 _ANIMATED_FORMATS = frozenset(("WEBP", "AVIF"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from opensoraplan import shapes
 from opensoraplan.ahead import map_ahead
 from opensoraplan.claims import claim, holder, share_out
+from opensoraplan.defaults import GenerateDefaults
 from opensoraplan.disk import numbered_paths, work_folder, write_new
 from opensoraplan.documents import parse_json
 from opensoraplan.requests import Request
@@ -111,6 +112,19 @@ def check_targets(requests: list[Request], out: Path) -> list[Path]:
     """The preferred path of each request's video. Raises ValueError if `out` cannot hold them."""
     targets = Targets(out, count=len(requests))
     return [targets.path(index, request) for index, request in enumerate(requests)]
+
+
+def warn_of_tasks(folder: Path, requests: list[Request]) -> None:
+    """Warn if the model, alone, was not trained to begin or end with the frames that it is given."""
+    known = GenerateDefaults.of(folder).tasks or ()
+    for request in requests:
+        new = request.tasks() - {*known}
+        if new and not request.lora:
+            logger.warning(
+                "this model was not trained for %s: videos may not go on from what they are given",
+                " and ".join(sorted(new)),
+            )
+            return
 
 
 def run(

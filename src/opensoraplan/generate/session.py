@@ -127,6 +127,7 @@ class Session:
     the branches of guidance, so every request uses batched guidance. `arrangement`: where the weights are
     kept, with plans that need less memory in case it runs out. `largest`: the largest requests allowed; if
     empty, any size is. `loras`: the files of the LoRAs in the denoiser, with their fingerprints.
+    `tells_folders`: records have the folders of the frames' files, not only their names.
 
     A request that fails or is stopped does not change the session.
     """
@@ -141,6 +142,7 @@ class Session:
     batched: bool = False
     largest: Sequence[Request] = ()
     loras: Mapping[Path, str] = field(default_factory=dict)
+    tells_folders: bool = True
 
     def __post_init__(self) -> None:
         self.embeds = PromptCache(self.pipeline)
@@ -412,6 +414,8 @@ class Session:
             "vae_tiling": pipeline.vae.tiling,
             "opensoraplan": version("opensoraplan"),
         }
+        if not self.tells_folders:
+            record |= {name: Path(record[name]).name for name in FRAME_FILES if record[name] is not None}
         if self.fingerprints:
             record["fingerprint"] = {**self.fingerprints, "configs": _hash_configs(pipeline)}
             if request.step_cache:

@@ -1,5 +1,5 @@
-"""The files of jobs, a folder each: the request, latents until the video is written, the video, pictures of
-it, and what the worker logged.
+"""The files of jobs, a folder each: the request and its picture, latents until the video is written, the
+video, pictures of it, and what the worker logged.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import Any, Literal
 from opensoraplan.disk import write_whole
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
+# The picture that a video begins with, whatever its format and the client's name for it.
+PICTURE = "picture"
 _ID = re.compile(r"video_[0-9a-f]{32}")
 # Frames in a contact sheet, and the longest side of a thumbnail in pixels.
 _COLUMNS, _THUMBNAIL = 7, 320
@@ -37,13 +39,19 @@ class Artefacts:
         assert is_id(job_id), job_id
         return self.root / job_id
 
-    def create(self, job_id: str, request: Mapping[str, Any]) -> Path:
-        """Make the folder of a new job, with its request."""
+    def create(self, job_id: str, request: Mapping[str, Any], picture: bytes | None = None) -> Path:
+        """Make the folder of a new job, with its request, and the picture that its video begins with."""
         folder = self.folder(job_id)
         folder.mkdir()
         text = json.dumps(dict(request), ensure_ascii=False, indent=2) + "\n"
         write_whole(folder / "request.json", lambda file: file.write_text(text, encoding="utf-8"))
+        if picture is not None:
+            write_whole(self.picture(job_id), lambda file: file.write_bytes(picture))
         return folder
+
+    def picture(self, job_id: str) -> Path:
+        """Where the picture is that the video of a job begins with, if it has one."""
+        return self.folder(job_id) / PICTURE
 
     def remove(self, job_id: str) -> None:
         """Remove the folder of a job, if it is there."""

@@ -16,18 +16,20 @@ from starlette.requests import Request as HttpRequest
 from opensoraplan.documents import as_object, parse_json
 from opensoraplan.names import did_you_mean
 from opensoraplan.requests import Request
+from opensoraplan.serve.artefacts import PICTURE
 from opensoraplan.serve.errors import ApiError
 from opensoraplan.serve.loras import check_names
+from opensoraplan.serve.reference import FIELD
 from opensoraplan.serve.settings import ServeSettings
 from opensoraplan.shapes import TEMPORAL_STRIDE
 
 # Text of a request that is no file's name. Any other field of a `Request` with text might be a path of this
 # machine.
 _TEXTS = ("prompt", "negative_prompt")
-# Of frames that are given, which the server does not take.
-_OF_GIVEN_FRAMES = ("overlap", "extend")
+# Of videos that go on and on, which the server does not make.
+_OF_EXTENSION = ("overlap", "extend")
 # Fields that are not those of a `Request`, or mean something else.
-_OWN = ("model", "seconds", "size", "input_reference", "lora")
+_OWN = ("model", "seconds", "size", FIELD, "lora")
 # Most characters of a prompt, and fields of a form.
 MOST_CHARACTERS, _MOST_FIELDS = 20_000, 100
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -39,7 +41,7 @@ def client_fields() -> frozenset[str]:
     """The fields of a `Request` that clients set by themselves: numbers, switches and words of a list, and
     text that names no file.
     """
-    fields = {name: one for name, one in Request.model_fields.items() if name not in _OF_GIVEN_FRAMES}
+    fields = {name: one for name, one in Request.model_fields.items() if name not in _OF_EXTENSION}
     return frozenset(name for name, one in fields.items() if name in _TEXTS or _is_harmless(one.annotation))
 
 
@@ -51,7 +53,7 @@ def _is_harmless(kind: Any) -> bool:  # noqa: ANN401 (any type there is)
 
 
 async def read_body(request: HttpRequest) -> dict[str, Any]:
-    """The fields of a body. Raises ApiError for one that cannot be read."""
+    """The fields of a body; an uploaded file is bytes. Raises ApiError for one that cannot be read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
@@ -63,13 +65,13 @@ async def read_body(request: HttpRequest) -> dict[str, Any]:
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         message = f"the body is multipart/form-data or application/json, got {kind or 'no content type'}"
         raise ApiError(415, message)
-    form = await request.form(max_files=1, max_fields=_MOST_FIELDS)
     fields = {}
-    for name in form:
-        values = form.getlist(name)
-        if len(values) > 1 and name != "lora":
-            raise ApiError(400, f"{name} is given {len(values)} times", param=name)
-        fields[name] = values if name == "lora" else values[0]
+    async with request.form(max_files=1, max_fields=_MOST_FIELDS) as form:
+        for name in form:
+            values = [await one.read() if isinstance(one, UploadFile) else one for one in form.getlist(name)]
+            if len(values) > 1 and name != "lora":
+                raise ApiError(400, f"{name} is given {len(values)} times", param=name)
+            fields[name] = values if name == "lora" else values[0]
     return fields
 
 
@@ -80,8 +82,8 @@ def read_request(
     loras: dict[str, Path],
     broken_loras: dict[str, str],
 ) -> Request:
-    """The request of a body's fields, with LoRAs by name. Raises ApiError, which names the field that is
-    wrong.
+    """The request of a body's fields, with LoRAs by name; the picture is checked elsewhere. Raises ApiError,
+    which names the field that is wrong.
     """
     _check_fields(fields)
     if fields.get("model", settings.model_id) != settings.model_id:
@@ -91,6 +93,8 @@ def read_request(
     defaults = settings.defaults()
     values = {**defaults, **own, **_size_of(fields), **_frames_of(fields, defaults)}
     values.setdefault("seed", secrets.randbelow(2**31))
+    if FIELD in fields:
+        values["image"] = PICTURE
     if "lora" in fields:
         values["lora"] = _loras_of(fields["lora"], loras, broken_loras)
     try:
@@ -109,20 +113,18 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
     known = {*client_fields(), *_OWN}
     for name, value in fields.items():
         if name not in known:
-            if name in _OF_GIVEN_FRAMES:
-                raise ApiError(400, f"{name}: this server makes videos of text only", param=name)
+            if name in _OF_EXTENSION:
+                raise ApiError(400, f"{name}: this server does not extend videos", param=name)
             if name in Request.model_fields:
                 raise ApiError(400, f"{name}: a client cannot name files of the server", param=name)
             raise ApiError(
                 400, f"there is no field {name[:80]!r}{did_you_mean(name[:80], known)}", param=name[:80]
             )
-        if isinstance(value, UploadFile) and name != "input_reference":
+        if isinstance(value, bytes) and name != FIELD:
             raise ApiError(400, f"{name} is a value, not a file", param=name)
         if isinstance(value, str) and len(value) > MOST_CHARACTERS:
             message = f"{name} has {len(value):,} characters, at most {MOST_CHARACTERS:,} are allowed"
             raise ApiError(400, message, param=name)
-    if "input_reference" in fields:
-        raise ApiError(400, "input_reference: this server makes videos of text only", param="input_reference")
 
 
 def _size_of(fields: Mapping[str, Any]) -> dict[str, int]:

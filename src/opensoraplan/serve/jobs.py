@@ -24,7 +24,7 @@ class Failure:
 @dataclass(frozen=True)
 class Job:
     """One video to make. `owner`: the digest of the key that it was sent with; empty without keys. `request`:
-    the fields of its `Request`, with LoRAs by name and without any file. Times are in seconds since 1970.
+    the fields of its `Request`, with LoRAs and the picture by name. Times are in seconds since 1970.
     `tries`: how many workers took it since latents were last saved. `worker` has it until `lease_until`.
     `error_code`, `error_message`: why it failed, or why the last worker gave it up.
     """

@@ -5,7 +5,7 @@ worker that died before are not done again.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +82,10 @@ class Maker:
     def _make(self, job: Job, session_for: Callable[[Request], "Session"]) -> None:
         self.moved()
         try:
-            request = self.request_of(job.request)
+            request = self.request_of(job)
             session = session_for(request)
             session.check(request)
+            files.warn_of_tasks(self.settings.folder, [request])
         except (ValueError, FileNotFoundError) as error:
             self._fail(job, Failure("invalid_request", str(error)))
             return
@@ -99,8 +100,14 @@ class Maker:
         if not done:
             raise GoneError
 
-    def request_of(self, values: Mapping[str, Any]) -> Request:
-        """The request of a job, with files in place of names. Raises ValueError for a LoRA that went away."""
+    def request_of(self, job: Job) -> Request:
+        """The request of a job, with files in place of names. Raises ValueError for files that went away."""
+        values = dict(job.request)
+        if values.get("image") is not None:
+            picture = self.artefacts.picture(job.id)
+            if not picture.is_file():
+                raise ValueError("the picture that the video begins with was removed")
+            values["image"] = str(picture)
         known = find_loras(self.settings.loras)
         wanted = values.get("lora", ())
         if absent := [text for text in wanted if text.rpartition(":")[0] not in known and text not in known]:

@@ -14,6 +14,7 @@ from opensoraplan.serve.body import client_fields, read_request
 from opensoraplan.serve.errors import ApiError
 from opensoraplan.serve.jobs import Job
 from opensoraplan.serve.loras import find_loras
+from opensoraplan.serve.reference import FIELD, read_reference
 from opensoraplan.serve.roster import Roster, Worker
 from opensoraplan.serve.settings import ServeSettings
 from opensoraplan.serve.store import NewJob, OtherRequestError, QueueFullError, Store, new_id
@@ -44,12 +45,14 @@ class Service:
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _MOST_KEY_CHARACTERS:
             raise ApiError(400, f"Idempotency-Key has 1 to {_MOST_KEY_CHARACTERS} characters")
         request = self._admit(fields)
-        values = request.model_dump(mode="json", include={*client_fields(), "lora"})
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-        new = NewJob(owner, self.settings.model_id, values, idempotency_key, digest)
+        picture = read_reference(fields[FIELD]) if FIELD in fields else None
+        shown = {*client_fields(), "lora"} if picture is None else {*client_fields(), "lora", "image"}
+        values = request.model_dump(mode="json", include=shown)
+        body = json.dumps(fields, sort_keys=True, default=_digest)
+        new = NewJob(owner, self.settings.model_id, values, idempotency_key, _digest(body.encode()))
         job_id, kept = new_id(), ""
-        self.artefacts.create(job_id, values)
         try:
+            self.artefacts.create(job_id, values, picture)
             job = self.store.add(new, job_id=job_id, most_queued=self.settings.queue)
             kept = job.id
             return job
@@ -155,6 +158,10 @@ class Service:
             totals["seconds"] / max(totals["completed"], 1) / max(self.store.counts().get("queued", 0), 1)
         )
         return min(max(math.ceil(waited), 1), _MOST_RETRY_S)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _video(job: Job, place: int | None) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class WorkLoop:
         largest = settings.largest_request().model_copy(update={"lora": tuple(usable.values())})
         session = Session.open(options_of(settings, self._identity.device), largest)
         session.model = settings.model_id  # videos do not tell the paths of this machine
+        session.tells_folders = False
         self._session = session
         facts = {**facts_of(session, largest), "loras": sorted(usable), "broken_loras": broken}
         self._roster.tell(self._identity.id, ready=1, facts=facts)
