@@ -15,7 +15,7 @@ from opensoraplan.models.sparse_ummdit import SparseUMMDiT
 from opensoraplan.parallel.ranks import ALONE, Ranks
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.samplers import make_scheduler
-from opensoraplan.train.config import ConditionSettings, TrainSettings
+from opensoraplan.train.config import TrainSettings
 from opensoraplan.train.inputs.encoders import Encoders, caption_settings, sample_posterior
 from opensoraplan.train.inputs.sources import Source, clips_of_all, encoders_of_run, open_source
 from opensoraplan.train.methods import flow_loss
@@ -92,9 +92,7 @@ class Validation:
             batch = source.collate([item])
             encoded = source.encode(batch)
             shape = (encoded.moments.shape[1] // 2, *encoded.moments.shape[2:])
-            drawn = flow_loss.draw(
-                [place], shape, self.run_settings.flow, conditions=ConditionSettings(), seed=0
-            ).to(self.device)
+            drawn = flow_loss.draw([place], shape, self.run_settings.flow, seed=0).to(self.device)
             latents = source.vae.normalize_latents(sample_posterior(encoded.moments.float(), drawn.posterior))
             for sigma in self.settings.sigmas:
                 loss = flow_loss.losses(

@@ -20,6 +20,8 @@ from opensoraplan.train.inputs.encoders import sample_posterior
 from opensoraplan.train.inputs.sources import Encoded
 from opensoraplan.train.methods.tasks import Tasks, draw_tasks
 
+TEXT_TO_VIDEO = ConditionSettings()
+
 
 class Drawn(NamedTuple):
     """For B samples: sigma [B], or [B, T] where frames have their own, the noises of the posterior and of the
@@ -40,8 +42,8 @@ def draw(
     shape: Sequence[int],
     settings: FlowSettings,
     *,
-    conditions: ConditionSettings,
     seed: int,
+    conditions: ConditionSettings = TEXT_TO_VIDEO,
 ) -> Drawn:
     """What the samples at `draws` need; `shape` [C, T, H, W] is that of their latents. fp32, on the CPU."""
     sigmas, posterior, noise = [], [], []
