@@ -1,6 +1,7 @@
 """Videos that begin with a picture, meet a last one, go on from a clip, or are extended."""
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command import Command, mistake
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from opensoraplan.generate import job, saved
 from opensoraplan.generate.session import Session
 from opensoraplan.generate.windows import Snapshot
 from opensoraplan.given_frames import fit_frames, read_end, read_picture
-from opensoraplan.pipeline import OpenSoraPlanPipeline
+from opensoraplan.pipeline import NonFiniteLatentsError, OpenSoraPlanPipeline
 from opensoraplan.requests import Request
 from opensoraplan.runtime.step_cache import measure_ratios, skip_steps
 
@@ -270,6 +272,40 @@ def test_an_extended_video_that_was_stopped_goes_on_bit_for_bit(
     (video,) = job.run(again, [extended], [target], resume=True)
     assert json.loads(video.with_suffix(".json").read_text())["extend"] == 24
     assert read_end(video, frames=49, fps=24).shape[0] == 49
+
+
+@pytest.mark.parametrize("call", [3, 4, 6], ids=["first of a window", "second", "last"])
+def test_nan_in_a_later_window_keeps_what_the_video_resumes_from(
+    pipeline: OpenSoraPlanPipeline, extended: Request, tmp_path: Path, call: int
+) -> None:
+    request = extended.model_copy(update={"guidance": 1})
+    session, calls = Session(pipeline, "tiny"), count(1)
+    wanted = session.denoise(request)
+
+    def spoil(_model: object, _args: object, output: tuple[Tensor]) -> tuple[Tensor]:
+        return (output[0] * torch.nan,) if next(calls) == call else output
+
+    handle = pipeline.transformer.register_forward_hook(spoil)
+    target, record = tmp_path / "video.mp4", session.record(request)
+    with pytest.raises(NonFiniteLatentsError, match=f"after step {call} of 6"):
+        job.run(session, [request], [target], resume=True)
+    handle.remove()
+    found = job.find_latents(session, request, target, record)
+    assert found is not None
+    assert found.step == call - 1
+    assert torch.equal(session.denoise(request, start=found), wanted)
+
+
+def test_a_scheduler_with_more_calls_than_steps_extends_a_video(
+    pipeline: OpenSoraPlanPipeline, extended: Request
+) -> None:
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    request = extended.model_copy(update={"solver": "euler", "steps": 3, "guidance": 1})
+    steps: list[int] = []
+    latents = Session(pipeline, "tiny").denoise(request, after_step=lambda now: steps.append(now.step))
+    assert latents.shape[2] == 7
+    assert steps == sorted(steps)
+    assert steps[-1] == request.total_steps == 9
 
 
 def test_a_record_tells_pictures_by_their_pixels(

@@ -244,38 +244,42 @@ def make_video(
     says, when the command is stopped (neither if `save_every` is 0), before decoding, and when latents become
     NaN. With a step cache they are saved only after the last step, since its state is not saved.
     """
+    from opensoraplan.generate.windows import Snapshot
     from opensoraplan.pipeline import NonFiniteLatentsError
 
     save = partial(save_latents, place, record=record, session=session, request=request)
 
     # Other schedulers may have more calls than steps, and cannot resume between two steps.
     resumable = bool(progress.save_every) and session.can_resume(request)
-    save_newest: Callable[[], None] | None = None
+    newest: Snapshot | None = None
+    is_saved = True
 
-    def after_step(now: "Snapshot") -> None:
-        nonlocal save_newest
+    def after_step(now: Snapshot) -> None:
+        nonlocal newest, is_saved
+        newest = now
         if resumable and now.step < request.total_steps:
-            velocity = session.velocity_to_keep(request, now)
-            save_newest = partial(save, now.latents, now.step, velocity=velocity, prefix=now.prefix)
-            if now.step % progress.save_every == 0:
-                save_newest()
-                save_newest = None
+            is_saved = now.step % progress.save_every == 0
+            if is_saved:
+                save(now)
         if progress.on_step is not None:
             progress.on_step(now.step)
 
     try:
         latents = session.denoise(request, start=start, after_step=after_step)
     except NonFiniteLatentsError as error:
-        save(error.last_good, min(error.step, request.total_steps) - 1)
+        if newest is not None:
+            save(newest._replace(step=min(newest.step, request.total_steps - 1)))
+        elif start is None:
+            save(Snapshot(error.last_good, step=0))
         logger.error(_describe_saved(place, record))
         raise
     except KeyboardInterrupt:
-        if save_newest is not None:
-            save_newest()
+        if newest is not None and not is_saved:
+            save(newest)
         logger.info(_describe_saved(place, record))
         raise
     if start is None or start.step < request.total_steps:
-        save(latents, request.total_steps)
+        save(Snapshot(latents, request.total_steps))
     try:
         path = write_frames(
             session.pipeline, latents, wanted, record, fps=request.fps, on_frames=progress.on_frames
@@ -367,17 +371,9 @@ def _warn_of_unusable_latents(wanted: Path, record: dict[str, Any]) -> None:
 
 
 def save_latents(
-    place: Path,
-    latents: "Tensor",
-    step: int,
-    *,
-    record: dict[str, Any],
-    session: "Session",
-    request: Request,
-    velocity: "Tensor | None" = None,
-    prefix: "Tensor | None" = None,
+    place: Path, now: "Snapshot", *, record: dict[str, Any], session: "Session", request: Request
 ) -> None:
-    """Save the latents [1, C, T, H, W] after `step` steps. If they cannot be written, only log a warning."""
+    """Save a video as far as it is denoised. If it cannot be written, only log a warning."""
     from safetensors import SafetensorError
 
     from opensoraplan.generate import saved
@@ -386,12 +382,10 @@ def save_latents(
     scaling = {key: None if (one := vae.config.get(key)) is None else [*one] for key in ("shift", "scale")}
     try:
         prompt, negative = session.embeds.of(request)
-        kept = saved.SavedLatents(
-            *(latents, step, record, scaling, prompt, negative, velocity, vae.strides), prefix
-        )
-        saved.write(place, kept)
+        others = {"scaling": scaling, "prompt": prompt, "negative": negative, "strides": vae.strides}
+        saved.write(place, now.saved(request, record, **others))
     except (OSError, SafetensorError) as error:
-        logger.warning("cannot save the latents after step %d in %s: %s", step, place, error)
+        logger.warning("cannot save the latents after step %d in %s: %s", now.step, place, error)
 
 
 def write_frames(

@@ -243,11 +243,7 @@ class Session:
             nonlocal kept, done
             done = now.step
             if self.can_resume(request):
-                kept = SavedLatents(
-                    *(now.latents, now.step, record, {}),
-                    velocity=self.velocity_to_keep(request, now),
-                    prefix=now.prefix,
-                )
+                kept = now.saved(request, record, scaling={})
             if on_step is not None:
                 on_step(now.step, now.latents)
             if asked_to_stop():
@@ -301,11 +297,6 @@ class Session:
         """
         return self.pipeline.has_default_scheduler and not request.step_cache
 
-    @staticmethod
-    def velocity_to_keep(request: Request, now: Snapshot) -> Tensor | None:
-        """The velocity that a video needs to resume: of adams, within a window."""
-        return now.velocity if request.solver == "adams" and now.step % request.steps else None
-
     def attempt(self, request: Request, work: Callable[[bool], Made]) -> Made:
         """Return `work(False)`. If memory runs out, return `work(True)` with the next plan that needs less.
         Raises MemoryError if there is no such plan.
@@ -335,7 +326,7 @@ class Session:
             if request.windows > 1:
                 total = request.frames + request.extend
                 end = request.frames_after((window.number + 1) * request.steps)
-                logger.info("frames to %d of %d", end, total)
+                logger.info("generating the frames up to %d of %d", end, total)
             so_far = self._denoise_window(request, window, after_step)
         return so_far.latents
 
@@ -384,9 +375,13 @@ class Session:
                     callback_on_step_end_tensor_inputs=("latents", "velocity"),
                 )
             except NonFiniteLatentsError as error:
-                error.step += window.number * request.steps
-                error.last_good = window.video(error.last_good)
-                raise
+                if request.windows == 1:
+                    raise
+                raise NonFiniteLatentsError(
+                    window.number * request.steps + min(error.step, request.steps),
+                    steps=request.total_steps,
+                    last_good=window.video(error.last_good),
+                ) from None
         assert newest is not None
         return newest
 

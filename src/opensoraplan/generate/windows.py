@@ -10,13 +10,13 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opensoraplan.generate.saved import SavedLatents
+from opensoraplan.generate.saved import Record, SavedLatents
 from opensoraplan.given_frames import GivenFrames
 from opensoraplan.pipeline import OpenSoraPlanPipeline
 from opensoraplan.pipeline_pixels import GivenLatents
@@ -36,6 +36,13 @@ class Snapshot(NamedTuple):
     @classmethod
     def of(cls, start: SavedLatents) -> "Snapshot":
         return cls(start.latents, start.step, start.velocity, start.prefix)
+
+    def saved(self, request: Request, record: Record, **others: Any) -> SavedLatents:  # noqa: ANN401
+        """What the video resumes from, with `others` of its fields. Only adams needs a velocity, within a
+        window.
+        """
+        velocity = self.velocity if request.solver == "adams" and self.step % request.steps else None
+        return SavedLatents(self.latents, self.step, record, velocity=velocity, prefix=self.prefix, **others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +66,8 @@ class Window:
         return torch.cat([self.before.to(latents), latents[:, :, self.given.first.shape[2] :]], dim=2)
 
     def snapshot(self, latents: Tensor, step: int, velocity: Tensor, *, steps: int) -> Snapshot:
-        """The video after `step` of this window's `steps` steps."""
-        so_far = self.video(latents)
+        """The video after `step` of this window's `steps` steps, or calls of a scheduler that has more."""
+        so_far, step = self.video(latents), min(step, steps)
         if self.before is None or self.given.first is None:
             return Snapshot(so_far, step, velocity)
         of_window = velocity[:, :, self.given.first.shape[2] :]
