@@ -40,10 +40,7 @@ class GivenFrames:
     def check(self, frames: int, *, strides: Strides = RELEASE) -> None:
         """Raise ValueError unless a video of so many frames has something left to generate."""
         given = 0 if self.first is None else self.first.shape[1]
-        if given:
-            check_given(given, frames, strides=strides)
-        if self.last is not None and frames == 1:
-            raise ValueError("a picture of 1 frame has no last frame: ask for more frames")
+        check_given(given, frames, last=self.last is not None, strides=strides)
 
     def digest(self) -> str:
         """What tells these pixels from others."""

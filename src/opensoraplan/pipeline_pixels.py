@@ -71,8 +71,8 @@ class VideoCoding:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Normalised latents [B, C, t, h, w] in fp32, means of the posterior, of pixels [B, 3, T, H, W] in
-        [-1, 1].
+        """Normalised latents [B, C, t, h, w] of pixels [B, 3, T, H, W] in [-1, 1]: means of the posterior, in
+        fp32 on the pipeline's device.
         """
         with self._vae_at_work():
             device = self._execution_device

@@ -59,7 +59,7 @@ class Request(Settings):
     image: str | None = None
     """Picture that the video begins with, cropped and resized to fit."""
     last_image: str | None = None
-    """Picture that the video ends with. With --extend, all of it."""
+    """Picture that the video ends with, after the last extension if there are any."""
     video: str | None = None
     """Clip whose last frames the video begins with, to go on from them."""
     overlap: Frames = 9
@@ -196,10 +196,8 @@ class Request(Settings):
         """Raise ValueError unless the frames that are given leave something to generate."""
         if self.image is not None and self.video is not None:
             raise ValueError("a video begins with an image or goes on from a clip: give image or video")
-        if self.last_image is not None and self.frames == 1:
-            raise ValueError("a picture of 1 frame has no last frame: ask for more frames")
-        if self.image is not None:
-            check_given(1, self.frames, strides=strides)
+        first, last = int(self.image is not None), self.last_image is not None
+        check_given(first, self.frames, last=last, strides=strides)
         if self.video is not None or self.extend:
             try:
                 check_given(self.overlap, self.frames, strides=strides)

@@ -51,8 +51,14 @@ def check_frames(frames: int, *, strides: Strides = RELEASE) -> None:
         raise ValueError(f"frames must be {rule}, got {frames}: use {hint}")
 
 
-def check_given(given: int, frames: int, *, strides: Strides = RELEASE) -> None:
-    """Raise ValueError unless a video of so many frames can begin with so many `given` ones."""
+def check_given(given: int, frames: int, *, last: bool = False, strides: Strides = RELEASE) -> None:
+    """Raise ValueError unless a video of so many frames can begin with so many `given` ones (0: none), end
+    with a given one if `last`, and has something left to generate.
+    """
+    if last and frames == 1:
+        raise ValueError("a picture of 1 frame has no last frame: ask for more frames")
+    if not given:
+        return
     check_frames(given, strides=strides)
     if given >= frames:
         if frames == 1:

@@ -42,8 +42,8 @@ class Serve(_ServeOptions):
     """Serve a model: an HTTP API in the shape of OpenAI's videos, with a queue that survives restarts.
 
     Only this machine can reach it, unless --host is another address, which needs a key in OSP_API_KEY or in
-    --keys. Jobs continue at their step after a worker or the server is stopped or killed. See
-    docs/serving.md.
+    --keys. Jobs continue at their step after a worker or the server is stopped or killed. The API is in
+    docs/serving.md, with curl lines.
     """
 
 

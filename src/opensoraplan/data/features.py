@@ -72,8 +72,8 @@ class Description(Settings):
     `parts` are fingerprints of all that the features depend on, under names for messages. `vae` is the
     VAE's config (with the latents' shift and scale), `vae_class` its class. `text_features`: the shapes of a
     text's features; caches without this key have "sequence" [L, D] and "pooled" [P]. `last_frames`: whether
-    there are the moments of each clip's last frame as a picture. `left_out` is None until every shard is
-    there.
+    there are the moments of each clip's last frame as a picture. `left_out` is None until all shards are
+    written.
     """
 
     version: int = VERSION

@@ -151,9 +151,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None
 
 
 def add_gated(stream: Tensor, gate: Tensor, update: Tensor, rows: Tensor | None = None) -> Tensor:
-    """stream + gate * update, computed in fp32, in the stream's dtype: stream and update [.., B, s, D], gate
-    [R, D].
-    """
+    """stream + gate * update, in fp32 and then the stream's dtype: both [.., B, s, D], gate [R, D]."""
     if rows is None:
         return (stream.float() + gate.unsqueeze(1) * update.float()).to(stream.dtype)
     gated = of_runs(gate, rows) * update.float().unflatten(-2, (rows.shape[-1], -1))

@@ -72,8 +72,8 @@ def to_peft(
 
     `settings`: the LoraConfig that a file came with, of which alpha is taken. `prefix`: one that names may
     have beside the known ones. Raises ValueError that names the tensors of another kind than LoRA and DoRA,
-    those that no layer takes, those that are missing, mis-shaped or not finite, and settings that cannot be
-    kept.
+    those that no layer takes, those that are missing, mis-shaped or not finite, and settings that would be
+    lost on the way.
     """
     prefixes = PREFIXES if prefix is None else (*PREFIXES, f"{prefix}.")
     settings = {_without(key, prefixes): value for key, value in (settings or {}).items()}

@@ -65,8 +65,8 @@ def modulations(
     model: SparseUMMDiT, conditions: Sequence[tuple[Tensor, Tensor]], *, device: torch.device
 ) -> list[Modulation]:
     """What a `forward` of each (timestep [B] or [B, T], pooled vector [B, P]) would compute, on the device:
-    the weights of one layer after the other are there meanwhile. The condition vectors are made where their
-    weights are.
+    the weights of one layer after the other are there meanwhile. The condition is computed on the device that
+    has the weights for it.
     """
     home = model.time_text_embed.text_embedder.linear_1.weight.device
     inputs = []

@@ -221,8 +221,8 @@ def encode_texts(
     `captions` of training, is logged, once for each text.
 
     The features have the encoders' dtypes and are on the first one's device. Encoders compute where they are,
-    or on `device` if an offloading hook keeps the weights elsewhere. Raises ValueError for a tokenizer of
-    another model.
+    or on `device` if an offloading hook keeps the weights elsewhere. Raises ValueError for a tokenizer
+    that belongs to another model.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of one prompt or more, got {texts!r}")

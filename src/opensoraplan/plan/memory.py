@@ -44,8 +44,8 @@ class StepMemory:
 @dataclass(frozen=True)
 class Encoding:
     """What encodes the clips of a run that trains: bytes of the VAE and of each text encoder, and what the
-    VAE needs besides (`working`). `in_turn`: each is on the device only while it encodes, else in host
-    memory.
+    VAE needs besides (`working`). `in_turn`: each is on the device only while it encodes, and in
+    host memory otherwise.
     """
 
     vae: int

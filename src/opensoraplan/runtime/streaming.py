@@ -128,8 +128,8 @@ def stream_blocks(model: SparseUMMDiT, device: torch.device) -> None:
 
 def stream_frozen_blocks(model: SparseUMMDiT, device: torch.device) -> None:
     """Keep the frozen weights of a model's blocks on the host, pinned if possible, and train the rest on the
-    device. All blocks must be recomputed (`set_recompute`). Nothing is copied back. The model must not be
-    moved afterwards.
+    device. All blocks must be recomputed (`set_recompute`). Nothing is copied back. Do not move the model
+    to another device afterwards.
     """
     assert all(block.gradient_checkpointing for block in model.transformer_blocks)
     stream = _TrainingStreamer(model.transformer_blocks, device)

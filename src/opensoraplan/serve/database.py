@@ -86,8 +86,8 @@ COUNTERS = Table(
 
 class Database:
     """Connections to the database of `url`, and its tables, which are made if they are not there. Raises
-    ValueError for another version's tables and for a URL that is none; SQLAlchemyError if it cannot be
-    reached.
+    ValueError for another version's tables and for a URL that is none, and SQLAlchemyError if the database
+    cannot be reached.
     """
 
     def __init__(self, url: str, *, counters: tuple[str, ...] = ()) -> None:

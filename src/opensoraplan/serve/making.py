@@ -31,9 +31,7 @@ _TELLS, _TELL_S = 60, 1.0
 
 
 class GoneError(KeyboardInterrupt):
-    """The job was removed, or another worker has it. A KeyboardInterrupt, which job.py takes as the wish to
-    stop.
-    """
+    """The job was removed, or another worker has it. A KeyboardInterrupt: job.py stops at it as at Ctrl-C."""
 
 
 class DrainError(KeyboardInterrupt):

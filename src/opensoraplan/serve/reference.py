@@ -23,8 +23,8 @@ _decoding = threading.Lock()
 
 
 def read_reference(given: Any) -> bytes:  # noqa: ANN401 (any value of a body)
-    """The file of a picture that can be read, from an upload or {"image_url": "data:image/..."}. Raises
-    ApiError.
+    """The file of a picture, from an upload or {"image_url": "data:image/..."}. Raises ApiError for anything
+    else, and for a picture that cannot be read.
     """
     try:
         content = given if isinstance(given, bytes) else _decode_url(given)

@@ -104,9 +104,7 @@ def _listen(settings: ServeSettings) -> Iterator[socket.socket]:
 
 @contextmanager
 def _answering(app: object, listening: socket.socket) -> Iterator[Callable[[], bool]]:
-    """uvicorn in a thread of its own, where it leaves signals alone. Yields a function that tells whether it
-    runs.
-    """
+    """uvicorn in a thread of its own, where it leaves signals alone. Yields a function: whether it runs."""
     import uvicorn
 
     config = uvicorn.Config(

@@ -1,8 +1,8 @@
 """The store: jobs in a database, from being queued to being removed. Each state follows from the one before
 in one transaction, so that no job is lost or made twice, whichever process dies.
 
-A worker holds a job by a lease, which it renews. Whatever it says of a job whose lease it has lost is
-ignored.
+A worker holds a job by a lease, which it renews. If it has lost the lease of a job, whatever it says of the
+job is ignored.
 """
 
 import secrets
@@ -153,8 +153,8 @@ class Store:
 
     def report(self, job: Job, *, lease: float, saved: bool = False, **values: Any) -> bool:  # noqa: ANN401
         """Store what a worker says of its job, and renew its lease. `saved`: it has saved latents of a
-        further step. False if the job is not this worker's any longer: it was removed, or the lease has
-        lapsed.
+        further step. False if the job is not this worker's any longer, because it was removed or the lease
+        has lapsed.
         """
         values["lease_until"] = self._database.now() + lease
         if saved:

@@ -217,9 +217,7 @@ def _context() -> Any:  # noqa: ANN401 (a context of multiprocessing)
 
 
 def resolve_devices(wanted: list[str], sender: Any) -> None:  # noqa: ANN401 (a connection)
-    """Send the names of the devices to use, or why they cannot be used: by default all accelerators there
-    are.
-    """
+    """Send the names of the devices to use, all accelerators if none are `wanted`, or why there are none."""
     import torch
 
     from opensoraplan.device import resolve_device

@@ -100,10 +100,10 @@ def losses(
     dtype: torch.dtype,
     weighting: flow.Weighting,
 ) -> Tensor:
-    """Weighted mean squared error of each sample's velocity, [B] in fp32: what is minimised and logged. Of
-    frames that the conditions give, nothing counts: the mean is over those that are generated.
-    Latents [B, C, T, H, W] are normalised and in fp32, as are sigma, [B] or [B, T], and noise; the model runs
-    in `dtype`.
+    """Weighted mean squared error of each sample's velocity, [B] in fp32: what is minimised and logged. The
+    mean is over the frames that are generated; those that the conditions give do not count. Latents
+    [B, C, T, H, W] are normalised and in fp32, as are sigma, [B] or [B, T], and noise; the model runs in
+    `dtype`, the other computations in fp32.
     """
     noisy = flow.add_noise(latents, noise, sigma)
     told = conditions.to(latents.device, dtype)
