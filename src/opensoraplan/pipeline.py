@@ -211,12 +211,7 @@ class OpenSoraPlanPipeline(VideoCoding, DiffusionPipeline):
         """How prompts are prepared before they are encoded. Set in the constructor, or
         later with `register_to_config`.
         """
-        return PromptSettings(
-            template=self.config["prompt_template"],
-            negative_prompt=self.config["default_negative_prompt"],
-            clean=self.config["clean_prompts"],
-            keep_chinese=self.config["keep_chinese"],
-        )
+        return PromptSettings.of_config(self.config)
 
     def encode_prompts(self, prompts: Sequence[str], *, negative: bool = False) -> PromptEmbeds:
         """Embeddings of prompts, after the prompt settings' template and cleaning (`negative`: those

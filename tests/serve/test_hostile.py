@@ -195,10 +195,10 @@ def drawn(kind: str, width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 PICTURES = (
-    (lambda: b"", "is no picture of JPEG, PNG, WEBP"),
-    (lambda: b"GIF89a" + b"\0" * 100, "is no picture of JPEG, PNG, WEBP"),
-    (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "is no picture of JPEG, PNG, WEBP"),
-    (lambda: drawn("BMP", 64, 64), "is no picture of JPEG, PNG, WEBP"),
+    (lambda: b"", "is not a picture of JPEG, PNG, WEBP"),
+    (lambda: b"GIF89a" + b"\0" * 100, "is not a picture of JPEG, PNG, WEBP"),
+    (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "is not a picture of JPEG, PNG, WEBP"),
+    (lambda: drawn("BMP", 64, 64), "is not a picture of JPEG, PNG, WEBP"),
     (lambda: drawn("PNG", 1, 64), "has 1 x 64 pixels: a side needs 16 at least"),
     (lambda: drawn("JPEG", 64, 15), "has 64 x 15 pixels: a side needs 16 at least"),
     (lambda: drawn("PNG", 64, 64)[:-30], "cannot be read as a picture"),

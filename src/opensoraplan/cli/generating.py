@@ -25,7 +25,7 @@ from opensoraplan.cli.parts import (
 from opensoraplan.defaults import Memory, WeightPrecision
 from opensoraplan.disk import make_folder
 from opensoraplan.fingerprint import fingerprint_parts
-from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
+from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.requests import Request, is_prompt_file, read_requests
 
 if TYPE_CHECKING:
@@ -271,13 +271,9 @@ def _prompt_settings(options: Generate, folder: Path | None) -> PromptSettings:
         "prompt_template": options.prompt_template,
         "default_negative_prompt": options.default_negative_prompt,
     }
-    config = read_prompt_config(folder) | {key: value for key, value in given.items() if value is not None}
-    return PromptSettings(
-        template=config.get("prompt_template", DEFAULT_TEMPLATE),
-        negative_prompt=config.get("default_negative_prompt", DEFAULT_NEGATIVE_PROMPT),
-        clean=options.clean_prompts,
-        keep_chinese=options.keep_chinese,
-    )
+    own = {key: value for key, value in given.items() if value is not None}
+    cleaning = {"clean_prompts": options.clean_prompts, "keep_chinese": options.keep_chinese}
+    return PromptSettings.of_config(read_prompt_config(folder) | own | cleaning)
 
 
 def _warn_of_sizes(folder: Path, requests: list[Request]) -> None:

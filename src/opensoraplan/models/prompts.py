@@ -3,8 +3,9 @@
 The rules of cleaning are in captions.py, the encoders in text.py. No torch here, for quick checks of options.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from opensoraplan.models.captions import clean_caption, find_loss, is_chinese
 
@@ -42,6 +43,17 @@ class PromptSettings:
                 f"the prompt template must hold {{}} once, where the prompt goes; it is in {self.template!r} "
                 f"{self.template.count('{}')} times: use {DEFAULT_TEMPLATE!r}, say, or None for no template"
             )
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self:
+        """From the keys of a pipeline's config, of which some may be absent."""
+        names = {
+            "prompt_template": "template",
+            "default_negative_prompt": "negative_prompt",
+            "clean_prompts": "clean",
+            "keep_chinese": "keep_chinese",
+        }
+        return cls(**{field: config[key] for key, field in names.items() if key in config})
 
     def positive(self, prompt: str) -> str:
         """The text to encode for `prompt`: put into the template, then cleaned. Its braces are plain text."""

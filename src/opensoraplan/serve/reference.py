@@ -45,7 +45,7 @@ def _decode_url(given: Any) -> bytes:  # noqa: ANN401
     try:
         return base64.b64decode(url[match.end() :], validate=True)
     except binascii.Error as error:
-        raise ValueError(f"is no base64: {error}") from None
+        raise ValueError(f"is not base64: {error}") from None
 
 
 def _check_picture(content: bytes) -> None:
@@ -62,7 +62,7 @@ def _check_picture(content: bytes) -> None:
             image.load()
             upright_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"is no picture of {', '.join(_FORMATS)}") from None
+        raise ValueError(f"is not a picture of {', '.join(_FORMATS)}") from None
     except ValueError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of any kind

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,7 +16,7 @@ from opensoraplan.defaults import (
     Side,
     WeightPrecision,
 )
-from opensoraplan.models.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_TEMPLATE, PromptSettings
+from opensoraplan.models.prompts import PromptSettings
 from opensoraplan.requests import Request
 from opensoraplan.settings import Settings
 
@@ -115,13 +115,7 @@ class WorkerSettings(Settings):
 
     def prompt_settings(self) -> PromptSettings:
         """How the model prepares prompts."""
-        config: dict[str, Any] = ModelIndex.of(self.folder).prompt_config()
-        return PromptSettings(
-            template=config.get("prompt_template", DEFAULT_TEMPLATE),
-            negative_prompt=config.get("default_negative_prompt", DEFAULT_NEGATIVE_PROMPT),
-            clean=config.get("clean_prompts", True),
-            keep_chinese=config.get("keep_chinese", False),
-        )
+        return PromptSettings.of_config(ModelIndex.of(self.folder).prompt_config())
 
     def largest_request(self) -> Request:
         """The largest request that workers make videos of, as their sessions are opened for it."""
